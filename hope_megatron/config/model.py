@@ -1,0 +1,210 @@
+"""The architecture: mixer (memories or attention) and continuum memory system, per layer.
+
+Equation numbers refer to "Nested Learning" (arXiv 2512.24695).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from hope_megatron.config.base import ConfigError, Section
+
+Mixer = Literal["memory", "attention"]
+
+
+class MemoryConfig(Section):
+    """The associative memories of a head (eqs. 83-93): what they are, what they learn, and when they are read.
+
+    The defaults are HOPE. RetNet, DeltaNet, TTT and Titans are other settings of the same operator.
+    """
+
+    num_layers: Literal[1, 2] = 2
+    """1: a matrix memory, M(x) = W x. 2: M(x) = x + W1 silu(W2 x), eq. 89."""
+    hidden_size: int | None = Field(default=None, gt=0)
+    """Hidden width of a two-layer memory; None means the head width."""
+    chunk_tokens: int = Field(default=32, gt=0)
+    """Tokens per chunk of M_mem: its inner gradients are taken at the state that stood at the chunk's start."""
+    self_chunk_tokens: int | None = Field(default=None, gt=0)
+    """Tokens per chunk of the other four memories; None means chunk_tokens. One must divide the other."""
+
+    objective: Literal["dot", "l2"] = "dot"
+    """Inner loss: -<M(k), v> or 0.5 |M(k) - v|^2."""
+    dgd_layers: Literal["none", "input", "all"] = "all"
+    """Layers whose update carries the Delta-Gradient-Descent term W (alpha I - eta k k^T). "input" is eq. 88 read literally."""
+    own_targets: bool = True
+    """Each memory writes its own target M(v) (self-modification). False: the target is v, as in Titans."""
+    dot_target: Literal["residual", "full"] = "residual"
+    """With objective "dot" and a memory with a skip: learn v - k through the layers (residual), or v itself (full, literal)."""
+    adaptive_key: bool = True
+    """Keys pass through the memory M_k. False: static projections."""
+    adaptive_value: bool = True
+    """Values pass through the memory M_v."""
+    adaptive_eta: bool = True
+    """Learning rates get a term from the memory M_eta."""
+    adaptive_alpha: bool = True
+    """Retention gets a term from the memory M_alpha."""
+    normalize_values: bool = True
+    """Unit-norm values. Unbounded values diverged in every variant measured."""
+    normalize_targets: bool = True
+    """Unit-norm own targets (tanh for the two scalar memories): own targets feed back on themselves."""
+
+    read: Literal["causal", "chunk_start"] = "causal"
+    """Read M_mem as updated up to this very token (dual form), or at the chunk's start (eq. 90 literally)."""
+    read_skip: bool = False
+    """Whether the output includes the memory's skip connection, q itself."""
+
+    eta_max: float = Field(default=1.0, ge=0.0)
+    """Bound of the inner learning rate. 0 silences all writes (the control experiment)."""
+    eta_init: float = Field(default=0.5, gt=0.0, lt=1.0)
+    """Initial inner learning rate as a fraction of eta_max."""
+    decay: Literal["data", "constant", "none"] = "data"
+    """Retention alpha: from the token, a learned constant per head, or 1."""
+    alpha_init: float = Field(default=0.999, gt=0.0, lt=1.0)
+    """Initial retention per token."""
+    momentum: Literal["none", "constant", "data"] = "none"
+    """Momentum theta of the inner update: 0, a learned constant per head, or from the token."""
+    momentum_init: float = Field(default=0.5, gt=0.0, lt=1.0)
+    """Initial theta."""
+
+    input_scale: float = Field(default=3.0, gt=0.0)
+    """Initial std of W2 times sqrt(d): of order 1 leaves SiLU of a unit key in its linear range."""
+    output_scale: float = Field(default=0.02, ge=0.0)
+    """Initial std of the W1 of M_mem; the other memories start at W1 = 0 (identity)."""
+    conv_width: int = Field(default=4, ge=1)
+    """Width of the causal depthwise convolution over q, k, v; 1 means none."""
+    output_gate: Literal["none", "silu"] = "none"
+    """Multiply the output by silu(W x). It kept associative recall from being learnt, hence "none"."""
+
+    @property
+    def self_chunk(self) -> int:
+        """Tokens per chunk of the four self-memories, resolved."""
+        return self.self_chunk_tokens or self.chunk_tokens
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether any of the four self-memories exists."""
+        return self.adaptive_key or self.adaptive_value or self.adaptive_eta or self.adaptive_alpha
+
+    @model_validator(mode="after")
+    def _check(self) -> MemoryConfig:
+        small, large = sorted((self.chunk_tokens, self.self_chunk))
+        if large % small:
+            raise ConfigError(
+                f"memory.chunk_tokens={self.chunk_tokens} and memory.self_chunk_tokens={self.self_chunk}: "
+                f"one must divide the other; for example self_chunk_tokens={small}"
+            )
+        if self.num_layers == 1 and (self.adaptive or self.own_targets):
+            raise ConfigError(
+                "memory.num_layers=1 (a matrix memory) has static projections and external targets; set "
+                "adaptive_key, adaptive_value, adaptive_eta, adaptive_alpha and own_targets to false, or num_layers=2"
+            )
+        if self.objective == "l2" and self.eta_max * self.chunk_tokens > 2.0 and self.num_layers == 2:
+            raise ConfigError(
+                f"memory.objective=l2 with eta_max={self.eta_max} diverges: the {self.chunk_tokens} gradients of a chunk are "
+                f"summed at its start; set eta_max to at most {2.0 / self.chunk_tokens:g} (2 / chunk_tokens), or objective=dot"
+            )
+        if self.objective == "dot" and self.dgd_layers != "all" and self.eta_max * self.chunk_tokens > 2.0:
+            raise ConfigError(
+                f"memory.objective=dot without DGD on all layers has nothing that bounds its writes at eta_max={self.eta_max}; "
+                f"set dgd_layers=all, or eta_max to at most {2.0 / self.chunk_tokens:g} (2 / chunk_tokens)"
+            )
+        if self.objective == "dot" and self.dgd_layers == "all" and self.eta_max > 1.0:
+            raise ConfigError(f"memory.eta_max={self.eta_max}: above 1 a delta-rule write overshoots its unit key; use at most 1")
+        return self
+
+
+class AttentionConfig(Section):
+    """Softmax attention (Megatron-Core's), for Transformer++ and Hope-Attention."""
+
+    num_kv_heads: int | None = Field(default=None, gt=0)
+    """Key-value heads for grouped-query attention; None means as many as heads."""
+    rope_base: float = Field(default=10_000.0, gt=0)
+    """Base of the rotary position embedding."""
+    window_tokens: int | None = Field(default=None, gt=0)
+    """Sliding window in tokens; None attends to everything before."""
+
+
+class CMSLevelConfig(Section):
+    """One level of the continuum memory system (eqs. 70-74): a residual MLP with a clock of its own."""
+
+    hidden_size: int = Field(gt=0)
+    """Hidden width of the level's MLP (for swiglu: of each of gate and up)."""
+    update_period_steps: int = Field(default=1, gt=0)
+    """The level's parameters change every this many optimizer steps, by the gradient averaged meanwhile."""
+
+
+class CMSConfig(Section):
+    """The chain of MLPs in the place of the Transformer's MLP."""
+
+    levels: tuple[CMSLevelConfig, ...] = Field(min_length=1)
+    """Fastest first. One level with period 1 is an ordinary MLP."""
+    activation: Literal["swiglu", "silu", "gelu"] = "swiglu"
+    """Activation of every level."""
+
+
+class ModelConfig(Section):
+    """A decoder: embedding, layers (mixer then CMS, each with pre-norm and residual), norm, output head."""
+
+    name: str = "custom"
+    """Preset name, for reports."""
+    vocab_size: int = Field(gt=0)
+    """Number of token ids. Padded inside the model to a multiple of `vocab_multiple`."""
+    vocab_multiple: int = Field(default=128, gt=0)
+    """The embedding has a multiple of this many rows, so that any tensor-parallel size up to it divides them."""
+    num_layers: int = Field(gt=0)
+    """Number of layers."""
+    hidden_size: int = Field(gt=0)
+    """Model width D."""
+    num_heads: int = Field(gt=0)
+    """Heads per mixer."""
+    head_size: int | None = Field(default=None, gt=0)
+    """Head width d; None means hidden_size / num_heads."""
+    layer_pattern: tuple[Mixer, ...] = Field(default=("memory",), min_length=1)
+    """Mixers, repeated over the layers: ("memory",) is HOPE, ("attention",) Transformer++ or Hope-Attention."""
+    memory: MemoryConfig = MemoryConfig()
+    """The associative memories."""
+    attention: AttentionConfig = AttentionConfig()
+    """Softmax attention."""
+    cms: CMSConfig
+    """Continuum memory system."""
+    norm_epsilon: float = Field(default=1e-6, gt=0)
+    """Epsilon of every RMSNorm."""
+    init_std: float = Field(default=0.02, gt=0)
+    """Std of the initial weights; projections back into the residual stream are divided by sqrt(2 layers)."""
+    tie_embeddings: bool = True
+    """Whether the output head is the embedding matrix."""
+
+    @property
+    def head_dim(self) -> int:
+        """Head width, resolved."""
+        return self.head_size or self.hidden_size // self.num_heads
+
+    @property
+    def memory_hidden(self) -> int:
+        """Hidden width of a memory, resolved."""
+        return self.memory.hidden_size or self.head_dim
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding matrix."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def mixers(self) -> tuple[Mixer, ...]:
+        """The mixer of each layer."""
+        return tuple(self.layer_pattern[i % len(self.layer_pattern)] for i in range(self.num_layers))
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.head_size is None and self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"model.hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}; set head_size or change one"
+            )
+        kv = self.attention.num_kv_heads
+        if kv is not None and self.num_heads % kv:
+            raise ConfigError(f"model.num_heads={self.num_heads} is not divisible by attention.num_kv_heads={kv}")
+        if "attention" in self.mixers and self.head_dim % 2:
+            raise ConfigError(f"rotary embeddings need an even head width, not {self.head_dim}; set model.head_size")
+        return self

@@ -1,0 +1,57 @@
+"""The outer optimizer and its learning-rate schedule."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from hope_megatron.config.base import Section
+
+
+class OptimConfig(Section):
+    """M3 and its peers. Matrices get the named optimizer, everything else AdamW with `vector_lr`."""
+
+    name: Literal["m3", "muon", "adamuon", "adamw", "sgd"] = "m3"
+    """The optimizer of matrix parameters."""
+    lr: float = Field(default=2e-3, gt=0)
+    """Peak learning rate of matrices."""
+    vector_lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate of embeddings, norms, convolutions, biases and rates (AdamW); None means lr."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay of matrices and embeddings."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Momentum of Muon and SGD."""
+    nesterov: bool = True
+    """Nesterov momentum for Muon."""
+
+    form: Literal["ema", "paper"] = "ema"
+    """M3: moving averages and a scale-free update (practical), or algorithm 1 to the letter."""
+    slow_beta: float = Field(default=0.9, ge=0, le=1)
+    """M3: beta3, decay of the slow momentum."""
+    slow_period_steps: int = Field(default=10, gt=0)
+    """M3: the slow momentum ticks every this many steps (the paper's f)."""
+    slow_weight: float = Field(default=0.5, ge=0)
+    """M3: weight of the slow momentum in the update (the paper's a)."""
+
+    ns_steps: int = Field(default=5, gt=0)
+    """Newton-Schulz iterations."""
+    ns_coefficients: Literal["quintic", "varying", "polar_express"] = "polar_express"
+    """Coefficient table of the iteration."""
+    ns_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the iteration."""
+
+    schedule: Literal["cosine", "constant", "linear", "wsd"] = "cosine"
+    """Learning rate after warm-up: cosine or linear to min_lr_ratio, constant, or constant then linear decay (wsd)."""
+    warmup_steps: int = Field(default=100, ge=0)
+    """Linear warm-up, in optimizer steps."""
+    decay_steps: int = Field(default=0, ge=0)
+    """wsd: steps of the final decay."""
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Final learning rate over the peak."""
+    grad_clip: float = Field(default=1.0, ge=0)
+    """Clip gradients to this global norm; 0 never clips."""

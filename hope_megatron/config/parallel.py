@@ -1,0 +1,32 @@
+"""How the work is spread: tensor and sequence parallelism by Megatron-Core, data parallelism and ZeRO by DeepSpeed."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from hope_megatron.config.base import ConfigError, Section
+
+
+class ParallelConfig(Section):
+    """Axes of the process mesh. Data parallelism is what is left: world size / tensor_parallel."""
+
+    tensor_parallel: int = Field(default=1, gt=0)
+    """Ranks that share each layer (heads, hidden widths, vocabulary)."""
+    sequence_parallel: bool = False
+    """Split norms and residuals along the sequence over the tensor-parallel ranks."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What DeepSpeed shards over data parallelism: optimizer (1), gradients too (2), parameters too (3)."""
+    overlap_comm: bool = False
+    """Overlap gradient reduction with backward (CUDA)."""
+    cpu_offload: bool = False
+    """Keep optimizer state in host memory."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ParallelConfig:
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise ConfigError(
+                "parallel.sequence_parallel=true needs tensor_parallel of at least 2; set sequence_parallel=false or tensor_parallel=2"
+            )
+        return self

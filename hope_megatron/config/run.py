@@ -1,0 +1,95 @@
+"""A whole run, and the checks that need more than one section."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from hope_megatron.config.base import ConfigError, Section
+from hope_megatron.config.model import ModelConfig
+from hope_megatron.config.optim import OptimConfig
+from hope_megatron.config.parallel import ParallelConfig
+from hope_megatron.config.training import CheckpointConfig, DataConfig, TrackingConfig, TrainingConfig
+
+
+class RunConfig(Section):
+    """Everything `hope train` needs."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its directory."""
+    output_dir: Path = Field(default=Path("runs"), validate_default=False)
+    """The run lives in output_dir/name."""
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    optim: OptimConfig = OptimConfig()
+    training: TrainingConfig
+    data: DataConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        """Directory of the run."""
+        return self.output_dir / self.name
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        check_parallel_fits_model(self.model, self.parallel, self.training)
+        if self.parallel.zero_stage == 0 and self.training.precision == "bf16":
+            raise ConfigError(
+                "parallel.zero_stage=0 with training.precision=bf16 computes a wrong gradient norm in DeepSpeed; set zero_stage=1, or precision=fp32"
+            )
+        if self.optim.warmup_steps > self.training.steps:
+            raise ConfigError(
+                f"optim.warmup_steps={self.optim.warmup_steps} is longer than training.steps={self.training.steps}; lower it"
+            )
+        return self
+
+    def data_parallel(self, world_size: int) -> int:
+        """Data-parallel size in a world of `world_size` ranks.
+
+        Raises:
+            ConfigError: if the world, the mesh and the batch do not divide.
+        """
+        tp = self.parallel.tensor_parallel
+        if world_size % tp:
+            raise ConfigError(
+                f"world size {world_size} is not divisible by parallel.tensor_parallel={tp}; start a multiple of {tp} processes"
+            )
+        dp = world_size // tp
+        per_pass = dp * self.training.micro_batch_size
+        if self.training.global_batch_size % per_pass:
+            raise ConfigError(
+                f"training.global_batch_size={self.training.global_batch_size} is not divisible by data parallel {dp} x "
+                f"micro_batch_size {self.training.micro_batch_size} = {per_pass}; change one of them"
+            )
+        return dp
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Forward-backward passes per optimizer step."""
+        return self.training.global_batch_size // (self.data_parallel(world_size) * self.training.micro_batch_size)
+
+
+def check_parallel_fits_model(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig) -> None:
+    """Refuse a mesh that does not divide the model, naming every value."""
+    tp = parallel.tensor_parallel
+    divided = {"model.num_heads": model.num_heads, "padded vocabulary": model.padded_vocab_size}
+    divided |= {f"model.cms.levels[{i}].hidden_size": level.hidden_size for i, level in enumerate(model.cms.levels)}
+    if "attention" in model.mixers and model.attention.num_kv_heads:
+        divided["model.attention.num_kv_heads"] = model.attention.num_kv_heads
+    for name, value in divided.items():
+        if value % tp:
+            raise ConfigError(f"{name}={value} is not divisible by parallel.tensor_parallel={tp}; change one of them")
+    if parallel.sequence_parallel and training.seq_length % tp:
+        raise ConfigError(
+            f"training.seq_length={training.seq_length} is not divisible by parallel.tensor_parallel={tp}, "
+            f"which sequence parallelism needs; use a multiple of {tp}"
+        )
+    if "memory" in model.mixers:
+        longest = max(model.memory.chunk_tokens, model.memory.self_chunk)
+        if training.seq_length % longest and training.seq_length > longest:
+            raise ConfigError(
+                f"training.seq_length={training.seq_length} is not a multiple of the memory chunk of {longest} tokens; "
+                f"use {training.seq_length // longest * longest} or {(training.seq_length // longest + 1) * longest}"
+            )

@@ -1,0 +1,104 @@
+"""Process groups: one mesh of data parallel x tensor parallel, by Megatron-Core's parallel state, on gloo or NCCL."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from hope_megatron.config.base import ConfigError
+from hope_megatron.config.parallel import ParallelConfig
+from hope_megatron.layers.cpu import install_cpu_support
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process's place. Ranks of one tensor-parallel group are neighbours (same node)."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+    tp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+
+    @property
+    def world_group(self) -> dist.ProcessGroup:
+        """All ranks."""
+        return dist.group.WORLD
+
+
+def init_distributed(parallel: ParallelConfig, *, num_threads: int = 1, timeout_s: float = 600.0) -> Mesh:
+    """Join (or, without launcher variables, be) the world and build the groups.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them. A default process group that is
+    already there is used as it is.
+
+    Args:
+        parallel: the mesh.
+        num_threads: CPU threads of torch operators in this process, when there is no GPU.
+        timeout_s: seconds after which a collective that a peer never joins fails.
+
+    Raises:
+        ConfigError: if the world size is not divisible by the tensor-parallel size.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if dist.is_initialized():
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+    if world_size % parallel.tensor_parallel:
+        raise ConfigError(
+            f"{world_size} processes cannot be divided into tensor-parallel groups of {parallel.tensor_parallel} "
+            f"(parallel.tensor_parallel); start a multiple of {parallel.tensor_parallel} processes, for example with --nproc"
+        )
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(num_threads)
+    install_cpu_support()
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        timeout = datetime.timedelta(seconds=timeout_s)
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_parallel, create_gloo_process_groups=False
+        )
+    if parallel_state.get_tensor_model_parallel_world_size() != parallel.tensor_parallel:
+        raise ConfigError(
+            f"process groups exist with tensor parallel {parallel_state.get_tensor_model_parallel_world_size()}, "
+            f"not {parallel.tensor_parallel}; call shutdown_distributed() first"
+        )
+    return Mesh(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        device=device,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel.tensor_parallel,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+    )
+
+
+def shutdown_distributed() -> None:
+    """Leave all groups; `init_distributed` may be called again."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,107 @@
+"""Softmax attention: Megatron-Core's SelfAttention with rotary embeddings, and a key-value state as explicit as a memory's."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from hope_megatron.config.model import ModelConfig
+from hope_megatron.layers.parameters import declare, normal
+
+
+class AttentionState(NamedTuple):
+    """Keys (after rotation) and values seen so far by this rank's heads, and how many tokens went by."""
+
+    k: Tensor  # [S, B, groups, d]
+    v: Tensor  # [S, B, groups, d]
+    position: int
+
+
+class StreamingAttention(MegatronModule):
+    """Causal scaled-dot-product attention over past and present keys: SelfAttention's `core_attention`.
+
+    Megatron-Core's call has no room for a state, so the mixer sets `past` before the call and takes `present` after it.
+    """
+
+    def __init__(self, config: TransformerConfig, **kwargs):
+        super().__init__(config)
+        self.window: int | None = None
+        self.past: AttentionState | None = None
+        self.present: AttentionState | None = None
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> Tensor:
+        """query [T, B, heads, d], key and value [T, B, groups, d] -> [T, B, heads * d]."""
+        past, T = self.past, query.size(0)
+        if past is not None:
+            key, value = torch.cat([past.k, key]), torch.cat([past.v, value])
+        position = T + (past.position if past is not None else 0)
+        kept = slice(-min(self.window, key.size(0)) if self.window else None, None)
+        self.present = AttentionState(key[kept], value[kept], position)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, T, d]
+        mask, causal = self._mask(T, key.size(0), q.device)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1)
+        )
+        return y.permute(2, 0, 1, 3).flatten(2)
+
+    def _mask(self, T: int, S: int, device: torch.device) -> tuple[Tensor | None, bool]:
+        """A boolean mask where the kernel's own causal flag does not suffice."""
+        if T == S and (self.window is None or self.window >= S):
+            return None, True
+        rows = torch.arange(S - T, S, device=device).unsqueeze(1)
+        columns = torch.arange(S, device=device)
+        mask = columns <= rows
+        if self.window is not None:
+            mask &= columns > rows - self.window
+        return mask, False
+
+
+class AttentionMixer(MegatronModule):
+    """x [T, B, D] (or its sequence shard) -> y of the same shape, and the key-value state of the streams."""
+
+    def __init__(self, config: TransformerConfig, model: ModelConfig, layer_number: int):
+        super().__init__(config)
+        submodules = SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear, core_attention=StreamingAttention, linear_proj=RowParallelLinear
+        )
+        self.attention = SelfAttention(config, submodules, layer_number, attn_mask_type=AttnMaskType.causal)
+        self.attention.core_attention.window = model.attention.window_tokens
+        declare(self.attention.linear_qkv.weight, normal(model.init_std), shard_dim=0, role="matrix", weight_decay=True)
+        output_std = model.init_std / math.sqrt(2 * model.num_layers)
+        declare(self.attention.linear_proj.weight, normal(output_std), shard_dim=1, role="matrix", weight_decay=True)
+        self.rotary = RotaryEmbedding(
+            model.head_dim, rotary_percent=1.0, rotary_base=model.attention.rope_base, use_cpu_initialization=True
+        )
+        groups = model.attention.num_kv_heads or model.num_heads
+        self.num_groups = groups // parallel_state.get_tensor_model_parallel_world_size()
+        self.head_dim = model.head_dim
+
+    def init_state(self, batch_size: int) -> AttentionState:
+        """The state of `batch_size` new streams: nothing seen."""
+        weight = self.attention.linear_qkv.weight
+        empty = weight.new_zeros(0, batch_size, self.num_groups, self.head_dim)
+        return AttentionState(empty, empty, 0)
+
+    def forward(self, x: Tensor, state: AttentionState | None = None) -> tuple[Tensor, AttentionState]:
+        """See the class docstring. Without a state, streams begin here."""
+        tokens = x.size(0)
+        if self.config.sequence_parallel:
+            tokens *= parallel_state.get_tensor_model_parallel_world_size()
+        core = self.attention.core_attention
+        core.past = state
+        rotation = self.rotary(tokens, offset=state.position if state is not None else 0)
+        # Megatron-Core wants a mask argument to be there; StreamingAttention makes its own
+        y, _ = self.attention(x, attention_mask=x.new_zeros(1, dtype=torch.bool), rotary_pos_emb=rotation)
+        present, core.past, core.present = core.present, None, None
+        return y, present

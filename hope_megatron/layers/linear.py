@@ -1,0 +1,83 @@
+"""Megatron-Core's parallel linear layers, declared our way."""
+
+from __future__ import annotations
+
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from hope_megatron.layers.parameters import Initializer, constant, declare
+
+
+def enter_parallel_region(x: Tensor, config: TransformerConfig) -> Tensor:
+    """Input of several column-parallel layers at once: gathered from the sequence shards [T/tp, B, D] -> [T, B, D] under
+    sequence parallelism. Backward sums over tensor-parallel ranks, once for all of them."""
+    if config.sequence_parallel:
+        return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True)
+    return copy_to_tensor_model_parallel_region(x)
+
+
+class _GatheredColumnParallelLinear(ColumnParallelLinear):
+    """A column-parallel layer whose input has been through `enter_parallel_region`."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, disable_grad_reduce=True, **kwargs)
+        self.sequence_parallel = False
+        self.allreduce_dgrad = False
+
+
+def column_parallel(
+    input_size: int,
+    output_size: int,
+    config: TransformerConfig,
+    init: Initializer,
+    *,
+    blocks: int = 1,
+    bias_init: Initializer | None = None,
+    role: str = "matrix",
+    fused_apart: bool = False,
+    allocate: bool = True,
+) -> ColumnParallelLinear:
+    """y = x W^T, output features split over ranks; for inputs that went through `enter_parallel_region`.
+
+    Args:
+        blocks: equal fused parts of the output; a rank holds its share of each part.
+        bias_init: adds a bias, returned beside the output (not added), filled by this.
+        role: "matrix" or "vector" for the optimizer.
+        fused_apart: the blocks are matrices of their own to the optimizer.
+        allocate: False for a layer that is given its weight at each call (tied embeddings).
+    """
+    layer = _GatheredColumnParallelLinear(
+        input_size,
+        output_size,
+        config=config,
+        init_method=None,
+        bias=bias_init is not None,
+        skip_bias_add=True,
+        stride=blocks,
+        skip_weight_param_allocation=not allocate,
+    )
+    if not allocate:
+        return layer
+    parts = (output_size // blocks,) * blocks if fused_apart and blocks > 1 else ()
+    declare(layer.weight, init, shard_dim=0, stride=blocks, role=role, weight_decay=role == "matrix", fused_parts=parts)
+    if bias_init is not None:
+        declare(layer.bias, bias_init, shard_dim=0, stride=blocks)
+    return layer
+
+
+def row_parallel(input_size: int, output_size: int, config: TransformerConfig, init: Initializer) -> RowParallelLinear:
+    """y = x W^T, input features split over ranks; the output is summed (and scattered along the sequence under SP)."""
+    layer = RowParallelLinear(
+        input_size, output_size, config=config, init_method=None, bias=False, input_is_parallel=True, skip_bias_add=True
+    )
+    declare(layer.weight, init, shard_dim=1, role="matrix", weight_decay=True)
+    return layer
+
+
+zeros = constant(0.0)
+ones = constant(1.0)

@@ -1,0 +1,198 @@
+"""The recurrent mixer: projections, short convolution, self-modifying memories, output projection.
+
+HOPE, Titans, TTT, DeltaNet and RetNet are settings of `MemoryConfig`. Heads are split over tensor-parallel ranks; nothing
+inside the memories crosses ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from hope_megatron.config.model import MemoryConfig, ModelConfig
+from hope_megatron.layers.linear import column_parallel, enter_parallel_region, row_parallel, zeros
+from hope_megatron.layers.norm import RMSNorm
+from hope_megatron.layers.parameters import constant, declare, normal, rows
+from hope_megatron.ops.memory import Bank, MemoryParams, MemoryRule, MemoryState, RateLogits, initial_state, memory_chunked
+from hope_megatron.ops.short_conv import short_conv
+
+
+class MemoryMixerState(NamedTuple):
+    """State of one layer's streams: the last inputs of the convolution and the memories of this rank's heads."""
+
+    conv: Tensor | None  # [B, w - 1, 3 H d]
+    memory: MemoryState
+
+
+def memory_rule(config: MemoryConfig) -> MemoryRule:
+    """The operator's rule from the configuration."""
+    return MemoryRule(
+        chunk_tokens=config.chunk_tokens,
+        self_chunk_tokens=config.self_chunk if config.adaptive else config.chunk_tokens,
+        objective=config.objective,
+        dgd_layers=config.dgd_layers,
+        own_targets=config.own_targets,
+        dot_target=config.dot_target,
+        adaptive_key=config.adaptive_key,
+        adaptive_value=config.adaptive_value,
+        adaptive_eta=config.adaptive_eta,
+        adaptive_alpha=config.adaptive_alpha,
+        normalize_values=config.normalize_values,
+        normalize_targets=config.normalize_targets,
+        read=config.read,
+        read_skip=config.read_skip,
+        eta_max=config.eta_max,
+    )
+
+
+class MemoryMixer(MegatronModule):
+    """x [T, B, D] (or its sequence shard) -> y of the same shape, and the state of the streams."""
+
+    def __init__(self, config: TransformerConfig, model: ModelConfig, layer_number: int):
+        super().__init__(config)
+        memory = model.memory
+        self.memory_config, self.rule = memory, memory_rule(memory)
+        self.head_dim, self.layer_number = model.head_dim, layer_number
+        self.num_heads = model.num_heads // parallel_state.get_tensor_model_parallel_world_size()  # of this rank
+        width, dtype = model.num_heads * model.head_dim, config.params_dtype
+
+        self.qkv = column_parallel(
+            model.hidden_size, 3 * width, config, normal(model.init_std), blocks=3, fused_apart=True
+        )
+        rates = self._rates(memory)
+        self.rates = column_parallel(
+            model.hidden_size,
+            len(rates) * model.num_heads,
+            config,
+            zeros,
+            blocks=len(rates),
+            bias_init=rows(list(rates.values())),
+            role="vector",
+        )
+        self.rate_names = tuple(rates)
+        self.constants = nn.ParameterDict(
+            {
+                name: declare(nn.Parameter(torch.empty(self.num_heads, dtype=dtype)), constant(value), shard_dim=0)
+                for name, value in self._constant_rates(memory).items()
+            }
+        )
+        self.conv = None
+        if memory.conv_width > 1:
+            weight = nn.Parameter(torch.empty(3 * self.num_heads * self.head_dim, memory.conv_width, dtype=dtype))
+            self.conv = declare(weight, normal(1 / math.sqrt(memory.conv_width)), shard_dim=0, stride=3)
+        self.memories = MemoryWeights(model, self.num_heads, dtype)
+        self.gate = None
+        if memory.output_gate == "silu":
+            self.gate = column_parallel(model.hidden_size, width, config, normal(model.init_std))
+        tp = parallel_state.get_tensor_model_parallel_world_size()
+        self.head_norm = RMSNorm(self.head_dim, model.norm_epsilon, sum_over_tp=tp > 1, dtype=dtype)
+        self.output = row_parallel(
+            width, model.hidden_size, config, normal(model.init_std / math.sqrt(2 * model.num_layers))
+        )
+
+    @staticmethod
+    def _rates(memory: MemoryConfig) -> dict[str, float]:
+        """Rates that depend on the token, with their initial logits."""
+        rates = {"eta": _logit(memory.eta_init)}
+        if memory.decay == "data":
+            rates["alpha"] = _logit(memory.alpha_init)
+        if memory.momentum == "data":
+            rates["theta"] = _logit(memory.momentum_init)
+        return rates
+
+    @staticmethod
+    def _constant_rates(memory: MemoryConfig) -> dict[str, float]:
+        """Learned rates, one per head."""
+        rates = {}
+        if memory.decay == "constant":
+            rates["alpha"] = _logit(memory.alpha_init)
+        if memory.momentum == "constant":
+            rates["theta"] = _logit(memory.momentum_init)
+        return rates
+
+    def init_state(self, batch_size: int) -> MemoryMixerState:
+        """The state of `batch_size` new streams."""
+        uses_momentum = self.memory_config.momentum != "none"
+        params = self.memories()
+        memory = initial_state(params, batch_size, momentum=uses_momentum, dtype=torch.float32)
+        if self.conv is None:
+            return MemoryMixerState(None, memory)
+        tail = self.conv.new_zeros(batch_size, self.conv.size(1) - 1, self.conv.size(0))
+        return MemoryMixerState(tail, memory)
+
+    def forward(self, x: Tensor, state: MemoryMixerState | None = None) -> tuple[Tensor, MemoryMixerState]:
+        """See the class docstring. Without a state, streams begin here."""
+        x = enter_parallel_region(x, self.config)
+        T, B = x.shape[:2]
+        qkv = self.qkv(x)[0].transpose(0, 1)  # [B, T, 3 H d]
+        tail = None
+        if self.conv is not None:
+            qkv, tail = short_conv(qkv, self.conv, state.conv if state else None)
+        qkv = F.silu(qkv)
+        q, k, v = qkv.view(B, T, 3, self.num_heads, self.head_dim).unbind(2)
+        y, memory = memory_chunked(
+            q, k, v, self._rate_logits(x), self.memories(), self.rule, state.memory if state else None
+        )
+        y = self.head_norm(y).transpose(0, 1).reshape(T, B, -1)
+        if self.gate is not None:
+            y = y * F.silu(self.gate(x)[0])
+        return self.output(y)[0], MemoryMixerState(tail, memory)
+
+    def _rate_logits(self, x: Tensor) -> RateLogits:
+        """[T, B, D] -> logits [B, T, H] in float32."""
+        logits, bias = self.rates(x)
+        logits = (logits.float() + bias.float()).transpose(0, 1)
+        found = dict(zip(self.rate_names, logits.unflatten(-1, (-1, self.num_heads)).unbind(2)))
+        for name, value in self.constants.items():
+            found[name] = value.float().expand(logits.size(0), logits.size(1), -1)
+        return RateLogits(found["eta"], found.get("alpha"), found.get("theta"))
+
+
+class MemoryWeights(nn.Module):
+    """The learned initial states W_0 of a rank's memories: stacks of matrices, one per head and memory."""
+
+    def __init__(self, model: ModelConfig, num_heads: int, dtype: torch.dtype):
+        super().__init__()
+        memory, self.num_heads = model.memory, num_heads
+        d, h = model.head_dim, model.memory_hidden
+        self.d, self.dtype = d, dtype
+        if memory.num_layers == 1:
+            self._stack("mem_out", 1, d, d, std=memory.output_scale)
+            return
+        input_std = memory.input_scale / math.sqrt(d)
+        self._stack("mem_in", 1, h, d, std=input_std)
+        self._stack("mem_out", 1, d, h, std=memory.output_scale)
+        # the self-memories begin as identities (or as zero), so that a new block is exactly static
+        for name, count, outputs in (
+            ("vector", memory.adaptive_key + memory.adaptive_value, d),
+            ("scalar", memory.adaptive_eta + memory.adaptive_alpha, 1),
+        ):
+            if count:
+                self._stack(f"{name}_in", count, h, d, std=input_std)
+                self._stack(f"{name}_out", count, outputs, h, std=0.0)
+
+    def _stack(self, name: str, count: int, out_size: int, in_size: int, *, std: float) -> None:
+        weight = nn.Parameter(torch.empty(self.num_heads, count, out_size, in_size, dtype=self.dtype))
+        matrix = out_size > 1
+        declare(weight, normal(std), shard_dim=0, role="matrix" if matrix else "vector", weight_decay=False)
+        self.register_parameter(name, weight)
+
+    def forward(self) -> MemoryParams:
+        """As the operator takes them."""
+        bank = lambda name: Bank(getattr(self, f"{name}_in", None), getattr(self, f"{name}_out"))  # noqa: E731
+        return MemoryParams(
+            bank("mem"),
+            bank("vector") if hasattr(self, "vector_out") else None,
+            bank("scalar") if hasattr(self, "scalar_out") else None,
+        )
+
+
+def _logit(p: float) -> float:
+    return math.log(p / (1 - p))

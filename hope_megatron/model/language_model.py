@@ -1,0 +1,119 @@
+"""Embedding, layers, final norm, output head and loss."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hope_megatron.config.model import ModelConfig
+from hope_megatron.layers.linear import column_parallel, enter_parallel_region
+from hope_megatron.layers.norm import RMSNorm
+from hope_megatron.layers.parameters import declare, normal
+from hope_megatron.layers.specs import layer_spec
+from hope_megatron.model.state import ModelState
+
+IGNORE = -100
+"""Target of positions that carry no loss."""
+
+
+class ModelOutput(NamedTuple):
+    """Losses where targets were given, logits where not; the state only when asked for."""
+
+    losses: Tensor | None  # [B, T] float32, nats; 0 where the target is IGNORE
+    logits: Tensor | None  # [B, T, vocab_size] float32, whole on every tensor-parallel rank
+    state: ModelState | None
+
+
+class LanguageModel(MegatronModule):
+    """A decoder over a stream of tokens, sharded by Megatron-Core."""
+
+    def __init__(self, config: TransformerConfig, model: ModelConfig, *, recompute: str = "none"):
+        super().__init__(config)
+        self.model_config, self.recompute = model, recompute
+        self.embedding = VocabParallelEmbedding(
+            model.padded_vocab_size,
+            model.hidden_size,
+            init_method=None,
+            reduce_scatter_embeddings=config.sequence_parallel,
+            config=config,
+        )
+        declare(self.embedding.weight, normal(model.init_std), shard_dim=0, weight_decay=True)
+        self.layers = nn.ModuleList(
+            build_module(layer_spec(mixer), config=config, model=model, layer_number=i + 1)
+            for i, mixer in enumerate(model.mixers)
+        )
+        self.norm = RMSNorm(
+            model.hidden_size, model.norm_epsilon, sum_over_tp=config.sequence_parallel, dtype=config.params_dtype
+        )
+        self.head = column_parallel(
+            model.hidden_size,
+            model.padded_vocab_size,
+            config,
+            normal(model.init_std),
+            role="vector",
+            allocate=not model.tie_embeddings,
+        )
+
+    def init_state(self, batch_size: int) -> ModelState:
+        """The state of `batch_size` streams of which nothing has been read."""
+        return ModelState(tuple(layer.init_state(batch_size) for layer in self.layers))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        state: ModelState | None = None,
+        *,
+        return_state: bool = False,
+    ) -> ModelOutput:
+        """Read a piece of each stream.
+
+        Args:
+            tokens: [B, T] int64; the same on every tensor-parallel rank.
+            targets: [B, T] int64, the next tokens, or IGNORE. With targets the result holds losses, without them logits.
+            state: where the streams stand; None begins new ones.
+            return_state: also return where they stand now.
+
+        Under sequence parallelism T must be divisible by the tensor-parallel size.
+        """
+        x = self._embed(tokens)
+        states = []
+        for layer, layer_state in zip(self.layers, state.layers if state else [None] * len(self.layers)):
+            if self.recompute == "layer" and torch.is_grad_enabled():
+                x, layer_state = checkpoint(layer, x, layer_state, use_reentrant=False)
+            else:
+                x, layer_state = layer(x, layer_state)
+            states.append(layer_state if return_state else None)
+        logits = self._head(self.norm(x))
+        end = ModelState(tuple(states)) if return_state else None
+        if targets is None:
+            logits = gather_from_tensor_model_parallel_region(logits.float())
+            return ModelOutput(None, logits[..., : self.model_config.vocab_size].transpose(0, 1), end)
+        losses = vocab_parallel_cross_entropy(logits.float(), targets.t().contiguous()).t()
+        return ModelOutput(losses * (targets != IGNORE), None, end)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """[B, T] -> [T, B, D], or [T/tp, B, D] under sequence parallelism."""
+        x = self.embedding(tokens)
+        return x if self.config.sequence_parallel else x.transpose(0, 1).contiguous()
+
+    def _head(self, x: Tensor) -> Tensor:
+        """[T, B, D] -> this rank's logits [T, B, padded_vocab / tp]; rows that pad the vocabulary never win."""
+        weight = self.embedding.weight if self.model_config.tie_embeddings else None
+        logits, _ = self.head(enter_parallel_region(x, self.config), weight=weight)
+        first = logits.size(-1) * parallel_state.get_tensor_model_parallel_rank()
+        padding = first + logits.size(-1) - self.model_config.vocab_size
+        if padding <= 0:
+            return logits
+        ids = torch.arange(first, first + logits.size(-1), device=logits.device)
+        return logits.masked_fill(ids >= self.model_config.vocab_size, torch.finfo(logits.dtype).min)

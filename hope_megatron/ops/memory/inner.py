@@ -1,0 +1,75 @@
+"""The inner problem shared by the token loop and the chunk form: features, targets, gradients, rates."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hope_megatron.ops.memory.types import Bank, MemoryRule
+
+_EPSILON = 1e-6
+
+
+def unit(x: Tensor) -> Tensor:
+    """x / |x| along the last dim, smooth at zero."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _EPSILON**2)
+
+
+def dsilu(z: Tensor) -> Tensor:
+    """Derivative of SiLU."""
+    s = torch.sigmoid(z)
+    return s * (1 + z * (1 - s))
+
+
+def features(bank: Bank, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Input of the output layer: silu(w_in x) and its pre-activation, or x itself for a one-layer memory.
+
+    x: [B, H, n or 1, C, d]. Returns [B, H, n, C, h] and z of the same shape (None for one layer).
+    """
+    if bank.w_in is None:
+        return x, None
+    z = x @ bank.w_in.mT
+    return F.silu(z), z
+
+
+def apply_memory(bank: Bank, x: Tensor, *, skip: bool) -> Tensor:
+    """M(x) of every memory in the bank: x [B, H, n or 1, C, d] -> [B, H, n, C, o]."""
+    y = features(bank, x)[0] @ bank.w_out.mT
+    return x + y if skip else y
+
+
+def has_skip(bank: Bank, *, scalar: bool) -> bool:
+    """Vector memories of two layers are residual (eq. 89); scalar and matrix memories are not."""
+    return bank.w_in is not None and not scalar
+
+
+def output_error(bank: Bank, k: Tensor, v: Tensor, phi: Tensor, rule: MemoryRule, *, scalar: bool) -> Tensor:
+    """e = d loss / d (output of the layers) at the chunk-start state `bank`.
+
+    k, v: [B, H, 1, C, d]; phi = features of k, [B, H, n, C, h]. Returns [B, H, n, C, o].
+    The target is a constant of the inner problem but not of the outer one: nothing is detached.
+    """
+    skip = has_skip(bank, scalar=scalar)
+    if rule.own_targets or scalar:
+        target = apply_memory(bank, v, skip=skip)
+        if rule.normalize_targets:
+            target = torch.tanh(target) if scalar else unit(target)
+    else:
+        target = v
+    if rule.objective == "l2":
+        prediction = phi @ bank.w_out.mT
+        return (k + prediction if skip else prediction) - target
+    residual = skip and rule.dot_target == "residual"
+    error = k - target if residual else -target
+    return error.expand(*phi.shape[:-1], error.size(-1))
+
+
+def output_key(phi: Tensor, bank: Bank, rule: MemoryRule) -> Tensor:
+    """Key under which the output layer is written: its features, normalised where the DGD term applies."""
+    return unit(phi) if bank.w_in is not None and rule.dgd_layers == "all" else phi
+
+
+def output_uses_dgd(bank: Bank, rule: MemoryRule) -> bool:
+    """A one-layer memory's only layer is its input layer too, so "input" covers it."""
+    return rule.dgd_layers == "all" or (rule.dgd_layers == "input" and bank.w_in is None)

@@ -1,0 +1,91 @@
+"""The model on one process: streaming, parameter counts, initial weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hope_megatron.config.model import AttentionConfig, MemoryConfig
+from hope_megatron.engine.distributed import init_distributed, shutdown_distributed
+from hope_megatron.config.parallel import ParallelConfig
+from hope_megatron.model import ModelState, build_model
+from hope_megatron.model.language_model import IGNORE
+from hope_megatron.testing.models import random_batch, tiny_model
+
+
+@pytest.fixture(autouse=True, scope="module")
+def world_of_one():
+    init_distributed(ParallelConfig())
+    yield
+    shutdown_distributed()
+
+
+CASES = {
+    "hope": tiny_model(memory=MemoryConfig(chunk_tokens=8, self_chunk_tokens=16, momentum="data")),
+    "transformer": tiny_model(layer_pattern=("attention",)),
+    "window": tiny_model(layer_pattern=("attention", "memory"), attention=AttentionConfig(window_tokens=5)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stream_in_pieces_equals_one_piece(case):
+    """Also token by token, and through a saved and restored state."""
+    model = build_model(CASES[case])
+    tokens, _ = random_batch(CASES[case], seq_length=40)
+    with torch.no_grad():
+        whole = model(tokens).logits
+        state, parts = None, []
+        for piece in tokens.split([16, 1, 1, 5, 17], 1):
+            output = model(piece, state=state, return_state=True)
+            state = ModelState.from_tensors(output.state.tensors(), like=model.init_state(tokens.size(0)))
+            parts.append(output.logits)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_losses_are_cross_entropies_over_the_unpadded_vocabulary():
+    model = build_model(CASES["hope"])
+    tokens, targets = random_batch(CASES["hope"])
+    targets[0, :5] = IGNORE
+    losses, logits = model(tokens, targets).losses, model(tokens).logits
+    assert logits.shape == (*tokens.shape, 61)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(losses)
+    torch.testing.assert_close(losses, expected)
+
+
+def test_recompute_changes_no_gradient():
+    config = CASES["hope"]
+    tokens, targets = random_batch(config)
+    gradients = []
+    for recompute in ("none", "layer"):
+        model = build_model(config, recompute=recompute)
+        model(tokens, targets).losses.mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+
+
+def test_inner_rates_change_what_is_read():
+    """The memories are written: with all inner rates at zero the same weights give other logits."""
+    live, silent = (tiny_model(memory=MemoryConfig(chunk_tokens=8, eta_max=eta)) for eta in (1.0, 0.0))
+    tokens, _ = random_batch(live)
+    with torch.no_grad():
+        difference = (build_model(live)(tokens).logits - build_model(silent)(tokens).logits).abs()
+    assert difference[:, 0].max() > 0  # the causal read sees the token's own write
+    assert difference.mean() > 1e-3
+
+
+def test_a_fresh_block_is_static():
+    """Self-memories start at W1 = 0: adaptive projections begin as the identity."""
+    adaptive = tiny_model(memory=MemoryConfig(chunk_tokens=64))
+    model = build_model(adaptive)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("vector_out", "scalar_out")):
+            assert not parameter.any()
+
+
+def test_model_state_is_bounded():
+    model = build_model(CASES["hope"])
+    tokens, _ = random_batch(CASES["hope"], seq_length=64)
+    with torch.no_grad():
+        short = model(tokens[:, :32], return_state=True).state
+        long = model(tokens, return_state=True).state
+    assert long.num_bytes() == short.num_bytes()

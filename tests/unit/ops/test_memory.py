@@ -1,0 +1,228 @@
+"""The chunk form equals the token loop, and the token loop equals autograd on the inner loss."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hope_megatron.ops.memory import (
+    Bank,
+    MemoryParams,
+    MemoryRule,
+    RateLogits,
+    initial_state,
+    memory_chunked,
+    memory_recurrent,
+)
+from hope_megatron.ops.memory.inner import dsilu, output_error, unit
+from hope_megatron.ops.memory.types import map_params
+
+B, H, d, h = 2, 2, 6, 5
+HOPE = MemoryRule(chunk_tokens=8, self_chunk_tokens=8)
+STATIC = dict(adaptive_key=False, adaptive_value=False, adaptive_eta=False, adaptive_alpha=False, own_targets=False)
+
+
+def make_params(rule: MemoryRule, layers: int = 2, scale: float = 0.3) -> MemoryParams:
+    def bank(n: int, outputs: int) -> Bank | None:
+        if n == 0:
+            return None
+        if layers == 1:
+            return Bank(None, scale * torch.randn(H, n, outputs, d, dtype=torch.float64))
+        return Bank(torch.randn(H, n, h, d, dtype=torch.float64), scale * torch.randn(H, n, outputs, h, dtype=torch.float64))
+
+    return MemoryParams(bank(1, d), bank(rule.adaptive_key + rule.adaptive_value, d), bank(rule.adaptive_eta + rule.adaptive_alpha, 1))
+
+
+def make_inputs(T: int, *, decay: bool = True, momentum: bool = False):
+    q, k, v = (torch.randn(B, T, H, d, dtype=torch.float64) for _ in range(3))
+    rate = lambda shift: torch.randn(B, T, H, dtype=torch.float64) + shift  # noqa: E731
+    return q, k, v, RateLogits(rate(0.0), rate(3.0) if decay else None, rate(0.0) if momentum else None)
+
+
+def leaves(*trees) -> list[torch.Tensor]:
+    found = []
+    for tree in trees:
+        if isinstance(tree, torch.Tensor):
+            found.append(tree)
+        elif isinstance(tree, tuple):
+            found += leaves(*tree)
+    return found
+
+
+def outputs_and_gradients(fn, q, k, v, logits, params, rule, state):
+    """y, final state and the gradient of every input for a fixed random functional of y and the state."""
+    inputs = leaves(q, k, v, logits, params, *((state.now, state.start, state.momentum) if state else ()))
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    rebuilt = iter(inputs)
+
+    def rebuild(tree):
+        if isinstance(tree, torch.Tensor):
+            return next(rebuilt)
+        if isinstance(tree, tuple):
+            parts = [rebuild(x) for x in tree]
+            return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+        return tree
+
+    args = [rebuild(x) for x in (q, k, v, logits, params)]
+    if state is not None:
+        state = state._replace(now=rebuild(state.now), start=rebuild(state.start), momentum=rebuild(state.momentum))
+    y, end = fn(*args, rule, state)
+    results = leaves(y, end.now, end.momentum)
+    generator = torch.Generator().manual_seed(7)
+    loss = sum((x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in results)
+    return results, torch.autograd.grad(loss, inputs, allow_unused=True)
+
+
+def assert_same(rule: MemoryRule, T: int, *, layers: int = 2, decay: bool = True, momentum: bool = False, warm: bool = False):
+    params = make_params(rule, layers)
+    q, k, v, logits = make_inputs(T, decay=decay, momentum=momentum)
+    state = None
+    if warm:  # a state in the middle of a chunk, with weights of its own
+        _, state = memory_recurrent(*make_inputs(11, decay=decay, momentum=momentum), params, rule)
+    slow, slow_grads = outputs_and_gradients(memory_recurrent, q, k, v, logits, params, rule, state)
+    fast, fast_grads = outputs_and_gradients(memory_chunked, q, k, v, logits, params, rule, state)
+    for a, b in zip(slow + list(slow_grads), fast + list(fast_grads)):
+        if a is None or b is None:  # an unused input has no gradient, or an exactly zero one
+            assert a is None or not a.any()
+            assert b is None or not b.any()
+        else:
+            torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("objective", ["dot", "l2"])
+@pytest.mark.parametrize("dgd", ["none", "input", "all"])
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("warm", [False, True])
+def test_chunk_matches_recurrent(objective, dgd, momentum, warm):
+    rule = MemoryRule(8, 8, objective=objective, dgd_layers=dgd, eta_max=0.05)  # bounded for every combination
+    assert_same(rule, 21, momentum=momentum, warm=warm)
+
+
+@pytest.mark.parametrize("T", [1, 7, 8, 63])
+def test_ragged_lengths(T):
+    assert_same(HOPE, T, warm=True)
+
+
+@pytest.mark.parametrize("chunk, self_chunk", [(4, 16), (16, 4), (1, 8), (32, 32)])
+def test_two_chunk_lengths(chunk, self_chunk):
+    assert_same(MemoryRule(chunk, self_chunk), 37, momentum=True, warm=True)
+
+
+@pytest.mark.parametrize("read, read_skip, dot_target", list(itertools.product(["causal", "chunk_start"], [False, True], ["residual", "full"])))
+def test_reads_and_targets(read, read_skip, dot_target):
+    assert_same(MemoryRule(8, 8, read=read, read_skip=read_skip, dot_target=dot_target), 19)
+
+
+@pytest.mark.parametrize("adaptive", list(itertools.product([False, True], repeat=4)))
+def test_every_subset_of_self_memories(adaptive):
+    key, value, eta, alpha = adaptive
+    rule = MemoryRule(8, 8, adaptive_key=key, adaptive_value=value, adaptive_eta=eta, adaptive_alpha=alpha)
+    assert_same(rule, 13)
+    assert_same(MemoryRule(**{**rule.__dict__, "own_targets": False, "normalize_values": False, "eta_max": 0.1}), 13)
+
+
+@pytest.mark.parametrize("objective", ["dot", "l2"])
+@pytest.mark.parametrize("dgd", ["none", "input"])
+@pytest.mark.parametrize("decay", [False, True])
+def test_matrix_memory(objective, dgd, decay):
+    assert_same(MemoryRule(8, 8, objective=objective, dgd_layers=dgd, eta_max=0.1, **STATIC), 29, layers=1, decay=decay, momentum=decay)
+
+
+@pytest.mark.parametrize("alpha", [1e-4, 1 - 1e-7])
+def test_extreme_decay_over_a_long_chunk(alpha):
+    rule = MemoryRule(512, 512)
+    params = make_params(rule)
+    q, k, v, logits = make_inputs(512)
+    logits = logits._replace(alpha=torch.full_like(logits.alpha, alpha).logit())
+    slow, _ = memory_recurrent(q, k, v, logits, params, rule)
+    fast, _ = memory_chunked(q, k, v, logits, params, rule)
+    torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-10)
+
+
+def test_stream_in_pieces_equals_one_piece():
+    rule, T = MemoryRule(8, 16), 61
+    params = make_params(rule)
+    q, k, v, logits = make_inputs(T, momentum=True)
+    whole, end = memory_chunked(q, k, v, logits, params, rule)
+
+    def run(cuts):
+        state, parts = None, []
+        for a, b in itertools.pairwise([0, *cuts, T]):
+            part = slice(a, b)
+            rates = RateLogits(*(x[:, part] for x in logits))
+            y, state = memory_chunked(q[:, part], k[:, part], v[:, part], rates, params, rule, state)
+            parts.append(y)
+        return torch.cat(parts, 1), state
+
+    y, state = run([16, 48])  # at chunk borders: the same bits
+    assert torch.equal(y, whole)
+    assert all(torch.equal(a, b) for a, b in zip(leaves(state.now), leaves(end.now)))
+    y, state = run([1, 2, 13, 40])  # anywhere
+    torch.testing.assert_close(y, whole, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(leaves(state.now), leaves(end.now), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("objective", ["dot", "l2"])
+@pytest.mark.parametrize("scalar", [False, True])
+def test_inner_gradients_match_autograd(objective, scalar):
+    """e, and the input layer's delta, are gradients of the inner loss as METHOD defines it, the target held constant."""
+    rule = MemoryRule(objective=objective, dot_target="full", normalize_targets=False)
+    outputs = 1 if scalar else d
+    bank = Bank(
+        torch.randn(H, 1, h, d, dtype=torch.float64, requires_grad=True),
+        torch.randn(H, 1, outputs, h, dtype=torch.float64, requires_grad=True),
+    )
+    k, v = unit(torch.randn(H, 1, 1, d, dtype=torch.float64)), unit(torch.randn(H, 1, 1, d, dtype=torch.float64))
+
+    def memory(x):
+        y = F.silu(x @ bank.w_in.mT) @ bank.w_out.mT
+        return y if scalar else x + y
+
+    target, prediction = memory(v).detach(), memory(k)
+    loss = 0.5 * (prediction - target).square().sum() if objective == "l2" else -(prediction * target).sum()
+    grad_in, grad_out = torch.autograd.grad(loss, [bank.w_in, bank.w_out])
+    z = k @ bank.w_in.mT
+    phi = F.silu(z)
+    error = output_error(bank, k, v, phi, rule, scalar=scalar)
+    torch.testing.assert_close(error.mT @ phi, grad_out)
+    torch.testing.assert_close(((error @ bank.w_out) * dsilu(z)).mT @ k, grad_in)
+
+
+def test_silent_rates_leave_the_initial_state():
+    rule = MemoryRule(8, 8, eta_max=0.0)
+    params = make_params(rule)
+    q, k, v, logits = make_inputs(20, decay=False)
+    _, state = memory_chunked(q, k, v, logits, params, MemoryRule(**{**rule.__dict__, "adaptive_alpha": True}))
+    fresh = initial_state(params, B, momentum=False, dtype=torch.float64)
+    torch.testing.assert_close(leaves(state.now), leaves(fresh.now))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-4), (torch.bfloat16, 3e-2)])
+def test_low_precision_inputs(dtype, tolerance):
+    """State, decays and solve are float32: the error against float64 is that of rounding the inputs."""
+    rule = MemoryRule(32, 32)
+    params = make_params(rule)
+    q, k, v, logits = make_inputs(96)
+    exact, _ = memory_chunked(q, k, v, logits, params, rule)
+    low = [x.to(dtype) for x in (q, k, v)]
+    y, state = memory_chunked(*low, logits, map_params(lambda w: w.float(), params), rule)
+    assert y.dtype == dtype
+    assert state.now.mem.w_out.dtype == torch.float32
+    assert (y.double() - exact).norm() < tolerance * exact.norm()
+
+
+def test_delta_rule_of_a_matrix_memory_is_deltanet():
+    """W = W (I - beta k k^T) + beta v k^T, y = W q: DeltaNet (arXiv 2406.06484), written independently."""
+    rule = MemoryRule(8, 8, dgd_layers="input", **STATIC)
+    params = MemoryParams(Bank(None, torch.zeros(H, 1, d, d, dtype=torch.float64)))
+    q, k, v, logits = make_inputs(30, decay=False)
+    y, _ = memory_chunked(q, k, v, logits, params, rule)
+    state, beta = torch.zeros(B, H, d, d, dtype=torch.float64), torch.sigmoid(logits.eta)
+    for t in range(30):
+        key, value, query = unit(k[:, t]), unit(v[:, t]), unit(q[:, t])
+        old = torch.einsum("bhvk,bhk->bhv", state, key)
+        state = state + beta[:, t, :, None, None] * (value - old)[..., None] * key[..., None, :]
+        torch.testing.assert_close(y[:, t], torch.einsum("bhvk,bhk->bhv", state, query))
