@@ -2,6 +2,9 @@
 
 Inside a chunk all inner gradients are taken at the chunk's first state, so a chunk is a handful of matrix products and one
 triangular system per key set; the loop over chunks is the only sequential part. README.md derives the form; it is exact.
+
+Shapes, beside those of types.py: N = B H flattened. Memories that share their chunk borders form a group of n = nv vector
+and ns scalar memories, stacked memory-major in the batch dim of every product: [N n, C, .].
 """
 
 from __future__ import annotations
@@ -12,18 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hope_megatron.ops.memory.inner import (
-    apply_memory,
-    dsilu,
-    features,
-    has_skip,
-    output_error,
-    output_key,
-    output_uses_dgd,
-    unit,
-)
-from hope_megatron.ops.memory.tables import ChunkTables, chunk_tables, delta_inverse
-from hope_megatron.ops.memory.types import Bank, MemoryParams, MemoryRule, MemoryState, RateLogits, initial_state
+from hope_megatron.ops.memory.inner import dsilu, unit
+from hope_megatron.ops.memory.layout import Group, Weights, join_state, split_state
+from hope_megatron.ops.memory.tables import ChunkTables, chunk_tables, delta_inverse, gram
+from hope_megatron.ops.memory.types import MemoryParams, MemoryRule, MemoryState, RateLogits, initial_state
 
 
 def memory_chunked(
@@ -50,27 +45,39 @@ def memory_chunked(
 
     Computes in float32 (float64 if q is float64) whatever the input dtype.
     """
+    B, T, H, d = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if state is None:
-        state = initial_state(params, q.size(0), momentum=logits.theta is not None, dtype=dtype)
-    x_q, x_k, x_v = (x.transpose(1, 2).to(dtype) for x in (q, k, v))  # [B, H, T, d]
-    logits = RateLogits(*(None if r is None else r.transpose(1, 2).to(dtype) for r in logits))
+        state = initial_state(params, B, momentum=logits.theta is not None, dtype=dtype)
+    groups = split_state(state, rule)
+    flat = [x.transpose(1, 2).reshape(B * H, T, d).to(dtype) for x in (q, k, v)]
+    rates = [None if r is None else r.transpose(1, 2).reshape(B * H, T).to(dtype) for r in logits]
 
-    outputs, offset = [], 0
-    while offset < q.size(1):
-        # The longer of the two chunk lengths is the period; `piece` is what is left of it.
-        period = max(rule.chunk_tokens, rule.self_chunk_tokens)
-        piece = slice(offset, min(q.size(1), offset + period - state.position % period))
-        rates = RateLogits(*(None if r is None else r[:, :, piece] for r in logits))
-        inputs, self_state = _self_memories(x_k[:, :, piece], x_v[:, :, piece], rates, rule, state)
-        y, state = _main_memory(unit(x_q[:, :, piece]), inputs, rule, self_state)
+    position, outputs = state.position, []
+    period = max(rule.chunk_tokens, rule.self_chunk_tokens)
+    for piece in _pieces([unit(flat[0]), *flat[1:], *rates], position, period):
+        y, groups = _period(*piece, rule, groups, position)
+        position += y.size(1)
         outputs.append(y)
-        offset = piece.stop
-    return torch.cat(outputs, 2).transpose(1, 2).to(q.dtype), state
+    y = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
+    return y.view(B, H, T, d).transpose(1, 2).to(q.dtype), join_state(groups, B, position)
+
+
+def _pieces(tensors: list[Tensor | None], position: int, chunk: int) -> list[tuple[Tensor | None, ...]]:
+    """Cut [N, T, ...] tensors at chunk borders, for a piece that begins at stream position `position`.
+
+    One split per tensor: its backward is one concatenation, where slices would each make a full-length zero tensor.
+    """
+    T, first = tensors[0].size(1), chunk - position % chunk
+    lengths = [T] if T <= first else [first] + [chunk] * ((T - first) // chunk)
+    lengths += [T - sum(lengths)] * (sum(lengths) < T)
+    if len(lengths) == 1:
+        return [tuple(tensors)]
+    return list(zip(*([None] * len(lengths) if x is None else x.split(lengths, 1) for x in tensors)))
 
 
 class _Inputs(NamedTuple):
-    """What the self-memories make of a piece of the stream: keys and values [B, H, C, d], rates [B, H, C]."""
+    """What the self-memories make of a piece of the stream: unit keys and values [N, C, d], rates [N, C]."""
 
     k: Tensor
     v: Tensor
@@ -78,173 +85,204 @@ class _Inputs(NamedTuple):
     log_alpha: Tensor | None
     log_theta: Tensor | None
 
-    def cut(self, piece: slice) -> _Inputs:
-        return _Inputs(*(None if x is None else x[:, :, piece] for x in self))
+
+def _period(q, x_k, x_v, eta, alpha, theta, rule: MemoryRule, groups: tuple[Group, ...], position: int):
+    """Write and read along (the rest of) one period, the longer of the two chunk lengths. Returns y [N, C, d] and the groups."""
+    if len(groups) == 1:
+        group = groups[0].at(position, rule.chunk_tokens)
+        inputs = _generate(x_k, x_v, eta, alpha, theta, rule, group)
+        write = _Write(inputs, rule, group)
+        return write.read(q), (write.end(),)
+
+    own, main = groups
+    generated, at = [], position
+    for piece in _pieces([x_k, x_v, eta, alpha, theta], position, rule.self_chunk_tokens):
+        own = own.at(at, rule.self_chunk_tokens)
+        inputs = _generate(*piece, rule, own)
+        own, at = _Write(inputs, rule, own).end(), at + inputs.k.size(1)
+        generated.append(inputs)
+    inputs = [None if xs[0] is None else torch.cat(xs, 1) for xs in zip(*generated)]
+    outputs, at = [], position
+    for q_piece, *piece in _pieces([q, *inputs], position, rule.chunk_tokens):
+        main = main.at(at, rule.chunk_tokens)
+        write = _Write(_Inputs(*piece), rule, main)
+        outputs.append(write.read(q_piece))
+        main, at = write.end(), at + q_piece.size(1)
+    return torch.cat(outputs, 1), (own, main)
 
 
-def _spans(position: int, length: int, chunk: int):
-    """Cut `length` tokens that begin at stream position `position` at the borders of chunks."""
-    offset = 0
-    while offset < length:
-        stop = min(length, offset + chunk - (position + offset) % chunk)
-        yield slice(offset, stop), (position + offset) % chunk == 0
-        offset = stop
-
-
-def _self_memories(x_k: Tensor, x_v: Tensor, logits: RateLogits, rule: MemoryRule, state: MemoryState) -> tuple[_Inputs, MemoryState]:
-    """Generate keys, values and rates, and write the memories that generate them."""
-    pieces = []
-    for span, at_border in _spans(state.position, x_k.size(2), rule.self_chunk_tokens):
-        if at_border:
-            state = state._replace(start=state.start._replace(vector=state.now.vector, scalar=state.now.scalar))
-        rates = RateLogits(*(None if r is None else r[:, :, span] for r in logits))
-        inputs = _generate(x_k[:, :, span], x_v[:, :, span], rates, rule, state.start)
-        pieces.append(inputs)
-        if state.now.vector is not None or state.now.scalar is not None:
-            chunk = _Chunk(inputs, rule)
-            state = chunk.write(state, "vector")
-            state = chunk.write(state, "scalar")
-    if len(pieces) == 1:
-        return pieces[0], state
-    return _Inputs(*(None if xs[0] is None else torch.cat(xs, 2) for xs in zip(*pieces))), state
-
-
-def _generate(x_k: Tensor, x_v: Tensor, logits: RateLogits, rule: MemoryRule, start: MemoryParams) -> _Inputs:
-    """Keys, values and rates of a span, by the memories at its chunk's start (eqs. 86-87)."""
-    k, v, eta, alpha = x_k, x_v, logits.eta, logits.alpha
-    if start.vector is not None:
-        adapted = [x for x, adaptive in ((x_k, rule.adaptive_key), (x_v, rule.adaptive_value)) if adaptive]
-        results = list(apply_memory(start.vector, torch.stack(adapted, 2), skip=True).unbind(2))
-        k = results.pop(0) if rule.adaptive_key else k
-        v = results.pop(0) if rule.adaptive_value else v
-    if start.scalar is not None:
-        gates = list(apply_memory(start.scalar, x_k.unsqueeze(2), skip=False).squeeze(-1).unbind(2))
-        eta = eta + gates.pop(0) if rule.adaptive_eta else eta
-        alpha = alpha + gates.pop(0) if rule.adaptive_alpha and alpha is not None else alpha
+def _generate(x_k, x_v, eta, alpha, theta, rule: MemoryRule, group: Group) -> _Inputs:
+    """Keys, values and rates of a chunk, by the memories at its start (eqs. 86-87)."""
+    k, v = x_k, x_v
+    if rule.adaptive_key:
+        k = x_k + group.layers_of("k", x_k)
+    if rule.adaptive_value:
+        v = x_v + group.layers_of("v", x_v)
+    if rule.adaptive_eta:
+        eta = eta + group.layers_of("eta", x_k).squeeze(-1)
+    if rule.adaptive_alpha and alpha is not None:
+        alpha = alpha + group.layers_of("alpha", x_k).squeeze(-1)
     return _Inputs(
         k=unit(k),
         v=unit(v) if rule.normalize_values else v,
         eta=rule.eta_max * torch.sigmoid(eta),
         log_alpha=None if alpha is None else F.logsigmoid(alpha),
-        log_theta=None if logits.theta is None else F.logsigmoid(logits.theta),
+        log_theta=None if theta is None else F.logsigmoid(theta),
     )
 
 
-def _main_memory(q: Tensor, inputs: _Inputs, rule: MemoryRule, state: MemoryState) -> tuple[Tensor, MemoryState]:
-    """Write M_mem with the piece's keys and values and read it with unit queries q [B, H, C, d]."""
-    outputs = []
-    for span, at_border in _spans(state.position, q.size(2), rule.chunk_tokens):
-        if at_border:
-            state = state._replace(start=state.start._replace(mem=state.now.mem))
-        chunk = _Chunk(inputs.cut(span), rule)
-        outputs.append(chunk.read(q[:, :, span], state))
-        state = chunk.write(state, "mem")._replace(position=state.position + span.stop - span.start)
-    return torch.cat(outputs, 2), state
+class _Write:
+    """What one chunk (or the part of one that a cut leaves) writes into a group of memories."""
 
-
-class _Chunk:
-    """One chunk (or the part of one that a stream's cut leaves): its tables, and the writes of every bank."""
-
-    def __init__(self, inputs: _Inputs, rule: MemoryRule):
-        self.k, self.v = inputs.k.unsqueeze(2), inputs.v.unsqueeze(2)  # [B, H, 1, C, d]
-        self.rule = rule
+    def __init__(self, inputs: _Inputs, rule: MemoryRule, group: Group):
+        self.rule, self.group = rule, group
         self.tables = chunk_tables(inputs.eta, inputs.log_alpha, inputs.log_theta)
-        self._key_inverse: Tensor | None = None
-        self._writes: dict[str, tuple[_LayerWrites | None, _LayerWrites]] = {}
+        n, two_layers = group.n, group.start.w_in is not None
+        k_n = _repeat(inputs.k, n)  # [N n, C, d]
+        phi, z = k_n, None
+        if two_layers:
+            z = torch.bmm(k_n, group.start.w_in.mT)  # [N n, C, h]
+            phi = F.silu(z)
 
-    def write(self, state: MemoryState, name: str) -> MemoryState:
-        """The state with bank `name` written by the whole chunk."""
-        bank = getattr(state.now, name)
-        if bank is None:
-            return state
-        write_in, write_out = self._bank_writes(state, name)
-        speed = getattr(state.momentum, name) if state.momentum is not None else Bank(None, None)
-        w_out, s_out = write_out.end(bank.w_out, speed.w_out)
-        w_in, s_in = (None, None) if write_in is None else write_in.end(bank.w_in, speed.w_in)
-        momentum = state.momentum
-        if momentum is not None:
-            momentum = momentum._replace(**{name: Bank(w_in, s_out) if w_in is None else Bank(s_in, s_out)})
-        return state._replace(now=state.now._replace(**{name: Bank(w_in, w_out)}), momentum=momentum)
+        e_vector, e_scalar = _errors(inputs.k, inputs.v, phi, rule, group)
+        dgd_out = rule.dgd_layers == "all" or (rule.dgd_layers == "input" and not two_layers)
+        keys = unit(phi) if two_layers and rule.dgd_layers == "all" else phi
+        inverse_in, inverse_out = self._inverses(inputs.k, keys, two_layers, dgd_out)
+        keys_vector, keys_scalar = group.cut(keys)
+        inverse_vector, inverse_scalar = group.cut(inverse_out) if dgd_out else (None, None)
+        self.vector = self._layer("w_vector", keys_vector, e_vector, inverse_vector, group.nv)
+        self.scalar = self._layer("w_scalar", keys_scalar, e_scalar, inverse_scalar, group.ns)
+        self.input = None
+        if two_layers:
+            delta = group.stack(
+                None if e_vector is None else torch.bmm(e_vector, group.start.w_vector),
+                None if e_scalar is None else e_scalar * group.start.w_scalar,
+            )
+            held = z if group.now is group.start else None
+            self.input = self._layer("w_in", k_n, delta * dsilu(z), inverse_in, n, held)
 
-    def read(self, q: Tensor, state: MemoryState) -> Tensor:
-        """M_mem(q_t): at every token as written so far (dual form), or at the chunk's start. q [B, H, C, d]."""
-        bank, q = state.now.mem, q.unsqueeze(2)
-        skip = self.rule.read_skip and has_skip(bank, scalar=False)
+    def _inverses(self, k: Tensor, keys: Tensor, two_layers: bool, dgd_out: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Triangular inverses of the input layers (one per head, repeated) and of the output layers, in one solve."""
+        n = self.group.n
+        if not two_layers:
+            return None, _repeat(delta_inverse(gram(k), self.tables), n) if dgd_out else None
+        if self.rule.dgd_layers == "none":
+            return None, None
+        if not dgd_out:
+            return _repeat(delta_inverse(gram(k), self.tables), n), None
+        C = k.size(1)
+        grams = torch.cat([gram(k).unsqueeze(1), gram(keys).unflatten(0, (-1, n))], 1)  # [N, 1 + n, C, C]
+        inverses = delta_inverse(grams, self.tables)
+        first, rest = inverses.split([1, n], 1)
+        return first.expand(-1, n, C, C).reshape(-1, C, C), rest.reshape(-1, C, C)
+
+    def _layer(self, name: str, keys, gradient, inverse: Tensor | None, n: int, held: Tensor | None = None) -> _Layer | None:
+        if gradient is None:
+            return None
+        speed = None if self.group.speed is None else getattr(self.group.speed, name)
+        return _Layer.solve(keys, gradient, getattr(self.group.now, name), speed, inverse, self.tables.repeat(n), held)
+
+    def read(self, q: Tensor) -> Tensor:
+        """M_mem(q_t): at every token as written so far (dual form), or at the chunk's start. q [N, C, d] unit."""
+        group, skip = self.group, self.rule.read_skip and self.input is not None
         if self.rule.read == "chunk_start":
-            return apply_memory(state.start.mem, q, skip=skip).squeeze(2)
-        write_in, write_out = self._bank_writes(state, "mem")
-        speed = state.momentum.mem if state.momentum is not None else Bank(None, None)
-        hidden = q if write_in is None else F.silu(write_in.read(q, bank.w_in, speed.w_in))
-        y = write_out.read(hidden, bank.w_out, speed.w_out)
-        return (q + y if skip else y).squeeze(2)
+            y = group.layers_of("mem", q)
+        else:
+            hidden = q if self.input is None else F.silu(self.input.first_of(group.n, self.tables).read(q))
+            y = self.vector.first_of(group.nv, self.tables).read(hidden)
+        return q + y if skip else y
 
-    def _bank_writes(self, state: MemoryState, name: str) -> tuple[_LayerWrites | None, _LayerWrites]:
-        if name not in self._writes:
-            bank, start = getattr(state.now, name), getattr(state.start, name)
-            speed = getattr(state.momentum, name) if state.momentum is not None else Bank(None, None)
-            phi, z = features(start, self.k)
-            error = output_error(start, self.k, self.v, phi, self.rule, scalar=name == "scalar")
-            eta = self.tables.eta.unsqueeze(-1)
-            key = output_key(phi, start, self.rule)
-            inverse = None
-            if output_uses_dgd(bank, self.rule):
-                inverse = delta_inverse(key, self.tables) if bank.w_in is not None else self.key_inverse
-            write_out = _LayerWrites.make(key, eta * error, bank.w_out, speed.w_out, inverse, self.tables)
-            write_in = None
-            if bank.w_in is not None:
-                drive = eta * (error @ start.w_out) * dsilu(z)
-                inverse = self.key_inverse if self.rule.dgd_layers != "none" else None
-                write_in = _LayerWrites.make(self.k, drive, bank.w_in, speed.w_in, inverse, self.tables)
-            self._writes[name] = write_in, write_out
-        return self._writes[name]
-
-    @property
-    def key_inverse(self) -> Tensor:
-        """The triangular inverse for keys k, shared by every memory of the head."""
-        if self._key_inverse is None:
-            self._key_inverse = delta_inverse(self.k, self.tables)
-        return self._key_inverse
+    def end(self) -> Group:
+        """The group after the chunk's last token."""
+        layers = (self.input, self.vector, self.scalar)
+        weights, speeds = zip(*((None, None) if layer is None else layer.end() for layer in layers))
+        speed = None if self.group.speed is None else Weights(*speeds)
+        return self.group._replace(now=Weights(*weights), speed=speed)
 
 
-class _LayerWrites(NamedTuple):
-    """What a chunk writes into one layer: W_t = gamma_t W_0 + m_t0 S_0 - sum_s (Gamma_ts erase_s + m_ts drive_s) keys_s^T.
+def _errors(k: Tensor, v: Tensor, phi: Tensor, rule: MemoryRule, group: Group) -> tuple[Tensor | None, Tensor | None]:
+    """e = d loss / d output at the chunk's first state: [N nv, C, d] and [N ns, C, 1].
 
-    Without momentum m = Gamma, and `drive` holds erase + drive together.
+    The target is a constant of the inner problem but not of the outer one: nothing is detached.
+    """
+    start, skip = group.start, group.start.w_in is not None
+    phi_vector, phi_scalar = group.cut(phi)
+    own_vector = own_scalar = None
+    if rule.own_targets or group.ns:
+        own = _repeat(v, group.n)
+        own_vector, own_scalar = group.cut(F.silu(torch.bmm(own, start.w_in.mT)) if skip else own)
+    vector = scalar = None
+    if phi_vector is not None:
+        k_n, target = _repeat(k, group.nv), _repeat(v, group.nv)
+        if rule.own_targets:
+            written = torch.bmm(own_vector, start.w_vector.mT)
+            target = target + written if skip else written
+            target = unit(target) if rule.normalize_targets else target
+        if rule.objective == "l2":
+            prediction = torch.bmm(phi_vector, start.w_vector.mT)
+            vector = (k_n + prediction if skip else prediction) - target
+        else:
+            vector = k_n - target if skip and rule.dot_target == "residual" else -target
+    if phi_scalar is not None:
+        target = torch.bmm(own_scalar, start.w_scalar.mT)
+        target = torch.tanh(target) if rule.normalize_targets else target
+        scalar = torch.bmm(phi_scalar, start.w_scalar.mT) - target if rule.objective == "l2" else -target
+    return vector, scalar
+
+
+class _Layer(NamedTuple):
+    """Writes of a chunk into one layer: W_t = gamma_t W_0 + m_t0 S_0 - sum_s (Gamma_ts erase_s + m_ts drive_s) keys_s^T.
+
+    Without momentum m = Gamma, and `drive` holds erase + drive together. Leading dim [N n].
     """
 
-    keys: Tensor  # [B, H, n or 1, C, x]
-    drive: Tensor  # eta g, [B, H, n, C, o]
-    erase: Tensor | None  # eta W_{t-1} k_t under DGD and momentum, [B, H, n, C, o]
+    keys: Tensor  # [N n, C, x]
+    drive: Tensor  # eta g, [N n, C, o]
+    erase: Tensor | None  # eta W_{t-1} k_t under DGD and momentum
+    w: Tensor  # W_0, [N n, o, x]
+    s: Tensor | None  # S_0
     tables: ChunkTables
 
     @classmethod
-    def make(cls, keys, drive, w, s, inverse: Tensor | None, tables: ChunkTables) -> _LayerWrites:
-        """Solve for the rows. w, s: weights and momentum before this piece, [B, H, n, o, x]; inverse: None without DGD."""
+    def solve(cls, keys, gradient, w, s, inverse: Tensor | None, tables: ChunkTables, held: Tensor | None) -> _Layer:
+        """Solve for the rows. gradient: g; inverse: None without DGD; held: keys W_0^T if it is known already."""
+        drive = tables.eta * gradient
         if inverse is None:
-            return cls(keys, drive, None, tables)
-        held = (tables.eta * tables.gamma_prev).unsqueeze(-1) * (keys @ w.mT)
+            return cls(keys, drive, None, w, s, tables)
+        held = tables.eta_gamma_prev * (torch.bmm(keys, w.mT) if held is None else held)
         if tables.momentum is None:
-            return cls(keys, inverse @ (held + drive), None, tables)
-        moving = tables.momentum.m0_prev.unsqueeze(-1) * (keys @ s.mT)
-        moving = moving - (tables.momentum.m_prev * (keys @ keys.mT)) @ drive
-        return cls(keys, drive, inverse @ (held + tables.eta.unsqueeze(-1) * moving), tables)
+            return cls(keys, torch.bmm(inverse, held + drive), None, w, s, tables)
+        moving = tables.momentum.m0_prev * torch.bmm(keys, s.mT)
+        moving = moving - torch.bmm(tables.momentum.m_prev * gram(keys), drive)
+        return cls(keys, drive, torch.bmm(inverse, held + tables.eta * moving), w, s, tables)
 
-    def read(self, x: Tensor, w: Tensor, s: Tensor | None) -> Tensor:
-        """W_t x_t for every token of the piece: x [B, H, n, C, x] -> [B, H, n, C, o]."""
-        tables, scores = self.tables, x @ self.keys.mT
-        y = tables.gamma.unsqueeze(-1) * (x @ w.mT)
+    def first_of(self, n: int, tables: ChunkTables) -> _Layer:
+        """The first memory of a stack of n, with tables that are not repeated."""
+        if n == 1:
+            return self
+        pick = lambda x: None if x is None else x.unflatten(0, (-1, n)).select(1, 0)  # noqa: E731
+        return _Layer(*(pick(x) for x in self[:5]), tables)
+
+    def read(self, x: Tensor) -> Tensor:
+        """W_t x_t for every token of the chunk: [N, C, x] -> [N, C, o]."""
+        tables, scores = self.tables, torch.bmm(x, self.keys.mT)
+        y = tables.gamma * torch.bmm(x, self.w.mT)
         if tables.momentum is None:
-            return y - (tables.Gamma * scores) @ self.drive
-        y = y + tables.momentum.m0.unsqueeze(-1) * (x @ s.mT) - (tables.momentum.m * scores) @ self.drive
-        return y if self.erase is None else y - (tables.Gamma * scores) @ self.erase
+            return y - torch.bmm(tables.Gamma * scores, self.drive)
+        y = y + tables.momentum.m0 * torch.bmm(x, self.s.mT) - torch.bmm(tables.momentum.m * scores, self.drive)
+        return y if self.erase is None else y - torch.bmm(tables.Gamma * scores, self.erase)
 
-    def end(self, w: Tensor, s: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weights and momentum after the piece's last token."""
+    def end(self) -> tuple[Tensor, Tensor | None]:
+        """Weights and momentum after the chunk's last token."""
         tables = self.tables
-        decay, last = tables.gamma[..., -1, None, None], tables.Gamma[..., -1, :, None]
         if tables.momentum is None:
-            return decay * w - (last * self.drive).mT @ self.keys, None
-        m, m0 = tables.momentum.m[..., -1, :, None], tables.momentum.m0[..., -1, None, None]
-        rows = m * self.drive if self.erase is None else m * self.drive + last * self.erase
-        speed = tables.momentum.theta_all[..., None, None] * s - (tables.momentum.theta_end.unsqueeze(-1) * self.drive).mT @ self.keys
-        return decay * w + m0 * s - rows.mT @ self.keys, speed
+            return tables.gamma_end * self.w - torch.bmm((tables.Gamma_end * self.drive).mT, self.keys), None
+        m = tables.momentum
+        rows = m.m_end * self.drive if self.erase is None else m.m_end * self.drive + tables.Gamma_end * self.erase
+        w = tables.gamma_end * self.w + m.m0_end * self.s - torch.bmm(rows.mT, self.keys)
+        return w, m.theta_all * self.s - torch.bmm((m.theta_end * self.drive).mT, self.keys)
+
+
+def _repeat(x: Tensor, n: int) -> Tensor:
+    """[N, ...] -> [N n, ...], each entry n times in a row."""
+    return x if n == 1 else x.unsqueeze(1).expand(-1, n, *x.shape[1:]).reshape(-1, *x.shape[1:])

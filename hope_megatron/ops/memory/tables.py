@@ -1,65 +1,85 @@
 """Decay tables of a chunk and the triangular system of its Delta-Gradient-Descent writes.
 
 Notation of README.md: gamma_t = prod alpha, Gamma_ts = gamma_t / gamma_s, Theta_ts = prod theta, m = Gamma Theta.
-A trailing minus (here `_prev`) shifts a table one token back: row t holds t - 1.
+`_prev` shifts a table one token back (row t holds t - 1), `_end` is its last row as a column. N = B H.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class ChunkTables:
-    """All of a chunk that its memories share. Leading dims [B, H, 1]: the 1 broadcasts over memories."""
-
-    eta: Tensor  # [B, H, 1, C]
-    gamma: Tensor  # decay since the chunk's start, [B, H, 1, C]
-    gamma_prev: Tensor
-    Gamma: Tensor  # decay from token s to t, lower triangular with diagonal, [B, H, 1, C, C]
-    Gamma_prev: Tensor  # strictly lower triangular
-    momentum: MomentumTables | None
-
-
-@dataclass(frozen=True)
-class MomentumTables:
+class MomentumTables(NamedTuple):
     """How a gradient of token s still moves the weights at token t."""
 
-    theta_end: Tensor  # Theta_{C,s}, [B, H, 1, C]
-    theta_all: Tensor  # Theta_{C,0}, [B, H, 1]
-    m: Tensor  # [B, H, 1, C, C]
-    m_prev: Tensor
-    m0: Tensor  # reach of the incoming momentum S_0, [B, H, 1, C]
-    m0_prev: Tensor
+    m: Tensor  # [N, C, C]
+    m_prev: Tensor  # [N, C, C]
+    m_end: Tensor  # [N, C, 1]
+    m0: Tensor  # reach of the incoming momentum S_0, [N, C, 1]
+    m0_prev: Tensor  # [N, C, 1]
+    m0_end: Tensor  # [N, 1, 1]
+    theta_end: Tensor  # Theta_{C,s}, [N, C, 1]
+    theta_all: Tensor  # Theta_{C,0}, [N, 1, 1]
+
+
+class ChunkTables(NamedTuple):
+    """All of a chunk that its memories share."""
+
+    eta: Tensor  # [N, C, 1]
+    eta_gamma_prev: Tensor  # [N, C, 1]
+    gamma: Tensor  # decay since the chunk's start, [N, C, 1]
+    gamma_end: Tensor  # [N, 1, 1]
+    Gamma: Tensor  # decay from token s to t, lower triangular with diagonal, [N, C, C]
+    Gamma_end: Tensor  # [N, C, 1]
+    eta_Gamma_prev: Tensor  # strictly lower triangular, [N, C, C]
+    momentum: MomentumTables | None
+
+    def repeat(self, n: int) -> ChunkTables:
+        """For a stack of n memories: every table n times in a row along the first dim."""
+        if n == 1:
+            return self
+        repeat = lambda x: x.repeat_interleave(n, 0)  # noqa: E731
+        momentum = self.momentum and MomentumTables(*map(repeat, self.momentum))
+        # a stack never reads inside the chunk, so the two C x C tables stay as they are
+        small = (repeat(x) for x in (self.eta, self.eta_gamma_prev, self.gamma, self.gamma_end))
+        return ChunkTables(*small, self.Gamma, repeat(self.Gamma_end), self.eta_Gamma_prev, momentum)
 
 
 def chunk_tables(eta: Tensor, log_alpha: Tensor | None, log_theta: Tensor | None) -> ChunkTables:
-    """Build the tables from per-token rates [B, H, C], in log space."""
-    eta = eta.unsqueeze(2)
-    log_alpha = torch.zeros_like(eta) if log_alpha is None else log_alpha.unsqueeze(2)
-    total = log_alpha.cumsum(-1)
-    total_prev = F.pad(total[..., :-1], (1, 0))
-    Gamma = _decay_matrix(total, total)
-    Gamma_prev = _decay_matrix(total_prev, total, strict=True)
+    """Build the tables from per-token rates [N, C], in log space."""
+    total = torch.zeros_like(eta) if log_alpha is None else log_alpha.cumsum(-1)
+    total_prev = F.pad(total[:, :-1], (1, 0))
+    gamma, Gamma = total.exp(), _decay_matrix(total, total)
     momentum = None
     if log_theta is not None:
-        speed = log_theta.unsqueeze(2).cumsum(-1)
+        speed = log_theta.cumsum(-1)
         Theta = _decay_matrix(speed, speed)
-        m = Gamma @ Theta
-        m0 = (Gamma @ speed.exp().unsqueeze(-1)).squeeze(-1)
+        m, m0 = torch.bmm(Gamma, Theta), torch.bmm(Gamma, speed.exp().unsqueeze(-1))
         momentum = MomentumTables(
-            theta_end=Theta[..., -1, :],
-            theta_all=speed[..., -1].exp(),
             m=m,
-            m_prev=F.pad(m[..., :-1, :], (0, 0, 1, 0)),
+            m_prev=F.pad(m[:, :-1], (0, 0, 1, 0)),
+            m_end=m[:, -1, :, None],
             m0=m0,
-            m0_prev=F.pad(m0[..., :-1], (1, 0)),
+            m0_prev=F.pad(m0[:, :-1], (0, 0, 1, 0)),
+            m0_end=m0[:, -1:],
+            theta_end=Theta[:, -1, :, None],
+            theta_all=speed[:, -1, None, None].exp(),
         )
-    return ChunkTables(eta, total.exp(), total_prev.exp(), Gamma, Gamma_prev, momentum)
+    column = eta.unsqueeze(-1)
+    return ChunkTables(
+        eta=column,
+        eta_gamma_prev=(eta * total_prev.exp()).unsqueeze(-1),
+        gamma=gamma.unsqueeze(-1),
+        gamma_end=gamma[:, -1, None, None],
+        Gamma=Gamma,
+        Gamma_end=Gamma[:, -1, :, None],
+        eta_Gamma_prev=column * _decay_matrix(total_prev, total, strict=True),
+        momentum=momentum,
+    )
 
 
 def _decay_matrix(to: Tensor, since: Tensor, *, strict: bool = False) -> Tensor:
@@ -68,14 +88,19 @@ def _decay_matrix(to: Tensor, since: Tensor, *, strict: bool = False) -> Tensor:
     Masked before exp: above the diagonal the difference is positive and may overflow, and inf * 0 is NaN in backward.
     """
     C = to.size(-1)
-    keep = torch.ones(C, C, dtype=torch.bool, device=to.device).tril(-1 if strict else 0)
-    difference = to.unsqueeze(-1) - since.unsqueeze(-2)
-    return difference.masked_fill(~keep, -torch.inf).exp()
+    above = torch.ones(C, C, dtype=torch.bool, device=to.device).triu(0 if strict else 1)
+    return (to.unsqueeze(-1) - since.unsqueeze(-2)).masked_fill(above, -torch.inf).exp()
 
 
-def delta_inverse(keys: Tensor, tables: ChunkTables) -> Tensor:
-    """(I + diag(eta) Gamma_prev . K K^T)^-1, unit lower triangular. keys [B, H, n or 1, C, x] -> [B, H, n or 1, C, C]."""
-    C = keys.size(-2)
-    system = tables.eta.unsqueeze(-1) * tables.Gamma_prev * (keys @ keys.mT)
-    eye = torch.eye(C, dtype=keys.dtype, device=keys.device)
-    return torch.linalg.solve_triangular(eye + system, eye.expand_as(system), upper=False, unitriangular=True)
+def gram(keys: Tensor) -> Tensor:
+    """K K^T: [M, C, x] -> [M, C, C]."""
+    return torch.bmm(keys, keys.mT)
+
+
+def delta_inverse(grams: Tensor, tables: ChunkTables) -> Tensor:
+    """(I + diag(eta) strictly_lower(Gamma_prev . K K^T))^-1 for grams K K^T, [N, C, C] or [N, n, C, C]."""
+    decay = tables.eta_Gamma_prev if grams.dim() == 3 else tables.eta_Gamma_prev.unsqueeze(1)
+    C = grams.size(-1)
+    eye = torch.eye(C, dtype=grams.dtype, device=grams.device)
+    system = decay * grams  # `unitriangular` supplies the diagonal
+    return torch.linalg.solve_triangular(system, eye.expand_as(system), upper=False, unitriangular=True)
