@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hope_megatron.ops.memory.bounded import bounded_scan, default_segment_tokens
 from hope_megatron.ops.memory.inner import dsilu, unit
 from hope_megatron.ops.memory.layout import Group, Weights, join_state, split_state
 from hope_megatron.ops.memory.tables import ChunkTables, chunk_tables, delta_inverse, gram
@@ -29,6 +30,9 @@ def memory_chunked(
     params: MemoryParams,
     rule: MemoryRule,
     state: MemoryState | None = None,
+    *,
+    recompute: bool = False,
+    segment_tokens: int | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """Read and write the memories of every head along a piece of a stream (eqs. 83-93).
 
@@ -38,6 +42,8 @@ def memory_chunked(
         params: learned initial memories, [H, n, ...]; used when `state` is None.
         rule: how the memories learn.
         state: where an earlier piece of the same streams ended; None starts new streams.
+        recompute: keep only the weights at segment borders for backward, and recompute the rest (bounded.py).
+        segment_tokens: tokens per segment, rounded up to whole periods; None chooses by memory.
 
     Returns:
         y [B, T, H, d] in q's dtype, and the state after the last token. Differentiable with respect to everything,
@@ -53,14 +59,41 @@ def memory_chunked(
     flat = [x.transpose(1, 2).reshape(B * H, T, d).to(dtype) for x in (q, k, v)]
     rates = [None if r is None else r.transpose(1, 2).reshape(B * H, T).to(dtype) for r in logits]
 
-    position, outputs = state.position, []
-    period = max(rule.chunk_tokens, rule.self_chunk_tokens)
-    for piece in _pieces([unit(flat[0]), *flat[1:], *rates], position, period):
+    tensors = [unit(flat[0]), *flat[1:], *rates]
+    if recompute and torch.is_grad_enabled():
+        y, groups = _recomputed(tensors, rule, groups, state.position, segment_tokens)
+    else:
+        y, groups = _scan(tensors, rule, groups, state.position)
+    return y.view(B, H, T, d).transpose(1, 2).to(q.dtype), join_state(groups, B, state.position + T)
+
+
+def _scan(tensors, rule: MemoryRule, groups: tuple[Group, ...], position: int) -> tuple[Tensor, tuple[Group, ...]]:
+    """The loop over periods. tensors: q, k, v [N, T, d] and eta, alpha, theta [N, T]. Returns y [N, T, d] and the groups."""
+    outputs = []
+    for piece in _pieces(tensors, position, _period_tokens(rule)):
         y, groups = _period(*piece, rule, groups, position)
         position += y.size(1)
         outputs.append(y)
-    y = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
-    return y.view(B, H, T, d).transpose(1, 2).to(q.dtype), join_state(groups, B, position)
+    return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], groups
+
+
+def _recomputed(tensors, rule: MemoryRule, groups, position: int, segment_tokens: int | None):
+    """`_scan` in bounded memory, from the first border of a period on."""
+    period, T = _period_tokens(rule), tensors[0].size(1)
+    head = min(T, -position % period)
+    if head:
+        first, tensors = zip(*((None, None) if x is None else x.split([head, T - head], 1) for x in tensors))
+        y_head, groups = _scan(first, rule, groups, position)
+        if head == T:
+            return y_head, groups
+    length = segment_tokens or default_segment_tokens(T - head, period, groups)
+    y, groups = bounded_scan(_scan, list(tensors), rule, groups, position + head, -(-length // period) * period)
+    return torch.cat([y_head, y], 1) if head else y, groups
+
+
+def _period_tokens(rule: MemoryRule) -> int:
+    """The longer of the two chunk lengths; the shorter one divides it."""
+    return max(rule.chunk_tokens, rule.self_chunk_tokens)
 
 
 def _pieces(tensors: list[Tensor | None], position: int, chunk: int) -> list[tuple[Tensor | None, ...]]:

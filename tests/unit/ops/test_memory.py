@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -163,6 +164,24 @@ def test_stream_in_pieces_equals_one_piece():
     y, state = run([1, 2, 13, 40])  # anywhere
     torch.testing.assert_close(y, whole, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(leaves(state.now), leaves(end.now), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("chunk, self_chunk, warm", [(8, 8, False), (4, 16, True), (8, 8, True)])
+@pytest.mark.parametrize("segment_tokens", [None, 16, 1000])
+def test_recomputing_changes_no_gradient(momentum, chunk, self_chunk, warm, segment_tokens):
+    rule = MemoryRule(chunk, self_chunk)
+    params = make_params(rule)
+    q, k, v, logits = make_inputs(77, momentum=momentum)
+    state = memory_recurrent(*make_inputs(11, momentum=momentum), params, rule)[1] if warm else None
+    recomputing = functools.partial(memory_chunked, recompute=True, segment_tokens=segment_tokens)
+    plain = outputs_and_gradients(memory_chunked, q, k, v, logits, params, rule, state)
+    bounded = outputs_and_gradients(recomputing, q, k, v, logits, params, rule, state)
+    for a, b in zip(itertools.chain(*plain), itertools.chain(*bounded)):
+        if a is None or b is None:
+            assert all(x is None or not x.any() for x in (a, b))
+        else:
+            torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("objective", ["dot", "l2"])

@@ -1,0 +1,56 @@
+"""The closed forms of config/accounting.py equal what a built model has."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+
+from hope_megatron.config import load_model_config
+from hope_megatron.config.accounting import num_parameters, weight_table
+from hope_megatron.config.model import AttentionConfig, MemoryConfig
+from hope_megatron.config.parallel import ParallelConfig
+from hope_megatron.config.presets import config_names
+from hope_megatron.engine.distributed import init_distributed, shutdown_distributed
+from hope_megatron.layers.transformer_config import megatron_config
+from hope_megatron.model.language_model import LanguageModel
+from hope_megatron.testing.models import tiny_model
+
+STATIC = dict(adaptive_key=False, adaptive_value=False, adaptive_eta=False, adaptive_alpha=False, own_targets=False)
+VARIANTS = {
+    "gate": tiny_model(memory=MemoryConfig(output_gate="silu")),
+    "constant_rates": tiny_model(memory=MemoryConfig(decay="constant", momentum="constant")),
+    "momentum": tiny_model(memory=MemoryConfig(momentum="data", hidden_size=12)),
+    "partly_adaptive": tiny_model(memory=MemoryConfig(adaptive_key=False, adaptive_alpha=False)),
+    "matrix": tiny_model(memory=MemoryConfig(num_layers=1, dgd_layers="all", conv_width=1, **STATIC)),
+    "untied": tiny_model(tie_embeddings=False),
+    "grouped_attention": tiny_model(layer_pattern=("attention", "memory"), attention=AttentionConfig(num_kv_heads=1)),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def world_of_one():
+    init_distributed(ParallelConfig())
+    yield
+    shutdown_distributed()
+
+
+def build_on_meta(config):
+    with torch.device("meta"):
+        return LanguageModel(megatron_config(config, ParallelConfig(), torch.float32), config)
+
+
+@pytest.mark.parametrize("config", [*config_names("models"), *VARIANTS])
+def test_closed_form_equals_the_built_model(config):
+    config = VARIANTS[config] if config in VARIANTS else load_model_config(config)
+    model = build_on_meta(config)
+    assert sum(p.numel() for p in model.parameters()) == num_parameters(config)
+    by_period = Counter()
+    for p in model.parameters():
+        by_period[getattr(p, "update_period_steps", 1)] += p.numel()
+    table = itertools.groupby(sorted(weight_table(config), key=lambda w: w.update_period_steps), lambda w: w.update_period_steps)
+    assert dict(by_period) == {period: sum(w.total for w in rows) for period, rows in table}
+    matrices = sum(p.numel() for p in model.parameters() if p.optim_role == "matrix")
+    assert matrices == sum(w.total for w in weight_table(config) if w.matrix)
