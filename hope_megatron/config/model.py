@@ -33,6 +33,8 @@ class MemoryConfig(Section):
     """Inner loss: -<M(k), v> or 0.5 |M(k) - v|^2."""
     dgd_layers: Literal["none", "input", "all"] = "all"
     """Layers whose update carries the Delta-Gradient-Descent term W (alpha I - eta k k^T). "input" is eq. 88 read literally."""
+    decay_erased: bool = False
+    """Retention also scales what that term erases, W alpha (I - eta k k^T): the gated delta rule."""
     own_targets: bool = True
     """Each memory writes its own target M(v) (self-modification). False: the target is v, as in Titans."""
     dot_target: Literal["residual", "full"] = "residual"
@@ -57,10 +59,12 @@ class MemoryConfig(Section):
 
     eta_max: float = Field(default=1.0, ge=0.0)
     """Bound of the inner learning rate. 0 silences all writes (the control experiment)."""
+    eta: Literal["data", "fixed"] = "data"
+    """Inner learning rate: from the token, or eta_max always (linear attention)."""
     eta_init: float = Field(default=0.5, gt=0.0, lt=1.0)
     """Initial inner learning rate as a fraction of eta_max."""
-    decay: Literal["data", "constant", "none"] = "data"
-    """Retention alpha: from the token, a learned constant per head, or 1."""
+    decay: Literal["data", "constant", "retnet", "none"] = "data"
+    """Retention alpha: from the token, a learned constant per head, RetNet's fixed 1 - 2^(-5 - head), or 1."""
     alpha_init: float = Field(default=0.999, gt=0.0, lt=1.0)
     """Initial retention per token."""
     momentum: Literal["none", "constant", "data"] = "none"
@@ -95,23 +99,35 @@ class MemoryConfig(Section):
                 f"memory.chunk_tokens={self.chunk_tokens} and memory.self_chunk_tokens={self.self_chunk}: "
                 f"one must divide the other; for example self_chunk_tokens={small}"
             )
+        if self.adaptive_eta and self.eta == "fixed":
+            raise ConfigError(
+                "memory.adaptive_eta=true adds to a rate that memory.eta=fixed does not have; set one of them otherwise"
+            )
+        if self.adaptive_alpha and self.decay in ("none", "retnet"):
+            raise ConfigError(
+                f"memory.adaptive_alpha=true adds to a retention that memory.decay={self.decay} fixes; "
+                "set adaptive_alpha=false, or decay=data"
+            )
         if self.num_layers == 1 and (self.adaptive or self.own_targets):
             raise ConfigError(
                 "memory.num_layers=1 (a matrix memory) has static projections and external targets; set "
                 "adaptive_key, adaptive_value, adaptive_eta, adaptive_alpha and own_targets to false, or num_layers=2"
             )
-        if self.objective == "l2" and self.eta_max * self.chunk_tokens > 2.0 and self.num_layers == 2:
+        if self.objective == "l2" and self.eta_max * self.chunk_tokens > 2.0:
             raise ConfigError(
                 f"memory.objective=l2 with eta_max={self.eta_max} diverges: the {self.chunk_tokens} gradients of a chunk are "
                 f"summed at its start; set eta_max to at most {2.0 / self.chunk_tokens:g} (2 / chunk_tokens), or objective=dot"
             )
-        if self.objective == "dot" and self.dgd_layers != "all" and self.eta_max * self.chunk_tokens > 2.0:
+        erases = self.dgd_layers == "all" or (self.dgd_layers == "input" and self.num_layers == 1)
+        if self.objective == "dot" and self.num_layers == 2 and not erases and self.eta_max * self.chunk_tokens > 2.0:
             raise ConfigError(
                 f"memory.objective=dot without DGD on all layers has nothing that bounds its writes at eta_max={self.eta_max}; "
                 f"set dgd_layers=all, or eta_max to at most {2.0 / self.chunk_tokens:g} (2 / chunk_tokens)"
             )
-        if self.objective == "dot" and self.dgd_layers == "all" and self.eta_max > 1.0:
-            raise ConfigError(f"memory.eta_max={self.eta_max}: above 1 a delta-rule write overshoots its unit key; use at most 1")
+        if self.objective == "dot" and erases and self.eta_max > 1.0:
+            raise ConfigError(
+                f"memory.eta_max={self.eta_max}: above 1 a delta-rule write overshoots its unit key; use at most 1"
+            )
         return self
 
 

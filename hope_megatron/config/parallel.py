@@ -27,6 +27,7 @@ class ParallelConfig(Section):
     def _check(self) -> ParallelConfig:
         if self.sequence_parallel and self.tensor_parallel == 1:
             raise ConfigError(
-                "parallel.sequence_parallel=true needs tensor_parallel of at least 2; set sequence_parallel=false or tensor_parallel=2"
+                "parallel.sequence_parallel=true needs tensor_parallel of at least 2; "
+                "set sequence_parallel=false or tensor_parallel=2"
             )
         return self

@@ -38,7 +38,8 @@ class RunConfig(Section):
         check_parallel_fits_model(self.model, self.parallel, self.training)
         if self.parallel.zero_stage == 0 and self.training.precision == "bf16":
             raise ConfigError(
-                "parallel.zero_stage=0 with training.precision=bf16 computes a wrong gradient norm in DeepSpeed; set zero_stage=1, or precision=fp32"
+                "parallel.zero_stage=0 with training.precision=bf16 computes a wrong gradient norm in DeepSpeed; "
+                "set zero_stage=1, or precision=fp32"
             )
         if self.optim.warmup_steps > self.training.steps:
             raise ConfigError(

@@ -31,8 +31,8 @@ class TrainingConfig(Section):
     """Steps between held-out evaluations; 0: only at the end."""
     eval_sequences: int = Field(default=64, gt=0)
     """Held-out sequences per evaluation during training."""
-    recompute: Literal["none", "layer"] = "none"
-    """Recompute each layer in backward instead of keeping its activations."""
+    recompute: Literal["none", "memory", "layer"] = "none"
+    """What backward recomputes instead of keeping: nothing, the inside of the memories, or that and each whole layer."""
     num_threads: int = Field(default=1, gt=0)
     """CPU threads per process for torch operators, when there is no GPU."""
 

@@ -50,9 +50,7 @@ class StreamingAttention(MegatronModule):
         self.present = AttentionState(key[kept], value[kept], position)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, T, d]
         mask, causal = self._mask(T, key.size(0), q.device)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1)
-        )
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
         return y.permute(2, 0, 1, 3).flatten(2)
 
     def _mask(self, T: int, S: int, device: torch.device) -> tuple[Tensor | None, bool]:

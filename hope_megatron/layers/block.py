@@ -25,7 +25,9 @@ class HopeLayerSubmodules:
 class HopeLayer(MegatronModule):
     """x + Mixer(norm(x)), then the continuum memory system, each level with its own norm and residual."""
 
-    def __init__(self, config: TransformerConfig, submodules: HopeLayerSubmodules, model: ModelConfig, layer_number: int):
+    def __init__(
+        self, config: TransformerConfig, submodules: HopeLayerSubmodules, model: ModelConfig, layer_number: int
+    ):
         super().__init__(config)
         self.layer_number = layer_number
         self.norm = RMSNorm(

@@ -30,7 +30,12 @@ class CMSLevel(MegatronModule):
             model.hidden_size, model.norm_epsilon, sum_over_tp=config.sequence_parallel, dtype=config.params_dtype
         )
         self.up = column_parallel(
-            model.hidden_size, blocks * level.hidden_size, config, normal(model.init_std), blocks=blocks, fused_apart=True
+            model.hidden_size,
+            blocks * level.hidden_size,
+            config,
+            normal(model.init_std),
+            blocks=blocks,
+            fused_apart=True,
         )
         self.down = row_parallel(
             level.hidden_size, model.hidden_size, config, normal(model.init_std / math.sqrt(2 * model.num_layers))

@@ -20,7 +20,15 @@ from hope_megatron.config.model import MemoryConfig, ModelConfig
 from hope_megatron.layers.linear import column_parallel, enter_parallel_region, row_parallel, zeros
 from hope_megatron.layers.norm import RMSNorm
 from hope_megatron.layers.parameters import constant, declare, normal, rows
-from hope_megatron.ops.memory import Bank, MemoryParams, MemoryRule, MemoryState, RateLogits, initial_state, memory_chunked
+from hope_megatron.ops.memory import (
+    Bank,
+    MemoryParams,
+    MemoryRule,
+    MemoryState,
+    RateLogits,
+    initial_state,
+    memory_chunked,
+)
 from hope_megatron.ops.short_conv import short_conv
 
 
@@ -38,6 +46,7 @@ def memory_rule(config: MemoryConfig) -> MemoryRule:
         self_chunk_tokens=config.self_chunk if config.adaptive else config.chunk_tokens,
         objective=config.objective,
         dgd_layers=config.dgd_layers,
+        decay_erased=config.decay_erased,
         own_targets=config.own_targets,
         dot_target=config.dot_target,
         adaptive_key=config.adaptive_key,
@@ -60,27 +69,29 @@ class MemoryMixer(MegatronModule):
         memory = model.memory
         self.memory_config, self.rule = memory, memory_rule(memory)
         self.head_dim, self.layer_number = model.head_dim, layer_number
+        self.recompute_memory = False
         self.num_heads = model.num_heads // parallel_state.get_tensor_model_parallel_world_size()  # of this rank
+        self.first_head = self.num_heads * parallel_state.get_tensor_model_parallel_rank()
         width, dtype = model.num_heads * model.head_dim, config.params_dtype
 
         self.qkv = column_parallel(
             model.hidden_size, 3 * width, config, normal(model.init_std), blocks=3, fused_apart=True
         )
-        rates = self._rates(memory)
-        self.rates = column_parallel(
-            model.hidden_size,
-            len(rates) * model.num_heads,
-            config,
-            zeros,
-            blocks=len(rates),
-            bias_init=rows(list(rates.values())),
-            role="vector",
-        )
-        self.rate_names = tuple(rates)
+        self.rate_names, self.rates = tuple(rates := data_rates(memory)), None
+        if rates:
+            self.rates = column_parallel(
+                model.hidden_size,
+                len(rates) * model.num_heads,
+                config,
+                zeros,
+                blocks=len(rates),
+                bias_init=rows(list(rates.values())),
+                role="vector",
+            )
         self.constants = nn.ParameterDict(
             {
                 name: declare(nn.Parameter(torch.empty(self.num_heads, dtype=dtype)), constant(value), shard_dim=0)
-                for name, value in self._constant_rates(memory).items()
+                for name, value in constant_rates(memory).items()
             }
         )
         self.conv = None
@@ -96,26 +107,6 @@ class MemoryMixer(MegatronModule):
         self.output = row_parallel(
             width, model.hidden_size, config, normal(model.init_std / math.sqrt(2 * model.num_layers))
         )
-
-    @staticmethod
-    def _rates(memory: MemoryConfig) -> dict[str, float]:
-        """Rates that depend on the token, with their initial logits."""
-        rates = {"eta": _logit(memory.eta_init)}
-        if memory.decay == "data":
-            rates["alpha"] = _logit(memory.alpha_init)
-        if memory.momentum == "data":
-            rates["theta"] = _logit(memory.momentum_init)
-        return rates
-
-    @staticmethod
-    def _constant_rates(memory: MemoryConfig) -> dict[str, float]:
-        """Learned rates, one per head."""
-        rates = {}
-        if memory.decay == "constant":
-            rates["alpha"] = _logit(memory.alpha_init)
-        if memory.momentum == "constant":
-            rates["theta"] = _logit(memory.momentum_init)
-        return rates
 
     def init_state(self, batch_size: int) -> MemoryMixerState:
         """The state of `batch_size` new streams."""
@@ -138,7 +129,14 @@ class MemoryMixer(MegatronModule):
         qkv = F.silu(qkv)
         q, k, v = qkv.view(B, T, 3, self.num_heads, self.head_dim).unbind(2)
         y, memory = memory_chunked(
-            q, k, v, self._rate_logits(x), self.memories(), self.rule, state.memory if state else None
+            q,
+            k,
+            v,
+            self._rate_logits(x),
+            self.memories(),
+            self.rule,
+            state.memory if state else None,
+            recompute=self.recompute_memory,
         )
         y = self.head_norm(y).transpose(0, 1).reshape(T, B, -1)
         if self.gate is not None:
@@ -146,13 +144,42 @@ class MemoryMixer(MegatronModule):
         return self.output(y)[0], MemoryMixerState(tail, memory)
 
     def _rate_logits(self, x: Tensor) -> RateLogits:
-        """[T, B, D] -> logits [B, T, H] in float32."""
-        logits, bias = self.rates(x)
-        logits = (logits.float() + bias.float()).transpose(0, 1)
-        found = dict(zip(self.rate_names, logits.unflatten(-1, (-1, self.num_heads)).unbind(2)))
+        """[T, B, D] -> logits [B, T, H] in float32, those of this rank's heads."""
+        T, B = x.shape[:2]
+        found: dict[str, Tensor] = {}
+        if self.rates is not None:
+            logits, bias = self.rates(x)
+            logits = (logits.float() + bias.float()).transpose(0, 1)
+            found = dict(zip(self.rate_names, logits.unflatten(-1, (-1, self.num_heads)).unbind(2)))
         for name, value in self.constants.items():
-            found[name] = value.float().expand(logits.size(0), logits.size(1), -1)
-        return RateLogits(found["eta"], found.get("alpha"), found.get("theta"))
+            found[name] = value.float().expand(B, T, -1)
+        if self.memory_config.decay == "retnet":
+            head = torch.arange(self.num_heads, device=x.device) + self.first_head
+            alpha = 1 - 2.0 ** (-5.0 - head)
+            found["alpha"] = torch.logit(alpha).expand(B, T, -1)
+        return RateLogits(found.get("eta"), found.get("alpha"), found.get("theta"))
+
+
+def data_rates(memory: MemoryConfig) -> dict[str, float]:
+    """Rates that depend on the token, with their initial logits."""
+    rates = {}
+    if memory.eta == "data":
+        rates["eta"] = _logit(memory.eta_init)
+    if memory.decay == "data":
+        rates["alpha"] = _logit(memory.alpha_init)
+    if memory.momentum == "data":
+        rates["theta"] = _logit(memory.momentum_init)
+    return rates
+
+
+def constant_rates(memory: MemoryConfig) -> dict[str, float]:
+    """Learned rates, one per head, with their initial logits."""
+    rates = {}
+    if memory.decay == "constant":
+        rates["alpha"] = _logit(memory.alpha_init)
+    if memory.momentum == "constant":
+        rates["theta"] = _logit(memory.momentum_init)
+    return rates
 
 
 class MemoryWeights(nn.Module):

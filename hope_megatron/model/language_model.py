@@ -52,6 +52,8 @@ class LanguageModel(MegatronModule):
             build_module(layer_spec(mixer), config=config, model=model, layer_number=i + 1)
             for i, mixer in enumerate(model.mixers)
         )
+        for layer in self.layers:
+            layer.mixer.recompute_memory = recompute != "none"
         self.norm = RMSNorm(
             model.hidden_size, model.norm_epsilon, sum_over_tp=config.sequence_parallel, dtype=config.params_dtype
         )

@@ -27,7 +27,9 @@ class ModelState(NamedTuple):
         found: dict[str, Tensor] = {}
 
         def keep(path: str, x: Any) -> Any:
-            found[path] = x.detach().clone().contiguous() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.int64)
+            found[path] = (
+                x.detach().clone().contiguous() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.int64)
+            )
             return x
 
         _map(self, keep)

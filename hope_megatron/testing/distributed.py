@@ -63,7 +63,9 @@ def _collect(results, processes, timeout_s: float) -> list[Any]:
             if dead:
                 raise RuntimeError(f"rank {dead[0]} died with exit code {processes[dead[0]].exitcode}") from None
             if time.monotonic() > deadline:
-                raise RuntimeError(f"ranks {sorted(set(range(len(processes))) - set(found))} gave no result in {timeout_s} s") from None
+                raise RuntimeError(
+                    f"ranks {sorted(set(range(len(processes))) - set(found))} gave no result in {timeout_s} s"
+                ) from None
             continue
         if error is not None:
             raise RuntimeError(f"rank {rank} failed:\n{error}")
@@ -78,7 +80,9 @@ def _child(fn, rank: int, world_size: int, store: str, timeout_s: float, results
     os.environ["LOCAL_RANK"] = str(rank)
     try:
         timeout = datetime.timedelta(seconds=timeout_s)
-        dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timeout)
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timeout
+        )
         results.put((rank, None, fn(rank, world_size, *args)))
         dist.barrier()
         dist.destroy_process_group()

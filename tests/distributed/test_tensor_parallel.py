@@ -15,10 +15,14 @@ from hope_megatron.testing.models import random_batch, tiny_model
 
 pytestmark = pytest.mark.distributed
 
+STATIC = dict(adaptive_key=False, adaptive_value=False, adaptive_eta=False, adaptive_alpha=False, own_targets=False)
 CASES = {
     "hope": tiny_model(memory=MemoryConfig(chunk_tokens=8, self_chunk_tokens=16, momentum="data", output_gate="silu")),
     "hope_untied": tiny_model(tie_embeddings=False),
-    "constant_rates": tiny_model(memory=MemoryConfig(chunk_tokens=8, eta_max=0.5, decay="constant", momentum="constant")),
+    "constant_rates": tiny_model(
+        memory=MemoryConfig(chunk_tokens=8, eta_max=0.5, decay="constant", momentum="constant")
+    ),
+    "retnet": tiny_model(memory=MemoryConfig(num_layers=1, dgd_layers="none", eta="fixed", decay="retnet", **STATIC)),
     "transformer": tiny_model(layer_pattern=("attention",)),
     "mixed": tiny_model(layer_pattern=("attention", "memory")),
 }
@@ -43,8 +47,7 @@ def _loss_logits_gradients(model_config, parallel: ParallelConfig):
             blocks = [part.chunk(p.partition_stride, p.partition_dim) for part in parts]
             grad = torch.cat([block[i] for i in range(p.partition_stride) for block in blocks], p.partition_dim)
         gradients[name] = grad.clone().numpy()
-    shutdown = loss.item(), logits.numpy(), gradients
-    return shutdown
+    return loss.item(), logits.numpy(), gradients
 
 
 def _all_meshes(rank: int, world_size: int):

@@ -37,7 +37,12 @@ def default_segment_tokens(num_tokens: int, period: int, groups: tuple[Group, ..
 
 
 def bounded_scan(
-    scan: Scan, tensors: list[Tensor | None], rule: MemoryRule, groups: tuple[Group, ...], position: int, segment_tokens: int
+    scan: Scan,
+    tensors: list[Tensor | None],
+    rule: MemoryRule,
+    groups: tuple[Group, ...],
+    position: int,
+    segment_tokens: int,
 ) -> tuple[Tensor, tuple[Group, ...]]:
     """`scan`, with at most one segment of activations alive. `position` must be at a border of the period."""
     weights = _flatten(groups)
@@ -78,7 +83,9 @@ class _BoundedScan(torch.autograd.Function):
                 at = ctx.position + i * ctx.segment_tokens
                 y, end = ctx.scan(leaves[:n], ctx.rule, _rebuild(leaves[n:], ctx.template), at)
             present = [x for x in leaves if x is not None]
-            found = iter(torch.autograd.grad([y, *_flatten(end)], present, [grad_pieces[i], *grads_end], allow_unused=True))
+            found = iter(
+                torch.autograd.grad([y, *_flatten(end)], present, [grad_pieces[i], *grads_end], allow_unused=True)
+            )
             grads = [None if x is None else next(found) for x in leaves]
             gradients.append(tuple(grads[:n]))
             grads_end = [torch.zeros_like(w) if g is None else g for g, w in zip(grads[n:], weights)]

@@ -38,7 +38,7 @@ def memory_chunked(
 
     Args:
         q, k, v: projected and convolved inputs x^q, x^k, x^v, each [B, T, H, d]; any T of at least 1.
-        logits: static parts of the rates, each [B, T, H].
+        logits: static parts of the rates, each [B, T, H] or None.
         params: learned initial memories, [H, n, ...]; used when `state` is None.
         rule: how the memories learn.
         state: where an earlier piece of the same streams ended; None starts new streams.
@@ -102,7 +102,7 @@ def _pieces(tensors: list[Tensor | None], position: int, chunk: int) -> list[tup
     One split per tensor: its backward is one concatenation, where slices would each make a full-length zero tensor.
     """
     T, first = tensors[0].size(1), chunk - position % chunk
-    lengths = [T] if T <= first else [first] + [chunk] * ((T - first) // chunk)
+    lengths = [T] if first >= T else [first] + [chunk] * ((T - first) // chunk)
     lengths += [T - sum(lengths)] * (sum(lengths) < T)
     if len(lengths) == 1:
         return [tuple(tensors)]
@@ -151,14 +151,14 @@ def _generate(x_k, x_v, eta, alpha, theta, rule: MemoryRule, group: Group) -> _I
         k = x_k + group.layers_of("k", x_k)
     if rule.adaptive_value:
         v = x_v + group.layers_of("v", x_v)
-    if rule.adaptive_eta:
+    if rule.adaptive_eta and eta is not None:
         eta = eta + group.layers_of("eta", x_k).squeeze(-1)
     if rule.adaptive_alpha and alpha is not None:
         alpha = alpha + group.layers_of("alpha", x_k).squeeze(-1)
     return _Inputs(
         k=unit(k),
         v=unit(v) if rule.normalize_values else v,
-        eta=rule.eta_max * torch.sigmoid(eta),
+        eta=k.new_full(k.shape[:2], rule.eta_max) if eta is None else rule.eta_max * torch.sigmoid(eta),
         log_alpha=None if alpha is None else F.logsigmoid(alpha),
         log_theta=None if theta is None else F.logsigmoid(theta),
     )
@@ -169,7 +169,7 @@ class _Write:
 
     def __init__(self, inputs: _Inputs, rule: MemoryRule, group: Group):
         self.rule, self.group = rule, group
-        self.tables = chunk_tables(inputs.eta, inputs.log_alpha, inputs.log_theta)
+        self.tables = chunk_tables(inputs.eta, inputs.log_alpha, inputs.log_theta, decay_erased=rule.decay_erased)
         n, two_layers = group.n, group.start.w_in is not None
         k_n = _repeat(inputs.k, n)  # [N n, C, d]
         phi, z = k_n, None
@@ -194,7 +194,9 @@ class _Write:
             held = z if group.now is group.start else None
             self.input = self._layer("w_in", k_n, delta * dsilu(z), inverse_in, n, held)
 
-    def _inverses(self, k: Tensor, keys: Tensor, two_layers: bool, dgd_out: bool) -> tuple[Tensor | None, Tensor | None]:
+    def _inverses(
+        self, k: Tensor, keys: Tensor, two_layers: bool, dgd_out: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Triangular inverses of the input layers (one per head, repeated) and of the output layers, in one solve."""
         n = self.group.n
         if not two_layers:
@@ -209,7 +211,9 @@ class _Write:
         first, rest = inverses.split([1, n], 1)
         return first.expand(-1, n, C, C).reshape(-1, C, C), rest.reshape(-1, C, C)
 
-    def _layer(self, name: str, keys, gradient, inverse: Tensor | None, n: int, held: Tensor | None = None) -> _Layer | None:
+    def _layer(
+        self, name: str, keys, gradient, inverse: Tensor | None, n: int, held: Tensor | None = None
+    ) -> _Layer | None:
         if gradient is None:
             return None
         speed = None if self.group.speed is None else getattr(self.group.speed, name)
@@ -271,7 +275,7 @@ class _Layer(NamedTuple):
 
     keys: Tensor  # [N n, C, x]
     drive: Tensor  # eta g, [N n, C, o]
-    erase: Tensor | None  # eta W_{t-1} k_t under DGD and momentum
+    erase: Tensor | None  # beta W_{t-1} k_t under DGD and momentum
     w: Tensor  # W_0, [N n, o, x]
     s: Tensor | None  # S_0
     tables: ChunkTables
@@ -282,12 +286,12 @@ class _Layer(NamedTuple):
         drive = tables.eta * gradient
         if inverse is None:
             return cls(keys, drive, None, w, s, tables)
-        held = tables.eta_gamma_prev * (torch.bmm(keys, w.mT) if held is None else held)
+        held = tables.erase_gamma_prev * (torch.bmm(keys, w.mT) if held is None else held)
         if tables.momentum is None:
             return cls(keys, torch.bmm(inverse, held + drive), None, w, s, tables)
         moving = tables.momentum.m0_prev * torch.bmm(keys, s.mT)
         moving = moving - torch.bmm(tables.momentum.m_prev * gram(keys), drive)
-        return cls(keys, drive, torch.bmm(inverse, held + tables.eta * moving), w, s, tables)
+        return cls(keys, drive, torch.bmm(inverse, held + tables.erase * moving), w, s, tables)
 
     def first_of(self, n: int, tables: ChunkTables) -> _Layer:
         """The first memory of a stack of n, with tables that are not repeated."""

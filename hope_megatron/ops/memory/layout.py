@@ -100,7 +100,9 @@ def _group(state: MemoryState, vector: list[str], scalar: list[str]) -> Group:
 
     now = weights(state.now)
     start = now if state.start is state.now else weights(state.start)
-    return Group(now, start, None if state.momentum is None else weights(state.momentum), (*vector, *scalar), len(vector))
+    return Group(
+        now, start, None if state.momentum is None else weights(state.momentum), (*vector, *scalar), len(vector)
+    )
 
 
 def _stack(banks: list[Tensor | None]) -> Tensor | None:

@@ -30,12 +30,13 @@ class ChunkTables(NamedTuple):
     """All of a chunk that its memories share."""
 
     eta: Tensor  # [N, C, 1]
-    eta_gamma_prev: Tensor  # [N, C, 1]
+    erase: Tensor  # beta of the DGD term: eta, or alpha eta, [N, C, 1]
+    erase_gamma_prev: Tensor  # [N, C, 1]
     gamma: Tensor  # decay since the chunk's start, [N, C, 1]
     gamma_end: Tensor  # [N, 1, 1]
     Gamma: Tensor  # decay from token s to t, lower triangular with diagonal, [N, C, C]
     Gamma_end: Tensor  # [N, C, 1]
-    eta_Gamma_prev: Tensor  # strictly lower triangular, [N, C, C]
+    erase_Gamma_prev: Tensor  # strictly lower triangular, [N, C, C]
     momentum: MomentumTables | None
 
     def repeat(self, n: int) -> ChunkTables:
@@ -45,11 +46,13 @@ class ChunkTables(NamedTuple):
         repeat = lambda x: x.repeat_interleave(n, 0)  # noqa: E731
         momentum = self.momentum and MomentumTables(*map(repeat, self.momentum))
         # a stack never reads inside the chunk, so the two C x C tables stay as they are
-        small = (repeat(x) for x in (self.eta, self.eta_gamma_prev, self.gamma, self.gamma_end))
-        return ChunkTables(*small, self.Gamma, repeat(self.Gamma_end), self.eta_Gamma_prev, momentum)
+        small = (repeat(x) for x in (self.eta, self.erase, self.erase_gamma_prev, self.gamma, self.gamma_end))
+        return ChunkTables(*small, self.Gamma, repeat(self.Gamma_end), self.erase_Gamma_prev, momentum)
 
 
-def chunk_tables(eta: Tensor, log_alpha: Tensor | None, log_theta: Tensor | None) -> ChunkTables:
+def chunk_tables(
+    eta: Tensor, log_alpha: Tensor | None, log_theta: Tensor | None, *, decay_erased: bool = False
+) -> ChunkTables:
     """Build the tables from per-token rates [N, C], in log space."""
     total = torch.zeros_like(eta) if log_alpha is None else log_alpha.cumsum(-1)
     total_prev = F.pad(total[:, :-1], (1, 0))
@@ -69,15 +72,17 @@ def chunk_tables(eta: Tensor, log_alpha: Tensor | None, log_theta: Tensor | None
             theta_end=Theta[:, -1, :, None],
             theta_all=speed[:, -1, None, None].exp(),
         )
-    column = eta.unsqueeze(-1)
+    erase = eta * log_alpha.exp() if decay_erased and log_alpha is not None else eta
+    column = erase.unsqueeze(-1)
     return ChunkTables(
-        eta=column,
-        eta_gamma_prev=(eta * total_prev.exp()).unsqueeze(-1),
+        eta=eta.unsqueeze(-1),
+        erase=column,
+        erase_gamma_prev=(erase * total_prev.exp()).unsqueeze(-1),
         gamma=gamma.unsqueeze(-1),
         gamma_end=gamma[:, -1, None, None],
         Gamma=Gamma,
         Gamma_end=Gamma[:, -1, :, None],
-        eta_Gamma_prev=column * _decay_matrix(total_prev, total, strict=True),
+        erase_Gamma_prev=column * _decay_matrix(total_prev, total, strict=True),
         momentum=momentum,
     )
 
@@ -98,8 +103,8 @@ def gram(keys: Tensor) -> Tensor:
 
 
 def delta_inverse(grams: Tensor, tables: ChunkTables) -> Tensor:
-    """(I + diag(eta) strictly_lower(Gamma_prev . K K^T))^-1 for grams K K^T, [N, C, C] or [N, n, C, C]."""
-    decay = tables.eta_Gamma_prev if grams.dim() == 3 else tables.eta_Gamma_prev.unsqueeze(1)
+    """(I + diag(beta) strictly_lower(Gamma_prev . K K^T))^-1 for grams K K^T, [N, C, C] or [N, n, C, C]."""
+    decay = tables.erase_Gamma_prev if grams.dim() == 3 else tables.erase_Gamma_prev.unsqueeze(1)
     C = grams.size(-1)
     eye = torch.eye(C, dtype=grams.dtype, device=grams.device)
     system = decay * grams  # `unitriangular` supplies the diagonal

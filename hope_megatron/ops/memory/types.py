@@ -27,6 +27,8 @@ class MemoryRule:
     """Inner loss: -<M(k), v> or 0.5 |M(k) - v|^2."""
     dgd_layers: Literal["none", "input", "all"] = "all"
     """Layers with the Delta Gradient Descent term (eq. 88). "all": the output layer too, keyed by its unit features."""
+    decay_erased: bool = False
+    """Whether retention also scales what DGD erases: W alpha (I - eta k k^T), the gated delta rule, instead of eq. 88."""
     own_targets: bool = True
     """Targets are M(v) of each memory, or v. Scalar memories always write their own: v has no scalar part."""
     dot_target: Literal["residual", "full"] = "residual"
@@ -45,7 +47,7 @@ class MemoryRule:
     read_skip: bool = False
     """Whether y includes the skip connection q (two-layer memories)."""
     eta_max: float = 1.0
-    """Upper bound of the inner learning rate."""
+    """Upper bound of the inner learning rate; the rate itself where it has no logits."""
 
 
 class Bank(NamedTuple):
@@ -70,7 +72,7 @@ class MemoryParams(NamedTuple):
 class RateLogits(NamedTuple):
     """Static parts of the rates before their sigmoids, each [B, T, H]."""
 
-    eta: Tensor
+    eta: Tensor | None = None  # None: eta = eta_max
     alpha: Tensor | None = None  # None: alpha = 1, no decay
     theta: Tensor | None = None  # None: no momentum
 

@@ -12,7 +12,7 @@ from hope_megatron.config import load_model_config
 from hope_megatron.config.accounting import num_parameters, weight_table
 from hope_megatron.config.model import AttentionConfig, MemoryConfig
 from hope_megatron.config.parallel import ParallelConfig
-from hope_megatron.config.presets import config_names
+from hope_megatron.config.presets import config_names, family_names
 from hope_megatron.engine.distributed import init_distributed, shutdown_distributed
 from hope_megatron.layers.transformer_config import megatron_config
 from hope_megatron.model.language_model import LanguageModel
@@ -42,7 +42,7 @@ def build_on_meta(config):
         return LanguageModel(megatron_config(config, ParallelConfig(), torch.float32), config)
 
 
-@pytest.mark.parametrize("config", [*config_names("models"), *VARIANTS])
+@pytest.mark.parametrize("config", [*config_names("models"), *family_names(), *VARIANTS])
 def test_closed_form_equals_the_built_model(config):
     config = VARIANTS[config] if config in VARIANTS else load_model_config(config)
     model = build_on_meta(config)
@@ -50,7 +50,9 @@ def test_closed_form_equals_the_built_model(config):
     by_period = Counter()
     for p in model.parameters():
         by_period[getattr(p, "update_period_steps", 1)] += p.numel()
-    table = itertools.groupby(sorted(weight_table(config), key=lambda w: w.update_period_steps), lambda w: w.update_period_steps)
+    table = itertools.groupby(
+        sorted(weight_table(config), key=lambda w: w.update_period_steps), lambda w: w.update_period_steps
+    )
     assert dict(by_period) == {period: sum(w.total for w in rows) for period, rows in table}
     matrices = sum(p.numel() for p in model.parameters() if p.optim_role == "matrix")
     assert matrices == sum(w.total for w in weight_table(config) if w.matrix)

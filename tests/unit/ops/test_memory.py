@@ -32,9 +32,13 @@ def make_params(rule: MemoryRule, layers: int = 2, scale: float = 0.3) -> Memory
             return None
         if layers == 1:
             return Bank(None, scale * torch.randn(H, n, outputs, d, dtype=torch.float64))
-        return Bank(torch.randn(H, n, h, d, dtype=torch.float64), scale * torch.randn(H, n, outputs, h, dtype=torch.float64))
+        return Bank(
+            torch.randn(H, n, h, d, dtype=torch.float64), scale * torch.randn(H, n, outputs, h, dtype=torch.float64)
+        )
 
-    return MemoryParams(bank(1, d), bank(rule.adaptive_key + rule.adaptive_value, d), bank(rule.adaptive_eta + rule.adaptive_alpha, 1))
+    return MemoryParams(
+        bank(1, d), bank(rule.adaptive_key + rule.adaptive_value, d), bank(rule.adaptive_eta + rule.adaptive_alpha, 1)
+    )
 
 
 def make_inputs(T: int, *, decay: bool = True, momentum: bool = False):
@@ -77,7 +81,9 @@ def outputs_and_gradients(fn, q, k, v, logits, params, rule, state):
     return results, torch.autograd.grad(loss, inputs, allow_unused=True)
 
 
-def assert_same(rule: MemoryRule, T: int, *, layers: int = 2, decay: bool = True, momentum: bool = False, warm: bool = False):
+def assert_same(
+    rule: MemoryRule, T: int, *, layers: int = 2, decay: bool = True, momentum: bool = False, warm: bool = False
+):
     params = make_params(rule, layers)
     q, k, v, logits = make_inputs(T, decay=decay, momentum=momentum)
     state = None
@@ -102,6 +108,11 @@ def test_chunk_matches_recurrent(objective, dgd, momentum, warm):
     assert_same(rule, 21, momentum=momentum, warm=warm)
 
 
+@pytest.mark.parametrize("momentum", [False, True])
+def test_gated_delta_rule(momentum):
+    assert_same(MemoryRule(8, 8, decay_erased=True), 21, momentum=momentum, warm=True)
+
+
 @pytest.mark.parametrize("T", [1, 7, 8, 63])
 def test_ragged_lengths(T):
     assert_same(HOPE, T, warm=True)
@@ -112,7 +123,10 @@ def test_two_chunk_lengths(chunk, self_chunk):
     assert_same(MemoryRule(chunk, self_chunk), 37, momentum=True, warm=True)
 
 
-@pytest.mark.parametrize("read, read_skip, dot_target", list(itertools.product(["causal", "chunk_start"], [False, True], ["residual", "full"])))
+@pytest.mark.parametrize(
+    "read, read_skip, dot_target",
+    list(itertools.product(["causal", "chunk_start"], [False, True], ["residual", "full"])),
+)
 def test_reads_and_targets(read, read_skip, dot_target):
     assert_same(MemoryRule(8, 8, read=read, read_skip=read_skip, dot_target=dot_target), 19)
 
@@ -129,7 +143,13 @@ def test_every_subset_of_self_memories(adaptive):
 @pytest.mark.parametrize("dgd", ["none", "input"])
 @pytest.mark.parametrize("decay", [False, True])
 def test_matrix_memory(objective, dgd, decay):
-    assert_same(MemoryRule(8, 8, objective=objective, dgd_layers=dgd, eta_max=0.1, **STATIC), 29, layers=1, decay=decay, momentum=decay)
+    assert_same(
+        MemoryRule(8, 8, objective=objective, dgd_layers=dgd, eta_max=0.1, **STATIC),
+        29,
+        layers=1,
+        decay=decay,
+        momentum=decay,
+    )
 
 
 @pytest.mark.parametrize("alpha", [1e-4, 1 - 1e-7])

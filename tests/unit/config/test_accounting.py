@@ -1,0 +1,275 @@
+"""Closed forms against what PyTorch builds, multiplies and keeps."""
+
+from __future__ import annotations
+
+import pytest
+
+from hope_megatron.config import load_model_config, resolve_run_config
+from hope_megatron.config.accounting import (
+    forward_flops,
+    memory_macs,
+    num_non_embedding,
+    num_parameters,
+    parameters_by_part,
+    recompute_flops,
+    weight_table,
+)
+from hope_megatron.config.footprint import estimate, footprint
+from hope_megatron.config.hardware import HARDWARE
+from hope_megatron.config.model import ModelConfig
+from hope_megatron.config.presets import config_names
+
+SIZES = {"60m": 60e6, "340m": 340e6, "760m": 760e6, "1b3": 1.3e9, "3b": 3e9, "7b": 7e9}
+STATIC = [
+    "adaptive_key=false",
+    "adaptive_value=false",
+    "adaptive_eta=false",
+    "adaptive_alpha=false",
+    "own_targets=false",
+]
+
+
+def tiny(*memory: str) -> ModelConfig:
+    """One narrow layer with these settings of the memory."""
+    base = ["num_layers=1", "hidden_size=32", "num_heads=2", "cms.levels=[{hidden_size: 16}]"]
+    return load_model_config("hope_tiny", base + [f"memory.{setting}" for setting in memory])
+
+
+def run_of(model: str, *overrides: str):
+    data = {
+        "name": "test",
+        "model": model,
+        "training": {"steps": 100, "seq_length": 1024, "global_batch_size": 64},
+        "optim": {"warmup_steps": 0},
+        "data": {"train": "a", "tokenizer": "b"},
+    }
+    return resolve_run_config(data, overrides, source="test")
+
+
+@pytest.mark.parametrize(("size", "nominal"), SIZES.items())
+def test_presets_have_their_nominal_size(size, nominal):
+    assert num_parameters(load_model_config(f"hope_{size}")) == pytest.approx(nominal, rel=0.05)
+
+
+@pytest.mark.parametrize("size", ["tiny", *SIZES])
+def test_baseline_has_the_parameters_of_its_hope(size):
+    hope, baseline = (num_parameters(load_model_config(f"{kind}_{size}")) for kind in ("hope", "transformer_pp"))
+    assert baseline == pytest.approx(hope, rel=0.02)
+
+
+@pytest.mark.parametrize("name", config_names("models"))
+def test_presets_divide_by_tensor_parallel(name):
+    heads = load_model_config(name).num_heads
+    largest = max(tp for tp in (1, 2, 4, 8) if heads % tp == 0)
+    assert largest >= 4
+    model = f"model={name}"
+    run_of(name, model, f"parallel.tensor_parallel={largest}", "parallel.sequence_parallel=true")
+
+
+def test_parameters_by_hand():
+    """The formulas, written out once for one small model."""
+    model = load_model_config("hope_tiny")
+    D, H, d, V, layers = 256, 4, 64, 4096, 4
+    memories = H * (5 * d * d + 3 * d * d + 2 * d)  # W2 of five memories; W1 of three vector and two scalar ones
+    mixer = D * 3 * H * d + H * d * D + D * 2 * H + 2 * H + 3 * H * d * 4 + memories + d + D
+    cms = 2 * (D + 3 * D * 256)
+    assert num_parameters(model) == V * D + layers * (mixer + cms) + D
+    assert num_non_embedding(model) == num_parameters(model) - V * D
+    assert sum(parameters_by_part(model).values()) == num_parameters(model)
+
+
+def test_every_option_changes_the_count():
+    base = num_parameters(tiny())
+    for setting in (
+        "decay=constant",
+        "momentum=data",
+        "momentum=constant",
+        "conv_width=1",
+        "hidden_size=8",
+    ):
+        assert num_parameters(tiny(setting)) != base, setting
+    assert num_parameters(tiny("decay=none", "adaptive_alpha=false")) != num_parameters(tiny("adaptive_alpha=false"))
+    assert num_parameters(tiny("output_gate=silu")) == base + 32 * 32
+
+
+def test_slow_levels_keep_their_period():
+    periods = {row.update_period_steps for row in weight_table(load_model_config("hope_760m")) if row.part == "cms"}
+    assert periods == {1, 4, 16}
+
+
+def test_linear_flops_are_twice_the_weights():
+    model = load_model_config("transformer_pp_tiny")
+    layers = parameters_by_part(model)
+    expected = 2 * (layers["projections"] + layers["cms"] + layers["embedding"])
+    assert forward_flops(model, 128).outer == expected
+
+
+def test_attention_flops_grow_with_the_context_up_to_the_window():
+    full, window = (load_model_config("transformer_pp_tiny", [f"attention.window_tokens={w}"]) for w in ("null", "64"))
+    by_hand = sum(2 * 2 * 256 * 4 * min(t + 1, 64) for t in range(256)) / 256
+    assert forward_flops(window, 256).attention == pytest.approx(by_hand)
+    assert forward_flops(full, 256).attention == 2 * 2 * 256 * 4 * (256 + 1) / 2
+
+
+def test_recompute_is_the_memories_or_a_forward_without_the_head():
+    model = load_model_config("hope_tiny")
+    flops = forward_flops(model, 128)
+    assert recompute_flops(model, 128, "none") == 0
+    assert recompute_flops(model, 128, "memory") == flops.memory
+    assert recompute_flops(model, 128, "layer") == flops.total - 2 * 4096 * 256 + flops.memory
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["self_chunk_tokens=8"],
+        ["self_chunk_tokens=64"],
+        ["read=chunk_start"],
+        ["hidden_size=24"],
+        ["momentum=data", "self_chunk_tokens=16"],
+        ["momentum=constant", "dgd_layers=input", "eta_max=0.01"],
+        ["dgd_layers=none", "eta_max=0.01"],
+        ["objective=l2", "eta_max=0.01"],
+        ["own_targets=false"],
+        ["adaptive_key=false", "adaptive_alpha=false"],
+        STATIC,
+        ["num_layers=1", "decay=none", *STATIC],
+        ["num_layers=1", "momentum=constant", *STATIC],
+    ],
+    ids=" ".join,
+)
+def test_memory_flops_equal_those_pytorch_counts(settings):
+    """The operator's matrix products in a forward pass, counted by PyTorch's dispatcher."""
+    model, T = tiny(*settings), 128
+    assert 2 * sum(memory_macs(model, T)) == pytest.approx(_counted_flops(model, T), rel=FLOPS_TOLERANCE)
+
+
+FLOPS_TOLERANCE = 1e-9
+
+
+def _counted_flops(model: ModelConfig, T: int) -> float:
+    """FLOPs per token and head that a forward pass of the memory operator executes."""
+    import math
+
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from hope_megatron.ops.memory import memory_chunked
+
+    def solve_flops(matrix, *args, out_shape=None, **kwargs):
+        return math.prod(matrix[:-2]) * matrix[-1] ** 3
+
+    solves = {torch.ops.aten.linalg_solve_triangular: solve_flops}
+    with FlopCounterMode(display=False, custom_mapping=solves) as counter:
+        memory_chunked(*_operator_inputs(model, B=1, T=T))
+    return counter.get_total_flops() / (T * model.num_heads)
+
+
+def _operator_inputs(model: ModelConfig, *, B: int, T: int):
+    import torch
+
+    from hope_megatron.layers.memory_mixer import memory_rule
+    from hope_megatron.ops.memory import Bank, MemoryParams, RateLogits
+
+    memory, H, d, h = model.memory, model.num_heads, model.head_dim, model.memory_hidden
+
+    def random(*shape):
+        return (0.1 * torch.randn(*shape)).requires_grad_()
+
+    def bank(n, outputs):
+        if n == 0:
+            return None
+        return (
+            Bank(random(H, n, h, d), random(H, n, outputs, h))
+            if memory.num_layers == 2
+            else Bank(None, random(H, n, d, d))
+        )
+
+    params = MemoryParams(
+        bank(1, d),
+        bank(memory.adaptive_key + memory.adaptive_value, d),
+        bank(memory.adaptive_eta + memory.adaptive_alpha, 1),
+    )
+    rates = [random(B, T, H) if there else None for there in (True, memory.decay != "none", memory.momentum != "none")]
+    return *(random(B, T, H, d) for _ in range(3)), RateLogits(*rates), params, memory_rule(memory)
+
+
+def test_footprint_by_hand():
+    run = run_of("transformer_pp_tiny", "optim.name=adamw", "training.micro_batch_size=2", "parallel.tensor_parallel=2")
+    model = run.model
+    replicated = 256 * (2 * 4 + 1)
+    local = (num_parameters(model) - replicated) / 2 + replicated
+    assert footprint(run, 8).weights == 2 * local
+    assert footprint(run, 8).gradients == (2 + 4) * local
+    assert footprint(run, 8).optimizer == 12 * local / 4
+    assert footprint(run_of("transformer_pp_tiny", "parallel.zero_stage=3"), 8).weights == 2 * num_parameters(model) / 8
+
+
+@pytest.mark.parametrize(("name", "states"), [("m3", 16), ("adamw", 8), ("adamuon", 8), ("muon", 4), ("sgd", 4)])
+def test_optimizer_bytes(name, states):
+    run = run_of("transformer_pp_tiny", f"optim.name={name}", "training.precision=fp32")
+    matrices = sum(row.total for row in weight_table(run.model) if row.matrix)
+    vectors = num_parameters(run.model) - matrices
+    expected = (4 + states) * matrices + (4 + (4 if name == "sgd" else 8)) * vectors
+    assert footprint(run, 1).optimizer == expected
+
+
+def test_offload_moves_the_optimizer_to_the_host():
+    on_gpu, offloaded = (footprint(run_of("hope_tiny", f"parallel.cpu_offload={x}"), 4) for x in ("false", "true"))
+    assert (offloaded.optimizer, offloaded.host) == (0, on_gpu.optimizer)
+    assert offloaded.total < on_gpu.total
+
+
+def test_recompute_trades_activations_for_flops():
+    kept, recomputed = (run_of("hope_tiny", f"training.recompute={x}") for x in ("none", "layer"))
+    assert footprint(recomputed, 1).activations < footprint(kept, 1).activations / 2
+    slower = estimate(recomputed, 1, HARDWARE["h100"])
+    assert slower.hours > estimate(kept, 1, HARDWARE["h100"]).hours
+    assert slower.mfu < slower.utilization
+
+
+def test_estimate_by_hand():
+    run = run_of("hope_tiny")
+    flops = 3 * forward_flops(run.model, 1024).total * run.training.tokens
+    seconds = flops / (4 * 989.4e12 * 0.5)
+    assert estimate(run, 4, HARDWARE["h100"], 0.5).hours == pytest.approx(seconds / 3600)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["hope_tiny", "transformer_pp_tiny"])
+def test_activations_are_near_what_autograd_keeps(name, precision):
+    run = run_of(name, f"training.precision={precision}", "model.num_layers=2", "training.seq_length=128",
+                 "training.micro_batch_size=2")  # fmt: skip
+    bytes_ = footprint(run, 1)
+    assert bytes_.memory_states + bytes_.activations == pytest.approx(_kept_bytes(run), rel=0.25)
+
+
+def _kept_bytes(run) -> int:
+    """Bytes of distinct storages that autograd holds between forward and backward, parameters left out."""
+    import torch
+
+    from hope_megatron.engine.distributed import init_distributed, shutdown_distributed
+    from hope_megatron.model import build_model
+
+    init_distributed(run.parallel)
+    try:
+        dtype = torch.bfloat16 if run.training.precision == "bf16" else torch.float32
+        model = build_model(run.model, run.parallel, dtype=dtype, recompute="none")
+        tokens = torch.zeros(run.training.micro_batch_size, run.training.seq_length, dtype=torch.long)
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        storages: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                storages[storage.data_ptr()] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = model(tokens, tokens)
+        del result
+        return sum(storage.nbytes() for storage in storages.values())
+    finally:
+        shutdown_distributed()
