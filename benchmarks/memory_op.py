@@ -1,0 +1,195 @@
+"""How fast is the memory operator, and how much memory does it take?
+
+    python benchmarks/memory_op.py                        B1 L1024, 4 heads of 64, chunks 16 to 256
+    python benchmarks/memory_op.py --lengths 1024 65536   cost per token against length
+    python benchmarks/memory_op.py --activations          bytes kept for backward against length
+    python benchmarks/memory_op.py --device cuda --dtype bfloat16 --batch 8 --heads 16 --lengths 4096
+
+Side by side in one run: the chunk form of HOPE (five memories), with and without recomputing, the token loop, softmax attention of
+the same width (torch's scaled_dot_product_attention on given q, k, v), and titans-pytorch's NeuralMemory when it is installed (it
+updates one memory). FLOPs are the closed form of hope_megatron.config.accounting, which the test suite holds against PyTorch's
+counter; recomputing is not counted. The machine's rate is that of torch.bmm on products of the operator's own size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Callable
+
+from common import machine, print_table, seconds, spread, write_json
+
+import torch  # isort: skip  (after common has set OpenMP's wait policy)
+import torch.nn.functional as F
+from torch import Tensor
+
+from hope_megatron.config.accounting import memory_macs
+from hope_megatron.config.model import CMSConfig, CMSLevelConfig, MemoryConfig, ModelConfig
+from hope_megatron.layers.memory_mixer import memory_rule
+from hope_megatron.ops.memory import Bank, MemoryParams, RateLogits, memory_chunked, memory_recurrent
+
+
+def main() -> None:
+    args = parse()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    dtype = getattr(torch, args.dtype)
+    results: dict = {"machine": machine(args.device), "shape": vars(args), "rows": []}
+    if args.activations:
+        results["activations"] = measure_activations(args)
+    else:
+        for length in args.lengths:
+            for chunk in args.chunks if length == args.lengths[0] else [64]:
+                results["rows"] += measure_operator(args, dtype, length, chunk)
+            results["rows"] += measure_others(args, dtype, length)
+        print_table(
+            ["what", "L", "chunk", "fwd tok/s", "fwd+bwd tok/s", "GFLOP/s", "of bmm"],
+            [[r["what"], r["length"], r["chunk"], r["forward"], r["both"], r.get("gflops", "-"), r.get("share", "-")] for r in results["rows"]],
+        )
+    write_json(args.json, results)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[16, 32, 64, 128, 256])
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--width", type=int, default=64, help="head width d, and memory hidden width h")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--activations", action="store_true", help="measure memory instead of time")
+    parser.add_argument("--json", metavar="FILE")
+    return parser.parse_args()
+
+
+def model_of(args: argparse.Namespace, chunk: int) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=128,
+        num_layers=1,
+        hidden_size=args.heads * args.width,
+        num_heads=args.heads,
+        memory=MemoryConfig(chunk_tokens=chunk),
+        cms=CMSConfig(levels=(CMSLevelConfig(hidden_size=16),)),
+    )
+
+
+def inputs(args: argparse.Namespace, dtype: torch.dtype, length: int):
+    B, H, d = args.batch, args.heads, args.width
+    make = lambda *shape: torch.randn(*shape, device=args.device).to(dtype).requires_grad_()  # noqa: E731
+    rates = RateLogits(make(B, length, H), (torch.randn(B, length, H, device=args.device) + 6).requires_grad_())
+    return [make(B, length, H, d) for _ in range(3)], rates
+
+
+def parameters(args: argparse.Namespace) -> MemoryParams:
+    def bank(n: int, outputs: int) -> Bank:
+        H, d = args.heads, args.width
+        w_in = 3 / d**0.5 * torch.randn(H, n, d, d, device=args.device)
+        return Bank(w_in.requires_grad_(), (0.02 * torch.randn(H, n, outputs, d, device=args.device)).requires_grad_())
+
+    return MemoryParams(bank(1, args.width), bank(2, args.width), bank(2, 1))
+
+
+def bmm_rate(args: argparse.Namespace, chunk: int, length: int) -> float:
+    """FLOP/s of torch.bmm on [5 B H, C, d] x [5 B H, d, d] in float32, the precision of the operator."""
+    n = 5 * args.batch * args.heads
+    a = torch.randn(n, min(chunk, length), args.width, device=args.device)
+    b = torch.randn(n, args.width, args.width, device=args.device)
+    times = seconds(lambda: [torch.bmm(a, b) for _ in range(50)], repeats=args.repeats, device=args.device, warmup=2)
+    return 50 * 2 * a.numel() * args.width / min(times)
+
+
+def row(args, what: str, length: int, chunk, run: Callable[[], Tensor], leaves: list[Tensor], flops_per_token: float | None = None) -> dict:
+    """Time forward alone (without a graph) and forward with backward."""
+
+    def forward():
+        with torch.no_grad():
+            run()
+
+    def both():
+        for x in leaves:
+            x.grad = None
+        run().sum().backward()
+
+    repeats = max(2, min(args.repeats, 65536 // length))
+    tokens = args.batch * length
+    fwd = seconds(forward, repeats=repeats, device=args.device)
+    all_ = seconds(both, repeats=repeats, device=args.device)
+    found = {"what": what, "length": length, "chunk": chunk, "forward": tokens / min(fwd), "both": tokens / min(all_)}
+    found |= {"forward_s": spread(fwd), "both_s": spread(all_)}
+    if flops_per_token:
+        rate = 3 * flops_per_token * found["both"]
+        found |= {"gflops": rate / 1e9, "share": rate / bmm_rate(args, chunk, length)}
+    return found
+
+
+def measure_operator(args, dtype, length: int, chunk: int) -> list[dict]:
+    model, params = model_of(args, chunk), parameters(args)
+    rule = memory_rule(model.memory)
+    qkv, rates = inputs(args, dtype, length)
+    flops = 2 * args.heads * sum(memory_macs(model, length))
+    leaves = [*qkv, rates.eta, rates.alpha, *(w for bank in params for w in bank)]
+    return [
+        row(args, name, length, chunk, lambda r=r: memory_chunked(*qkv, rates, params, rule, recompute=r)[0], leaves, flops)
+        for name, r in (("HOPE", False), ("HOPE, recomputing", True))
+    ]
+
+
+def measure_others(args, dtype, length: int) -> list[dict]:
+    qkv, rates = inputs(args, dtype, length)
+    rows = []
+    if length <= 1024:
+        params, rule, short = parameters(args), memory_rule(model_of(args, 64).memory), min(length, 128)
+        cut = [x[:, :short].detach().requires_grad_() for x in qkv]
+        cut_rates = RateLogits(*(None if r is None else r[:, :short].detach() for r in rates))
+        rows.append(row(args, "token loop", short, 64, lambda: memory_recurrent(*cut, cut_rates, params, rule)[0], cut))
+    heads_first = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in qkv]
+    rows.append(row(args, "softmax attention", length, "-", lambda: F.scaled_dot_product_attention(*heads_first, is_causal=True), heads_first))
+    if importlib.util.find_spec("titans_pytorch"):
+        rows += [titans_row(args, length, chunk) for chunk in (16, 64)]
+    return rows
+
+
+def titans_row(args, length: int, chunk: int) -> dict:
+    """One memory with its projections, as published on PyPI."""
+    from titans_pytorch import MemoryMLP, NeuralMemory
+
+    dim = args.heads * args.width
+    memory = NeuralMemory(dim, chunk_size=chunk, heads=args.heads, dim_head=args.width, model=MemoryMLP(args.width, depth=2, expansion_factor=1.0))
+    memory = memory.to(args.device)
+    x = torch.randn(args.batch, length, dim, device=args.device, requires_grad=True)
+    return row(args, "titans-pytorch, one memory", length, chunk, lambda: memory(x)[0], [x, *memory.parameters()])
+
+
+def measure_activations(args) -> dict:
+    """Bytes that autograd keeps between forward and backward, and what they are made of."""
+    found = []
+    for length in args.lengths:
+        model, params = model_of(args, 64), parameters(args)
+        qkv, rates = inputs(args, torch.float32, length)
+        rule = memory_rule(model.memory)
+        sizes = {}
+        for name, recompute in (("plain", False), ("recomputing", True)):
+            storages: dict[int, int] = {}
+
+            def keep(x: Tensor, storages=storages) -> Tensor:
+                storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+                return x
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                y, _ = memory_chunked(*qkv, rates, params, rule, recompute=recompute)
+            sizes[name] = sum(storages.values())
+            del y
+        io = 4 * sum(x.nbytes for x in qkv) // 3 + rates.eta.nbytes + rates.alpha.nbytes
+        found.append({"length": length, "inputs_and_outputs": io, **sizes})
+    print_table(
+        ["L", "inputs + outputs MiB", "plain MiB", "recomputing MiB"],
+        [[str(r["length"]), *(r[key] / 2**20 for key in ("inputs_and_outputs", "plain", "recomputing"))] for r in found],
+    )
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""From raw text to a stream of training samples that loses nothing, repeats nothing, and resumes anywhere.
+
+    data_pipeline.prepare.prepare(sources, tokenizer, out_dir)   text -> verified token shards, train and held out
+    TokenStream(manifest, seq_length, seed)                      shards -> samples, a pure function of their number
+
+The package stands alone and imports no deep-learning framework. Names are loaded on first use, so importing it costs
+nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from data_pipeline.cache import ShardCache
+    from data_pipeline.corpus import Document, ReadOptions, iterate_documents, iterate_texts, python_stdlib_documents
+    from data_pipeline.errors import DataChangedError, DataError
+    from data_pipeline.filters import Filters
+    from data_pipeline.ledger import Ledger, Skip, SkippingStream, documents_in_step
+    from data_pipeline.loader import Batch, BatchLoader
+    from data_pipeline.manifest import Manifest, ShardInfo
+    from data_pipeline.mixture import MixtureStream
+    from data_pipeline.prepare import PrepareReport
+    from data_pipeline.samples import DocumentSpan, SampleStream, document_ids
+    from data_pipeline.stream import TokenStream
+    from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+    from data_pipeline.transition import resume
+
+__all__ = [
+    "Batch",
+    "BatchLoader",
+    "DataChangedError",
+    "DataError",
+    "Document",
+    "DocumentSpan",
+    "Filters",
+    "Ledger",
+    "Manifest",
+    "MixtureStream",
+    "PrepareReport",
+    "ReadOptions",
+    "SampleStream",
+    "ShardCache",
+    "ShardInfo",
+    "Skip",
+    "SkippingStream",
+    "TokenStream",
+    "Tokenizer",
+    "document_ids",
+    "documents_in_step",
+    "iterate_documents",
+    "iterate_texts",
+    "python_stdlib_documents",
+    "resume",
+    "train_tokenizer",
+]
+
+_MODULES = {
+    "ShardCache": "cache",
+    "Document": "corpus",
+    "ReadOptions": "corpus",
+    "iterate_documents": "corpus",
+    "iterate_texts": "corpus",
+    "python_stdlib_documents": "corpus",
+    "DataChangedError": "errors",
+    "DataError": "errors",
+    "Filters": "filters",
+    "Ledger": "ledger",
+    "Skip": "ledger",
+    "SkippingStream": "ledger",
+    "documents_in_step": "ledger",
+    "Batch": "loader",
+    "BatchLoader": "loader",
+    "Manifest": "manifest",
+    "ShardInfo": "manifest",
+    "MixtureStream": "mixture",
+    "PrepareReport": "prepare",
+    "DocumentSpan": "samples",
+    "SampleStream": "samples",
+    "document_ids": "samples",
+    "TokenStream": "stream",
+    "Tokenizer": "tokenizer",
+    "train_tokenizer": "tokenizer",
+    "resume": "transition",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

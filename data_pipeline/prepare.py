@@ -1,0 +1,412 @@
+"""`prepare`: from sources of text to verified token shards with a held-out split.
+
+One process reads, decides and writes, in the order of the sources; worker processes decode, filter and tokenize. The
+result therefore depends on the sources and the settings alone, not on the number of workers. What has been written is
+made safe every few seconds together with the position in the sources, so an interrupted run continues there and ends
+with the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.corpus import Document, ReadOptions, SourceFile, expand_sources, read_documents
+from data_pipeline.dedup import SEEN_NAMES, SeenDocuments
+from data_pipeline.encode import EncodedDocument, Encoder, encode_all
+from data_pipeline.errors import EmptySplitError, OutputError, ShardError
+from data_pipeline.files import canonical_json, exclusive, read_json, write_json
+from data_pipeline.filters import Filters
+from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAME, WIDS_NAME, Manifest, ShardInfo
+from data_pipeline.shards import ShardWriter
+from data_pipeline.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+TRAIN, HELD_OUT = "train", "heldout"
+SPLITS = (TRAIN, HELD_OUT)
+SUMMARY_NAME = "prepare.json"
+PROGRESS_NAME = ".progress.json"
+FORMAT = "hope-prepare-v1"
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What became of every document: ``documents_in == documents_train + documents_heldout + rejected``."""
+
+    documents_in: int
+    documents: dict[str, int]  # by split
+    tokens: dict[str, int]  # by split, without end marks
+    shards: dict[str, int]  # by split
+    rejected: dict[str, int]  # by reason
+    text_bytes: int  # UTF-8 bytes of the documents that were kept
+    manifests: dict[str, str] = field(default_factory=dict)  # path by split
+    seconds: float = 0.0
+
+    @property
+    def documents_out(self) -> int:
+        return sum(self.documents.values())
+
+    @property
+    def documents_rejected(self) -> int:
+        return sum(self.rejected.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything but the sources and the tokenizer that decides the bytes of the result."""
+
+    held_out_fraction: float
+    shard_tokens: int
+    read: ReadOptions
+    filters: Filters
+    deduplicate: bool
+    near_duplicates: float | None
+    slice_index: int
+    slice_count: int
+
+
+def prepare(
+    sources: Sequence[str | Path],
+    tokenizer: Tokenizer | str | Path,
+    out_dir: str | Path,
+    *,
+    held_out_fraction: float = 0.01,
+    shard_tokens: int = 1 << 24,
+    workers: int | None = None,
+    read: ReadOptions | None = None,
+    filters: Filters | None = None,
+    deduplicate: bool = True,
+    near_duplicates: float | None = None,
+    slice: tuple[int, int] = (0, 1),
+    overwrite: bool = False,
+    progress: Callable[[PrepareReport, float | None], None] | None = None,
+    commit_seconds: float = 5.0,
+) -> PrepareReport:
+    """Write ``out_dir/train`` and ``out_dir/heldout``: shards, index and ``manifest.json`` each.
+
+    Args:
+        sources: files, directories, globs, URLs, or ``"python-stdlib"``.
+        tokenizer: a `Tokenizer`, or the path of a SentencePiece model.
+        out_dir: made if missing. Refused if it holds the result of other settings, unless ``overwrite``.
+        held_out_fraction: part of the documents, chosen by the hash of their text, that goes to ``heldout``.
+        shard_tokens: tokens from which a new shard begins; documents are never cut.
+        workers: processes that tokenize; all cores of this process by default. Does not change the result.
+        read: how files become documents.
+        filters: which documents are kept.
+        deduplicate: reject documents whose text occurred before.
+        near_duplicates: reject documents of at least this estimated similarity with an earlier one, in (0, 1].
+        slice: ``(i, n)``: only every n-th source file from the i-th, into ``out_dir/slice-i-of-n``, for `merge`.
+        overwrite: remove an earlier result first.
+        progress: called about once a second with the counts so far and the part of the input that is read, 0 to 1
+            (None when the sources do not say how large they are).
+        commit_seconds: time between two points from which an interrupted run can continue.
+
+    Raises:
+        SourceError, TokenizerError, OutputError, EmptySplitError: each with the remedy.
+    """
+    settings = Settings(
+        held_out_fraction,
+        shard_tokens,
+        read or ReadOptions(),
+        filters or Filters(),
+        deduplicate,
+        near_duplicates,
+        *slice,
+    )
+    _check_settings(settings)
+    files = expand_sources(sources)[settings.slice_index :: settings.slice_count]
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer = Tokenizer.load(tokenizer)
+    directory = Path(out_dir)
+    if settings.slice_count > 1:
+        directory = directory / slice_name(*slice)
+    with exclusive(directory):
+        run = _Preparation(files, tokenizer, directory, settings)
+        if overwrite:
+            remove_result(directory)
+        return run.run(_number_of_workers(workers, files), progress, commit_seconds)
+
+
+def slice_name(index: int, count: int) -> str:
+    return f"slice-{index:05d}-of-{count:05d}"
+
+
+def _check_settings(settings: Settings) -> None:
+    if not 0 <= settings.held_out_fraction < 1:
+        raise OutputError(f"held_out_fraction={settings.held_out_fraction} must be at least 0 and below 1.")
+    if settings.shard_tokens < 1:
+        raise OutputError(f"shard_tokens={settings.shard_tokens} must be at least 1.")
+    if settings.near_duplicates is not None and not 0 < settings.near_duplicates <= 1:
+        raise OutputError(f"near_duplicates={settings.near_duplicates} must be above 0 and at most 1; 0.8 is usual.")
+    if not 0 <= settings.slice_index < settings.slice_count:
+        raise OutputError(
+            f"slice {settings.slice_index}/{settings.slice_count} does not exist: the first is 0, "
+            f"the last {settings.slice_count - 1}."
+        )
+
+
+def _number_of_workers(workers: int | None, files: list[SourceFile]) -> int:
+    if workers is not None:
+        return max(1, workers)
+    small = sum(file.size or 1 << 30 for file in files) < 1 << 22  # starting processes would take longer than the work
+    return 1 if small else len(os.sched_getaffinity(0))
+
+
+def remove_result(directory: Path) -> None:
+    """Remove what `prepare` or `merge` wrote to a directory, by name, and nothing else."""
+    for split in (directory / name for name in SPLITS):
+        patterns = ("shard-*.tar", "shard-*.idx", ".shard-*.partial", MANIFEST_NAME, WIDS_NAME)
+        for path in itertools.chain.from_iterable(map(split.glob, patterns)):
+            path.unlink()
+        if split.is_dir() and not any(split.iterdir()):
+            split.rmdir()
+    for name in (SUMMARY_NAME, PROGRESS_NAME, TOKENIZER_NAME, *SEEN_NAMES):
+        (directory / name).unlink(missing_ok=True)
+
+
+def in_held_out(sha256: bytes, fraction: float) -> bool:
+    """The split of a document depends on its text alone: more data or another order never moves it."""
+    return int.from_bytes(sha256[:8], "big") < int(fraction * 2**64)
+
+
+@dataclass
+class _Counts:
+    """Where the run stands: the position in the sources and what became of the documents before it."""
+
+    file: int = 0  # number of the source file
+    position: int = 0  # documents of that file that are done
+    documents_in: int = 0
+    text_bytes: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+
+
+class _Preparation:
+    """One run, from the first or the last committed document to the manifests."""
+
+    def __init__(self, files: list[SourceFile], tokenizer: Tokenizer, directory: Path, settings: Settings) -> None:
+        self._files, self._tokenizer, self._directory, self._settings = files, tokenizer, directory, settings
+        self._file_numbers = {file.name: number for number, file in enumerate(files)}
+        self._splits = SPLITS if settings.held_out_fraction else (TRAIN,)
+        self._identity = {
+            "format": FORMAT,
+            "tokenizer_sha256": tokenizer.digest,
+            "sources_sha256": hashlib.sha256(canonical_json([asdict(file) for file in files])).hexdigest(),
+            "settings": json.loads(canonical_json(asdict(settings))),
+        }
+
+    def run(
+        self, workers: int, progress: Callable[[PrepareReport, float | None], None] | None, commit_seconds: float
+    ) -> PrepareReport:
+        started = last_commit = last_progress = time.monotonic()
+        if (summary := self._read(SUMMARY_NAME)) is not None:
+            log.info("%s is already complete", self._directory)
+            return self._checked_report(PrepareReport(**summary["report"]))
+        self._open()
+        encoder = Encoder(
+            self._tokenizer,
+            self._settings.filters,
+            self._settings.read.text_field,
+            with_signature=self._settings.near_duplicates is not None,
+        )
+        try:
+            for document in encode_all(self._documents(), encoder, workers):
+                self._take(document)
+                now = time.monotonic()
+                if now - last_commit >= commit_seconds:
+                    self._commit()
+                    last_commit = now
+                if progress is not None and now - last_progress >= 1.0:
+                    progress(self._report(), self._part_read(document))
+                    last_progress = now
+            self._commit()
+            self._refuse_empty_splits()
+            report = self._finish()
+        finally:
+            self._close()
+        if progress is not None:
+            progress(report, 1.0)
+        return replace(report, manifests=manifest_paths(self._directory), seconds=time.monotonic() - started)
+
+    # ---- one document
+
+    def _documents(self) -> Iterator[Document]:
+        """The documents that are not yet done."""
+        first, done = self._counts.file, self._counts.position
+        for number in range(first, len(self._files)):
+            documents = read_documents(self._files[number], self._settings.read)
+            yield from itertools.islice(documents, done if number == first else 0, None)
+
+    def _take(self, document: EncodedDocument) -> None:
+        counts = self._counts
+        counts.file, counts.position = self._file_numbers[document.source], document.position + 1
+        counts.documents_in += 1
+        if reason := document.reason or self._seen.admit(document.sha256, document.signature):
+            counts.rejected[reason] += 1
+            return
+        assert document.tokens is not None
+        counts.text_bytes += document.num_bytes
+        split = HELD_OUT if in_held_out(document.sha256, self._settings.held_out_fraction) else TRAIN
+        provenance = {
+            "source": document.source,
+            "position": document.position,
+            "sha256": document.sha256.hex(),
+            "bytes": document.num_bytes,
+            "tokens": len(document.tokens),
+        }
+        self._writers[split].add(document.tokens, provenance)
+
+    # ---- what survives an interruption
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        """A state file of this very run, None if there is none; one of other settings is refused."""
+        path = self._directory / name
+        if not path.exists():
+            return None
+        state: dict[str, Any] = read_json(path)
+        changed = [key.removesuffix("_sha256") for key in self._identity if state.get(key) != self._identity[key]]
+        if changed:
+            raise OutputError(
+                f"{self._directory} holds the result of another run: other {' and '.join(changed)}. "
+                f"Choose another directory, or replace it with overwrite=True (--overwrite)."
+            )
+        return state
+
+    def _open(self) -> None:
+        state = self._read(PROGRESS_NAME)
+        if state is None:
+            self._refuse_foreign_files()
+            state = {"counts": {}, "seen": [0, 0], "writers": {}}
+        self._counts = _Counts(**state["counts"])
+        self._counts.rejected = Counter(self._counts.rejected)
+        self._seen = SeenDocuments(
+            self._directory,
+            exact=self._settings.deduplicate,
+            near_threshold=self._settings.near_duplicates,
+            sizes=state["seen"],
+        )
+        self._writers = {
+            split: ShardWriter(
+                self._directory / split,
+                self._tokenizer.token_dtype,
+                self._settings.shard_tokens,
+                state["writers"].get(split),
+                key_prefix=f"s{self._settings.slice_index:05d}_" if self._settings.slice_count > 1 else "",
+            )
+            for split in self._splits
+        }
+        if self._counts.documents_in:
+            log.info("continuing after %d documents", self._counts.documents_in)
+        else:
+            self._commit()  # from here on, what lies in the directory is known to be ours
+
+    def _refuse_foreign_files(self) -> None:
+        for split in (self._directory / name for name in SPLITS):
+            if (split / MANIFEST_NAME).exists() or any(split.glob("shard-*.tar")):
+                raise OutputError(
+                    f"{split} holds shards of another origin. Choose another directory, or replace them with "
+                    f"overwrite=True (--overwrite)."
+                )
+
+    def _commit(self) -> None:
+        state = {
+            "counts": vars(self._counts),
+            "seen": self._seen.commit(),
+            "writers": {split: writer.commit() for split, writer in self._writers.items()},
+        }
+        write_json(self._directory / PROGRESS_NAME, {**self._identity, **state})
+
+    def _close(self) -> None:
+        self._seen.close()
+        for writer in self._writers.values():
+            writer.close()
+
+    # ---- the end
+
+    def _refuse_empty_splits(self) -> None:
+        """A split without documents is an error; in a slice it is not, since its part of the corpus may be small."""
+        empty = [split for split, writer in self._writers.items() if not writer.documents]
+        if not empty or self._settings.slice_count > 1:
+            return
+        report = self._report()
+        self._close()
+        remove_result(self._directory)
+        if not report.documents_out:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(report.rejected.items()))
+            raise EmptySplitError(
+                f"none of the {report.documents_in} documents was kept (rejected: {reasons or 'none'}). "
+                f"Give text, or loosen the limits; text_unit='chunk' (--text-unit chunk) cuts long text files."
+            )
+        raise EmptySplitError(
+            f"no document of {report.documents_out} falls into {empty[0]} at "
+            f"held_out_fraction={self._settings.held_out_fraction}. Give more documents, change the fraction, or make "
+            f"documents smaller: text_unit='chunk' (--text-unit chunk) cuts long text files."
+        )
+
+    def _finish(self) -> PrepareReport:
+        """Seal the shards, then write what makes the directory complete, the summary last."""
+        self._tokenizer.save(self._directory / TOKENIZER_NAME)
+        for split, writer in self._writers.items():
+            save_split(self._directory / split, split, writer.finish(), self._tokenizer)
+        report = self._report()
+        write_json(self._directory / SUMMARY_NAME, {**self._identity, "report": asdict(report)})
+        for name in (PROGRESS_NAME, *SEEN_NAMES):
+            (self._directory / name).unlink(missing_ok=True)
+        return report
+
+    def _part_read(self, document: EncodedDocument) -> float | None:
+        sizes = [file.size for file in self._files]
+        if None in sizes:
+            return None
+        done = sum(size or 0 for size in sizes[: self._file_numbers[document.source]])
+        return done / max(1, sum(size or 0 for size in sizes))
+
+    def _report(self) -> PrepareReport:
+        return PrepareReport(
+            documents_in=self._counts.documents_in,
+            documents={split: writer.documents for split, writer in self._writers.items()},
+            tokens={split: writer.tokens for split, writer in self._writers.items()},
+            shards={split: len(writer.shards) for split, writer in self._writers.items()},
+            rejected=dict(sorted(self._counts.rejected.items())),
+            text_bytes=self._counts.text_bytes,
+        )
+
+    def _checked_report(self, report: PrepareReport) -> PrepareReport:
+        """The report of an earlier run, if its shards are still there in full length."""
+        for path in manifest_paths(self._directory).values():
+            manifest = Manifest.load(path)
+            for shard in manifest.shards:
+                file = Path(manifest.path(shard.name))
+                if not file.exists() or file.stat().st_size != shard.bytes:
+                    raise ShardError(f"{file} is missing or damaged. Prepare again with overwrite=True (--overwrite).")
+        return replace(report, manifests=manifest_paths(self._directory))
+
+
+def manifest_paths(directory: Path) -> dict[str, str]:
+    """The manifests of a prepared directory, by split."""
+    paths = {split: directory / split / MANIFEST_NAME for split in SPLITS}
+    return {split: str(path) for split, path in paths.items() if path.exists()}
+
+
+def save_split(directory: Path, split: str, shards: tuple[ShardInfo, ...], tokenizer: Tokenizer) -> None:
+    """Write the manifest of a split whose shards are sealed."""
+    Manifest(
+        split=split,
+        shards=shards,
+        tokenizer_sha256=tokenizer.digest,
+        vocab_size=tokenizer.vocab_size,
+        special_ids=tokenizer.special_ids,
+        dtype=tokenizer.token_dtype.str,
+    ).save(directory)

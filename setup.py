@@ -1,0 +1,74 @@
+"""Metadata, dependencies and the `hope` command. Tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "hope_megatron/__init__.py").read_text(), re.MULTILINE).group(1)
+
+# configs/ lies at the top of the repository, where people look for it; a wheel carries it inside the package.
+CONFIGS = {
+    ".".join(["hope_megatron", *folder.relative_to(HERE).parts]): str(folder.relative_to(HERE))
+    for folder in [HERE / "configs", *sorted((HERE / "configs").iterdir())]
+    if folder.is_dir()
+}
+
+# Other places and formats that text can come in; each is asked for by name when it is missing.
+DATA = ["fsspec>=2024.2", "pyarrow>=15", "zstandard>=0.22,<1"]
+
+TEST = [
+    *DATA,
+    "hypothesis>=6.100,<7",
+    "import-linter>=2.1,<3",
+    "pytest>=8,<10",
+    "pytest-timeout>=2.3,<3",
+]
+
+setup(
+    name="hope_megatron",
+    version=VERSION,
+    description="Distributed pretraining of HOPE (Nested Learning) on Megatron-Core and DeepSpeed",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=[*find_packages(include=["hope_megatron*", "data_pipeline*", "launch*"]), *CONFIGS],
+    package_dir=CONFIGS,
+    package_data={**{package: ["*.yaml"] for package in CONFIGS}, "": ["*.md", "*.json", "*.sh", "templates/*"]},
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "megatron-core>=0.16.1,<0.17",
+        "deepspeed>=0.19,<0.20",
+        "matplotlib>=3.8,<4",
+        "mlflow>=3.1,<4",
+        "numpy>=1.26,<3",
+        "packaging>=23",
+        "pydantic>=2.10,<3",
+        "PyYAML>=6,<7",
+        "rich>=13,<16",
+        "safetensors>=0.5,<1",
+        "scipy>=1.11,<2",
+        "sentencepiece>=0.2,<0.3",
+        "webdataset>=1.0,<2",
+    ],
+    extras_require={
+        "data": DATA,
+        "test": TEST,
+        "dev": [*TEST, "mypy>=1.13,<3", "pre-commit>=4,<5", "ruff>=0.9,<1", "types-PyYAML"],
+        # Alternative kernels, CUDA only. NVIDIA's apex is not on PyPI (the package named apex there is another one).
+        "gpu": ["flash-linear-attention>=0.3", "transformer-engine[pytorch]>=2,<3"],
+        # Public benchmarks on exported checkpoints.
+        "eval": ["lm-eval>=0.4.8,<0.5", "transformers>=4.50,<6"],
+    },
+    entry_points={"console_scripts": ["hope = hope_megatron.cli.main:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

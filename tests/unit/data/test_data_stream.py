@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.errors import DataChangedError, SamplingError, ShardError, TokenRangeError
+from data_pipeline.manifest import Manifest, ShardInfo
+from data_pipeline.samples import document_ids
+from data_pipeline.shards import ShardReader, ShardWriter
+from data_pipeline.stream import TokenStream
+
+
+def packed(manifest: Manifest, order: list[int] | None = None) -> np.ndarray:
+    """The slow reference: all documents of the shards in the given order, an end mark after each."""
+    pieces = []
+    for number in order if order is not None else range(len(manifest.shards)):
+        info = manifest.shards[number]
+        reader = ShardReader(manifest.path(info.name), info, manifest.token_dtype)
+        for tokens, _ in reader.documents():
+            pieces += [tokens.astype(np.int64), np.array([manifest.eos_id])]
+    return np.concatenate(pieces)
+
+
+def numbered_manifest(directory: Path, lengths: list[list[int]]) -> Manifest:
+    """Shards whose packed tokens are 1, 2, 3, ...: every token names its place. End marks are 0."""
+    writer = ShardWriter(directory, np.dtype("<u4"), shard_tokens=10**9)
+    token = itertools.count(1)
+    for shard in lengths:
+        for length in shard:
+            writer.add(np.fromiter((next(token) for _ in range(length)), dtype="<u4", count=length), {})
+        writer.seal()
+    special = {"unk": -1, "bos": -1, "eos": 0, "pad": -1}
+    return Manifest("train", writer.finish(), "0" * 64, 1 << 20, special, "<u4", str(directory))
+
+
+@pytest.mark.parametrize("seq_length", [1, 7, 64, 1000])
+def test_samples_are_windows_of_the_packed_documents(manifest: Manifest, seq_length: int) -> None:
+    stream = TokenStream(manifest, seq_length, seed=3, shuffle_shards=2)
+    for epoch in (0, 1):
+        tokens = packed(manifest, stream._epoch(epoch).shards)
+        windows = Counter(tokens[i * seq_length :][: seq_length + 1].tobytes() for i in range(stream.num_samples))
+        samples = Counter(stream.sample(epoch * stream.num_samples + i).tobytes() for i in range(stream.num_samples))
+        assert samples == windows
+    assert stream.sample(0).dtype == np.int64
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=6), min_size=1, max_size=6),
+    seq_length=st.integers(1, 20),
+    seed=st.integers(0, 3),
+    shuffle_shards=st.integers(1, 4),
+)
+def test_every_sample_comes_exactly_once_per_epoch(
+    tmp_path_factory: pytest.TempPathFactory,
+    lengths: list[list[int]],
+    seq_length: int,
+    seed: int,
+    shuffle_shards: int,
+) -> None:
+    manifest = numbered_manifest(tmp_path_factory.mktemp("numbered"), lengths)
+    if sum(map(sum, lengths)) + sum(map(len, lengths)) <= seq_length:
+        with pytest.raises(SamplingError, match="needs"):
+            TokenStream(manifest, seq_length)
+        return
+    stream = TokenStream(manifest, seq_length, seed, shuffle_shards=shuffle_shards)
+    for epoch in range(3):
+        samples = [stream.sample(epoch * stream.num_samples + i) for i in range(stream.num_samples)]
+        seen = Counter(token for sample in samples for token in sample[:-1].tolist() if token)
+        assert set(seen.values()) <= {1}  # nothing twice
+        unseen = sum(map(sum, lengths)) - len(seen)
+        assert unseen <= seq_length + 1  # and nothing left out but the rest that fills no window
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    global_batch=st.sampled_from([1, 2, 6, 12]),
+    sizes=st.lists(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=1, max_size=3),
+    step=st.integers(0, 400),
+)
+def test_any_split_over_ranks_gives_the_same_global_batches(
+    manifest: Manifest, global_batch: int, sizes: list[int], step: int
+) -> None:
+    whole = TokenStream(manifest, 32, seed=1).batch(step, global_batch)
+    assert np.array_equal(whole[0], TokenStream(manifest, 32, seed=1).sample(step * global_batch))
+    for dp_size in (size for size in sizes if global_batch % size == 0):
+        parts = [TokenStream(manifest, 32, seed=1).batch(step, global_batch, rank, dp_size) for rank in range(dp_size)]
+        assert np.array_equal(np.concatenate(parts), whole)
+
+
+def test_resume_under_changing_world_sizes_sees_every_sample_once(manifest: Manifest) -> None:
+    whole = TokenStream(manifest, 16, seed=5)
+    seen: list[np.ndarray] = []
+    state = whole.state(0)
+    for dp_size, steps in ((1, 3), (2, 4), (4, 2), (3, 5)):
+        position = TokenStream(manifest, 16, seed=5).check_state(state)
+        ranks = [TokenStream(manifest, 16, seed=5) for _ in range(dp_size)]
+        for step in range(position // 12, position // 12 + steps):
+            seen += [row for rank, stream in enumerate(ranks) for row in stream.batch(step, 12, rank, dp_size)]
+        state = ranks[0].state(position + steps * 12)
+    assert len(seen) == state["sample"] == 14 * 12
+    assert all(np.array_equal(row, whole.sample(number)) for number, row in enumerate(seen))
+
+
+def test_micro_batches_are_the_rows_in_order(manifest: Manifest) -> None:
+    stream = TokenStream(manifest, 16)
+    micro = stream.batch(2, 8, 1, 2, micro_batch=2)
+    assert micro.shape == (2, 2, 17)
+    assert np.array_equal(micro.reshape(4, 17), stream.batch(2, 8, 1, 2))
+
+
+def test_seed_and_epoch_change_the_order(manifest: Manifest) -> None:
+    def order(seed: int, epoch: int) -> bytes:
+        stream = TokenStream(manifest, 16, seed=seed)
+        return b"".join(stream.sample(epoch * stream.num_samples + i).tobytes() for i in range(20))
+
+    assert len({order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)}) == 4
+    assert order(0, 1) == order(0, 1)
+    plain = TokenStream(manifest, 16, shuffle=False)
+    assert np.array_equal(np.concatenate([plain.sample(i)[:-1] for i in range(20)]), packed(manifest)[:320])
+
+
+def test_windows_give_every_token_once_in_order(dataset: Path) -> None:
+    manifest = Manifest.load(dataset / "heldout")
+    reference = packed(manifest)
+    for seq_length in (1, 10, 33, len(reference) - 1):
+        stream = TokenStream(manifest, seq_length)
+        windows = list(stream.windows())
+        assert len(windows) == stream.num_windows
+        assert np.array_equal(np.concatenate([w[1:] for w in windows]), reference[1:])
+        assert np.array_equal(np.concatenate([w[:-1] for w in windows]), reference[:-1])
+
+
+def test_document_spans_cover_the_sample(manifest: Manifest) -> None:
+    stream = TokenStream(manifest, 50, seed=2, shuffle_shards=1)
+    readers = {info.name: ShardReader(manifest.path(info.name), info, manifest.token_dtype) for info in manifest.shards}
+    for number in range(stream.num_samples):
+        tokens, spans = stream.sample_with_documents(number)
+        assert spans[0].start == 0 and spans[-1].stop == 51
+        assert all(a.stop == b.start and b.begins_document for a, b in itertools.pairwise(spans))
+        for span in spans:
+            document = np.append(readers[span.shard].document(span.document), manifest.eos_id)
+            assert np.array_equal(tokens[span.start : span.stop], document[span.offset :][: span.stop - span.start])
+        ids = document_ids(spans)
+        assert ids.shape == (51,) and ids[-1] == len(spans) - 1
+        ends = np.flatnonzero(tokens[:-1] == manifest.eos_id)
+        assert np.array_equal(np.flatnonzero(np.diff(ids)), ends)
+
+
+def test_provenance_leads_back_to_the_source(manifest: Manifest) -> None:
+    stream = TokenStream(manifest, 50)
+    where = stream.provenance(stream.documents(3)[0])
+    assert where["source"].endswith("corpus.txt") and where["position"] >= 0
+
+
+def test_other_data_are_refused_with_the_difference(manifest: Manifest) -> None:
+    stream = TokenStream(manifest, 16, seed=1)
+    state = stream.state(7)
+    assert stream.check_state(state) == 7
+    first = manifest.shards[0]
+    changes = {
+        "seed: 1 -> 2": TokenStream(manifest, 16, seed=2),
+        "seq_length: 16 -> 8": TokenStream(manifest, 8, seed=1),
+        "shuffle_shards": TokenStream(manifest, 16, seed=1, shuffle_shards=3),
+        "tokenizer": TokenStream(replace(manifest, tokenizer_sha256="1" * 64), 16, seed=1),
+        f"shards.{first.name}: gone": TokenStream(replace(manifest, shards=manifest.shards[1:]), 16, seed=1),
+        f"shards.{first.name}: {first.sha256[:16]}": TokenStream(
+            replace(manifest, shards=(replace(first, sha256="2" * 64), *manifest.shards[1:])), 16, seed=1
+        ),
+        "shards.renamed.tar: new": TokenStream(
+            replace(manifest, shards=(replace(first, name="renamed.tar"), *manifest.shards[1:])), 16, seed=1
+        ),
+        "manifest": TokenStream(replace(manifest, shards=manifest.shards[::-1]), 16, seed=1),
+    }
+    for difference, changed in changes.items():
+        with pytest.raises(DataChangedError) as error:
+            changed.check_state(state)
+        assert difference in str(error.value) and "--data-transition" in str(error.value)
+    with pytest.raises(DataChangedError, match="no field"):
+        stream.check_state({})
+
+
+def test_impossible_batches_name_the_remedy(manifest: Manifest) -> None:
+    stream = TokenStream(manifest, 16)
+    with pytest.raises(SamplingError, match="multiple of 3"):
+        stream.batch(0, 8, 0, 3)
+    with pytest.raises(SamplingError, match="divisor of 4"):
+        stream.batch(0, 8, 0, 2, micro_batch=3)
+    with pytest.raises(SamplingError, match="does not exist"):
+        stream.sample(-1)
+    with pytest.raises(SamplingError, match="no such batch"):
+        stream.batch(0, 8, 2, 2)
+
+
+@pytest.fixture
+def copied(tmp_path: Path, manifest: Manifest) -> tuple[Manifest, ShardInfo, Path]:
+    shutil.copytree(manifest.location, tmp_path / "train")
+    info = manifest.shards[0]
+    return replace(manifest, location=str(tmp_path / "train")), info, tmp_path / "train" / info.name
+
+
+def read_everything(manifest: Manifest) -> None:
+    stream = TokenStream(manifest, 16)
+    for number in range(stream.num_samples):
+        stream.sample(number)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "swap", "delete", "flip_index", "truncate_index", "no_index"])
+def test_damaged_shards_are_caught_and_named(copied: tuple[Manifest, ShardInfo, Path], damage: str) -> None:
+    manifest, info, path = copied
+    target = path.with_suffix(".idx") if "index" in damage else path
+    if damage.startswith("flip"):
+        data = bytearray(target.read_bytes())
+        data[len(data) // 2] ^= 1
+        target.write_bytes(data)
+    elif damage.startswith("truncate"):
+        target.write_bytes(target.read_bytes()[:-16])
+    elif damage == "swap":
+        target.write_bytes(path.with_name(manifest.shards[1].name).read_bytes())
+    else:
+        target.unlink()
+    with pytest.raises(ShardError, match=info.name):
+        read_everything(manifest)
+
+
+def test_ids_outside_the_vocabulary_are_refused(manifest: Manifest) -> None:
+    with pytest.raises(TokenRangeError, match=r"shard-\d+\.tar is outside the vocabulary of 300"):
+        read_everything(replace(manifest, vocab_size=300))
