@@ -1,0 +1,47 @@
+# Everything here does its own set-up; a second call goes straight to work.
+SHELL := bash
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+# OpenMP threads that spin while they wait slow several torch processes on few cores down 4 to 6 times.
+export OMP_WAIT_POLICY ?= passive
+export OMP_NUM_THREADS ?= 1
+# DeepSpeed must not compile its CUDA operators when it is installed.
+export DS_BUILD_OPS ?= 0
+export VENV
+
+.PHONY: help quickstart test lint format typecheck docs clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+quickstart: $(VENV)/.ready-run ## from text to a pretrained HOPE: about 5 minutes on 2 cores (ARGS="--text FILE" for your text)
+	$(BIN)/hope quickstart $(ARGS)
+
+test: $(VENV)/.ready-test ## unit, distributed and integration tests (ARGS="-k name" for some)
+	TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest tests/unit tests/distributed tests/integration -rs $(ARGS)
+
+lint: $(VENV)/.ready-dev ## style, formatting, and who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+
+format: $(VENV)/.ready-dev ## format the code, and mend what can be mended by machine
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(VENV)/.ready-dev ## mypy
+	$(BIN)/mypy
+
+docs: $(VENV)/.ready-run ## write docs/configuration.md from the schema
+	$(BIN)/python tools/make_config_docs.py
+
+clean: ## remove the virtual environment and caches; runs/ and data/ stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -type d -prune -exec rm -rf {} +
+
+$(VENV)/.ready-%: setup.py tools/setup_env.sh
+	tools/setup_env.sh $*

@@ -1,0 +1,1 @@
+"""The `hope` command: parse, build, call."""

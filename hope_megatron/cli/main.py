@@ -1,0 +1,100 @@
+"""Entry point of `hope`: finds the command, imports only its module, and turns user mistakes into one line.
+
+A command is a module with `add_arguments(parser)` and `run(args) -> int`. Heavy imports belong inside `run`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import hope_megatron
+
+
+class Command(NamedTuple):
+    """A row of the command table."""
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "quickstart": Command("hope_megatron.cli.quickstart", "from text to a pretrained HOPE on this machine, in minutes"),
+    "doctor": Command("hope_megatron.cli.doctor", "what this machine has, what is missing, and what to do about it"),
+    "plan": Command("hope_megatron.cli.plan", "parameters, FLOPs, memory and time of a run, before it is run"),
+    "data": Command("hope_megatron.cli.data", "text to tokenizer to token shards; inspect and verify them"),
+    "train": Command("hope_megatron.cli.train", "pretrain from a configuration"),
+    "launch": Command(
+        "hope_megatron.cli.launch", "take a run to a Slurm cluster: submit, follow, cancel, resume; arrays and chains"
+    ),
+    "sweep": Command("hope_megatron.cli.sweep", "scaling laws: plan a sweep, run it, fit laws, get a recommended run"),
+    "eval": Command("hope_megatron.cli.eval", "held-out loss and perplexity of a checkpoint"),
+    "generate": Command("hope_megatron.cli.generate", "sample text from a checkpoint"),
+    "convert": Command("hope_megatron.cli.convert", "checkpoint to Hugging Face layout"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code.
+
+    0: done. 1: a failure or a bug. 2: a mistake in what was asked for, said in one message. 130: Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has left. Python would complain again when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if not getattr(error, "is_user_error", False):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _dispatch(arguments: list[str]) -> int:
+    top = _top_parser()
+    if not arguments:
+        top.print_help()
+        return 2
+    name = arguments[0]
+    if name.startswith("-"):
+        top.parse_args(arguments)  # --help, --version, or an error; never returns
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        top.error(f"no command {name!r}" + (f"; did you mean {near[0]}?" if near else "; see hope --help"))
+    module = importlib.import_module(COMMANDS[name].module)
+    parser = argparse.ArgumentParser(
+        prog=f"hope {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    # Intermixed parsing lets options stand between positional overrides; argparse cannot do that with sub-commands.
+    nested = any(isinstance(action, argparse._SubParsersAction) for action in parser._actions)
+    args = parser.parse_args(arguments[1:]) if nested else parser.parse_intermixed_args(arguments[1:])
+    return int(module.run(args) or 0)
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    table = "\n".join(f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="hope",
+        description=hope_megatron.__doc__,
+        epilog=f"commands:\n{table}\n\n`hope COMMAND --help` says more about one of them.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="hope [--help] [--version] COMMAND ...",
+    )
+    parser.add_argument("--version", action="version", version=f"hope_megatron {hope_megatron.__version__}")
+    return parser

@@ -1,0 +1,208 @@
+"""What a run needs, before it is run: parameters, FLOPs, bytes per GPU, time.
+
+examples:
+  hope plan hope_760m                                  a model preset, with 20 tokens per parameter
+  hope plan hope_760m_30b --world 64 --hardware h200   a run file
+  hope plan hope_1b3_100b parallel.zero_stage=2 training.micro_batch_size=2 --world 128
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import Any
+
+from hope_megatron.cli.formatting import bytes_text, count_text, duration_text, percent_text
+from hope_megatron.config import RunConfig, load_run_config, resolve_run_config
+from hope_megatron.config.accounting import (
+    forward_flops,
+    num_non_embedding,
+    num_parameters,
+    parameters_by_part,
+    recompute_flops,
+)
+from hope_megatron.config.base import ConfigError
+from hope_megatron.config.footprint import estimate, footprint
+from hope_megatron.config.hardware import HARDWARE, find_hardware
+from hope_megatron.config.load import read_mapping
+from hope_megatron.config.presets import find_config
+
+TOKENS_PER_PARAMETER = 20
+"""Training length of a bare model preset (Hoffmann et al., arXiv 2203.15556)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `hope plan`."""
+    parser.add_argument("config", metavar="CONFIG", help="run file, model file, or the name of one")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="changes, for example training.seq_length=8192"
+    )
+    parser.add_argument("--world", type=int, metavar="N", help="number of GPUs (default: one tensor-parallel group)")
+    parser.add_argument(
+        "--hardware", default="h100", metavar="NAME", help=f"one of {', '.join(HARDWARE)} (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--utilization",
+        type=float,
+        metavar="X",
+        help="share of the peak FLOP/s that is reached (default: the hardware's row)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan."""
+    if args.world is not None and args.world < 1:
+        raise ConfigError(f"--world {args.world}: give at least 1")
+    if args.utilization is not None and not 0 < args.utilization <= 1:
+        raise ConfigError(f"--utilization {args.utilization}: give a share of the peak between 0 and 1")
+    config = load_for_plan(args.config, args.overrides)
+    plan = make_plan(config, args.world or config.parallel.tensor_parallel, args.hardware, args.utilization)
+    if args.json:
+        print(json.dumps(plan, indent=2))
+    else:
+        _print(plan)
+    return 0
+
+
+def load_for_plan(name_or_path: str, overrides: list[str]) -> RunConfig:
+    """A run; or a model alone, put into a run of the usual shape (0.5M tokens per step, bf16, layers recomputed).
+
+    Raises:
+        ConfigError: if there is no such configuration or it is wrong.
+    """
+    file = find_config(name_or_path, "runs", "models")
+    if "training" in read_mapping(file):
+        return load_run_config(file, overrides)
+    data: dict[str, Any] = {
+        "name": file.stem,
+        "model": str(file),
+        "training": {"steps": 1, "seq_length": 4096, "global_batch_size": 128, "recompute": "layer"},
+        "optim": {"warmup_steps": 0},
+        "data": {"train": "data/train", "tokenizer": "data/tokenizer.model"},
+    }
+    config = resolve_run_config(data, overrides, source=str(file))
+    if config.training.steps > 1:
+        return config
+    steps = -(-TOKENS_PER_PARAMETER * num_parameters(config.model) // config.training.tokens_per_step)
+    return config.model_copy(update={"training": config.training.model_copy(update={"steps": steps})})
+
+
+def make_plan(
+    config: RunConfig, world_size: int, hardware_name: str, utilization: float | None = None
+) -> dict[str, Any]:
+    """Everything `hope plan` says, as plain data."""
+    model, training = config.model, config.training
+    hardware = find_hardware(hardware_name)
+    forward = forward_flops(model, training.seq_length)
+    recompute = recompute_flops(model, training.seq_length, training.recompute)
+    bytes_per_gpu = footprint(config, world_size)
+    return {
+        "name": config.name,
+        "model": model.name,
+        "parameters": {
+            **parameters_by_part(model),
+            "total": num_parameters(model),
+            "non_embedding": num_non_embedding(model),
+        },
+        "flops_per_token": {
+            "forward": {**asdict(forward), "total": forward.total},
+            "backward": {name: 2 * value for name, value in {**asdict(forward), "total": forward.total}.items()},
+            "recompute": recompute,
+            "total": 3 * forward.total + recompute,
+        },
+        "bytes_per_gpu": {**asdict(bytes_per_gpu), "total": bytes_per_gpu.total, "capacity": hardware.memory_bytes},
+        "mesh": {
+            "world_size": world_size,
+            "tensor_parallel": config.parallel.tensor_parallel,
+            "sequence_parallel": config.parallel.sequence_parallel,
+            "data_parallel": config.data_parallel(world_size),
+            "zero_stage": config.parallel.zero_stage,
+            "accumulation_steps": config.accumulation_steps(world_size),
+        },
+        "run": {
+            "seq_length": training.seq_length,
+            "global_batch_size": training.global_batch_size,
+            "micro_batch_size": training.micro_batch_size,
+            "precision": training.precision,
+            "recompute": training.recompute,
+            "optimizer": config.optim.name,
+            "steps": training.steps,
+            "tokens_per_step": training.tokens_per_step,
+            "tokens": training.tokens,
+            "tokens_per_parameter": training.tokens / num_parameters(model),
+        },
+        "estimate": {**asdict(estimate(config, world_size, hardware, utilization)), "hardware": asdict(hardware)},
+    }
+
+
+def _print(plan: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    mesh, run, estimated = plan["mesh"], plan["run"], plan["estimate"]
+    hardware = estimated["hardware"]
+
+    def table(title: str, *columns: str) -> Table:
+        made = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False, box=None)
+        for column in columns:
+            made.add_column(column, justify="left" if column == columns[0] else "right", header_style="dim")
+        return made
+
+    console.print(f"[bold]{plan['name']}[/bold] · model {plan['model']}\n")
+
+    counts = dict(plan["parameters"])
+    total, non_embedding = counts.pop("total"), counts.pop("non_embedding")
+    parameters = table("Parameters", "", "count", "share")
+    for part, count in counts.items():
+        parameters.add_row(part, count_text(count), percent_text(count / total))
+    parameters.add_row("[bold]total[/bold]", f"[bold]{count_text(total)}[/bold]", f"{total:,}", end_section=True)
+    parameters.add_row("without embeddings", count_text(non_embedding), percent_text(non_embedding / total))
+
+    flops = table("FLOPs per token", "", "forward", "backward", "share")
+    spent = plan["flops_per_token"]
+    for name, value in spent["forward"].items():
+        if name != "total" and value:
+            flops.add_row(
+                name.replace("_", " "),
+                count_text(value),
+                count_text(2 * value),
+                percent_text(3 * value / spent["total"]),
+            )
+    flops.add_row("recompute", "", count_text(spent["recompute"]), percent_text(spent["recompute"] / spent["total"]))
+    flops.add_row("[bold]total[/bold]", "", f"[bold]{count_text(spent['total'])}[/bold]", "")
+
+    memory = table("Bytes per GPU", "", "", "of the device")
+    for name, value in plan["bytes_per_gpu"].items():
+        if name not in ("total", "capacity", "host"):
+            memory.add_row(name.replace("_", " "), bytes_text(value), percent_text(value / hardware["memory_bytes"]))
+    used = plan["bytes_per_gpu"]["total"]
+    memory.add_row(
+        "[bold]total[/bold]", f"[bold]{bytes_text(used)}[/bold]", percent_text(used / hardware["memory_bytes"])
+    )
+    if plan["bytes_per_gpu"]["host"]:
+        memory.add_row("in host memory", bytes_text(plan["bytes_per_gpu"]["host"]), "")
+
+    for part in (parameters, flops, memory):
+        console.print(part, "")
+    console.print(
+        f"[bold]Run[/bold]\n"
+        f"{run['steps']:,} steps x {run['global_batch_size']} sequences x {run['seq_length']} tokens = "
+        f"{count_text(run['tokens'])} tokens, {run['tokens_per_parameter']:.1f} per parameter\n"
+        f"{run['optimizer']}, {run['precision']}, recompute {run['recompute']}, "
+        f"micro-batch {run['micro_batch_size']} x {mesh['accumulation_steps']} accumulation steps\n"
+        f"{mesh['world_size']} x {hardware['name']} = tensor parallel {mesh['tensor_parallel']}"
+        f"{' with sequence parallelism' if mesh['sequence_parallel'] else ''} x data parallel {mesh['data_parallel']}, "
+        f"ZeRO {mesh['zero_stage']}\n"
+        f"at {percent_text(estimated['utilization'])} of {count_text(hardware['peak_flops'])}FLOP/s (assumed; MFU "
+        f"{percent_text(estimated['mfu'])}): {count_text(estimated['tokens_per_second'])} tokens/s, "
+        f"[bold]{duration_text(3600 * estimated['hours'])}[/bold]",
+        soft_wrap=True,
+    )
+    if used > 0.9 * hardware["memory_bytes"]:
+        console.print(
+            f"[bold red]Does not fit[/bold red] with a tenth to spare in {bytes_text(hardware['memory_bytes'])}: set "
+            "training.recompute=layer, lower training.micro_batch_size, or raise parallel.tensor_parallel."
+        )

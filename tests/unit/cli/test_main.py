@@ -1,0 +1,94 @@
+"""The `hope` command: light to start, one message for a mistake, the right exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from hope_megatron.cli.main import COMMANDS, main
+
+HEAVY = ("torch", "megatron", "deepspeed", "mlflow", "rich", "sentencepiece", "matplotlib")
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)], ids=" ".join
+)
+def test_help_imports_nothing_heavy(arguments):
+    code = f"""
+import sys
+from hope_megatron.cli.main import main
+try:
+    main({arguments!r})
+except SystemExit as leave:
+    assert leave.code == 0, leave.code
+print("heavy:", sorted(set({HEAVY!r}) & set(sys.modules)))
+"""
+    output = run_python(code)
+    assert output.splitlines()[-1] == "heavy: []"
+    assert "usage: hope" in output or "hope_megatron 0" in output
+
+
+def test_help_lists_every_command(capsys):
+    assert main([]) == 2
+    listed = capsys.readouterr().out
+    for name, command in COMMANDS.items():
+        assert f"  {name} " in listed
+        assert command.help in listed
+
+
+def test_unknown_command_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as leave:
+        main(["trian", "x.yaml"])
+    assert leave.value.code == 2
+    assert "no command 'trian'; did you mean train?" in capsys.readouterr().err
+
+
+def test_mistake_of_the_user_is_one_message(capsys):
+    assert main(["plan", "hope_tinny"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: no configuration named 'hope_tinny'")
+    assert "did you mean hope_tiny?" in error
+    assert "Traceback" not in error
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("hope_megatron.cli.plan.run", lambda args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["plan", "hope_tiny"])
+
+
+def test_interrupt(monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hope_megatron.cli.plan.run", interrupted)
+    assert main(["plan", "hope_tiny"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_options_may_stand_between_overrides(capsys):
+    assert main(["plan", "hope_tiny", "training.seq_length=64", "--json", "training.global_batch_size=2"]) == 0
+    assert '"tokens_per_step": 128' in capsys.readouterr().out
+
+
+def test_reader_that_leaves_early_is_no_error():
+    code = "import sys; from hope_megatron.cli.main import main; sys.exit(main(['plan', 'hope_tiny', '--json']))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 1
+
+
+def test_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "hope_megatron", "--version"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0
+    assert done.stdout.startswith("hope_megatron ")

@@ -1,0 +1,70 @@
+"""`hope plan`: the closed forms, put together for a run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hope_megatron.cli.main import main
+from hope_megatron.cli.plan import load_for_plan, make_plan
+from hope_megatron.config import ConfigError, load_model_config
+from hope_megatron.config.accounting import num_parameters
+
+
+def test_json_adds_up(capsys):
+    assert main(["plan", "hope_760m_30b", "--world", "64", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    counts = plan["parameters"]
+    assert counts.pop("total") == num_parameters(load_model_config("hope_760m"))
+    assert counts.pop("non_embedding") == sum(counts.values()) - counts["embedding"]
+    flops = plan["flops_per_token"]
+    assert flops["total"] == pytest.approx(3 * flops["forward"]["total"] + flops["recompute"])
+    memory = dict(plan["bytes_per_gpu"])
+    del memory["capacity"], memory["host"]
+    assert memory.pop("total") == pytest.approx(sum(memory.values()))
+    assert plan["mesh"]["data_parallel"] * plan["mesh"]["accumulation_steps"] == plan["run"]["global_batch_size"]
+    assert plan["run"]["tokens"] == pytest.approx(30e9, rel=1e-3)
+
+
+def test_preset_is_planned_at_20_tokens_per_parameter():
+    config = load_for_plan("hope_340m", [])
+    assert config.training.tokens / num_parameters(config.model) == pytest.approx(20, rel=1e-3)
+    assert load_for_plan("hope_340m", ["training.steps=7"]).training.steps == 7
+
+
+def test_file_of_a_model_or_of_a_run(tmp_path):
+    (tmp_path / "mine.yaml").write_text("preset: hope_tiny\nname: mine\nnum_layers: 2\n")
+    assert load_for_plan(str(tmp_path / "mine.yaml"), []).model.name == "mine"
+    assert load_for_plan("hope_tiny_cpu", ["training.steps=500"]).name == "hope_tiny_cpu"
+
+
+def test_world_must_divide():
+    with pytest.raises(ConfigError, match=r"world size 3 is not divisible by parallel\.tensor_parallel=2"):
+        make_plan(load_for_plan("hope_tiny_cpu", []), 3, "h100")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--hardware", "h900"], "no hardware row 'h900'; known: h100"),
+        (["--world", "0"], "--world 0: give at least 1"),
+        (["--utilization", "1.5"], "between 0 and 1"),
+        (["model.num_head=8"], "did you mean model.num_heads?"),
+    ],
+)
+def test_mistakes(arguments, message, capsys):
+    assert main(["plan", "hope_tiny", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_table_shows_every_part(capsys):
+    assert main(["plan", "hope_tiny", "--hardware", "cpu"]) == 0
+    text = capsys.readouterr().out
+    for word in ("memories", "memory solve", "recompute", "optimizer", "activations", "tokens/s", "assumed"):
+        assert word in text
+
+
+def test_what_does_not_fit_is_said(capsys):
+    assert main(["plan", "hope_7b", "--hardware", "l40s"]) == 0
+    assert "Does not fit" in capsys.readouterr().out

@@ -1,0 +1,115 @@
+"""Write docs/configuration.md from the schema; with --check, only say whether it is up to date."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from hope_megatron.config import RunConfig, Section
+from hope_megatron.config.messages import section_in
+
+TARGET = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
+
+INTRODUCTION = """\
+# Configuration
+
+Written by `make docs` from the schema in `hope_megatron/config/`; edit the docstrings there.
+
+A run file is YAML. `hope train FILE key.sub=value …` changes single values: the text after `=` is YAML, numbers index lists
+(`model.cms.levels.0.hidden_size=512`). Unknown keys, keys given twice, wrong types and impossible combinations are refused
+before any process starts. Layers, later over earlier: model preset, run file, overrides.
+
+`model` is the name of a preset (`model: hope_tiny`), or a section; a section may name a preset and change it:
+
+```yaml
+model:
+  preset: hope_tiny
+  vocab_size: 8192
+  memory: {chunk_tokens: 64}
+```
+
+On the command line `model=hope_60m` replaces the whole model, `model.preset=hope_60m` keeps the changes. `titans_60m` and the
+like are a file of `configs/families` over the HOPE preset of that size. Presets and run files are found by name in
+`./configs`, then in the repository's `configs/`, then in the installed package. Paths under `data` are relative to the current
+directory. `hope train … --dry-run` prints the resolved configuration; `hope plan` what it costs.
+"""
+
+
+def document() -> str:
+    """The whole page."""
+    return "\n".join([INTRODUCTION, *_sections(RunConfig, ())])
+
+
+def _sections(section: type[Section], path: tuple[str, ...]) -> Iterator[str]:
+    """A table of the section's own keys, then its sub-sections."""
+    heading = f"`{'.'.join(path)}`" if path else "The run"
+    yield f"{'#' * min(2 + max(len(path) - 1, 0), 4)} {heading}\n\n{inspect.getdoc(section)}\n"
+    yield "| key | type | default | meaning |\n|---|---|---|---|"
+    inner: list[tuple[type[Section], tuple[str, ...]]] = []
+    for name, field in section.model_fields.items():
+        found = section_in(field.annotation)
+        if found is not None:
+            item = (name,) if found is field.annotation else (name, "N")
+            inner.append((found, (*path, *item)))
+        yield f"| `{name}` | {_type(field, found)} | {_default(field, found)} | {_meaning(field, found)} |"
+    yield ""
+    for found, where in inner:
+        yield from _sections(found, where)
+
+
+def _type(field: FieldInfo, section: type[Section] | None) -> str:
+    if section is not None:
+        return "section" if section is field.annotation else "list of sections"
+    text = field.annotation.__name__ if isinstance(field.annotation, type) else str(field.annotation)
+    text = re.sub(r"typing\.|pathlib\.|, \.\.\.", "", text)
+    text = re.sub(r"Literal\[([^]]*)\]", lambda match: match[1].replace("'", ""), text)
+    text = text.replace("Path", "path").replace("str", "text").replace("tuple", "list").replace("None", "null")
+    bounds = [
+        f"{sign} {getattr(rule, name)}" for rule in field.metadata for name, sign in _BOUNDS if hasattr(rule, name)
+    ]
+    return " ".join([text.replace("|", "\\|"), *bounds])
+
+
+_BOUNDS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+
+
+def _default(field: FieldInfo, section: type[Section] | None) -> str:
+    if field.default is PydanticUndefined:
+        return "required"
+    return "" if section is not None else f"`{_yaml(field.default)}`"
+
+
+def _yaml(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"[{', '.join(map(_yaml, value))}]" if isinstance(value, tuple) else str(value)
+
+
+def _meaning(field: FieldInfo, section: type[Section] | None) -> str:
+    text = field.description or ("see below" if section is not None else "")
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def main(arguments: list[str]) -> int:
+    """Write the page, or with --check compare it."""
+    text = document()
+    if arguments == ["--check"]:
+        if TARGET.is_file() and TARGET.read_text(encoding="utf-8") == text:
+            return 0
+        print(f"{TARGET} is not what the schema says; run `make docs`", file=sys.stderr)
+        return 1
+    TARGET.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
