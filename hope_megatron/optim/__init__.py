@@ -1,0 +1,40 @@
+"""Optimizers that see whole matrices under ZeRO and tensor parallelism. See README.md in this folder."""
+
+from hope_megatron.optim.base import BoundOptimizer
+from hope_megatron.optim.build import build_optimizer
+from hope_megatron.optim.elementwise import SGD, AdamW
+from hope_megatron.optim.errors import OptimError, UnboundShardError, ZeroLayoutError
+from hope_megatron.optim.exchange import NewtonSchulz
+from hope_megatron.optim.geometry import merge_shards, split_shards
+from hope_megatron.optim.groups import build_param_groups
+from hope_megatron.optim.m3 import M3
+from hope_megatron.optim.muon import AdaMuon, Muon
+from hope_megatron.optim.schedule import apply_lr, lr_at
+from hope_megatron.optim.state import export_layout, export_state, import_state, iter_state, layout_tags
+from hope_megatron.optim.tags import ParamTags, read_tags
+
+__all__ = [
+    "M3",
+    "SGD",
+    "AdaMuon",
+    "AdamW",
+    "BoundOptimizer",
+    "Muon",
+    "NewtonSchulz",
+    "OptimError",
+    "ParamTags",
+    "UnboundShardError",
+    "ZeroLayoutError",
+    "apply_lr",
+    "build_optimizer",
+    "build_param_groups",
+    "export_layout",
+    "export_state",
+    "import_state",
+    "iter_state",
+    "layout_tags",
+    "lr_at",
+    "merge_shards",
+    "read_tags",
+    "split_shards",
+]

@@ -1,0 +1,332 @@
+"""What all optimizers here share: binding to a layout, the update clock, AdamW for vectors, statistics."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hope_megatron.optim.errors import OptimError, UnboundShardError
+from hope_megatron.optim.exchange import Communicator, MatrixExchange, NewtonSchulz
+from hope_megatron.optim.plan import ParamLayout, assign_phases, param_flops
+from hope_megatron.optim.tags import read_tags
+from hope_megatron.optim.zero import FlatVector, Run, check_wrapper, flat_vectors, shard_shape
+
+# The size of AdamW's typical update. Orthogonal updates are scaled to it, so that one learning rate serves matrices and
+# vectors (Moonlight, arXiv 2502.16982, section 2.2).
+UPDATE_RMS = 0.2
+
+
+@dataclass
+class BoundVector:
+    """A tensor the optimizer steps (ZeRO's flat vector, or a plain parameter seen flat) and what it knows about it."""
+
+    tensor: Tensor
+    group_name: str
+    params: list[ParamLayout]
+    dp_group: Any
+    dp_rank: int
+    exchange: MatrixExchange | None
+    """None where nothing is orthogonalised."""
+    update_norm: Tensor | None = None
+    """Frobenius norm of this rank's part of the last update, before the learning rate."""
+    numel: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.numel = sum(run.numel for param in self.params for run in param.runs if run.dp_rank == self.dp_rank)
+
+
+class BoundOptimizer(torch.optim.Optimizer):
+    """Base class. State tensors are flat and as large as the tensor that is stepped: ZeRO shards them as it does Adam's.
+
+    Groups come from `build_param_groups`. Under ZeRO call `bind_zero` once after `deepspeed.initialize`. Without ZeRO
+    whole parameters need nothing; tensor-parallel shards need `bind_plain`.
+
+    Update clock: a group with `update_period_steps` n > 1 adds up its gradients over n calls of `step` and makes one
+    update with their average (sum / n) at the end; parameters, moments and weight decay stand still meanwhile.
+    `state["step"]` counts calls, so updates are `step // n`. A step that DeepSpeed skips (overflow) never calls `step`
+    and changes nothing.
+    """
+
+    orthogonalizes = False
+    """Whether matrices go through Newton-Schulz."""
+    matrix_state: tuple[str, ...] = ()
+    vector_state: tuple[str, ...] = ("m1", "v")
+
+    def __init__(
+        self,
+        param_groups: list[dict[str, Any]],
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        ns: NewtonSchulz | None = None,
+        **matrix_defaults: Any,
+    ) -> None:
+        for group in param_groups:
+            if not isinstance(group, dict) or "role" not in group:
+                raise OptimError("parameter groups must come from hope_megatron.optim.build_param_groups")
+        names = [group["name"] for group in param_groups]
+        if len(set(names)) < len(names):
+            raise OptimError(f"parameter groups need different names, got {names}")
+        self.ns = ns or NewtonSchulz()
+        self._bound: dict[int, BoundVector] = {}
+        self._plain_comm: Communicator | None = None
+        self.zero_wrapper: Any = None
+        super().__init__(param_groups, {"betas": betas, "eps": eps, **matrix_defaults})
+        self._group_phases: dict[str, dict[str, int]] = {}
+
+    # -- binding -------------------------------------------------------------------------------------------------------
+
+    def bind_zero(self, zero_wrapper: Any, *, tp_group: Any = None, exchange_group: Any = None) -> None:
+        """Learn from DeepSpeed's wrapper (`engine.optimizer`) where parameters lie in the flat vectors. Collective.
+
+        tp_group: the tensor-parallel group, None without tensor parallelism. exchange_group: the group of all ranks
+        that hold parts of this rank's parameters, data parallel x tensor parallel (Megatron:
+        `get_tensor_and_data_parallel_group`); it may be None without tensor parallelism. Call it again after anything
+        that rebuilds the wrapper.
+        """
+        tp_size = dist.get_world_size(tp_group) if tp_group is not None else 1
+        tp_rank = dist.get_rank(tp_group) if tp_size > 1 else 0
+        check_wrapper(zero_wrapper, self, tp_size)
+        if tp_size > 1 and exchange_group is None:
+            raise OptimError(
+                "bind_zero needs exchange_group, the data-parallel x tensor-parallel group, when tp_group is given"
+            )
+        vectors = flat_vectors(zero_wrapper)
+        self._bound.clear()
+        layouts = [self._vector_layout(vector) for vector in vectors]
+        by_group: dict[int, list[ParamLayout]] = {}
+        for vector, layout in zip(vectors, layouts):
+            by_group.setdefault(vector.group_index, []).extend(layout)
+        self._group_phases = {
+            self.param_groups[index]["name"]: self._slow_phases(self.param_groups[index], params, tp_size)
+            for index, params in by_group.items()
+        }
+        comms: dict[int, Communicator] = {}
+        for vector, layout in zip(vectors, layouts):
+            group = exchange_group if tp_size > 1 else vector.dp_group
+            dp_rank = dist.get_rank(vector.dp_group)
+            if id(group) not in comms:
+                comms[id(group)] = Communicator.over(group, dp_rank, tp_rank)
+            self._bind(
+                vector.tensor, self.param_groups[vector.group_index], layout, comms[id(group)], vector.dp_group, dp_rank
+            )
+        self.zero_wrapper = zero_wrapper
+
+    def bind_plain(self, tp_group: Any = None) -> None:
+        """Without ZeRO: gather tensor-parallel shards over `tp_group`; all data-parallel replicas do the same work."""
+        self._bound.clear()
+        self._plain_comm = Communicator.over(tp_group, 0, dist.get_rank(tp_group) if tp_group is not None else 0)
+        self._group_phases.clear()
+
+    def _vector_layout(self, vector: FlatVector) -> list[ParamLayout]:
+        return [self._param_layout(param, runs) for param, runs in vector.params]
+
+    @staticmethod
+    def _param_layout(param: nn.Parameter, runs: tuple[Run, ...]) -> ParamLayout:
+        name = getattr(param, "optim_name", None)
+        if name is None:
+            raise OptimError(
+                "a parameter has no optim_name; build the groups with hope_megatron.optim.build_param_groups"
+            )
+        shape = shard_shape(param)
+        return ParamLayout(name, shape, read_tags(param, name, shape), runs)
+
+    def _bind(
+        self,
+        tensor: Tensor,
+        group: dict[str, Any],
+        params: list[ParamLayout],
+        comm: Communicator,
+        dp_group: Any,
+        dp_rank: int,
+    ) -> BoundVector:
+        exchange = None
+        if self.orthogonalizes and group["role"] == "matrix":
+            phases = self._group_phases[group["name"]]
+            exchange = MatrixExchange(params, comm, self.ns, [phases[param.name] for param in params])
+        bound = BoundVector(tensor, group["name"], params, dp_group, dp_rank, exchange)
+        self._bound[id(tensor)] = bound
+        return bound
+
+    def _bound_vector(self, tensor: Tensor, group: dict[str, Any]) -> BoundVector:
+        bound = self._bound.get(id(tensor))
+        if bound is None:
+            bound = self._bind_whole(tensor, group)
+        return bound
+
+    def _bind_whole(self, tensor: Tensor, group: dict[str, Any]) -> BoundVector:
+        """Bind a plain parameter; anything else was put here by a wrapper and has an unknown layout."""
+        if getattr(tensor, "optim_name", None) is None:
+            raise UnboundShardError(
+                f"parameter group {group['name']!r} holds a flat vector of {tensor.numel()} elements with an unknown "
+                "layout; call optimizer.bind_zero(engine.optimizer) after deepspeed.initialize"
+            )
+        layouts = {id(p): self._param_layout(p, (Run(0, 0, 0, p.numel()),)) for p in group["params"]}
+        layout, comm = layouts[id(tensor)], self._plain_comm
+        if comm is None:
+            distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+            if layout.tags.partition_dim is not None and distributed:
+                raise UnboundShardError(
+                    f"{layout.name} is a tensor-parallel shard; call optimizer.bind_zero, or without ZeRO "
+                    "optimizer.bind_plain(tp_group)"
+                )
+            comm = Communicator()
+        if group["name"] not in self._group_phases:
+            phases = self._slow_phases(group, list(layouts.values()), comm.topology.tp_size)
+            self._group_phases[group["name"]] = phases
+        return self._bind(tensor, group, [layout], comm, None, 0)
+
+    def _slow_phases(self, group: dict[str, Any], params: list[ParamLayout], tp_size: int) -> dict[str, int]:
+        """Offset of the slow clock by parameter name."""
+        period = self.slow_period(group)
+        if group["role"] != "matrix" or period == 1:
+            return {param.name: 0 for param in params}
+        return assign_phases({param.name: param_flops(param, tp_size, self.ns.steps) for param in params}, period)
+
+    def slow_period(self, group: dict[str, Any]) -> int:
+        """Number of different phases of the slow clock; 1 where there is none."""
+        return 1
+
+    def bound_vectors(self) -> list[BoundVector]:
+        """All vectors, in group order; binds plain parameters that have not been stepped yet."""
+        if self.zero_wrapper is None:
+            for group in self.param_groups:
+                for param in group["params"]:
+                    self._bound_vector(param, group)
+        return list(self._bound.values())
+
+    # -- the step ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One optimizer step over the parameters that have a gradient. ZeRO calls it once per group or sub-group."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._step_vector(param, group)
+        return loss
+
+    def _step_vector(self, param: Tensor, group: dict[str, Any]) -> None:
+        bound = self._bound_vector(param, group)
+        if bound.exchange is not None:
+            bound.exchange.reset_counters()
+        if param.dtype not in (torch.float32, torch.float64):
+            raise OptimError(
+                f"group {group['name']!r} has {param.dtype} parameters; step float32 master weights (ZeRO keeps them)"
+            )
+        state, flat = self.state[param], param.view(-1)
+        if not state:
+            self.init_state(state, flat, group)
+        state["step"] += 1
+        grad = self._due_gradient(param.grad.reshape(-1), state, group["update_period_steps"])
+        if grad is None:
+            return
+        if group["weight_decay"]:
+            flat.mul_(1.0 - group["lr"] * group["weight_decay"])
+        num_updates = state["step"] // group["update_period_steps"]
+        if group["role"] == "matrix":
+            update = self.matrix_update(grad, state, group, num_updates, bound.exchange)
+        else:
+            update = self.vector_update(grad, state, group, num_updates)
+        flat.add_(update, alpha=-group["lr"])
+        bound.update_norm = torch.linalg.vector_norm(update)
+
+    def state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Names of the state tensors of a group, all flat and as long as the vector."""
+        keys = self.matrix_state if group["role"] == "matrix" else self.vector_state
+        return keys + (("pending_grad",) if group["update_period_steps"] > 1 else ())
+
+    def init_state(self, state: dict[str, Any], flat: Tensor, group: dict[str, Any]) -> None:
+        """All state at once, at the first step: DeepSpeed links the tensors it finds then."""
+        state["step"] = 0
+        for key in self.state_keys(group):
+            state[key] = torch.zeros_like(flat)
+
+    @staticmethod
+    def _due_gradient(grad: Tensor, state: dict[str, Any], period: int) -> Tensor | None:
+        if period == 1:
+            return grad
+        pending = state["pending_grad"].add_(grad)
+        if state["step"] % period:
+            return None
+        average = pending / period
+        pending.zero_()
+        return average
+
+    @abstractmethod
+    def matrix_update(
+        self,
+        grad: Tensor,
+        state: dict[str, Any],
+        group: dict[str, Any],
+        num_updates: int,
+        exchange: MatrixExchange | None,
+    ) -> Tensor:
+        """The update of a vector of matrices before learning rate and sign; `num_updates` counts from 1."""
+
+    def vector_update(self, grad: Tensor, state: dict[str, Any], group: dict[str, Any], num_updates: int) -> Tensor:
+        return adam_update(grad, state, group, num_updates)
+
+    # -- statistics ----------------------------------------------------------------------------------------------------
+
+    def last_step_stats(self, *, reduce: bool = False) -> dict[str, float]:
+        """What the last step did. Synchronises with the device: call it on logging steps.
+
+        optim/newton_schulz_calls        matrices orthogonalised by this rank in the last step
+        optim/newton_schulz_calls_total  ... since the optimizer was built
+        optim/exchange_bytes             bytes of matrices this rank sent to others in the last step
+        optim/orthogonality_residual     ||O O^T - I||_F / sqrt(rank) of the last sampled matrix
+        optim/update_rms/<group>         root mean square of this rank's part of the update, before the learning rate
+
+        With `reduce` (all ranks of the default group together) calls and bytes are summed, the residual is the largest,
+        and the RMS is over all ranks.
+        """
+        sums: dict[str, float] = {}
+        residual = -1.0
+        for bound in self._bound.values():
+            if bound.update_norm is not None:
+                for key, value in (("square", float(bound.update_norm) ** 2), ("numel", float(bound.numel))):
+                    name = f"{key}/{bound.group_name}"
+                    sums[name] = sums.get(name, 0.0) + value
+        exchanges = [bound.exchange for bound in self._bound.values() if bound.exchange is not None]
+        if exchanges:
+            sums["newton_schulz_calls"] = float(sum(e.last_calls for e in exchanges))
+            sums["newton_schulz_calls_total"] = float(sum(e.calls for e in exchanges))
+            sums["exchange_bytes"] = float(sum(e.sent_bytes for e in exchanges))
+            residual = max((float(e.residual) for e in exchanges if e.residual is not None), default=-1.0)
+        if reduce and dist.is_initialized():
+            sums, residual = _reduce_stats(sums, residual)
+        stats = {f"optim/{key}": value for key, value in sums.items() if "/" not in key}
+        if residual >= 0:
+            stats["optim/orthogonality_residual"] = residual
+        for key in [k for k in sums if k.startswith("square/")]:
+            group_name = key.removeprefix("square/")
+            stats[f"optim/update_rms/{group_name}"] = math.sqrt(sums[key] / max(sums[f"numel/{group_name}"], 1.0))
+        return stats
+
+
+def _reduce_stats(sums: dict[str, float], residual: float) -> tuple[dict[str, float], float]:
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
+    values = torch.tensor(list(sums.values()), dtype=torch.float64, device=device)
+    largest = torch.tensor(residual, dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return dict(zip(sums, values.tolist())), float(largest)
+
+
+def adam_update(grad: Tensor, state: dict[str, Any], group: dict[str, Any], num_updates: int) -> Tensor:
+    """Adam's update with bias correction (weight decay is applied apart, as in AdamW)."""
+    beta1, beta2 = group["betas"]
+    m1, v = state["m1"].lerp_(grad, 1 - beta1), state["v"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = (v / (1 - beta2**num_updates)).sqrt_().add_(group["eps"])
+    return (m1 / (1 - beta1**num_updates)).div_(denominator)

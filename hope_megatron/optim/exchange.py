@@ -1,0 +1,300 @@
+"""Matrices of a flat vector: orthogonalise them across ranks, and reduce or scale matrix by matrix."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hope_megatron.ops.newton_schulz import newton_schulz, orthogonality_residual
+from hope_megatron.optim.errors import OptimError
+from hope_megatron.optim.plan import (
+    ExchangePlan,
+    ParamLayout,
+    Topology,
+    assign_owners,
+    collect_matrices,
+    owner_loads,
+)
+
+# Larger batches of equal shape are cut: Newton-Schulz needs about four times its input as scratch memory.
+_MAX_BATCH_NUMEL = 2**26
+# Every so many orthogonalisations one matrix is measured.
+_RESIDUAL_PERIOD = 10
+
+
+@dataclass(frozen=True)
+class NewtonSchulz:
+    """Settings of the iteration; momentum travels in `dtype` too."""
+
+    steps: int = 5
+    coefficients: str = "quintic"
+    dtype: torch.dtype = torch.float32
+
+    def __call__(self, matrices: Tensor) -> Tensor:
+        return newton_schulz(matrices, steps=self.steps, coefficients=self.coefficients, dtype=self.dtype)
+
+
+class Communicator:
+    """The collectives an exchange needs. Without a group there is one rank and nothing travels."""
+
+    def __init__(self, group: Any = None) -> None:
+        size = dist.get_world_size(group) if group is not None else 1
+        # CPU-offloaded vectors under NCCL travel, and are orthogonalised, on the GPU
+        nccl = group is not None and dist.get_backend(group) == "nccl"
+        self.device = torch.device("cuda", torch.cuda.current_device()) if nccl else None
+        self.rank = dist.get_rank(group) if size > 1 else 0
+        self.group = group if size > 1 else None
+        self.topology = Topology.grid(1)
+
+    @classmethod
+    def over(cls, group: Any, dp_rank: int, tp_rank: int) -> Communicator:
+        """Collective: every rank of the group tells its coordinates."""
+        comm = cls(group)
+        if comm.group is not None:
+            mine = torch.tensor([dp_rank, tp_rank], device=comm.device)
+            places = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(places, mine, group=group)
+            comm.topology = Topology(tuple((int(place[0]), int(place[1])) for place in places))
+        return comm
+
+    def all_to_all(self, send: Tensor, receive_counts: list[int], send_counts: list[int]) -> Tensor:
+        if self.group is None:
+            return send
+        receive = send.new_empty(sum(receive_counts))
+        dist.all_to_all_single(receive, send, receive_counts, send_counts, group=self.group)
+        return receive
+
+    def all_reduce_(self, values: Tensor) -> Tensor:
+        if self.group is None:
+            return values
+        moved = values.to(self.device) if self.device is not None else values
+        dist.all_reduce(moved, group=self.group)
+        return values.copy_(moved) if moved is not values else values
+
+    def check_agreement(self, description: str, what: str) -> None:
+        """Collective: raise on every rank if the ranks describe `what` differently."""
+        if self.group is None:
+            return
+        digest = int.from_bytes(hashlib.sha256(description.encode()).digest()[:7], "big")
+        value = torch.tensor([digest, -digest], device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
+        if int(value[0]) != -int(value[1]):
+            raise OptimError(
+                f"{what}: the ranks of the exchange group see different parameters or shapes; build the same model on "
+                "every rank and give bind_zero the group of its data-parallel and tensor-parallel ranks"
+            )
+
+
+@dataclass(frozen=True)
+class Job:
+    """Matrices to orthogonalise: from one flat vector of this rank into another; those of a slow phase, or all."""
+
+    momentum: Tensor
+    out: Tensor
+    phase: int | None = None
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """`count` equally long pieces of consecutive matrices, side by side in this rank's flat vector."""
+
+    start: int
+    count: int
+    length: int
+    first_matrix: int
+    counted: bool
+    """False for the second copy of a replicated matrix: it is scaled, but not summed."""
+
+
+class MatrixExchange:
+    """All matrices of one flat vector. `phases[p]` is the slow phase of parameter p (zero if not given)."""
+
+    def __init__(
+        self,
+        params: Sequence[ParamLayout],
+        comm: Communicator,
+        ns: NewtonSchulz,
+        phases: Sequence[int] | None = None,
+    ) -> None:
+        self.params, self.comm, self.ns = list(params), comm, ns
+        self.phases = list(phases) if phases is not None else [0] * len(self.params)
+        comm.check_agreement(
+            repr([(p.name, p.shape, p.tags, p.runs) for p in self.params]), "the layout of a parameter group"
+        )
+        self.matrices = collect_matrices(self.params, comm.topology)
+        self._plans: dict[int | None, ExchangePlan] = {}
+        self._stretches = list(self._local_stretches())
+        self._shapes = torch.tensor([matrix.shape for matrix in self.matrices], dtype=torch.float32)
+        self.calls = 0
+        """Newton-Schulz runs of this rank: matrices, not batches."""
+        self.last_calls = 0
+        self.sent_bytes = 0
+        """Bytes this rank sent to others since `reset_counters`."""
+        self.residual: Tensor | None = None
+        self._orthogonalisations = 0
+
+    def plan(self, phase: int | None = None) -> ExchangePlan:
+        """The plan for all matrices, or for those whose slow clock has this phase, which fills the gaps of the first."""
+        if phase not in self._plans:
+            num_ranks, matrices, base = self.comm.topology.size, self.matrices, None
+            if phase is not None:
+                base = owner_loads(matrices, self.plan().owners, num_ranks, self.ns.steps)
+                matrices = [m for m in matrices if self.phases[m.param] == phase]
+            owners = assign_owners(matrices, num_ranks, self.ns.steps, base)
+            self._plans[phase] = ExchangePlan(matrices, owners, self.comm.topology, self.comm.rank)
+        return self._plans[phase]
+
+    def reset_counters(self) -> None:
+        self.last_calls, self.sent_bytes = 0, 0
+
+    @torch.no_grad()
+    def orthogonalize(self, *jobs: Job) -> None:
+        """Write the polar factors of the matrices of each job's momentum to the same places of its `out`. Collective.
+
+        All jobs share one stretch of computation between the transfers, so that only their sum has to be balanced.
+        """
+        jobs = tuple(job for job in jobs if self.plan(job.phase).matrices)
+        plans = [self.plan(job.phase) for job in jobs]
+        works = [self._gather(plan, job.momentum) for plan, job in zip(plans, jobs)]
+        for plan, work in zip(plans, works):
+            self._orthogonalize_batches(plan, work)
+        for plan, work, job in zip(plans, works, jobs):
+            self._scatter(plan, work, job.out)
+
+    def _gather(self, plan: ExchangePlan, momentum: Tensor) -> Tensor:
+        """The workspace with the matrices that this rank owns."""
+        send = _pack(momentum, plan.gather.send_runs, self.comm.device or momentum.device, self.ns.dtype)
+        received = self.comm.all_to_all(send, plan.gather.receive_counts, plan.gather.send_counts)
+        work = received.new_empty(plan.workspace_numel)
+        _unpack(received, work, plan.gather.receive_runs)
+        _copy_slices(plan, work, into_matrices=True)
+        return work
+
+    def _scatter(self, plan: ExchangePlan, work: Tensor, out: Tensor) -> None:
+        _copy_slices(plan, work, into_matrices=False)
+        send = _pack(work, plan.scatter.send_runs, work.device, work.dtype)
+        received = self.comm.all_to_all(send, plan.scatter.receive_counts, plan.scatter.send_counts)
+        _unpack(received, out, plan.scatter.receive_runs)
+        self.sent_bytes += plan.sent_elements * work.dtype.itemsize
+
+    def _orthogonalize_batches(self, plan: ExchangePlan, work: Tensor) -> None:
+        sample = self._orthogonalisations % _RESIDUAL_PERIOD == 0
+        self._orthogonalisations += 1
+        for start, count, (rows, cols) in plan.batches:
+            batch = work.narrow(0, start, count * rows * cols).view(count, rows, cols)
+            for part in batch.split(max(1, _MAX_BATCH_NUMEL // (rows * cols))):
+                part.copy_(self.ns(part))
+            self.calls += count
+            self.last_calls += count
+            if sample:
+                self.residual = orthogonality_residual(batch[self._orthogonalisations % count])
+                sample = False
+
+    def _local_stretches(self) -> Iterator[_Stretch]:
+        local = sorted(
+            (
+                piece.flat_start,
+                piece.numel,
+                index,
+                not matrix.replicated or self.comm.topology.tp_rank(self.comm.rank) == 0,
+            )
+            for index, matrix in enumerate(self.matrices)
+            for piece in matrix.pieces
+            if piece.rank == self.comm.rank
+        )
+        pending: _Stretch | None = None
+        for start, length, matrix, counted in local:
+            if (
+                pending is not None
+                and pending.length == length
+                and pending.counted == counted
+                and pending.start + pending.count * length == start
+                and pending.first_matrix + pending.count == matrix
+            ):
+                pending = _Stretch(pending.start, pending.count + 1, length, pending.first_matrix, counted)
+                continue
+            if pending is not None:
+                yield pending
+            pending = _Stretch(start, 1, length, matrix, counted)
+        if pending is not None:
+            yield pending
+
+    def _rows(self, values: Tensor, stretch: _Stretch) -> Tensor:
+        return values.narrow(0, stretch.start, stretch.count * stretch.length).view(stretch.count, stretch.length)
+
+    def _reduce(self, values: Tensor, rows_to_sums: Callable[[Tensor], Tensor]) -> Tensor:
+        sums = values.new_zeros(len(self.matrices))
+        for stretch in self._stretches:
+            if stretch.counted:
+                sums.narrow(0, stretch.first_matrix, stretch.count).add_(rows_to_sums(self._rows(values, stretch)))
+        return self.comm.all_reduce_(sums)
+
+    def shapes(self, device: torch.device) -> Tensor:
+        """Full shapes of the matrices, [matrices, 2] float32."""
+        if self._shapes.device != device:
+            self._shapes = self._shapes.to(device)
+        return self._shapes
+
+    def means(self, values: Tensor) -> Tensor:
+        """Mean of the elements of each matrix: flat vector -> [matrices]. Collective."""
+        return self._reduce(values, lambda rows: rows.sum(1)) / self.shapes(values.device).prod(1)
+
+    def root_mean_squares(self, values: Tensor) -> Tensor:
+        """RMS of the elements of each matrix: flat vector -> [matrices]. Collective."""
+        sums = self._reduce(values, lambda rows: torch.linalg.vector_norm(rows, dim=1).square_())
+        return (sums / self.shapes(values.device).prod(1)).sqrt_()
+
+    def add_(self, values: Tensor, per_matrix: Tensor) -> Tensor:
+        """Add to each element the number of its matrix, in place."""
+        for stretch in self._stretches:
+            self._rows(values, stretch).add_(per_matrix.narrow(0, stretch.first_matrix, stretch.count).unsqueeze(1))
+        return values
+
+    def scale_(self, values: Tensor, per_matrix: Tensor) -> Tensor:
+        """Multiply each element by the number of its matrix, in place."""
+        for stretch in self._stretches:
+            self._rows(values, stretch).mul_(per_matrix.narrow(0, stretch.first_matrix, stretch.count).unsqueeze(1))
+        return values
+
+    def scale_phase_(self, values: Tensor, factor: float, phase: int) -> Tensor:
+        """Multiply the parameters of one slow phase, in place."""
+        dp_rank = self.comm.topology.coordinates[self.comm.rank][0]
+        for param, param_phase in zip(self.params, self.phases):
+            if param_phase == phase:
+                for run in param.runs:
+                    if run.dp_rank == dp_rank:
+                        values.narrow(0, run.flat_start, run.numel).mul_(factor)
+        return values
+
+
+def _pack(source: Tensor, runs: list[tuple[int, int]], device: torch.device, dtype: torch.dtype) -> Tensor:
+    parts = [source.narrow(0, start, numel) for start, numel in runs]
+    packed = torch.cat(parts) if parts else source.new_empty(0)
+    return packed.to(device=device, dtype=dtype)
+
+
+def _unpack(packed: Tensor, target: Tensor, runs: list[tuple[int, int]]) -> None:
+    offset = 0
+    for start, numel in runs:
+        target.narrow(0, start, numel).copy_(packed.narrow(0, offset, numel))
+        offset += numel
+
+
+def _copy_slices(plan: ExchangePlan, work: Tensor, into_matrices: bool) -> None:
+    """Between the staging area of column-sliced blocks and their places in the matrices."""
+    for sliced in plan.sliced_blocks:
+        block, cols = sliced.block, sliced.matrix_cols
+        staged = work.narrow(0, sliced.start, block.numel).view(block.rows, block.cols)
+        matrix = work.narrow(0, sliced.matrix_start + block.first_row * cols, block.rows * cols).view(block.rows, cols)
+        for seg in block.columns:
+            inside, outside = matrix.narrow(1, seg.full, seg.length), staged.narrow(1, seg.local, seg.length)
+            if into_matrices:
+                inside.copy_(outside)
+            else:
+                outside.copy_(inside)
