@@ -1,0 +1,139 @@
+"""Pretrain a model as a run file says.
+
+    hope train configs/runs/NAME.yaml optim.lr=1e-3 --nproc 2     on this machine
+    torchrun --nproc-per-node 8 -m hope_megatron train ...        under any launcher that sets RANK and WORLD_SIZE
+
+The same command continues a run that was stopped, from its newest good checkpoint. Ctrl-C saves and leaves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from data_pipeline import Tokenizer, TokenStream
+from hope_megatron.config import ConfigError, RunConfig, dump_config, load_run_config
+from hope_megatron.training.run_directory import RunDirectory
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `hope train`."""
+    parser.add_argument("config", help="run file, or the name of one in configs/runs")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the configuration")
+    parser.add_argument("--nproc", type=int, help="processes to start on this machine (default: parallel.tensor_parallel)")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto: from the newest good checkpoint of the run, if any; never: insist on a fresh run; PATH: back to an earlier "
+        "checkpoint of this run, or from one of another run while this one has none",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and leave")
+    parser.add_argument("--oversubscribe", action="store_true", help="allow more processes than cores or GPUs")
+    parser.add_argument("--port", type=int, help="rendezvous port on this machine (default: a free one)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Start the processes of a run, or be one of them."""
+    from launch.environment import is_worker
+
+    if is_worker():
+        return _work(args)
+    config = load_run_config(args.config, args.overrides)
+    nproc = config.parallel.tensor_parallel if args.nproc is None else args.nproc
+    accumulation = config.accumulation_steps(nproc)
+    if args.dry_run:
+        print(dump_config(config), end="")
+        tokens = f"{config.training.tokens_per_step:,} tokens per step, {config.training.tokens:,} in all"
+        print(f"# {nproc} processes, data parallel {config.data_parallel(nproc)}, accumulation {accumulation}; {tokens}")
+        return 0
+    # Mistakes that can be seen without torch show here, at once, and before any process starts.
+    open_sources(config)
+    directory = RunDirectory(config.run_dir)
+    directory.acquire()
+    directory.release()
+    if nproc == 1:
+        from launch.environment import apply_process_environment
+
+        apply_process_environment(config.training.num_threads)
+        return _train(config, args.resume)
+    from launch.local import run_local
+
+    return run_local(
+        ["train", args.config, *args.overrides, "--resume", args.resume],
+        nproc,
+        num_threads=config.training.num_threads,
+        oversubscribe=args.oversubscribe,
+        port=args.port,
+    )
+
+
+def _work(args: argparse.Namespace) -> int:
+    """Be one process of a world that a launcher has started."""
+    from launch.environment import apply_process_environment, die_with_parent, report_failure
+
+    die_with_parent()
+    rank = int(os.environ["RANK"])
+    try:
+        config = load_run_config(args.config, args.overrides)
+        apply_process_environment(config.training.num_threads)
+        _train(config, args.resume)
+        return 0
+    except Exception as error:
+        if report_failure(rank, error):
+            _leave(2 if getattr(error, "is_user_error", False) else 1)
+        raise
+
+
+def _train(config: RunConfig, resume: str) -> int:
+    """Train in this process. Returns 0, or 128 + the signal that ended the run early."""
+    from hope_megatron.training.phases import PhaseClock
+    from launch.environment import silence_import_warnings
+
+    silence_import_warnings()
+    phases = PhaseClock()
+    train_source, heldout_source = open_sources(config)
+    phases.mark("data")
+    from hope_megatron.engine.distributed import shutdown_distributed
+    from hope_megatron.training.run import run_training
+
+    phases.mark("imports")
+    finished = run_training(config, train_source, heldout_source, resume=resume, phases=phases)
+    shutdown_distributed()
+    return 128 + finished.stop_signal if finished.stop_signal else 0
+
+
+def open_sources(config: RunConfig) -> tuple[TokenStream, TokenStream | None]:
+    """The training and held-out samples of a run, checked against its tokenizer and model.
+
+    Raises:
+        DataError: if manifests, shards or tokenizer cannot be used.
+        ConfigError: if they do not fit the model or each other.
+    """
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    seq_length = config.training.seq_length
+    train = TokenStream(config.data.train, seq_length, config.data.seed)
+    heldout = TokenStream(config.data.heldout, seq_length, shuffle=False) if config.data.heldout else None
+    for stream, name in ((train, "data.train"), (heldout, "data.heldout")):
+        if stream is None:
+            continue
+        if stream.manifest.tokenizer_sha256 != tokenizer.digest:
+            raise ConfigError(
+                f"{name} ({stream.manifest.location}) was made with another tokenizer than data.tokenizer "
+                f"({config.data.tokenizer}): digests {stream.manifest.tokenizer_sha256[:12]} and {tokenizer.digest[:12]}; "
+                "use the tokenizer that lies beside the shards, or prepare the data again"
+            )
+        if stream.manifest.vocab_size != config.model.vocab_size:
+            raise ConfigError(
+                f"{name} has a vocabulary of {stream.manifest.vocab_size} tokens, model.vocab_size is "
+                f"{config.model.vocab_size}; set model.vocab_size={stream.manifest.vocab_size}"
+            )
+    return train, heldout
+
+
+def _leave(code: int) -> None:
+    """Exit at once: a peer may be waiting for this rank in a collective, and destructors would wait for it in turn."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

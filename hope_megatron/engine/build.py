@@ -1,0 +1,39 @@
+"""From a run's configuration to an engine: model, optimizer, DeepSpeed, and the optimizer bound to what ZeRO made."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state
+
+from hope_megatron.config.run import RunConfig
+from hope_megatron.engine.distributed import Mesh
+from hope_megatron.engine.engine import Engine
+from hope_megatron.model import build_model
+from hope_megatron.optim import build_optimizer
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
+    """Build model and optimizer of a run on this rank; `init_distributed` comes first. Collective.
+
+    Raises:
+        ConfigError: if world, mesh and batch do not divide.
+    """
+    model = build_model(
+        config.model,
+        config.parallel,
+        dtype=_DTYPES[config.training.precision],
+        seed=config.training.seed,
+        recompute=config.training.recompute,
+    ).to(mesh.device)
+    optimizer = build_optimizer(model.named_parameters(), config.optim)
+    engine = Engine(model, optimizer, config, mesh)
+    tp_group = mesh.tp_group if mesh.tp_size > 1 else None
+    if config.parallel.zero_stage == 0:
+        optimizer.bind_plain(tp_group)
+    else:
+        optimizer.bind_zero(
+            engine.zero, tp_group=tp_group, exchange_group=parallel_state.get_tensor_and_data_parallel_group()
+        )
+    return engine

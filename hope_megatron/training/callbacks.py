@@ -1,0 +1,222 @@
+"""The periodic work of a run, one class per job. Their order in `default_callbacks` is the order in which they run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hope_megatron.training.batches import heldout_batches, micro_batches
+from hope_megatron.training.loop import Callback, Run
+from hope_megatron.training.metrics import MetricsFile, read_metrics
+from hope_megatron.training.plots import plot_curves
+from hope_megatron.training.progress import Progress
+from hope_megatron.training.run_directory import RunDirectory, write_atomically
+from hope_megatron.training.signals import signal_name
+from hope_megatron.training.step import StepResult, evaluate
+from hope_megatron.training.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+PROBE_FILE = "probe.safetensors"
+
+
+def default_callbacks(progress: Progress, tracker: Tracker | None) -> list[Callback]:
+    """What every run does. The record of a step is written before the checkpoint of that step."""
+    return [
+        FirstStep(),
+        HeldoutEvaluation(),
+        MetricsRecord(progress, tracker),
+        Checkpointing(),
+        Summary(),
+        Curves(),
+        Tracking(tracker),
+    ]
+
+
+class FirstStep(Callback):
+    """Times the first step, in which caches, buffers and kernels are made."""
+
+    def start(self, run: Run) -> None:
+        self._seen = False
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        if not self._seen:
+            run.phases.mark("first_step")
+            self._seen = True
+
+    def finish(self, run: Run) -> None:
+        run.phases.mark("steps")
+
+
+class HeldoutEvaluation(Callback):
+    """Mean loss of the first held-out sequences, every `eval_every` steps and after the last."""
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        every, source = run.config.training.eval_every, run.heldout_source
+        due = run.is_complete or (every > 0 and run.state.step % every == 0)
+        if source is None or not due:
+            return
+        training, mesh = run.config.training, run.engine.mesh
+        batches = heldout_batches(
+            source, training.eval_sequences, training.micro_batch_size, mesh.dp_rank, mesh.dp_size, mesh.device
+        )
+        run.metrics["heldout/loss"] = evaluate(run.engine, batches)
+
+
+class MetricsRecord(Callback):
+    """Writes the record of a step to metrics.jsonl, and shows it."""
+
+    def __init__(self, progress: Progress, tracker: Tracker | None) -> None:
+        self.progress = progress
+        self.tracker = tracker
+
+    def start(self, run: Run) -> None:
+        self._last = (run.state.tokens, time.monotonic())
+        if run.engine.mesh.rank == 0:
+            self._file = MetricsFile(run.directory.metrics)
+            self._file.drop_after(run.state.step)
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        due = run.state.step % run.config.training.log_every == 0 or run.is_last_step or run.state.step == 1
+        record = None
+        if due or run.metrics:
+            record = {**self._measure(run, result), **run.metrics}
+        if run.engine.mesh.rank != 0:
+            return
+        if record is not None:
+            self._file.append(run.state.step, record)
+            if self.tracker is not None:
+                self.tracker.notify()
+        self.progress.after_step(run.state.step, record)
+
+    def finish(self, run: Run) -> None:
+        if run.engine.mesh.rank == 0:
+            self.progress.close()
+
+    def _measure(self, run: Run, result: StepResult) -> dict[str, float]:
+        """Collective: the optimizer's statistics are over all ranks."""
+        now = time.monotonic()
+        tokens, since = self._last
+        self._last = (run.state.tokens, now)
+        stats = run.engine.optimizer.last_step_stats(reduce=True)
+        stats.pop("optim/newton_schulz_calls_total", None)  # counts this process only
+        return {
+            "train/loss": result.loss,
+            "train/grad_norm": result.grad_norm,
+            "train/lr": result.lr_multiplier * run.config.optim.lr,
+            "train/tokens": run.state.tokens,
+            "train/samples": run.state.samples,
+            **stats,
+            "speed/tokens_per_s": (run.state.tokens - tokens) / max(now - since, 1e-9),
+            "time/wall_s": run.state.wall_s,
+            "time/unix_s": time.time(),
+        }
+
+
+class Checkpointing(Callback):
+    """Saves every `checkpoint.every` steps in the background, and after the last step before the run ends."""
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        self._announce(run, run.checkpointer.poll())
+        due = run.state.step % run.config.checkpoint.every == 0
+        if due or run.is_last_step:
+            run.update_newton_schulz_calls()
+        if run.is_last_step:
+            if run.stop_signal and run.engine.mesh.rank == 0:
+                log.warning("%s: saving at step %d, then leaving", signal_name(run.stop_signal), run.state.step)
+            probe = self._probe(run) if run.is_complete else None
+            self._announce(run, run.checkpointer.save_now(self._describe(run), probe))
+        elif due:
+            run.checkpointer.save(self._describe(run))
+
+    @staticmethod
+    def _announce(run: Run, path: Path | None) -> None:
+        if path is not None and run.engine.mesh.rank == 0:
+            log.info("saved %s", path)
+
+    @staticmethod
+    def _describe(run: Run) -> dict[str, Any]:
+        return {
+            "progress": run.state.to_dict(),
+            "data": run.train_source.state(run.state.samples),
+            "config": run.config.model_dump(mode="json"),
+            "provenance": run.provenance,
+        }
+
+    @staticmethod
+    def _probe(run: Run) -> dict[str, dict[str, torch.Tensor]] | None:
+        """Logits of the first held-out sequence, by which an export can prove itself."""
+        if run.heldout_source is None:
+            return None
+        tokens, _ = micro_batches(run.heldout_source, range(1), 1, run.engine.mesh.device)[0]
+        logits = run.engine.logits(tokens)
+        return {PROBE_FILE: {"tokens": tokens.cpu(), "logits": logits.float().cpu()}}
+
+
+class Summary(Callback):
+    """summary.json: what the run was and what came of it."""
+
+    def finish(self, run: Run) -> None:
+        mesh, config = run.engine.mesh, run.config
+        if mesh.rank != 0:
+            return
+        records = read_metrics(run.directory.metrics)
+        summary = {
+            "name": config.name,
+            "complete": run.is_complete,
+            "parameters": run.engine.num_parameters,
+            "world_size": mesh.world_size,
+            "tensor_parallel": mesh.tp_size,
+            "data_parallel": mesh.dp_size,
+            "sequence_parallel": config.parallel.sequence_parallel,
+            "zero_stage": config.parallel.zero_stage,
+            "precision": config.training.precision,
+            "optimizer": config.optim.name,
+            **run.state.to_dict(),
+            "tokens_per_s": run.state.tokens / max(run.state.wall_s, 1e-9),
+            "train_loss": _last(records, "train/loss"),
+            "heldout_loss": _last(records, "heldout/loss"),
+            "phases_s": run.phases.rounded(),
+            "provenance": run.provenance,
+        }
+        write_atomically(run.directory.summary, json.dumps(summary, indent=1) + "\n")
+
+
+def is_summarized(directory: RunDirectory) -> bool:
+    """Whether summary.json is there and says that the run is complete."""
+    try:
+        return bool(json.loads(directory.summary.read_text(encoding="utf-8"))["complete"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+class Curves(Callback):
+    """curves.png, when the run ends."""
+
+    def finish(self, run: Run) -> None:
+        if run.engine.mesh.rank == 0:
+            plot_curves(run.directory.metrics, run.directory.curves, title=run.config.name)
+
+
+class Tracking(Callback):
+    """Hands the files of the run to MLflow and ends the MLflow run."""
+
+    def __init__(self, tracker: Tracker | None) -> None:
+        self.tracker = tracker
+
+    def finish(self, run: Run) -> None:
+        if self.tracker is not None:
+            directory = run.directory
+            self.tracker.close(
+                "FINISHED" if run.is_complete else "KILLED",
+                [directory.config, directory.metrics, directory.summary, directory.curves, directory.log],
+            )
+
+
+def _last(records: list[dict[str, Any]], name: str) -> float | None:
+    return next((record[name] for record in reversed(records) if name in record), None)

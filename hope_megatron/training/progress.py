@@ -1,0 +1,129 @@
+"""What a person sees of a run: one live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TextIO
+
+_ERASE_LINE = "\r\x1b[K"
+_REFRESH_S = 0.1
+
+
+class Progress:
+    """Shows step, loss, learning rate, speed and time left. Used by rank 0 only.
+
+    On a terminal the line renews itself after every step and log messages scroll above it; elsewhere every recorded
+    step gives one line.
+    """
+
+    def __init__(self, num_steps: int, tokens_per_step: int, stream: TextIO | None = None) -> None:
+        self.num_steps = num_steps
+        self.tokens_per_step = tokens_per_step
+        self.stream = stream or sys.stderr
+        self.live = self.stream.isatty()
+        self._clock = StepClock()
+        self._latest: dict[str, float] = {}
+        self._shown_at = 0.0
+        self._line_is_up = False
+
+    def after_step(self, step: int, record: Mapping[str, float] | None) -> None:
+        """Show a finished step. `record` is what was measured, on steps that are recorded."""
+        self._clock.tick(step)
+        if record is not None:
+            self._latest.update(record)
+            if not self.live:
+                self._write(self._line(step) + "\n")
+        now = time.monotonic()
+        if self.live and (now - self._shown_at >= _REFRESH_S or step == self.num_steps):
+            self._write(_ERASE_LINE + self._line(step))
+            self._shown_at, self._line_is_up = now, True
+
+    def message(self, text: str) -> None:
+        """A line of its own, above the live line."""
+        self._write((_ERASE_LINE if self._line_is_up else "") + text + "\n")
+        self._line_is_up = False
+
+    def close(self) -> None:
+        """Leave the last state of the live line on the screen."""
+        if self._line_is_up:
+            self._write("\n")
+            self._line_is_up = False
+
+    def _line(self, step: int) -> str:
+        parts = [f"step {step:>{len(str(self.num_steps))}}/{self.num_steps}"]
+        for name, label, form in (
+            ("train/loss", "loss", "{:.3f}"),
+            ("heldout/loss", "held-out", "{:.3f}"),
+            ("train/lr", "lr", "{:.2e}"),
+        ):
+            if name in self._latest:
+                parts.append(f"{label} {form.format(self._latest[name])}")
+        seconds = self._clock.seconds_per_step
+        if seconds:
+            parts.append(f"{self.tokens_per_step / seconds:,.0f} tokens/s")
+            parts.append(f"{format_duration((self.num_steps - step) * seconds)} left")
+        return "  ".join(parts)
+
+    def _write(self, text: str) -> None:
+        self.stream.write(text)
+        self.stream.flush()
+
+
+class StepClock:
+    """Seconds per step, smoothed over about ten steps; the first step, which warms caches up, does not count."""
+
+    def __init__(self) -> None:
+        self.seconds_per_step = 0.0
+        self._last: tuple[int, float] | None = None
+
+    def tick(self, step: int) -> None:
+        """Note that a step has just ended."""
+        now = time.monotonic()
+        if self._last is not None and step > self._last[0]:
+            seconds = (now - self._last[1]) / (step - self._last[0])
+            self.seconds_per_step = seconds if not self.seconds_per_step else 0.9 * self.seconds_per_step + 0.1 * seconds
+        self._last = (step, now)
+
+
+class ProgressHandler(logging.Handler):
+    """Sends log messages through the progress display, so that they do not tear its line."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self.progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.progress.message(self.format(record))
+
+
+def configure_logging(rank: int, log_file: Path, progress: Progress) -> None:
+    """Rank 0 logs to the screen and to a file; other ranks only say what is wrong."""
+    root = logging.getLogger("hope_megatron")
+    root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    root.propagate = False
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+        handler.close()
+    screen = ProgressHandler(progress)
+    screen.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
+    root.addHandler(screen)
+    if rank == 0:
+        to_file = logging.FileHandler(log_file, encoding="utf-8")
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        root.addHandler(to_file)
+
+
+def format_duration(seconds: float) -> str:
+    """45s, 12m 05s, 3h 20m, 2d 04h."""
+    seconds = int(seconds + 0.5)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m {seconds % 60:02d}s"
+    if seconds < 86400:
+        return f"{seconds // 3600}h {seconds % 3600 // 60:02d}m"
+    return f"{seconds // 86400}d {seconds % 86400 // 3600:02d}h"

@@ -1,0 +1,46 @@
+"""Where a run comes from: commit and versions, stored with the run and with every checkpoint."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import hope_megatron
+
+_PACKAGES = ("torch", "megatron-core", "deepspeed", "numpy", "safetensors", "pydantic", "sentencepiece", "webdataset", "mlflow")
+
+
+def provenance() -> dict[str, Any]:
+    """Commit of the source tree (None when installed without one), whether it has changes, and versions of what computes."""
+    root = Path(hope_megatron.__file__).resolve().parents[1]
+    status = _git(root, "status", "--porcelain", "--untracked-files=no")
+    return {
+        "commit": _git(root, "rev-parse", "HEAD"),
+        "uncommitted_changes": bool(status) if status is not None else None,
+        "versions": {
+            "hope_megatron": hope_megatron.__version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in _PACKAGES},
+        },
+        "platform": platform.platform(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

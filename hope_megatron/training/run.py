@@ -1,0 +1,160 @@
+"""A whole training run in this process: set up, resume, train, and leave everything in order."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from hope_megatron.config import RunConfig, dump_config
+from hope_megatron.engine.build import build_engine
+from hope_megatron.engine.checkpoint import Checkpointer
+from hope_megatron.engine.checkpoint_format import Checkpoint, list_checkpoints
+from hope_megatron.engine.control import ControlGroup
+from hope_megatron.engine.distributed import Mesh, init_distributed
+from hope_megatron.training.batches import SampleSource
+from hope_megatron.training.callbacks import default_callbacks, is_summarized
+from hope_megatron.training.loop import Outcome, Run, train
+from hope_megatron.training.metrics import read_metrics
+from hope_megatron.training.phases import PhaseClock
+from hope_megatron.training.progress import Progress, configure_logging, format_duration
+from hope_megatron.training.provenance import provenance
+from hope_megatron.training.run_directory import RunDirectory, RunDirectoryError, write_atomically
+from hope_megatron.training.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+
+def run_training(
+    config: RunConfig,
+    train_source: SampleSource,
+    heldout_source: SampleSource | None = None,
+    *,
+    resume: str = "auto",
+    phases: PhaseClock | None = None,
+) -> Run:
+    """Train as configured, on all ranks of the world together.
+
+    Args:
+        config: the resolved configuration.
+        train_source: training samples, the same on every rank.
+        heldout_source: held-out samples, for evaluations and the probe.
+        resume: `auto` continues from the run's newest good checkpoint if there is one; `never` insists on a fresh run.
+            Otherwise the path of a checkpoint (a step directory): of this run, to go back to it; of another, to begin
+            from it as long as this run has no checkpoint of its own.
+        phases: times the phases of the start.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        exceptions with `is_user_error`, on all ranks: a directory in use, a damaged or foreign checkpoint, changed data,
+        a loss that is not finite, ...
+    """
+    phases = phases or PhaseClock()
+    mesh = init_distributed(config.parallel, num_threads=config.training.num_threads)
+    phases.mark("groups")
+    engine = build_engine(config, mesh)
+    phases.mark("model")
+
+    directory = RunDirectory(config.run_dir)
+    _acquire(directory, engine.control, mesh, resume)
+    progress = Progress(config.training.steps, config.training.tokens_per_step)
+    configure_logging(mesh.rank, directory.log, progress)
+    checkpointer = Checkpointer(
+        engine, directory.checkpoints, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every
+    )
+    run = Run(config, engine, checkpointer, directory, train_source, heldout_source, provenance(), phases=phases)
+    tracker = None
+    try:
+        _resume(run, resume)
+        if run.is_complete and is_summarized(directory):
+            if mesh.rank == 0:
+                log.info("%s is complete: all %d steps are done", config.name, run.state.step)
+            return run
+        if mesh.rank == 0:
+            write_atomically(directory.config, dump_config(config))
+            if config.tracking.mlflow:
+                tracker = Tracker(config, directory, tags={"hope_megatron.commit": str(run.provenance["commit"])})
+        _announce(run)
+        outcome = train(run, default_callbacks(progress, tracker))
+        tracker = None  # its callback has closed it
+        _report(run, outcome)
+    finally:
+        progress.close()
+        if tracker is not None:
+            tracker.close("FAILED", [directory.config, directory.metrics, directory.log], timeout_s=10.0)
+        directory.release()
+    return run
+
+
+def _acquire(directory: RunDirectory, control: ControlGroup, mesh: Mesh, resume: str) -> None:
+    """Take the run directory, or fail on all ranks with the same message."""
+    error: Exception | None = None
+    if mesh.rank == 0:
+        try:
+            directory.acquire()
+            if resume == "never" and (list_checkpoints(directory.checkpoints) or read_metrics(directory.metrics)):
+                raise RunDirectoryError(
+                    f"{directory.path} already holds a run and --resume never forbids to continue it; "
+                    "give this one another name, or remove that directory"
+                )
+        except RunDirectoryError as found:
+            error = found
+    control.raise_together(error)
+
+
+def _resume(run: Run, resume: str) -> None:
+    """Load the checkpoint that `resume` means, and take its progress and data position over."""
+    if resume == "never":
+        return
+    start = None if resume == "auto" else Path(resume)
+    if start is not None and start.resolve().parent == run.directory.checkpoints.resolve():
+        checkpoint: Checkpoint | None = run.checkpointer.load(start)  # back to an earlier step of this very run
+    else:
+        # A run that has begun continues where it is: a requeued job repeats its command line.
+        checkpoint = run.checkpointer.load_latest()
+        if checkpoint is None and start is not None:
+            checkpoint = run.checkpointer.load(start)
+    if checkpoint is None:
+        return
+    run.state.load_dict(checkpoint.description["progress"])
+    run.newton_schulz_calls_before = run.state.newton_schulz_calls
+    run.train_source.check_state(checkpoint.description["data"])
+    run.phases.mark("resume")
+    if run.engine.mesh.rank == 0:
+        log.info("resumed from %s", checkpoint.path)
+
+
+def _announce(run: Run) -> None:
+    if run.engine.mesh.rank != 0:
+        return
+    mesh, config, training = run.engine.mesh, run.config, run.config.training
+    log.info(
+        "%s: %s parameters; %d x %s, tensor parallel %d%s, data parallel %d, ZeRO %d, %s, %s",
+        config.name,
+        f"{run.engine.num_parameters:,}",
+        mesh.world_size,
+        mesh.device.type,
+        mesh.tp_size,
+        " with sequence parallel" if config.parallel.sequence_parallel else "",
+        mesh.dp_size,
+        config.parallel.zero_stage,
+        training.precision,
+        config.optim.name,
+    )
+    log.info(
+        "steps %d to %d of %s tokens each, in %s",
+        run.state.step + 1,
+        training.steps,
+        f"{training.tokens_per_step:,}",
+        run.directory.path,
+    )
+
+
+def _report(run: Run, outcome: Outcome) -> None:
+    if run.engine.mesh.rank != 0:
+        return
+    if outcome is Outcome.STOPPED:
+        log.info("stopped after step %d of %d; the same command resumes it", run.state.step, run.config.training.steps)
+    else:
+        log.info("done in %s of steps; curves in %s", format_duration(run.state.wall_s), run.directory.curves)

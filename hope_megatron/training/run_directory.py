@@ -1,0 +1,102 @@
+"""The directory of a run: who may write it, and what lies where."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from hope_megatron.training.metrics import METRICS_FILE
+
+
+class RunDirectoryError(Exception):
+    """The run directory is in use, holds another run, or cannot be written."""
+
+    is_user_error = True
+
+
+class RunDirectory:
+    """Paths of a run, and the lock that keeps a second job out."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: int | None = None
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / METRICS_FILE
+
+    @property
+    def log(self) -> Path:
+        return self.path / "train.log"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def curves(self) -> Path:
+        return self.path / "curves.png"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def tracking(self) -> Path:
+        return self.path / "tracking.json"
+
+    def acquire(self) -> None:
+        """Create the directory and take its lock, which the kernel takes back when this process ends, however it ends.
+
+        Raises:
+            RunDirectoryError: if it cannot be created, or another process holds the lock.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"cannot write the run directory {self.path}: {error.strerror}; choose another output_dir or name"
+            ) from None
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = self._read_holder()
+            self.release()
+            raise RunDirectoryError(
+                f"{self.path} is in use by {holder}; wait for that run or stop it, or give this one another name"
+            ) from None
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _read_holder(self) -> str:
+        assert self._lock is not None
+        try:
+            holder: dict[str, Any] = json.loads(os.pread(self._lock, 4096, 0))
+            return f"process {holder['pid']} on {holder['host']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "another process"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file so that a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

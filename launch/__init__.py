@@ -1,0 +1,1 @@
+"""Starting training processes: on this machine through torchrun, on a cluster through Slurm."""

@@ -1,0 +1,142 @@
+"""What a training process finds in its environment, and how it reports back to the process that started it.
+
+Nothing here imports torch: most of these variables only count when they are set before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+LAUNCH_DIR_VARIABLE = "HOPE_LAUNCH_DIR"
+"""Directory through which the workers of a local launch report their process ids and failures to the launcher."""
+
+
+class LaunchError(Exception):
+    """The processes could not be started, or not as asked."""
+
+    is_user_error = True
+
+
+def available_cpus() -> int:
+    """CPU cores this process may run on (its affinity mask, which batch systems set)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def count_gpus() -> int:
+    """NVIDIA GPUs visible to this process, without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def process_environment(num_threads: int = 1) -> dict[str, str]:
+    """Variables for one training process on this machine.
+
+    Args:
+        num_threads: CPU threads for torch operators.
+    """
+    environment = {
+        # OpenMP threads that spin while they wait slow several torch processes on few cores down 4 to 6 times.
+        "OMP_WAIT_POLICY": "passive",
+        "OMP_NUM_THREADS": str(num_threads),
+        # MLflow's client must give up on a dead server, not retry for minutes.
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    }
+    if count_gpus() == 0:
+        # The first compiled function costs seconds of Inductor, which pays off on GPUs only.
+        environment |= {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
+    return environment
+
+
+def apply_process_environment(num_threads: int = 1) -> None:
+    """Set what `process_environment` says in this process, where the user has not chosen otherwise.
+
+    Raises:
+        RuntimeError: if torch is imported already, when it is too late.
+    """
+    if "torch" in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+        raise RuntimeError("apply_process_environment() must run before torch is imported")
+    for name, value in process_environment(num_threads).items():
+        os.environ.setdefault(name, value)
+
+
+def silence_import_warnings() -> None:
+    """Keep Megatron-Core and DeepSpeed from announcing on every import which optional packages they do without."""
+    for module in ("megatron", "deepspeed", "torch.distributed"):
+        warnings.filterwarnings("ignore", module=module.replace(".", r"\."))
+
+
+def is_worker() -> bool:
+    """Whether a launcher (torchrun, srun) has told this process its rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def die_with_parent() -> None:
+    """Ask Linux to end this process when its launcher dies, so that a killed launcher leaves no orphans."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why one worker ended: what it wrote for the launcher before it exited."""
+
+    rank: int
+    time: float
+    is_user_error: bool
+    message: str
+
+
+def report_ready(rank: int) -> None:
+    """Tell the launcher that this worker handles signals itself from now on."""
+    directory = os.environ.get(LAUNCH_DIR_VARIABLE)
+    if directory:
+        _write(Path(directory) / f"worker-{rank}.pid", str(os.getpid()))
+
+
+def report_failure(rank: int, error: BaseException) -> bool:
+    """Leave the reason of this worker's end to the launcher, which prints one for all workers.
+
+    Returns:
+        False if there is no launcher to report to; the caller then prints the error itself.
+    """
+    directory = os.environ.get(LAUNCH_DIR_VARIABLE)
+    if not directory:
+        return False
+    user_error = bool(getattr(error, "is_user_error", False))
+    message = str(error) if user_error else "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    _write(Path(directory) / f"failure-{rank}.txt", f"{time.time()}\n{int(user_error)}\n{message}")
+    return True
+
+
+def read_worker_pids(directory: Path) -> list[int]:
+    """Process ids of the workers that handle signals themselves."""
+    return [int(path.read_text()) for path in sorted(directory.glob("worker-*.pid"))]
+
+
+def read_failures(directory: Path) -> list[Failure]:
+    """What the workers reported, earliest first: the first failure is the cause, later ones mostly lost their peer."""
+    failures = []
+    for path in directory.glob("failure-*.txt"):
+        when, user_error, message = path.read_text().split("\n", 2)
+        failures.append(Failure(int(path.stem.split("-")[1]), float(when), user_error == "1", message))
+    return sorted(failures, key=lambda failure: failure.time)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

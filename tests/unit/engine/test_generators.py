@@ -1,0 +1,23 @@
+"""Random numbers continue as if nothing had happened."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+from hope_megatron.engine.generators import generator_states, restore_generators
+
+
+def draw():
+    return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), float(torch.rand(()))
+
+
+def test_all_generators_continue():
+    draw()  # leaves half a pair of normal numbers in Python's and NumPy's generators
+    states = generator_states()
+    expected = [draw() for _ in range(3)]
+    draw()
+    restore_generators(states)
+    assert [draw() for _ in range(3)] == expected

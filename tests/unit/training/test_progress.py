@@ -1,0 +1,61 @@
+"""What a person sees."""
+
+from __future__ import annotations
+
+import io
+import logging
+
+import pytest
+
+from hope_megatron.training.progress import Progress, configure_logging, format_duration
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+RECORD = {"train/loss": 3.14159, "train/lr": 2e-3}
+
+
+def test_plain_output_has_one_line_per_record():
+    stream = io.StringIO()
+    progress = Progress(20, 100, stream)
+    for step in range(1, 21):
+        progress.after_step(step, RECORD if step % 10 == 0 else None)
+    progress.close()
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith("step 20/20  loss 3.142  lr 2.00e-03")
+    assert "tokens/s" in lines[1] and "\x1b" not in stream.getvalue()
+
+
+def test_terminal_line_renews_itself_and_messages_scroll_above_it(tmp_path):
+    stream = Terminal()
+    progress = Progress(2, 100, stream)
+    configure_logging(0, tmp_path / "train.log", progress)
+    progress.after_step(1, RECORD)
+    logging.getLogger("hope_megatron.test").info("a message")
+    progress.after_step(2, RECORD)
+    progress.close()
+    configure_logging(1, tmp_path / "none.log", Progress(1, 1, io.StringIO()))
+    shown = stream.getvalue()
+    assert shown.count("\n") == 2 and shown.endswith("\n")
+    assert "\r\x1b[Ka message\n" in shown
+    assert "a message" in (tmp_path / "train.log").read_text()
+
+
+def test_other_ranks_speak_only_of_trouble(tmp_path):
+    stream = io.StringIO()
+    configure_logging(3, tmp_path / "train.log", Progress(1, 1, stream))
+    logging.getLogger("hope_megatron.test").info("quiet")
+    logging.getLogger("hope_megatron.test").warning("loud")
+    assert stream.getvalue() == "rank 3: loud\n"
+    assert not (tmp_path / "train.log").exists()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0s"), (59.6, "1m 00s"), (125, "2m 05s"), (3600 * 3 + 1200, "3h 20m"), (187200, "2d 04h")]
+)
+def test_format_duration(seconds, text):
+    assert format_duration(seconds) == text
