@@ -1,0 +1,147 @@
+"""Held-out loss and perplexity of a model: per token, per byte, per word.
+
+Examples:
+
+    hope eval runs/NAME                         the run's held-out shards
+    hope eval runs/NAME --baselines             beside unigram and bigram models of its training shards
+    hope eval runs/NAME --context 8192          how far beyond the training length it extrapolates
+    hope eval DIR --text FILE --context stream  an exported model on a text, state carried to its end
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hope_megatron.cli.models import MODEL_HELP, ModelReferenceError, OpenModel, open_model, prepare_process
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("model", help=MODEL_HELP)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--data", type=Path, metavar="MANIFEST", help="token shards; default: the run's held-out split")
+    source.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 text files")
+    parser.add_argument(
+        "--context",
+        metavar="TOKENS|stream",
+        help="tokens read from the initial state before it starts anew (default: the sequence length in training); "
+        "stream: never, each of --batch-size streams reads its part to the end",
+    )
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows, or streams, at once (default 8)")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="score only the first N tokens")
+    parser.add_argument(
+        "--baselines",
+        nargs="?",
+        const="",
+        metavar="MANIFEST",
+        help="also unigram and bigram, counted on the run's (or these) shards",
+    )
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: the one the model was trained with")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate."""
+    prepare_process()
+    from hope_megatron.eval.report import markdown_table, score_table, write_json
+
+    opened = open_model(args.model, args.tokenizer)
+    tokens = _tokens(args, opened)
+    context_tokens = _context_tokens(args.context, opened.window_tokens)
+    manifest = _baseline_manifest(args, opened)
+    result = evaluate(opened, tokens, context_tokens, batch_size=args.batch_size, baseline_manifest=manifest)
+    speed = f"{result['tokens_per_second']:,.0f} tokens/s"
+    print(f"{opened.name}: {result['tokens']:,} tokens, {speed}, context: {context_tokens or 'streamed'}\n")
+    print(score_table(result["scores"]))
+    positions = result["loss_by_position"]
+    if len(positions) > 1:
+        rows = [[f"{row['from']:,} to {row['to']:,}", row["loss"], row["tokens"]] for row in positions]
+        print("\n" + markdown_table(["position in the context", "nats per token", "tokens"], rows))
+    if args.json:
+        write_json(args.json, result)
+    return 0
+
+
+def evaluate(
+    opened: OpenModel,
+    tokens: np.ndarray,
+    context_tokens: int | None,
+    *,
+    batch_size: int = 8,
+    baseline_manifest: Path | None = None,
+) -> dict[str, Any]:
+    """Score a model, and baselines if asked for, on the same targets tokens[1:].
+
+    Args:
+        context_tokens: see `score_heldout`.
+        baseline_manifest: training shards to count the baselines on.
+
+    Returns:
+        `scores` by model name (see `HeldoutScore.as_dict`), baselines first, and how they came about.
+    """
+    from hope_megatron.cli.heldout import manifest_counts
+    from hope_megatron.eval.baselines import BigramModel, UnigramModel
+    from hope_megatron.eval.perplexity import heldout_score, loss_by_position, row_tokens, score_heldout, text_size
+
+    losses = {}
+    if baseline_manifest is not None:
+        counts = manifest_counts(baseline_manifest, opened.tokenizer)
+        for name, baseline in (("unigram", UnigramModel(counts)), ("bigram", BigramModel(counts))):
+            losses[name] = -baseline.log_probs(tokens[:-1], tokens[1:])
+    started = time.monotonic()
+    losses["model"] = score_heldout(
+        opened.model, tokens, context_tokens=context_tokens, window_tokens=opened.window_tokens, batch_size=batch_size
+    )
+    seconds = time.monotonic() - started
+    num_targets = len(tokens) - 1
+    row_length = row_tokens(num_targets, context_tokens, batch_size)
+    size = text_size(tokens[1:], opened.tokenizer.decode, opened.tokenizer.eos_id)
+    return {
+        "model": opened.name,
+        "tokens": num_targets,
+        "context_tokens": context_tokens,
+        "batch_size": batch_size,
+        "tokens_per_second": num_targets / seconds,
+        "scores": {name: heldout_score(nats, size).as_dict() for name, nats in losses.items()},
+        "loss_by_position": loss_by_position(losses["model"], row_length, opened.window_tokens),
+    }
+
+
+def _context_tokens(text: str | None, default: int) -> int | None:
+    if text is None:
+        return default
+    if text == "stream":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ModelReferenceError(f"--context {text}: give a number of tokens, or stream")
+    return int(text)
+
+
+def _tokens(args: argparse.Namespace, opened: OpenModel) -> np.ndarray:
+    from hope_megatron.cli.heldout import manifest_tokens, text_tokens
+
+    if args.max_tokens is not None and args.max_tokens < 1:
+        raise ModelReferenceError(f"--max-tokens {args.max_tokens} must be positive")
+    if args.text:
+        tokens = text_tokens(args.text, opened.tokenizer)
+        return tokens if args.max_tokens is None else tokens[: args.max_tokens + 1]
+    manifest = args.data or (opened.run.data.heldout if opened.run else None)
+    if manifest is None:
+        raise ModelReferenceError(f"{opened.name} names no held-out data; give --data MANIFEST or --text FILE")
+    return manifest_tokens(manifest, opened.tokenizer, args.max_tokens)
+
+
+def _baseline_manifest(args: argparse.Namespace, opened: OpenModel) -> Path | None:
+    if args.baselines is None:
+        return None
+    if args.baselines:
+        return Path(args.baselines)
+    if opened.run is None:
+        raise ModelReferenceError("an exported model does not name its training shards; give --baselines MANIFEST")
+    return opened.run.data.train

@@ -1,0 +1,182 @@
+"""Take a run to a Slurm cluster, and look after it.
+
+  hope launch CONFIG --cluster NAME --nodes N [key.sub=value ...]     check, freeze the code, submit
+  hope launch CONFIG --cluster NAME --nodes N --dry-run               show the batch script and the checks
+  hope launch CONFIG --local [--nproc N]                              the same run on this machine
+  hope launch status RUN                                              state, step, speed, restarts (also of arrays and chains)
+  hope launch logs RUN [--follow]                                     the job's log
+  hope launch cancel RUN [--now]                                      save and end the job; --now: without saving
+  hope launch resume RUN [--nodes N] [key.sub=value ...]              submit again, from the newest checkpoint
+  hope launch array CONFIG --cluster NAME --vary optim.lr=1e-3,3e-3   one run per combination, as a job array
+  hope launch chain CHAIN.yaml --cluster NAME                         jobs that follow each other (launch/chain.py)
+
+NAME is a file in configs/clusters, or the path of one. RUN is a run directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from launch.environment import LaunchError
+
+_ACTIONS = ("status", "logs", "cancel", "resume", "array", "chain")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `hope launch`."""
+    parser.usage = (
+        "hope launch CONFIG --cluster NAME [options] [key.sub=value ...]\n       hope launch ACTION TARGET [options]"
+    )
+    parser.add_argument(
+        "words",
+        nargs="+",
+        metavar="CONFIG | ACTION TARGET",
+        help=f"a run file, or one of {', '.join(_ACTIONS)} and what it is about",
+    )
+    where = parser.add_argument_group("where to run")
+    where.add_argument("--cluster", metavar="NAME", help="cluster file")
+    where.add_argument("--nodes", type=int, metavar="N", help="nodes (default: 1; resume: as before)")
+    where.add_argument("--dry-run", action="store_true", help="show the batch script and the checks, submit nothing")
+    where.add_argument("--local", action="store_true", help="run on this machine instead")
+    where.add_argument("--nproc", type=int, metavar="N", help="--local: processes (default: parallel.tensor_parallel)")
+    actions = parser.add_argument_group("actions")
+    actions.add_argument("--follow", "-f", action="store_true", help="logs: go on as the log grows")
+    actions.add_argument(
+        "--lines", type=int, default=50, metavar="N", help="logs: how many to begin with (default: %(default)s)"
+    )
+    actions.add_argument("--now", action="store_true", help="cancel: do not wait for a checkpoint")
+    actions.add_argument(
+        "--vary", action="append", default=[], metavar="KEY=V1,V2", help="array: values of one key; may be repeated"
+    )
+    actions.add_argument(
+        "--limit", type=int, default=4, metavar="N", help="array: runs at the same time (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out the action."""
+    if args.nodes is not None and args.nodes < 1:
+        raise LaunchError(f"--nodes {args.nodes}: a job needs at least one")
+    action, *rest = args.words
+    if action not in _ACTIONS:
+        return _submit(args, action, rest)
+    if not rest:
+        raise LaunchError(
+            f"hope launch {action} needs {'a configuration' if action in ('array', 'chain') else 'a run directory'}"
+        )
+    target, *overrides = rest
+    if overrides and action not in ("resume", "array"):
+        raise LaunchError(f"hope launch {action} takes one argument, not {' '.join(rest)}")
+    return int(_HANDLERS[action](args, target, overrides) or 0)
+
+
+def _submit(args: argparse.Namespace, config_name: str, overrides: list[str]) -> int:
+    if args.local:
+        return _run_here(config_name, overrides, args.nproc)
+    from launch.cluster import load_cluster
+    from launch.jobs import dry_run, load_config, submit_run
+
+    config, cluster, nodes = load_config(config_name, overrides), load_cluster(_cluster_name(args)), args.nodes or 1
+    if args.dry_run:
+        rendered = dry_run(config, cluster, nodes)
+        print(rendered.script)
+        print("# checks")
+        for check in rendered.checks:
+            print(check)
+        return 0 if all(check.ok for check in rendered.checks) else 2
+    submission = submit_run(config, cluster, nodes)
+    _print_submission(config.run_dir, str(submission.job_id))
+    if config.tracking.mlflow:
+        uri = config.tracking.uri or f"mlflow.db in {config.output_dir}"
+        print(f"MLflow  run {config.name} of experiment {config.tracking.experiment}, {uri}")
+    return 0
+
+
+def _run_here(config_name: str, overrides: list[str], nproc: int | None) -> int:
+    from hope_megatron.cli import train
+
+    parser = argparse.ArgumentParser(prog="hope launch --local")
+    train.add_arguments(parser)
+    processes = [] if nproc is None else ["--nproc", str(nproc)]
+    return train.run(parser.parse_intermixed_args([config_name, *overrides, *processes]))
+
+
+def _status(args: argparse.Namespace, target: str, overrides: list[str]) -> None:
+    from launch.arrays import array_runs
+    from launch.chain import chain_status
+    from launch.status import run_status
+
+    path = Path(target).absolute()
+    if (path / "chain.json").exists():
+        print("\n".join([f"chain {path.name}", *chain_status(path)]))
+        return
+    for run_dir in array_runs(path) or [path]:
+        print(run_status(run_dir))
+
+
+def _logs(args: argparse.Namespace, target: str, overrides: list[str]) -> None:
+    from launch.status import follow_log
+
+    for line in follow_log(Path(target).absolute(), lines=args.lines, follow=args.follow):
+        print(line, end="", flush=args.follow)
+
+
+def _cancel(args: argparse.Namespace, target: str, overrides: list[str]) -> None:
+    from launch.arrays import array_runs
+    from launch.jobs import active_job, cancel_run
+    from launch.submission import LaunchDirectory
+
+    path = Path(target).absolute()
+    runs = [run for run in array_runs(path) if active_job(LaunchDirectory(run)) is not None] or [path]
+    for run_dir in runs:
+        print(cancel_run(run_dir, now=args.now))
+
+
+def _resume(args: argparse.Namespace, target: str, overrides: list[str]) -> None:
+    from launch.jobs import resume_run
+
+    submission = resume_run(Path(target), nodes=args.nodes, overrides=overrides, cluster=args.cluster)
+    _print_submission(Path(target).absolute(), str(submission.job_id))
+
+
+def _array(args: argparse.Namespace, target: str, overrides: list[str]) -> None:
+    from launch.arrays import grid, submit_array
+    from launch.cluster import load_cluster
+
+    if not args.vary:
+        raise LaunchError("hope launch array needs --vary, for example --vary optim.lr=1e-3,3e-3")
+    directory, job_id = submit_array(
+        target,
+        grid(args.vary),
+        load_cluster(_cluster_name(args)),
+        args.nodes or 1,
+        overrides=overrides,
+        limit=args.limit,
+    )
+    print(f"job     {job_id}\narray   {directory}; `hope launch status {directory}` shows its runs")
+
+
+def _chain(args: argparse.Namespace, target: str, overrides: list[str]) -> None:
+    from launch.chain import load_chain, submit_chain
+    from launch.cluster import load_cluster
+
+    directory, _ = submit_chain(load_chain(Path(target)), load_cluster(_cluster_name(args)))
+    print(f"chain   {directory}; `hope launch status {directory}` shows its links")
+
+
+def _cluster_name(args: argparse.Namespace) -> str:
+    from launch.cluster import cluster_names
+
+    if args.cluster is None:
+        raise LaunchError(f"say where to run: --local, or --cluster with a file or one of {', '.join(cluster_names())}")
+    return str(args.cluster)
+
+
+def _print_submission(run_dir: Path, job_id: str) -> None:
+    print(
+        f"job     {job_id}\nrun     {run_dir}\nlog     {run_dir / 'launch' / 'job.log'}; `hope launch logs --follow {run_dir}`"
+    )
+
+
+_HANDLERS = {"status": _status, "logs": _logs, "cancel": _cancel, "resume": _resume, "array": _array, "chain": _chain}

@@ -1,0 +1,89 @@
+"""Results for people and for programs: JSON, Markdown tables and PNG charts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+INK, MUTED, ACCENT = "#1f2328", "#8c959f", "#0969da"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file through a temporary one beside it, so that no reader sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as readable JSON; numbers that are not finite become null, which JSON can carry."""
+    write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table, columns aligned so that it reads in a terminal too. Floats are shown with four digits."""
+    cells = [list(header)] + [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |" for row in cells]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def score_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """A Markdown table of scores by model (see `HeldoutScore.as_dict`)."""
+    rows = [[name, score["loss"], score["perplexity"], score["bits_per_byte"]] for name, score in scores.items()]
+    return markdown_table(["model", "nats per token", "perplexity", "bits per byte"], rows)
+
+
+def plot_losses(path: Path, losses: Mapping[str, float], title: str) -> None:
+    """A bar for each model's held-out loss, in nats per token; the last one is ours and stands out."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 1.2 + 0.45 * len(losses)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    names, values = list(losses), list(losses.values())
+    colours = [MUTED] * (len(names) - 1) + [ACCENT]
+    axes.barh(names, values, color=colours, height=0.62)
+    for position, value in enumerate(values):
+        axes.text(value, position, f" {value:.3f}", va="center", ha="left", color=INK)
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(values) * 1.15)
+    axes.set_xlabel("held-out loss, nats per token (lower is better)")
+    axes.set_title(title, loc="left", color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(temporary, format="png", dpi=150)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

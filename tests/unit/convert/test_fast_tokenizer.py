@@ -1,0 +1,58 @@
+"""The fast tokenizer gives the ids of the SentencePiece model, and the text back."""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from hope_megatron.convert.fast_tokenizer import SPACE_MARK, fast_tokenizer
+
+tokenizers = pytest.importorskip("tokenizers", reason="the tokenizers library judges the fast tokenizer")
+
+TEXTS = [path.read_text() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-c]*.py"))]
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return train_tokenizer(TEXTS, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", 1000)
+
+
+@pytest.fixture(scope="module")
+def fast(slow: Tokenizer) -> tokenizers.Tokenizer:
+    content = fast_tokenizer(slow.model)
+    assert content is not None
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
+
+
+def test_code_it_was_trained_on_and_code_it_was_not(slow: Tokenizer, fast: tokenizers.Tokenizer) -> None:
+    others = [path.read_text() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[d-h]*.py"))]
+    for text in TEXTS + others:
+        text = text.replace(SPACE_MARK, "")
+        ids = fast.encode(text, add_special_tokens=False).ids
+        assert ids == slow.encode(text).tolist()
+        assert fast.decode(ids) == text
+
+
+@settings(deadline=None, max_examples=400)
+@given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters=SPACE_MARK)))
+def test_any_text(slow: Tokenizer, fast: tokenizers.Tokenizer, text: str) -> None:
+    ids = fast.encode(text, add_special_tokens=False).ids
+    assert ids == slow.encode(text).tolist()
+    assert fast.decode(ids, skip_special_tokens=False) == text
+
+
+@settings(deadline=None, max_examples=200)
+@given(text=st.text(alphabet="aeinrst _.=()\n", max_size=200))
+def test_text_full_of_merges(slow: Tokenizer, fast: tokenizers.Tokenizer, text: str) -> None:
+    assert fast.encode(text, add_special_tokens=False).ids == slow.encode(text).tolist()
+
+
+def test_unigram_models_are_left_out(tmp_path: Path) -> None:
+    model = train_tokenizer(TEXTS[:3], tmp_path / "unigram.model", 400, model_type="unigram").model
+    assert fast_tokenizer(model) is None

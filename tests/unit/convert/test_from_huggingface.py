@@ -1,0 +1,46 @@
+"""Out to Hugging Face layout and back into a run: the same bits, in a checkpoint that an engine takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.tokenizer import Tokenizer
+from hope_megatron.convert.errors import ConversionError
+from hope_megatron.convert.from_huggingface import import_huggingface
+from hope_megatron.convert.huggingface import export_huggingface
+from hope_megatron.convert.source import CheckpointSource, find_checkpoint
+
+BEGINNING = {"progress": {"step": 0}, "data": {"sample": 0}, "provenance": {"commit": None, "versions": {}}}
+
+
+def test_weights_come_back_bit_for_bit(
+    make_checkpoint: Callable[..., CheckpointSource], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    source = make_checkpoint()
+    export_huggingface(source, tmp_path / "model", tokenizer)
+    config = source.config.model_copy(update={"name": "again"})
+    path = import_huggingface(tmp_path / "model", config, BEGINNING)
+    found = find_checkpoint(str(config.run_dir))
+    assert found.path == path and found.checkpoint.step == 0
+    expected = dict(source.tensors())
+    tensors = dict(found.tensors())
+    assert list(tensors) == list(expected)
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    with pytest.raises(ConversionError, match="checkpoints already"):
+        import_huggingface(tmp_path / "model", config, BEGINNING)
+
+
+def test_another_architecture_is_refused(
+    make_checkpoint: Callable[..., CheckpointSource], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    source = make_checkpoint()
+    export_huggingface(source, tmp_path / "model", tokenizer)
+    model = source.config.model.model_copy(update={"num_layers": 3})
+    config = source.config.model_copy(update={"name": "again", "model": model})
+    with pytest.raises(ConversionError, match=r"model\.num_layers: 2 there, 3 in the run"):
+        import_huggingface(tmp_path / "model", config, BEGINNING)
+    assert not config.run_dir.exists()
