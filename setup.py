@@ -24,6 +24,7 @@ TEST = [
     "import-linter>=2.1,<3",
     "pytest>=8,<10",
     "pytest-timeout>=2.3,<3",
+    "transformers>=4.50,<6",
 ]
 
 setup(

@@ -52,8 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Generate."""
     prepare_process()
-    import torch
-
     from hope_megatron.generation.sampling import SamplingOptions
 
     if args.max_new_tokens < 0 or args.num_samples < 1:
@@ -63,14 +61,13 @@ def run(args: argparse.Namespace) -> int:
     if args.state and (args.num_samples > 1 or len(prompts or []) > 1):
         raise ModelReferenceError("--state holds one stream: give one prompt and one sample with it")
     session = _Session(open_model(args.model, args.tokenizer), options, args)
-    with torch.no_grad():
-        if prompts is None:
-            session.interactive()
-        elif args.num_samples == 1 and len(prompts) == 1:
-            session.stream(prompts[0])
-        else:
-            for prompt in prompts:
-                session.batch(prompt)
+    if prompts is None:
+        session.interactive()
+    elif args.num_samples == 1 and len(prompts) == 1:
+        session.stream(prompts[0])
+    else:
+        for prompt in prompts:
+            session.batch(prompt)
     session.save()
     return 0
 

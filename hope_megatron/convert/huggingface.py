@@ -210,7 +210,9 @@ def _replacing(out_dir: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        mode = (temporary / CONFIG_NAME).stat().st_mode  # safetensors makes files that only their owner may read
         for path in temporary.iterdir():
+            path.chmod(mode)
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         old = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.old")

@@ -25,13 +25,19 @@ A HOPE language model (self-modifying memories and a continuum memory system, fr
 
 {facts}
 
-## Files
+## Use
 
-`model*.safetensors` holds the weights in float32, `config.json` the architecture, `tokenizer.model` a SentencePiece
-model.
+In plain transformers; the recurrent state is the cache, so `generate()` needs constant memory:
+
+    model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+
+With hope_megatron:
 
     hope generate {name} --prompt "..."
     hope eval {name} --text FILE
+
+`model*.safetensors` holds the weights in float32, `config.json` the architecture, `tokenizer.model` the SentencePiece
+model, and `tokenizer.json` the same as a fast tokenizer, where that is exact.
 
 ## Check
 

@@ -31,7 +31,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table, columns aligned so that it reads in a terminal too. Floats are shown with four digits."""
+    """A Markdown table, columns aligned so that it reads in a terminal too. Floats have four decimals."""
     cells = [list(header)] + [[_cell(value) for value in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |" for row in cells]
@@ -76,7 +76,13 @@ def plot_losses(path: Path, losses: Mapping[str, float], title: str) -> None:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
+    return str(value)
 
 
 def _finite(value: Any) -> Any:

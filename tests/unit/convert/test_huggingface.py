@@ -41,6 +41,7 @@ def test_round_trip_from_tensor_and_data_parallel_pieces_is_bitwise(
 def test_files_say_what_they_are(make_checkpoint: MakeCheckpoint, tokenizer: Tokenizer, tmp_path: Path) -> None:
     out = tmp_path / "model"
     export_huggingface(make_checkpoint(), out, tokenizer)
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # whoever may read one may read all
     config = json.loads((out / "config.json").read_text())
     assert (config["model_type"], config["vocab_size"]) == ("hope", tokenizer.vocab_size)
     assert config["eos_token_id"] == tokenizer.eos_id

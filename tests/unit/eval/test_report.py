@@ -17,10 +17,12 @@ def test_json_reads_back_and_has_no_nan(tmp_path: Path) -> None:
 
 
 def test_markdown_table_is_aligned() -> None:
-    table = markdown_table(["model", "loss"], [["unigram", 5.5], ["HOPE", None], ["tokens", 12345]])
+    table = markdown_table(
+        ["model", "loss"], [["unigram", 5.5], ["HOPE", None], ["tokens", 12345], ["d", 2e-6], ["ok", True]]
+    )
     lines = table.splitlines()
     assert len({len(line) for line in lines}) == 1
-    assert lines[2] == "| unigram | 5.5000 |" and "12,345" in lines[4]
+    assert [line.split("|")[2].strip() for line in lines[2:]] == ["5.5000", "-", "12,345", "2.0e-06", "yes"]
 
 
 def test_chart_is_a_png(tmp_path: Path) -> None:
