@@ -17,10 +17,32 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from launch.environment import LaunchError
 
-_ACTIONS = ("status", "logs", "cancel", "resume", "array", "chain")
+_ACTIONS = {
+    "status": (),
+    "logs": ("follow", "lines"),
+    "cancel": ("now",),
+    "resume": ("cluster", "nodes"),
+    "array": ("cluster", "nodes", "vary", "limit"),
+    "chain": ("cluster",),
+}
+"""Options that each action knows."""
+_SUBMIT_OPTIONS = ("cluster", "nodes", "dry_run", "local", "nproc")
+_DEFAULTS: dict[str, Any] = {
+    "cluster": None,
+    "nodes": None,
+    "dry_run": False,
+    "local": False,
+    "nproc": None,
+    "follow": False,
+    "lines": 50,
+    "now": False,
+    "vary": [],
+    "limit": 4,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"a run file, or one of {', '.join(_ACTIONS)} and what it is about",
     )
     where = parser.add_argument_group("where to run")
+    parser.set_defaults(**_DEFAULTS)
     where.add_argument("--cluster", metavar="NAME", help="cluster file")
     where.add_argument("--nodes", type=int, metavar="N", help="nodes (default: 1; resume: as before)")
     where.add_argument("--dry-run", action="store_true", help="show the batch script and the checks, submit nothing")
@@ -42,16 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--nproc", type=int, metavar="N", help="--local: processes (default: parallel.tensor_parallel)")
     actions = parser.add_argument_group("actions")
     actions.add_argument("--follow", "-f", action="store_true", help="logs: go on as the log grows")
-    actions.add_argument(
-        "--lines", type=int, default=50, metavar="N", help="logs: how many to begin with (default: %(default)s)"
-    )
+    actions.add_argument("--lines", type=int, metavar="N", help="logs: how many to begin with (default: %(default)s)")
     actions.add_argument("--now", action="store_true", help="cancel: do not wait for a checkpoint")
     actions.add_argument(
-        "--vary", action="append", default=[], metavar="KEY=V1,V2", help="array: values of one key; may be repeated"
+        "--vary", action="append", metavar="KEY=V1,V2", help="array: values of one key; may be repeated"
     )
-    actions.add_argument(
-        "--limit", type=int, default=4, metavar="N", help="array: runs at the same time (default: %(default)s)"
-    )
+    actions.add_argument("--limit", type=int, metavar="N", help="array: runs at the same time (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     if args.nodes is not None and args.nodes < 1:
         raise LaunchError(f"--nodes {args.nodes}: a job needs at least one")
     action, *rest = args.words
+    _refuse_foreign_options(args, action)
     if action not in _ACTIONS:
         return _submit(args, action, rest)
     if not rest:
@@ -68,7 +88,17 @@ def run(args: argparse.Namespace) -> int:
     target, *overrides = rest
     if overrides and action not in ("resume", "array"):
         raise LaunchError(f"hope launch {action} takes one argument, not {' '.join(rest)}")
-    return int(_HANDLERS[action](args, target, overrides) or 0)
+    _HANDLERS[action](args, target, overrides)
+    return 0
+
+
+def _refuse_foreign_options(args: argparse.Namespace, action: str) -> None:
+    """An option that would be ignored is a mistake: `array --dry-run` must not submit."""
+    known = _ACTIONS.get(action, _SUBMIT_OPTIONS)
+    for name, default in _DEFAULTS.items():
+        if getattr(args, name) != default and name not in known:
+            what = action if action in _ACTIONS else "CONFIG"
+            raise LaunchError(f"hope launch {what} does not take --{name.replace('_', '-')}")
 
 
 def _submit(args: argparse.Namespace, config_name: str, overrides: list[str]) -> int:

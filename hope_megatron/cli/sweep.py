@@ -128,7 +128,7 @@ def _run(args: argparse.Namespace) -> int:
     from hope_megatron.sweep.plan import check_budget
     from hope_megatron.sweep.run import LocalRunner
     from hope_megatron.sweep.store import SweepDirectory
-    from hope_megatron.sweep.tracking import link_children
+    from hope_megatron.sweep.tracking import link_children, open_parent
 
     if args.local and args.cluster:
         raise SweepError("--local and --cluster exclude each other; keep one")
@@ -136,6 +136,7 @@ def _run(args: argparse.Namespace) -> int:
     check_budget(plan)
     directory = SweepDirectory(plan.sweep.directory)
     directory.prepare(plan)
+    open_parent(plan, directory)
     if args.cluster:
         return _queue(args, plan)
     runner = LocalRunner(plan, directory, args.workers, say=lambda line: print(line, flush=True))

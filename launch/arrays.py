@@ -1,0 +1,137 @@
+"""Many runs as one Slurm array: each cell is an independent run with its own directory, restartable alone.
+
+ARRAY/array.json      the cells and what varies between them
+ARRAY/array.sbatch    the batch script
+ARRAY/cells/INDEX     link to the run of that array index
+ARRAY/NAME-INDEX/     the runs
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from hope_megatron.config import ConfigError, RunConfig
+from launch import slurm
+from launch.attempts import History
+from launch.cluster import ClusterConfig
+from launch.environment import LaunchError
+from launch.freeze import freeze_code
+from launch.jobs import describe, load_config, write_files
+from launch.preflight import preflight, require, slurm_preflight
+from launch.script import array_script
+from launch.submission import LaunchDirectory, write_atomically, write_submission
+
+
+def grid(axes: Iterable[str]) -> list[tuple[str, ...]]:
+    """Overrides of each cell from axes like `optim.lr=1e-3,3e-3`: all combinations.
+
+    Raises:
+        ConfigError: if an axis is not of that form, or names a key twice.
+    """
+    columns: list[list[str]] = []
+    keys: set[str] = set()
+    for axis in axes:
+        key, separator, values = axis.partition("=")
+        if not separator or not key or not all(values.split(",")):
+            raise ConfigError(f"--vary {axis!r} is not of the form key.sub=value,value,...")
+        if key in keys:
+            raise ConfigError(f"--vary names {key} twice; give all of its values once")
+        keys.add(key)
+        columns.append([f"{key}={value}" for value in values.split(",")])
+    return list(itertools.product(*columns))
+
+
+def submit_array(
+    config: str,
+    cells: Sequence[tuple[str, ...]],
+    cluster: ClusterConfig,
+    nodes: int,
+    *,
+    overrides: Iterable[str] = (),
+    limit: int,
+    report: Callable[[str], None] = print,
+) -> tuple[Path, str]:
+    """Queue one run per cell as an array; returns its directory and job id.
+
+    Args:
+        config: run file that all cells share.
+        cells: overrides of each cell, after the common `overrides`.
+        nodes: nodes of each cell.
+        limit: how many cells run at the same time.
+
+    Raises:
+        LaunchError: if the directory exists, or a cell does not pass the checks.
+        SlurmError: if Slurm refuses it.
+    """
+    slurm.require_slurm()
+    base = load_config(config, overrides)
+    array_dir = base.run_dir
+    if array_dir.exists():
+        raise LaunchError(f"{array_dir} exists already; give the array another name=..., or resume its runs one by one")
+    runs = _load_cells(config, cells, overrides, base, cluster, nodes, report)
+    try:
+        job_id = _write_and_submit(runs, base, cluster, nodes, limit)
+    except Exception:
+        shutil.rmtree(array_dir)  # nothing was queued, and it was not there before
+        raise
+    record = {
+        "job_id": job_id,
+        "limit": limit,
+        "cells": {run.name: list(cell) for run, cell in zip(runs, cells, strict=True)},
+    }
+    write_atomically(array_dir / "array.json", json.dumps(record, indent=1) + "\n")
+    return array_dir, job_id
+
+
+def _load_cells(
+    config: str,
+    cells: Sequence[tuple[str, ...]],
+    overrides: Iterable[str],
+    base: RunConfig,
+    cluster: ClusterConfig,
+    nodes: int,
+    report: Callable[[str], None],
+) -> list[RunConfig]:
+    """The runs of an array, checked; each is named after the array and its index."""
+    runs = []
+    for index, cell in enumerate(cells):
+        name = f"{base.name}-{index:0{len(str(len(cells) - 1))}d}"
+        run = load_config(config, [*overrides, *cell])
+        runs.append(run.model_copy(update={"name": name, "output_dir": base.run_dir}))
+        checks = preflight(runs[-1], cluster, nodes)
+        report(f"{name}: {' '.join(cell)}: {sum(check.ok for check in checks)} of {len(checks)} checks passed")
+        require(checks)
+    return runs
+
+
+def _write_and_submit(
+    runs: Sequence[RunConfig], base: RunConfig, cluster: ClusterConfig, nodes: int, limit: int
+) -> str:
+    """Write the run directories and the batch script, and queue it; returns the job id."""
+    array_dir = base.run_dir
+    (array_dir / "cells").mkdir(parents=True)
+    code = freeze_code(array_dir / "launch" / "code")
+    for index, run in enumerate(runs):
+        directory = LaunchDirectory(run.run_dir)
+        write_files(run, cluster, describe(run, cluster, nodes, code), directory)
+        History(directory.attempts).submitted()
+        (array_dir / "cells" / str(index)).symlink_to(run.run_dir)
+    script = array_dir / "array.sbatch"
+    shared = describe(base, cluster, nodes, code)
+    write_atomically(script, array_script(cluster, shared, array_dir, len(runs), limit))
+    require(slurm_preflight(cluster, nodes, script))
+    job_id = slurm.submit(script)
+    for index, run in enumerate(runs):
+        submission = replace(describe(run, cluster, nodes, code), job_id=f"{job_id}_{index}")
+        write_submission(LaunchDirectory(run.run_dir), submission)
+    return job_id
+
+
+def array_runs(array_dir: Path) -> list[Path]:
+    """Run directories of an array, by index; empty if the directory is not an array's."""
+    return [path.resolve() for path in sorted((array_dir / "cells").glob("*"), key=lambda path: int(path.name))]

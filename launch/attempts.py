@@ -1,0 +1,163 @@
+"""The history of a run's attempts, and what follows from it: when to give up, which nodes to avoid.
+
+An attempt is one start of the ranks. `attempts.jsonl` holds a line when it starts and one when it ends; an attempt without
+an end was cut off, by a dead node or a kill. Standard library only.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+FINISHED = "finished"
+"""All steps are done."""
+STOPPED = "stopped"
+"""Asked to stop (time limit, preemption, cancel), saved and left."""
+CRASHED = "crashed"
+"""A rank failed."""
+UNHEALTHY = "unhealthy"
+"""The node check failed; the ranks did not start."""
+LOST = "lost"
+"""No end was recorded: the node of the supervisor died, or Slurm killed everything."""
+GAVE_UP = "gave up"
+"""No further attempt will be made."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of the ranks."""
+
+    number: int
+    job_id: str
+    restart: int
+    """How often Slurm had requeued the job."""
+    nodes: tuple[str, ...]
+    started: float
+    """Unix time."""
+    step: int
+    """Step of the newest checkpoint when it started."""
+    ended: float | None = None
+    outcome: str = LOST
+    reason: str = ""
+    last_step: int | None = None
+    """Step of the newest checkpoint when it ended."""
+    bad_nodes: tuple[str, ...] = field(default=())
+    """Nodes that the failure is put down to."""
+
+
+class History:
+    """The attempts of a run, oldest first. One supervisor writes; anybody may read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.attempts: list[Attempt] = []
+        self.given_up = ""
+        """Why no further attempt will be made; empty while there may be one."""
+        self._first = 0  # attempts before this one belong to earlier submissions
+        for record in _read_lines(path):
+            self._apply(record)
+
+    def start(self, job_id: str, restart: int, nodes: list[str], step: int) -> Attempt:
+        """Record that an attempt begins."""
+        attempt = Attempt(len(self.attempts) + 1, job_id, restart, tuple(nodes), time.time(), step)
+        self._append({"event": "start", **asdict(attempt)})
+        return attempt
+
+    def end(self, outcome: str, reason: str, step: int, bad_nodes: list[str] | None = None) -> None:
+        """Record how the latest attempt ended."""
+        number = self.attempts[-1].number
+        values = {
+            "ended": time.time(),
+            "outcome": outcome,
+            "reason": reason,
+            "last_step": step,
+            "bad_nodes": bad_nodes or [],
+        }
+        self._append({"event": "end", "number": number, **values})
+
+    def give_up(self, reason: str) -> None:
+        """Record that no further attempt will be made."""
+        self._append({"event": GAVE_UP, "time": time.time(), "reason": reason})
+
+    def submitted(self) -> None:
+        """Record that a person submits the run: counters start afresh."""
+        self._append({"event": "submitted", "time": time.time()})
+
+    @property
+    def is_first_attempt(self) -> bool:
+        """Whether this submission has made no attempt yet, or is making its first."""
+        return len(self.attempts) - self._first <= 1
+
+    def failures_without_progress(self, step: int) -> int:
+        """Failed attempts of this submission in a row during which the newest checkpoint stayed at `step`."""
+        attempts = reversed(self.attempts[self._first :])
+        return sum(a.outcome in (CRASHED, LOST) for a in itertools.takewhile(lambda a: a.step == step, attempts))
+
+    def unhealthy_in_a_row(self) -> int:
+        """Node checks of this submission that failed one after the other, up to the latest."""
+        attempts = reversed(self.attempts[self._first :])
+        return len(list(itertools.takewhile(lambda a: a.outcome == UNHEALTHY, attempts)))
+
+    def avoided_nodes(self, max_failures: int) -> list[str]:
+        """Nodes that failed the check, or to which `max_failures` failed attempts are put down."""
+        failures: Counter[str] = Counter()
+        for attempt in self.attempts:
+            failures.update(dict.fromkeys(attempt.bad_nodes, max_failures if attempt.outcome == UNHEALTHY else 1))
+        return sorted(node for node, count in failures.items() if count >= max_failures)
+
+    def _append(self, record: dict[str, Any]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            # A new line first: the last one may have been cut short by the death of its writer's node.
+            file.write("\n" + json.dumps(record))
+            file.flush()
+            os.fsync(file.fileno())
+        self._apply(record)
+
+    def _apply(self, record: dict[str, Any]) -> None:
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in record.items()
+        }
+        event = values.pop("event")
+        if event == "start":
+            self.attempts.append(Attempt(**values))
+        elif event == "end":
+            self.attempts = [replace(a, **values) if a.number == values["number"] else a for a in self.attempts]
+        elif event == "submitted":
+            self._first, self.given_up = len(self.attempts), ""
+        else:
+            self.given_up = values["reason"]
+
+
+def newest_checkpoint_step(run_dir: Path) -> int:
+    """Step of the newest complete checkpoint (one with a manifest); 0 if there is none."""
+    steps = [int(path.parent.name.partition("-")[2]) for path in (run_dir / "checkpoints").glob("step-*/manifest.json")]
+    return max(steps, default=0)
+
+
+def is_finished(run_dir: Path, steps: int) -> bool:
+    """Whether the run's own summary says that all steps are done."""
+    try:
+        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(summary.get("complete")) and summary.get("step", 0) >= steps
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue  # empty, or cut short by the death of its writer's node
+    return records

@@ -1,0 +1,173 @@
+"""What a run is doing, from its directory and from Slurm's queue. Needs no accounting database, and no Slurm for finished runs."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.attempts import CRASHED, LOST, UNHEALTHY, History, is_finished, newest_checkpoint_step
+from launch.jobs import active_job
+from launch.submission import LaunchDirectory, read_submission
+
+_CHECK_JOB_S = 30.0
+
+
+@dataclass(frozen=True)
+class Status:
+    """A run at this moment."""
+
+    name: str
+    state: str
+    """finished, gave up, running, pending, ..., or how the last attempt ended."""
+    detail: str
+    """Why, where or since when."""
+    job_id: str
+    step: int
+    steps: int
+    tokens_per_s: float | None
+    """Of the latest record."""
+    eta_s: float | None
+    """Seconds of training that are left at that speed, while it runs."""
+    checkpoint: int
+    """Step of the newest checkpoint."""
+    attempts: int
+    restarts: int
+    """Attempts after a failure."""
+    avoided_nodes: tuple[str, ...]
+    mlflow_run: str | None
+    log: str
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.name}: {self.state}" + (f" ({self.detail})" if self.detail else ""),
+            f"  job         {self.job_id}",
+            f"  step        {self.step:,} of {self.steps:,}; newest checkpoint at {self.checkpoint:,}",
+        ]
+        if self.tokens_per_s is not None:
+            left = f", {_duration(self.eta_s)} left" if self.eta_s is not None else ""
+            lines.append(f"  speed       {self.tokens_per_s:,.0f} tokens/s{left}")
+        lines.append(f"  attempts    {self.attempts}, {self.restarts} after failures")
+        if self.avoided_nodes:
+            lines.append(f"  avoids      {' '.join(self.avoided_nodes)}")
+        if self.mlflow_run:
+            lines.append(f"  MLflow run  {self.mlflow_run}")
+        return "\n".join([*lines, f"  log         {self.log}"])
+
+
+def run_status(run_dir: Path) -> Status:
+    """State of a launched run.
+
+    Raises:
+        LaunchError: if the directory is not that of a launched run.
+        SlurmError: if the run has not finished and Slurm cannot be asked.
+    """
+    directory = LaunchDirectory(run_dir)
+    submission, history = read_submission(run_dir), History(directory.attempts)
+    latest = _last_record(run_dir / "metrics.jsonl")
+    tracking = _json(run_dir / "tracking.json")
+    step, tokens_per_s = int(latest.get("step", 0)), latest.get("speed/tokens_per_s")
+    state, detail = _state(directory, history, submission.steps)
+    eta = None
+    if state == "running" and tokens_per_s and step:
+        eta = (submission.steps - step) * latest["train/tokens"] / step / tokens_per_s
+    return Status(
+        name=submission.name,
+        state=state,
+        detail=detail,
+        job_id=submission.job_id or "-",
+        step=step,
+        steps=submission.steps,
+        tokens_per_s=tokens_per_s,
+        eta_s=eta,
+        checkpoint=newest_checkpoint_step(run_dir),
+        attempts=len(history.attempts),
+        restarts=sum(attempt.outcome in (CRASHED, LOST) for attempt in history.attempts[:-1]),
+        avoided_nodes=tuple(history.avoided_nodes(submission.max_node_failures)),
+        mlflow_run=tracking.get("run_id") and f"{tracking['run_id']} at {tracking.get('uri')}",
+        log=str(directory.log),
+    )
+
+
+def _state(directory: LaunchDirectory, history: History, steps: int) -> tuple[str, str]:
+    """(state, detail)"""
+    if is_finished(directory.run_dir, steps):
+        return "finished", ""
+    if history.given_up:
+        return "gave up", history.given_up
+    job = active_job(directory)
+    if job is not None and job.state == "PENDING":
+        expected = "" if job.start_time == "Unknown" else f", expected to start {job.start_time}"
+        return "pending", job.reason + expected
+    if job is not None:
+        return job.state.lower(), f"on {job.nodes}"
+    if not history.attempts:
+        return "ended", "the job ended before it began training; see the log"
+    last = history.attempts[-1]
+    state = {CRASHED: "failed", UNHEALTHY: "failed", LOST: "cut off"}.get(last.outcome, last.outcome)
+    return state, f"{last.reason}; `hope launch resume {directory.run_dir}` goes on".removeprefix("; ")
+
+
+def follow_log(run_dir: Path, *, lines: int, follow: bool) -> Iterator[str]:
+    """The last lines of the job's log, then what is added, until the run has no job any more.
+
+    Raises:
+        LaunchError: if the directory is not that of a launched run.
+    """
+    directory = LaunchDirectory(run_dir)
+    read_submission(run_dir)
+    if not directory.log.exists():
+        if not follow:
+            yield f"{directory.log} does not exist yet: the job has not started\n"
+            return
+        while not directory.log.exists():
+            time.sleep(1.0)
+    with open(directory.log, encoding="utf-8", errors="replace") as file:
+        yield from file.readlines()[-lines:]
+        checked = time.monotonic()
+        while follow:
+            if line := file.readline():
+                yield line
+                continue
+            if time.monotonic() - checked > _CHECK_JOB_S:
+                if active_job(directory) is None:
+                    return
+                checked = time.monotonic()
+            time.sleep(0.5)
+
+
+def _last_record(path: Path) -> dict[str, Any]:
+    """The last whole line of metrics.jsonl."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 65536))
+            lines = file.read().decode("utf-8", errors="replace").split("\n")[:-1]
+    except FileNotFoundError:
+        return {}
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if "train/tokens" in record:
+            return record
+    return {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def _duration(seconds: float | None) -> str:
+    minutes = round((seconds or 0) / 60)
+    return (
+        f"{minutes // 1440} d {minutes % 1440 // 60} h"
+        if minutes >= 2880
+        else f"{minutes // 60} h {minutes % 60:02d} min"
+    )

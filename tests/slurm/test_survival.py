@@ -1,0 +1,202 @@
+"""Runs on a real cluster that is unkind to them. The oracle: the bits of an undisturbed run, and every sample exactly once."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sqlite3
+
+import pytest
+import yaml
+from local_slurm import LocalSlurm
+from runs import BATCH, STEPS, Run, Workspace
+
+
+@pytest.fixture(scope="module")
+def reference(workspace: Workspace) -> Run:
+    """An undisturbed run on two nodes, as the middle of a chain that first makes the data."""
+    data, runs = workspace.directory / "data", workspace.directory / "runs"
+    tokenizer, text = data / "tokenizer.model", workspace.directory / "text.jsonl"
+    links = [
+        {"name": "tokenizer", "run": ["data", "tokenizer", str(text), "--vocab-size", "400", "--out", str(tokenizer)]},
+        {
+            "name": "data",
+            "run": [
+                "data",
+                "prepare",
+                str(text),
+                "--tokenizer",
+                str(tokenizer),
+                "--out",
+                str(data),
+                "--held-out",
+                "0.1",
+            ],
+        },
+        {"name": "train", "config": str(workspace.run_file), "overrides": ["name=reference"], "nodes": 2},
+        {
+            "name": "evaluate",
+            "run": ["eval", str(runs / "reference"), "--max-tokens", "128", "--json", str(runs / "eval.json")],
+        },
+    ]
+    chain = workspace.directory / "chain.yaml"
+    chain.write_text(yaml.safe_dump({"name": "chain", "output_dir": str(workspace.directory), "links": links}))
+    cluster = workspace.write_cluster("checked.yaml", health={"min_free_scratch_gb": 0.01})
+    workspace.hope("launch", "chain", chain, "--cluster", cluster)
+    run = Run(workspace, runs / "reference")
+    assert run.wait_for_end() == "COMPLETED", run.log
+    return run
+
+
+def test_chain_runs_link_after_link(reference: Run, workspace: Workspace) -> None:
+    chain = workspace.directory / "chain"
+    reference.wait(lambda: workspace.hope("launch", "status", chain).count("completed") == 4, "four completed links")
+    assert "the nodes are well" in reference.log
+    assert [samples for _, samples, _ in reference.trajectory()] == [BATCH * (i + 1) for i in range(STEPS)]
+    status = workspace.hope("launch", "status", reference.directory)
+    assert "finished" in status and f"step        {STEPS} of {STEPS}" in status
+
+
+def test_failed_link_cancels_what_follows(reference: Run, workspace: Workspace) -> None:
+    links = [
+        {
+            "name": "data",
+            "run": ["data", "prepare", "no/such/file.txt", "--tokenizer", "none.model", "--out", "nowhere"],
+        },
+        {"name": "train", "config": str(workspace.run_file), "overrides": ["name=never"]},
+        {"name": "convert", "run": ["convert", "nowhere"]},
+    ]
+    chain = workspace.directory / "broken.yaml"
+    chain.write_text(yaml.safe_dump({"name": "broken", "output_dir": str(workspace.directory), "links": links}))
+    workspace.hope("launch", "chain", chain, "--cluster", workspace.cluster_file)
+    directory = workspace.directory / "broken"
+    reference.wait(
+        lambda: workspace.hope("launch", "status", directory).count("because data failed") == 2, "two cancelled links"
+    )
+    assert not (workspace.directory / "runs" / "never" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "nodes", "words"),
+    [
+        ({"partition": "mian"}, 2, "did you mean main"),
+        ({"time_limit": "02:00:00"}, 2, "allows 01:00:00"),
+        ({}, 4, "has 3 nodes"),
+        ({"cpus_per_process": 64}, 2, "sbatch --test-only"),
+    ],
+)
+def test_preflight_asks_slurm(reference: Run, workspace: Workspace, changes: dict, nodes: int, words: str) -> None:
+    cluster = workspace.write_cluster("wrong.yaml", **changes)
+    arguments = ["--cluster", cluster, "--nodes", nodes, "name=refused"]
+    output = workspace.hope("launch", workspace.run_file, *arguments, code=2)
+    assert words in output and "nothing was submitted" in output
+
+
+@pytest.mark.timeout(600)
+def test_many_faults_end_in_the_same_bits(reference: Run, workspace: Workspace, slurm: LocalSlurm) -> None:
+    run = workspace.submit("survivor", "--nodes", 2)
+
+    run.wait_for_step(2)
+    slurm.run("scancel", "--batch", "--signal=USR1", run.job_id)  # what the time limit sends
+    run.wait_for_log("the ranks have stopped")
+    stopped_at = run.attempts()[-1]["last_step"]
+    assert stopped_at == run.step(), "a step was lost"
+
+    run.wait_for_step(stopped_at + 1)
+    node_of_rank_1 = run.nodes()[1]
+    run.kill_rank(1)
+    run.wait_for_log("attempt 2 failed")
+
+    run.wait_for_log("all ranks are ready", times=3)
+    slurm.kill_node(node_of_rank_1)
+    slurm.start_node(node_of_rank_1)
+    run.wait_for_log(f"avoiding {node_of_rank_1}")  # it failed twice
+
+    run.wait_for_log("all ranks are ready", times=4)
+    assert node_of_rank_1 not in run.nodes()
+    urgent = slurm.run(
+        "sbatch", "--parsable", "--partition=urgent", "--exclusive", "--nodes=3", "--output=/dev/null", "--wrap=true"
+    ).strip()
+    run.wait_for_log("the ranks have stopped", times=2)
+
+    run.wait_for_log("all ranks are ready", times=5)
+    assert "JobState=COMPLETED" in slurm.run("scontrol", "show", "job", urgent)
+    slurm.run("scontrol", "requeue", run.job_id)
+    assert run.wait_for_end() == "COMPLETED", run.log
+
+    assert run.trajectory() == reference.trajectory()
+    assert len(reference.final_state()) > 20
+    assert run.final_state() == reference.final_state()
+    assert one_mlflow_run(workspace, "survivor") == [*range(1, STEPS + 1)]
+    slurm.run("scontrol", "requeue", run.job_id)  # a stray requeue
+    run.wait_for_log("nothing to do")
+    assert run.wait_for_end() == "COMPLETED"
+    assert run.final_state() == reference.final_state()
+
+
+def test_array_cells_share_a_node_and_one_resumes_elsewhere(
+    reference: Run, workspace: Workspace, slurm: LocalSlurm
+) -> None:
+    cluster = workspace.write_cluster("shared.yaml", exclusive=False)
+    arguments = ["--cluster", cluster, "--vary", "optim.lr=0.003,0.001", "--limit", 2, "name=array"]
+    workspace.hope("launch", "array", workspace.run_file, *arguments)
+    cells = [Run(workspace, workspace.directory / "runs" / "array" / f"array-{i}") for i in range(2)]
+    cells[0].wait_for_log("attempt 1: ")
+    assert "already queued as job" in workspace.hope("launch", "resume", cells[0].directory, code=2)
+    workspace.hope("launch", "cancel", cells[0].directory)
+    assert cells[0].wait_for_end() == "CANCELLED"
+    assert cells[1].wait_for_end() == "COMPLETED", cells[1].log
+    assert 0 < cells[0].attempts()[0]["last_step"] == cells[0].step() < STEPS, (
+        "cancelling lost a step, or came too late"
+    )
+    assert all(len(cell.attempts()) == 1 for cell in cells), "each has a port of its own"
+
+    workspace.hope("launch", "resume", cells[0].directory, "--nodes", 2)  # elastic: it began on one
+    assert cells[0].wait_for_end() == "COMPLETED", cells[0].log
+    assert "2 ranks" in cells[0].log
+    steps, samples, losses = zip(*cells[0].trajectory(), strict=True)
+    expected_steps, expected_samples, expected_losses = zip(*reference.trajectory(), strict=True)
+    assert (steps, samples) == (expected_steps, expected_samples)
+    assert losses == pytest.approx(expected_losses, rel=1e-4)
+    assert "finished" in workspace.hope("launch", "status", workspace.directory / "runs" / "array")
+
+
+def test_crash_loop_stops(reference: Run, workspace: Workspace) -> None:
+    cluster = workspace.write_cluster("impatient.yaml", max_restarts=1)
+    run = workspace.submit("loop", cluster=cluster)
+    for attempt in (1, 2):
+        run.wait_for_log(f"attempt {attempt}: ")
+        run.kill_rank(0)
+    assert run.wait_for_end() == "FAILED"
+    assert "giving up: 2 attempts failed without a checkpoint newer than step 0" in run.log
+    assert "gave up" in workspace.hope("launch", "status", run.directory)
+
+
+def test_bad_node_and_taken_port_are_left_out(reference: Run, workspace: Workspace, slurm: LocalSlurm) -> None:
+    scratch = workspace.directory / "scratch"
+    scratch.mkdir()
+    slurm.kill_node("node1")
+    slurm.start_node("node1", prepare=f"mount -t tmpfs -o size=1m none {scratch}")
+    slurm.wait_idle()
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        port = taken.getsockname()[1]
+        cluster = workspace.write_cluster(
+            "scratch.yaml", scratch=str(scratch), health={"min_free_scratch_gb": 0.01}, master_ports=[port, port + 1]
+        )
+        run = workspace.submit("elsewhere", "training.steps=1", "optim.warmup_steps=0", cluster=cluster)
+        assert run.wait_for_end() == "COMPLETED", run.log
+    assert f"node1: {scratch} has 0.0 GB free" in run.log
+    assert run.attempts()[0]["bad_nodes"] == ["node1"]
+    assert f"port {port + 1}\n" in run.log
+    status = workspace.hope("launch", "status", run.directory)
+    assert "finished" in status and "avoids      node1" in status
+
+
+def one_mlflow_run(workspace: Workspace, name: str) -> list[int]:
+    """Steps at which the only MLflow run of a name has a loss."""
+    run_id = json.loads((workspace.directory / "runs" / name / "tracking.json").read_text())["run_id"]
+    with sqlite3.connect(workspace.directory / "runs" / "mlflow.db") as database:
+        assert database.execute("select run_uuid from runs where name = ?", (name,)).fetchall() == [(run_id,)]
+        query = "select step from metrics where run_uuid = ? and key = 'train/loss' order by step"
+        return [step for (step,) in database.execute(query, (run_id,))]

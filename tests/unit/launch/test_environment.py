@@ -1,0 +1,57 @@
+"""The environment of training processes, and how workers report back."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from launch.environment import (
+    LAUNCH_DIR_VARIABLE,
+    count_gpus,
+    process_environment,
+    read_failures,
+    read_worker_pids,
+    report_failure,
+    report_ready,
+)
+
+
+class UserError(Exception):
+    is_user_error = True
+
+
+def test_openmp_does_not_spin():
+    environment = process_environment(3)
+    assert environment["OMP_WAIT_POLICY"] == "passive" and environment["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.parametrize(("visible", "count"), [("", 0), ("-1", 0), ("0", 1), ("0,2,5", 3)])
+def test_visible_gpus(monkeypatch, visible, count):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert count_gpus() == count
+    assert ("DS_ACCELERATOR" in process_environment()) is (count == 0)
+
+
+def test_reports_reach_the_launcher_in_order(monkeypatch, tmp_path):
+    monkeypatch.setenv(LAUNCH_DIR_VARIABLE, str(tmp_path))
+    report_ready(0)
+    assert report_failure(1, UserError("two\nlines"))
+    assert report_failure(0, ValueError("later"))
+    assert read_worker_pids(tmp_path) == [os.getpid()]
+    first, second = read_failures(tmp_path)
+    assert (first.rank, first.is_user_error, first.message) == (1, True, "two\nlines")
+    assert second.rank == 0 and not second.is_user_error and "ValueError: later" in second.message
+
+
+def test_without_a_launcher_nothing_is_reported(monkeypatch):
+    monkeypatch.delenv(LAUNCH_DIR_VARIABLE, raising=False)
+    report_ready(0)
+    assert not report_failure(0, ValueError("printed by the caller"))
+
+
+def test_launch_imports_no_torch():
+    code = "import launch.local, launch.environment, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,118 @@
+"""What the supervisor concludes from a failure: the cause, and the node that it is put down to."""
+
+from __future__ import annotations
+
+import socket
+import time
+from datetime import datetime
+
+import pytest
+
+from launch.environment import Failure, LaunchError
+from launch.slurm import parse_job
+from launch.step import TaskError, free_port, srun_command
+from launch.submission import Submission
+from launch.supervisor import explain_failure, first_cause, has_gone_down
+from launch.worker import rank_environment
+
+NODES = ["node1", "node2"]
+LOST_PEER = Failure(rank=0, time=2.0, is_user_error=False, message="RuntimeError: Connection closed by peer")
+
+
+def test_a_killed_rank_explains_the_ranks_that_lost_it() -> None:
+    errors = [TaskError("node1", "0", "Exited with exit code 1"), TaskError("node2", "3", "Killed")]
+    assert explain_failure(LOST_PEER, errors, 2, NODES) == ("task 3 on node2: Killed", ["node2"])
+
+
+def test_tasks_that_slurm_terminated_are_not_the_cause() -> None:
+    errors = [TaskError("node2", "2-3", "Terminated")]
+    reason, bad = explain_failure(LOST_PEER, errors, 2, NODES)
+    assert reason == "rank 0 on node1: RuntimeError: Connection closed by peer"
+    assert bad == []
+
+
+def test_a_gpu_error_is_put_down_to_its_node() -> None:
+    failure = Failure(3, 1.0, False, "Traceback ...\nAcceleratorError: CUDA error: uncorrectable ECC error encountered")
+    reason, bad = explain_failure(failure, [], 2, NODES)
+    assert "rank 3 on node2" in reason and "uncorrectable ECC" in reason
+    assert bad == ["node2"]
+
+
+def test_a_user_error_comes_before_everything() -> None:
+    failure = Failure(1, 5.0, True, "the tokenizer is another one")
+    errors = [TaskError("node1", "0", "Killed")]
+    assert explain_failure(first_cause([LOST_PEER, failure]), errors, 1, NODES) == (
+        "rank 1 on node2: the tokenizer is another one",
+        [],
+    )
+
+
+def test_silence_is_said() -> None:
+    assert explain_failure(first_cause([]), [], 1, NODES) == ("the ranks left without a reason", [])
+
+
+@pytest.mark.parametrize(
+    ("state", "started", "down"),
+    [("IDLE", -100, False), ("DOWN+NOT_RESPONDING", -100, True), ("MIXED*", -100, True), ("ALLOCATED", 100, True)],
+)
+def test_nodes_that_went_down(state: str, started: float, down: bool) -> None:
+    now = time.time()
+    node = {"State": state, "SlurmdStartTime": datetime.fromtimestamp(now + started).isoformat(timespec="seconds")}
+    assert has_gone_down(node, since=now) is down
+    assert not has_gone_down({"State": "IDLE", "SlurmdStartTime": "None"}, since=now)
+
+
+def test_a_port_that_is_taken_is_left_out() -> None:
+    assert free_port(None, 7) > 0
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert free_port((port, port + 20), 21 * port) != port
+        assert free_port((port, port + 20), 1) > port
+        with pytest.raises(LaunchError, match=r"master_ports=.* is free"):
+            free_port((port, port), 7)
+
+
+def test_srun_says_everything_itself() -> None:
+    submission = Submission(
+        name="x", steps=1, nodes=2, ranks_per_node=4, cpus_per_process=3, gpus_per_node=4, code="/c", python="python",
+        srun_options=("--container-image=i",),
+    )  # fmt: skip
+    command = srun_command(submission, NODES, tasks_per_node=4)
+    for option in (
+        "--nodes=2",
+        "--ntasks=8",
+        "--ntasks-per-node=4",
+        "--cpus-per-task=3",
+        "--nodelist=node1,node2",
+        "--container-image=i",
+    ):
+        assert option in command
+    assert submission.world_size == 8
+
+
+def test_rank_variables_come_from_slurm() -> None:
+    slurm = {
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_NUM_TASKS": "8",
+        "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    }
+    assert rank_environment(slurm) == {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+
+
+def test_jobs_are_read_from_scontrol() -> None:
+    line = "JobId=12 JobName=a UserId=root(0) JobState=PENDING Reason=Resources Restarts=2 StartTime=Unknown NodeList=(null)"
+    job = parse_job(line)
+    assert (job.job_id, job.state, job.reason, job.nodes, job.restarts, job.ended) == (
+        "12",
+        "PENDING",
+        "Resources",
+        "",
+        2,
+        False,
+    )
+    cell = parse_job("JobId=14 ArrayJobId=13 ArrayTaskId=1 JobState=CANCELLED Reason=None NodeList=n1")
+    assert (cell.job_id, cell.ended, cell.reason) == ("13_1", True, "")
+    assert parse_job("JobId=13 ArrayJobId=13 ArrayTaskId=0-3%2 JobState=PENDING").job_id == "13"
