@@ -13,16 +13,26 @@ export OMP_NUM_THREADS ?= 1
 export DS_BUILD_OPS ?= 0
 export VENV
 
-.PHONY: help quickstart test lint format typecheck docs clean
+.PHONY: help quickstart test test-slurm sweep-demo lint format typecheck docs clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 quickstart: $(VENV)/.ready-run ## from text to a pretrained HOPE: about 5 minutes on 2 cores (ARGS="--text FILE" for your text)
 	$(BIN)/hope quickstart $(ARGS)
 
 test: $(VENV)/.ready-test ## unit, distributed and integration tests (ARGS="-k name" for some)
 	TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest tests/unit tests/distributed tests/integration -rs $(ARGS)
+
+test-slurm: $(VENV)/.ready-test ## training that survives a real Slurm cluster, made on this machine (root, tools/install_slurm.sh)
+	TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest tests/slurm -rs $(ARGS)
+
+sweep-demo: $(VENV)/.ready-run ## a small real scaling-law sweep on 2 cores, about half an hour; started again it goes on
+	test -f runs/quickstart/data/train/manifest.json || { \
+	  $(BIN)/hope data tokenizer python-stdlib --vocab-size 1024 --out runs/quickstart/data/tokenizer.model && \
+	  $(BIN)/hope data prepare python-stdlib --tokenizer runs/quickstart/data/tokenizer.model --out runs/quickstart/data --held-out 0.05; }
+	$(BIN)/hope sweep run demo --workers 2
+	$(BIN)/hope sweep report demo
 
 lint: $(VENV)/.ready-dev ## style, formatting, and who may import whom
 	$(BIN)/ruff check .

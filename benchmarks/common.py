@@ -70,7 +70,13 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def print_table(header: list[str], rows: list[list[Any]]) -> None:
     """Right-aligned columns, the first one left."""
-    cells = [[f"{x:,.0f}" if isinstance(x, float) and abs(x) >= 100 else f"{x:.3g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
+    cells = [
+        [
+            f"{x:,.0f}" if isinstance(x, float) and abs(x) >= 100 else f"{x:.3g}" if isinstance(x, float) else str(x)
+            for x in row
+        ]
+        for row in rows
+    ]
     widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
     for row in [header, *cells]:
         print("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))), flush=True)

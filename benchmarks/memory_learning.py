@@ -38,7 +38,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "hope": {},
     "hope_external_targets": dict(own_targets=False),
     "titans_dot": STATIC,  # the deep memory with static projections, under HOPE's objective
-    "titans": STATIC | dict(objective="l2", dgd_layers="none", momentum="data", chunk_tokens=16, eta_max=0.0625, read_skip=True),
+    "titans": STATIC
+    | dict(objective="l2", dgd_layers="none", momentum="data", chunk_tokens=16, eta_max=0.0625, read_skip=True),
     "deltanet": STATIC | dict(num_layers=1, dgd_layers="input", decay="none"),
     "gated_deltanet": STATIC | dict(num_layers=1, dgd_layers="input", decay_erased=True),
 }
@@ -57,7 +58,9 @@ def main() -> None:
             if silent and args.no_silent:
                 continue
             for seed in range(args.seeds):
-                settings = dict(chunk_tokens=args.chunk) | MODELS[name] | variant | (dict(eta_max=0.0) if silent else {})
+                settings = (
+                    dict(chunk_tokens=args.chunk) | MODELS[name] | variant | (dict(eta_max=0.0) if silent else {})
+                )
                 row = {"model": name, "rates": "0" if silent else "on", "seed": seed} | task(args, settings, seed)
                 rows.append(row)
                 print(row, flush=True)
@@ -86,7 +89,9 @@ def parse() -> argparse.Namespace:
 
 def build(args: argparse.Namespace, memory: dict[str, Any], seed: int, **changes: Any):
     values = dict(num_layers=2, hidden_size=64, num_heads=2, vocab_size=VOCAB, tie_embeddings=False)
-    values |= dict(memory=MemoryConfig(**memory), cms=CMSConfig(levels=(CMSLevelConfig(hidden_size=128),), activation="silu"))
+    values |= dict(
+        memory=MemoryConfig(**memory), cms=CMSConfig(levels=(CMSLevelConfig(hidden_size=128),), activation="silu")
+    )
     model = build_model(ModelConfig(**(values | changes)), seed=seed)
     optim = OptimConfig(name=args.optimizer, lr=args.lr, weight_decay=0.01)
     return model, build_optimizer(model.named_parameters(), optim)
@@ -150,7 +155,13 @@ def text(args: argparse.Namespace, memory: dict[str, Any], seed: int) -> dict[st
         window = torch.from_numpy(heldout[: 32 * (T + 1)].reshape(32, T + 1)).long()
         losses = torch.cat([model(w[:, :-1], w[:, 1:].contiguous()).losses for w in window.split(8)])
     by_position = F.avg_pool1d(losses.mean(0)[None, None], T // 8).flatten().tolist()
-    return {"steps": args.steps, "loss": losses.mean().item(), "first_eighth": by_position[0], "last_eighth": by_position[-1], "loss_by_eighth": by_position}
+    return {
+        "steps": args.steps,
+        "loss": losses.mean().item(),
+        "first_eighth": by_position[0],
+        "last_eighth": by_position[-1],
+        "loss_by_eighth": by_position,
+    }
 
 
 def _standard_library_bytes() -> tuple[np.ndarray, np.ndarray]:

@@ -44,7 +44,10 @@ def main() -> None:
             results["rows"] += measure_others(args, dtype, length)
         print_table(
             ["what", "L", "chunk", "fwd tok/s", "fwd+bwd tok/s", "GFLOP/s", "of bmm"],
-            [[r["what"], r["length"], r["chunk"], r["forward"], r["both"], r.get("gflops", "-"), r.get("share", "-")] for r in results["rows"]],
+            [
+                [r["what"], r["length"], r["chunk"], r["forward"], r["both"], r.get("gflops", "-"), r.get("share", "-")]
+                for r in results["rows"]
+            ],
         )
     write_json(args.json, results)
 
@@ -101,7 +104,15 @@ def bmm_rate(args: argparse.Namespace, chunk: int, length: int) -> float:
     return 50 * 2 * a.numel() * args.width / min(times)
 
 
-def row(args, what: str, length: int, chunk, run: Callable[[], Tensor], leaves: list[Tensor], flops_per_token: float | None = None) -> dict:
+def row(
+    args,
+    what: str,
+    length: int,
+    chunk,
+    run: Callable[[], Tensor],
+    leaves: list[Tensor],
+    flops_per_token: float | None = None,
+) -> dict:
     """Time forward alone (without a graph) and forward with backward."""
 
     def forward():
@@ -132,7 +143,15 @@ def measure_operator(args, dtype, length: int, chunk: int) -> list[dict]:
     flops = 2 * args.heads * sum(memory_macs(model, length))
     leaves = [*qkv, rates.eta, rates.alpha, *(w for bank in params for w in bank)]
     return [
-        row(args, name, length, chunk, lambda r=r: memory_chunked(*qkv, rates, params, rule, recompute=r)[0], leaves, flops)
+        row(
+            args,
+            name,
+            length,
+            chunk,
+            lambda r=r: memory_chunked(*qkv, rates, params, rule, recompute=r)[0],
+            leaves,
+            flops,
+        )
         for name, r in (("HOPE", False), ("HOPE, recomputing", True))
     ]
 
@@ -146,7 +165,16 @@ def measure_others(args, dtype, length: int) -> list[dict]:
         cut_rates = RateLogits(*(None if r is None else r[:, :short].detach() for r in rates))
         rows.append(row(args, "token loop", short, 64, lambda: memory_recurrent(*cut, cut_rates, params, rule)[0], cut))
     heads_first = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in qkv]
-    rows.append(row(args, "softmax attention", length, "-", lambda: F.scaled_dot_product_attention(*heads_first, is_causal=True), heads_first))
+    rows.append(
+        row(
+            args,
+            "softmax attention",
+            length,
+            "-",
+            lambda: F.scaled_dot_product_attention(*heads_first, is_causal=True),
+            heads_first,
+        )
+    )
     if importlib.util.find_spec("titans_pytorch"):
         rows += [titans_row(args, length, chunk) for chunk in (16, 64)]
     return rows
@@ -157,7 +185,13 @@ def titans_row(args, length: int, chunk: int) -> dict:
     from titans_pytorch import MemoryMLP, NeuralMemory
 
     dim = args.heads * args.width
-    memory = NeuralMemory(dim, chunk_size=chunk, heads=args.heads, dim_head=args.width, model=MemoryMLP(args.width, depth=2, expansion_factor=1.0))
+    memory = NeuralMemory(
+        dim,
+        chunk_size=chunk,
+        heads=args.heads,
+        dim_head=args.width,
+        model=MemoryMLP(args.width, depth=2, expansion_factor=1.0),
+    )
     memory = memory.to(args.device)
     x = torch.randn(args.batch, length, dim, device=args.device, requires_grad=True)
     return row(args, "titans-pytorch, one memory", length, chunk, lambda: memory(x)[0], [x, *memory.parameters()])
@@ -186,7 +220,10 @@ def measure_activations(args) -> dict:
         found.append({"length": length, "inputs_and_outputs": io, **sizes})
     print_table(
         ["L", "inputs + outputs MiB", "plain MiB", "recomputing MiB"],
-        [[str(r["length"]), *(r[key] / 2**20 for key in ("inputs_and_outputs", "plain", "recomputing"))] for r in found],
+        [
+            [str(r["length"]), *(r[key] / 2**20 for key in ("inputs_and_outputs", "plain", "recomputing"))]
+            for r in found
+        ],
     )
     return found
 

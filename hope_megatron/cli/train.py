@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `hope train`."""
     parser.add_argument("config", help="run file, or the name of one in configs/runs")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the configuration")
-    parser.add_argument("--nproc", type=int, help="processes to start on this machine (default: parallel.tensor_parallel)")
+    parser.add_argument(
+        "--nproc", type=int, help="processes to start on this machine (default: parallel.tensor_parallel)"
+    )
     parser.add_argument(
         "--resume",
         default="auto",
@@ -46,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(dump_config(config), end="")
         tokens = f"{config.training.tokens_per_step:,} tokens per step, {config.training.tokens:,} in all"
-        print(f"# {nproc} processes, data parallel {config.data_parallel(nproc)}, accumulation {accumulation}; {tokens}")
+        print(
+            f"# {nproc} processes, data parallel {config.data_parallel(nproc)}, accumulation {accumulation}; {tokens}"
+        )
         return 0
     # Mistakes that can be seen without torch show here, at once, and before any process starts.
     open_sources(config)

@@ -117,7 +117,9 @@ class Checkpointer:
             return  # poll() reports it
         extra = {name: dict(content) for name, content in (extra_files or {}).items()} if self._rank == 0 else {}
         extra[rank_file_name(self._rank)] = tensors
-        pending.thread = threading.Thread(target=_write_files, args=(pending, extra), name="checkpoint-writer", daemon=True)
+        pending.thread = threading.Thread(
+            target=_write_files, args=(pending, extra), name="checkpoint-writer", daemon=True
+        )
         pending.thread.start()
 
     def poll(self) -> Path | None:
@@ -141,7 +143,9 @@ class Checkpointer:
         if not failed and self._rank == 0:
             merged = {name: digest for rank_digests in digests for name, digest in rank_digests.items()}
             pending.error = _attempt(lambda: self._commit(pending, final, merged))
-        errors = [f"rank {rank}: {error}" for rank, error in enumerate(self._control.gather(_text(pending.error))) if error]
+        errors = [
+            f"rank {rank}: {error}" for rank, error in enumerate(self._control.gather(_text(pending.error))) if error
+        ]
         if errors:
             self._report_failure(pending, errors)
             return None
@@ -306,7 +310,6 @@ class Checkpointer:
                 layout["world_size"],
                 layout["tensor_parallel"],
             )
-
 
     def _set_newer_aside(self, step: int) -> None:
         """Rename checkpoints later than the loaded one: they are damaged, or of a future that this run has left."""

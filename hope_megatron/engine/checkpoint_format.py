@@ -105,7 +105,9 @@ def rank_file_name(rank: int) -> str:
 # -- writing -----------------------------------------------------------------------------------------------------
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> FileDigest:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> FileDigest:
     """Write host tensors in the safetensors format, flushed to disk, and digest the bytes on their way out.
 
     The digest is of what was meant, not of what a later read returns, and the data pass through memory once.
@@ -162,7 +164,9 @@ def sync_directory(directory: Path) -> None:
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """Step directories of a `checkpoints/` directory, newest first, sealed or not. Temporary ones are not listed."""
-    steps = (path for path in directory.glob(f"{STEP_PREFIX}*") if path.name[len(STEP_PREFIX) :].isdigit() and path.is_dir())
+    steps = (
+        path for path in directory.glob(f"{STEP_PREFIX}*") if path.name[len(STEP_PREFIX) :].isdigit() and path.is_dir()
+    )
     return sorted(steps, key=checkpoint_step, reverse=True)
 
 

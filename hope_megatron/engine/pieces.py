@@ -88,7 +88,9 @@ def load_pieces(engine: Engine, checkpoint: Checkpoint) -> None:
         refresh_model_params(engine.zero)
 
 
-def _load_param(engine: Engine, checkpoint: Checkpoint, param: ParamLayout, state: str, flat: Tensor, dp_rank: int) -> None:
+def _load_param(
+    engine: Engine, checkpoint: Checkpoint, param: ParamLayout, state: str, flat: Tensor, dp_rank: int
+) -> None:
     mesh = engine.mesh
     for run in param.runs:
         if run.dp_rank == dp_rank:
@@ -112,7 +114,9 @@ def _check_parameters(engine: Engine, checkpoint: Checkpoint, bound_vectors: lis
     groups = checkpoint.description["optimizer"]["groups"]
     for bound in bound_vectors:
         if bound.group_name not in groups:
-            problems.append(f"parameter group {bound.group_name} is not in the checkpoint, which has {', '.join(groups)}")
+            problems.append(
+                f"parameter group {bound.group_name} is not in the checkpoint, which has {', '.join(groups)}"
+            )
             continue
         stepped = groups[bound.group_name]["step"] > 0
         wanted = {MASTER, *(engine.optimizer.state_keys(_group(engine, bound)) if stepped else ())}

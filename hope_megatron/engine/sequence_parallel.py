@@ -29,7 +29,9 @@ def reduce_sequence_parallel_gradients(model: nn.Module, tp_group: dist.ProcessG
         dist.all_reduce(gradient, group=tp_group)
         return gradient
 
-    found = [param for param in model.parameters() if param.requires_grad and getattr(param, "sequence_parallel", False)]
+    found = [
+        param for param in model.parameters() if param.requires_grad and getattr(param, "sequence_parallel", False)
+    ]
     for param in found:
         param.register_hook(sum_over_tensor_parallel)
     return len(found)

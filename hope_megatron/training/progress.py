@@ -85,7 +85,9 @@ class StepClock:
         now = time.monotonic()
         if self._last is not None and step > self._last[0]:
             seconds = (now - self._last[1]) / (step - self._last[0])
-            self.seconds_per_step = seconds if not self.seconds_per_step else 0.9 * self.seconds_per_step + 0.1 * seconds
+            self.seconds_per_step = (
+                seconds if not self.seconds_per_step else 0.9 * self.seconds_per_step + 0.1 * seconds
+            )
         self._last = (step, now)
 
 

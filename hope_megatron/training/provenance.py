@@ -10,7 +10,17 @@ from typing import Any
 
 import hope_megatron
 
-_PACKAGES = ("torch", "megatron-core", "deepspeed", "numpy", "safetensors", "pydantic", "sentencepiece", "webdataset", "mlflow")
+_PACKAGES = (
+    "torch",
+    "megatron-core",
+    "deepspeed",
+    "numpy",
+    "safetensors",
+    "pydantic",
+    "sentencepiece",
+    "webdataset",
+    "mlflow",
+)
 
 
 def provenance() -> dict[str, Any]:

@@ -85,7 +85,9 @@ class Tracker:
                 if self._closing is not None:
                     return
                 if failures == 0:
-                    log.warning("MLflow at %s does not answer (%s); training goes on and tries again", self.uri, _brief(error))
+                    log.warning(
+                        "MLflow at %s does not answer (%s); training goes on and tries again", self.uri, _brief(error)
+                    )
                 self._wait_for_close(_RETRY_S[min(failures, len(_RETRY_S) - 1)])
                 failures += 1
                 continue

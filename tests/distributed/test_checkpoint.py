@@ -47,8 +47,12 @@ def local_state(engine):
         for piece in live_pieces(engine)
         for state, view in piece.tensors.items()
     }
-    found |= {name: value.contiguous().view(torch.uint8).numpy().tobytes() for name, value in generator_states().items()}
-    found |= {name: p.detach().reshape(-1).view(torch.uint8).numpy().tobytes() for name, p in engine.model.named_parameters()}
+    found |= {
+        name: value.contiguous().view(torch.uint8).numpy().tobytes() for name, value in generator_states().items()
+    }
+    found |= {
+        name: p.detach().reshape(-1).view(torch.uint8).numpy().tobytes() for name, p in engine.model.named_parameters()
+    }
     return found, group_scalars(engine)
 
 
@@ -123,7 +127,9 @@ def other_layouts(rank, world_size, directory):
         continued = advance(engine, layouts[source], state, 2)
         for target, config in layouts.items():
             engine, resumed = build(config), TrainingState()
-            resumed.load_dict(Checkpointer(engine, Path(directory) / f"{source}-{target}").load(path).description["progress"])
+            resumed.load_dict(
+                Checkpointer(engine, Path(directory) / f"{source}-{target}").load(path).description["progress"]
+            )
             found = full_state(engine)
             same = found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
             results[source, target] = same, advance(engine, config, resumed, 2), continued
@@ -138,7 +144,9 @@ def test_checkpoint_loads_at_any_other_layout(tmp_path):
     assert len(results) == 8
     for (source, target), (same_tensors, found, expected) in results.items():
         assert same_tensors, (source, target)
-        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=0, msg=f"{source} -> {target}")
+        torch.testing.assert_close(
+            torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=0, msg=f"{source} -> {target}"
+        )
     paths = [tmp_path / source / "step-00000004" for source in ("tp2", "dp2-zero3")]
     for name, tensor in read_full_tensors(paths[0]):
         record = Checkpoint(paths[0]).parameters[name]

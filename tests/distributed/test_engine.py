@@ -10,7 +10,16 @@ from hope_megatron.testing.tiny import RepeatingSource, tiny_run_config
 
 NUM_STEPS = 6
 # (tensor parallel, sequence parallel, ZeRO stage) in a world of two; data parallel is what is left.
-LAYOUTS = [(1, False, 0), (1, False, 1), (1, False, 2), (1, False, 3), (2, False, 1), (2, True, 0), (2, True, 1), (2, True, 3)]
+LAYOUTS = [
+    (1, False, 0),
+    (1, False, 1),
+    (1, False, 2),
+    (1, False, 3),
+    (2, False, 1),
+    (2, True, 0),
+    (2, True, 1),
+    (2, True, 3),
+]
 
 
 def global_batch(step):
@@ -134,7 +143,9 @@ def refuse_non_finite(rank, world_size):
     before = export_state(engine.optimizer)
     messages = [step(poison_gradient=True), step(poison_loss=True)]
     after = export_state(engine.optimizer)
-    unchanged = all(torch.equal(before[n]["fp32"], after[n]["fp32"]) and before[n]["step"] == after[n]["step"] for n in before)
+    unchanged = all(
+        torch.equal(before[n]["fp32"], after[n]["fp32"]) and before[n]["step"] == after[n]["step"] for n in before
+    )
     return messages, unchanged
 
 

@@ -144,7 +144,8 @@ def test_killed_and_damaged_run_ends_in_the_same_bits(root, undisturbed):
         for key in expected:
             assert found[key].numpy().tobytes() == expected[key].numpy().tobytes(), (name, key)
     progress = [
-        json.loads((path / final / "checkpoint.json").read_text())["progress"] for path in (undisturbed, root / "runs" / "killed")
+        json.loads((path / final / "checkpoint.json").read_text())["progress"]
+        for path in (undisturbed, root / "runs" / "killed")
     ]
     for entry in progress:
         del entry["wall_s"]

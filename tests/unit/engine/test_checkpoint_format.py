@@ -80,7 +80,9 @@ def test_pieces_of_any_cut_make_the_canonical_tensor(tmp_path, cuts):
     for name, full in FULL.items():
         assert torch.equal(checkpoint.full_tensor(name), full)
         assert torch.equal(checkpoint.full_tensor(name, "m1"), -full)
-    assert [(name, tensor.shape) for name, tensor in read_full_tensors(checkpoint.path)] == [(n, t.shape) for n, t in FULL.items()]
+    assert [(name, tensor.shape) for name, tensor in read_full_tensors(checkpoint.path)] == [
+        (n, t.shape) for n, t in FULL.items()
+    ]
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
@@ -89,7 +91,9 @@ def test_ranges_of_other_tensor_parallel_sizes(tmp_path, tp_size):
     for name in ("replicated", "fused"):
         for tp_rank in range(tp_size):
             shard = split_shards(FULL[name], TAGS[name], tp_size)[tp_rank].reshape(-1)
-            assert torch.equal(checkpoint.reshard_range(name, "master", tp_size, tp_rank, 1, shard.numel() - 2), shard[1:-1])
+            assert torch.equal(
+                checkpoint.reshard_range(name, "master", tp_size, tp_rank, 1, shard.numel() - 2), shard[1:-1]
+            )
 
 
 def test_missing_piece_is_an_error_and_not_garbage(tmp_path):

@@ -44,7 +44,9 @@ def test_resumed_run_continues_the_same_mlflow_run(tmp_path):
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED" and run.info.run_name == "tiny" and run.data.tags["commit"] == "abc"
     assert run.data.params["optim.name"] == "m3" and run.data.params["model.cms.levels"].startswith("[")
-    assert [(m.step, m.value) for m in client.get_metric_history(run_id, "train/loss")] == [(s, 1.0 / s) for s in (1, 2, 3, 4)]
+    assert [(m.step, m.value) for m in client.get_metric_history(run_id, "train/loss")] == [
+        (s, 1.0 / s) for s in (1, 2, 3, 4)
+    ]
     assert [artifact.path for artifact in client.list_artifacts(run_id)] == ["summary.json"]
     assert len(client.search_runs([run.info.experiment_id])) == 1
 

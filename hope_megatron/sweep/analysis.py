@@ -1,0 +1,261 @@
+"""Every law of a sweep, family by family: fits, intervals, checks, and what could not be fitted and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hope_megatron.sweep.bootstrap import (
+    Estimate,
+    Indices,
+    Resampled,
+    predict_run,
+    resample_loss_law,
+    resample_runs,
+    widened,
+)
+from hope_megatron.sweep.collect import Observation, best_of_tuning
+from hope_megatron.sweep.errors import SweepError
+from hope_megatron.sweep.frontier import (
+    SAME_COMPUTE,
+    CurveTable,
+    Frontier,
+    Profile,
+    fit_envelope,
+    fit_isoflop,
+    isoflop_profiles,
+)
+from hope_megatron.sweep.hyper import Trial, Tuned, TuningLaw, fit_tuning, tuned_batch, tuned_lr
+from hope_megatron.sweep.laws import Array, ComputeLaw, DataConstrainedLaw, LossLaw
+from hope_megatron.sweep.parametric import MIN_RUNS, NUM_COEFFICIENTS, LossFit, fit_data_constrained, fit_loss_law
+from hope_megatron.sweep.schema import FitConfig
+
+OUTLIER_SCALES = 4.0
+"""A run is an outlier when its residual exceeds this many robust standard deviations."""
+
+_SINGLE_EPOCH = 1.05
+_SMALLEST_SCALE = 1e-6
+
+
+@dataclass(frozen=True)
+class Outlier:
+    """A run that the law does not explain."""
+
+    name: str
+    log_residual: float
+    scales: float
+    """Size of the residual in robust standard deviations."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A run of the largest budget, predicted from the smaller ones."""
+
+    name: str
+    measured: float
+    predicted: Estimate
+
+    @property
+    def error(self) -> float:
+        """Relative error of the prediction."""
+        return self.predicted.value / self.measured - 1
+
+    @property
+    def covered(self) -> bool:
+        """Whether the prediction's interval holds the measurement."""
+        return self.predicted.low <= self.measured <= self.predicted.high
+
+
+@dataclass
+class FamilyAnalysis:
+    """The laws of one model family. What could not be fitted is None, and `notes` says why."""
+
+    family: str
+    runs: list[Observation]
+    """One per size and length: well-tuned, mean over seeds."""
+    compute: ComputeLaw
+    fresh: list[Observation] = field(default_factory=list)
+    """The runs that do not repeat their data, to which the loss law and the approaches are fitted."""
+    fit: LossFit | None = None
+    law: Resampled[LossLaw] | None = None
+    """Approach 3."""
+    outliers: list[Outlier] = field(default_factory=list)
+    heldout: list[HeldOut] = field(default_factory=list)
+    profiles: list[Profile] = field(default_factory=list)
+    isoflop: Resampled[Frontier] | None = None
+    """Approach 2."""
+    envelope: Resampled[Frontier] | None = None
+    """Approach 1."""
+    data_constrained: Resampled[DataConstrainedLaw] | None = None
+    lr_valleys: list[Tuned] = field(default_factory=list)
+    lr_law: Resampled[TuningLaw] | None = None
+    batch_valleys: list[Tuned] = field(default_factory=list)
+    batch_law: Resampled[TuningLaw] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def optimum(self, flops: float) -> dict[str, Estimate] | None:
+        """N, D and loss of the best run that this compute buys (approach 3), or None without a law."""
+        if self.law is None or not math.isfinite(self.law.point.optimum(flops, self.compute).loss):
+            return None
+
+        def quantity(name: str) -> Callable[[LossLaw], float]:
+            return lambda law: getattr(law.optimum(flops, self.compute), name)
+
+        return {name: self.law.estimate(quantity(name)) for name in ("parameters", "tokens", "loss")}
+
+    def predict(self, parameters: float, tokens: float) -> Estimate:
+        """Loss of a new run, with the interval that covers it, scatter included."""
+        assert self.fit is not None and self.law is not None
+        return predict_run(self.fit, self.law, parameters, tokens)
+
+
+def analyse(observations: Sequence[Observation], config: FitConfig) -> list[FamilyAnalysis]:
+    """Fit everything that the observations support, for each family in the order in which it first appears."""
+    families = list(dict.fromkeys(observation.family for observation in observations))
+    return [_analyse_family(name, [o for o in observations if o.family == name], config) for name in families]
+
+
+def _analyse_family(family: str, observations: list[Observation], config: FitConfig) -> FamilyAnalysis:
+    runs = sorted(best_of_tuning(observations), key=lambda run: (run.flops, run.parameters))
+    n, d, c, _ = columns(runs)
+    result = FamilyAnalysis(family, runs, ComputeLaw.fit(n, c / d))
+    single = np.array([not run.epochs > _SINGLE_EPOCH for run in runs])
+    if not single.all():
+        result.notes.append(
+            f"{int((~single).sum())} runs repeat their data; "
+            f"the loss law and the three approaches are fitted to the other {int(single.sum())}"
+        )
+    result.fresh = [run for run, is_single in zip(runs, single, strict=True) if is_single]
+    _attempt(result, "approach 3", lambda: _fit_law(result, config))
+    _attempt(result, "approach 2", lambda: _fit_isoflop(result, config))
+    _attempt(result, "approach 1", lambda: _fit_envelope(result, config))
+    _attempt(result, "held-out check", lambda: _check_heldout(result, config))
+    if not single.all() and result.law is not None:
+        _attempt(result, "data-constrained law", lambda: _fit_repeats(result, config))
+    _fit_tuning(result, observations, config)
+    return result
+
+
+def columns(runs: Sequence[Observation]) -> tuple[Array, Array, Array, Array]:
+    """Parameters, tokens, FLOPs and loss as arrays."""
+    table = np.array([(run.parameters, run.tokens, run.flops, run.loss) for run in runs], dtype=np.float64).reshape(
+        -1, 4
+    )
+    return table[:, 0], table[:, 1], table[:, 2], table[:, 3]
+
+
+def find_outliers(
+    names: Sequence[str], log_residuals: Array, num_coefficients: int = NUM_COEFFICIENTS
+) -> list[Outlier]:
+    """Runs whose residual exceeds OUTLIER_SCALES robust standard deviations, worst first.
+
+    The scale is 1.4826 times the median size of the residuals, the smallest p left out: a robust fit passes
+    through about as many points as it has coefficients, and their zeros say nothing about the noise.
+    """
+    sizes = np.sort(np.abs(log_residuals))[num_coefficients:]
+    scale = max(1.4826 * float(np.median(sizes)), _SMALLEST_SCALE) if len(sizes) else math.inf
+    found = [Outlier(name, float(r), abs(float(r)) / scale) for name, r in zip(names, log_residuals, strict=True)]
+    return sorted(
+        (outlier for outlier in found if outlier.scales > OUTLIER_SCALES), key=lambda outlier: -outlier.scales
+    )
+
+
+def _attempt(result: FamilyAnalysis, what: str, fit: Callable[[], None]) -> None:
+    try:
+        fit()
+    except SweepError as error:
+        result.notes.append(f"{what}: not fitted: {error}")
+
+
+def _fit_law(result: FamilyAnalysis, config: FitConfig) -> None:
+    runs = result.fresh
+    result.fit, result.law = _law_with_intervals(runs, config)
+    result.outliers = find_outliers([run.name for run in runs], result.fit.log_residuals)
+    if result.fit.at_bounds:
+        result.notes.append(
+            f"approach 3: the runs do not determine {', '.join(result.fit.at_bounds)}, which ended at the edge of what is allowed; "
+            "spread sizes and tokens wider"
+        )
+
+
+def _law_with_intervals(runs: Sequence[Observation], config: FitConfig) -> tuple[LossFit, Resampled[LossLaw]]:
+    n, d, _, loss = columns(runs)
+    fit = fit_loss_law(n, d, loss, delta=config.huber_delta)
+    laws = resample_loss_law(
+        fit, n, d, delta=config.huber_delta, count=config.bootstrap, level=config.level, seed=config.seed
+    )
+    return fit, laws
+
+
+def _fit_isoflop(result: FamilyAnalysis, config: FitConfig) -> None:
+    runs = result.fresh
+    n, d, c, loss = columns(runs)
+    result.profiles = isoflop_profiles(n, c, loss)
+
+    def fit(members: Indices) -> Frontier:
+        return fit_isoflop(n[members], d[members], c[members], loss[members])
+
+    result.isoflop = resample_runs(fit, len(runs), count=config.bootstrap, level=config.level, seed=config.seed)
+
+
+def _fit_envelope(result: FamilyAnalysis, config: FitConfig) -> None:
+    runs = result.fresh
+    curves = [run.curve for run in runs if run.curve is not None]
+    if not curves:
+        raise SweepError("there are no training curves")
+    table = CurveTable.build(curves)
+
+    def fit(members: Indices) -> Frontier:
+        return fit_envelope(table.take(members))
+
+    result.envelope = resample_runs(fit, len(curves), count=config.bootstrap, level=config.level, seed=config.seed)
+
+
+def _check_heldout(result: FamilyAnalysis, config: FitConfig) -> None:
+    runs = result.fresh
+    largest = max((run.flops for run in runs), default=0.0)
+    smaller = [run for run in runs if run.flops < largest / (1 + SAME_COMPUTE)]
+    if len(smaller) < MIN_RUNS:
+        raise SweepError(f"{len(smaller)} runs lie below the largest budget, and the law needs {MIN_RUNS}")
+    fit, laws = _law_with_intervals(smaller, config)
+    for run in runs[len(smaller) :]:
+        result.heldout.append(HeldOut(run.name, run.loss, predict_run(fit, laws, run.parameters, run.tokens)))
+
+
+def _fit_repeats(result: FamilyAnalysis, config: FitConfig) -> None:
+    runs = result.runs
+    assert result.law is not None
+    n, d, _, loss = columns(runs)
+    unique = np.array([min(run.unique_tokens, run.tokens) for run in runs])
+
+    def fit(base: LossLaw, losses: Array, start: DataConstrainedLaw | None = None) -> DataConstrainedLaw:
+        return fit_data_constrained(base, result.compute, n, d, unique, losses, delta=config.huber_delta, start=start)
+
+    point = fit(result.law.point, loss)
+    fitted = point(n, d, unique)
+    rng = np.random.default_rng(config.seed)
+    residuals = widened(np.log(loss / fitted), NUM_COEFFICIENTS + 2, config.level)
+    redrawn = [(base, fitted * np.exp(rng.choice(residuals, len(loss)))) for base in result.law.resamples]
+    resamples = tuple(fit(base, losses, point) for base, losses in redrawn)
+    result.data_constrained = Resampled(point, resamples, config.level)
+
+
+def _fit_tuning(result: FamilyAnalysis, observations: list[Observation], config: FitConfig) -> None:
+    trials = [
+        Trial(o.parameters, o.tokens, o.flops, o.width, o.base_lr, o.batch_tokens, o.loss)
+        for o in observations
+        if math.isfinite(o.base_lr) and math.isfinite(o.batch_tokens)
+    ]
+    result.lr_valleys, result.batch_valleys = tuned_lr(trials), tuned_batch(trials)
+    count, level, seed = config.bootstrap, config.level, config.seed
+    result.lr_law = fit_tuning(result.lr_valleys, count=count, level=level, seed=seed)
+    result.batch_law = fit_tuning(result.batch_valleys, count=count, level=level, seed=seed)
+    for what, valleys in (("learning rate", result.lr_valleys), ("batch", result.batch_valleys)):
+        for valley in valleys:
+            if valley.valley.problem:
+                result.notes.append(
+                    f"{what} at N = {valley.parameters:.3g}, D = {valley.tokens:.3g}: {valley.valley.problem}; not counted"
+                )

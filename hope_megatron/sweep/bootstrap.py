@@ -1,0 +1,110 @@
+"""Intervals by resampling: what a fit might have been, had the noise fallen otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from hope_megatron.sweep.errors import SweepError
+from hope_megatron.sweep.laws import Array, LossLaw
+from hope_megatron.sweep.parametric import NUM_COEFFICIENTS, LossFit, fit_loss_law
+
+FitT = TypeVar("FitT")
+
+Indices = NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its interval; `low` and `high` are NaN where the resamples do not give one."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Resampled(Generic[FitT]):
+    """A fit, and the same fit to resampled data."""
+
+    point: FitT
+    resamples: tuple[FitT, ...]
+    level: float
+    """Coverage that the intervals aim at."""
+
+    def estimate(self, quantity: Callable[[FitT], float]) -> Estimate:
+        """Any number that follows from the fit, with its percentile interval."""
+        return interval(float(quantity(self.point)), [float(quantity(fit)) for fit in self.resamples], self.level)
+
+
+def interval(value: float, samples: list[float], level: float) -> Estimate:
+    """Percentile interval. Resamples that have no such number (an optimum of a law without one) make it unbounded: NaN."""
+    if not samples or not np.isfinite(samples).all():
+        return Estimate(value, float("nan"), float("nan"))
+    low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2], method="weibull")
+    return Estimate(value, float(low), float(high))
+
+
+def resample_loss_law(
+    fit: LossFit, parameters: Array, tokens: Array, *, delta: float, count: int, level: float, seed: int
+) -> Resampled[LossLaw]:
+    """Residual bootstrap: the design stays, residuals are drawn again around the fitted law.
+
+    Resampling whole runs instead would often leave a small design with sizes missing.
+    """
+    rng = np.random.default_rng(seed)
+    residuals = widened(fit.log_residuals, NUM_COEFFICIENTS, level)
+    fitted = np.log(fit.law(parameters, tokens))
+    laws = []
+    for _ in range(count):
+        loss = np.exp(fitted + rng.choice(residuals, len(residuals)))
+        laws.append(fit_loss_law(parameters, tokens, loss, delta=delta, start=fit.law).law)
+    return Resampled(fit.law, tuple(laws), level)
+
+
+def predict_run(fit: LossFit, laws: Resampled[LossLaw], parameters: float, tokens: float, *, seed: int = 0) -> Estimate:
+    """Loss of one more run: the law's interval, and the scatter of runs around the law."""
+    rng = np.random.default_rng(seed)
+    residuals = widened(fit.log_residuals, NUM_COEFFICIENTS, laws.level)
+    samples = [float(law(parameters, tokens)) * float(np.exp(rng.choice(residuals))) for law in laws.resamples]
+    return interval(float(laws.point(parameters, tokens)), samples, laws.level)
+
+
+def resample_runs(
+    fit: Callable[[Indices], FitT], num_runs: int, *, count: int, level: float, seed: int
+) -> Resampled[FitT]:
+    """Case bootstrap: `fit` gets the indices of the runs, drawn with replacement.
+
+    Draws that cannot be fitted (a size or budget is missing) are drawn again, at most ten times as often as asked.
+
+    Raises:
+        SweepError: if the fit to all runs fails, or most draws do.
+    """
+    rng = np.random.default_rng(seed)
+    point = fit(np.arange(num_runs))
+    resamples: list[FitT] = []
+    for _ in range(10 * count):
+        if len(resamples) == count:
+            break
+        try:
+            resamples.append(fit(np.sort(rng.integers(num_runs, size=num_runs))))
+        except SweepError:
+            continue
+    return Resampled(point, tuple(resamples) if len(resamples) == count else (), level)
+
+
+def widened(residuals: Array, num_coefficients: int, level: float) -> Array:
+    """Residuals as large as the noise they stand for.
+
+    A fit with p coefficients to n runs leaves residuals too small by sqrt((n - p) / n); and n - p of them say little about the
+    size of the noise, which Student's t makes up for.
+    """
+    n = len(residuals)
+    freedom = max(n - num_coefficients, 1)
+    student = stats.t.ppf((1 + level) / 2, freedom) / stats.norm.ppf((1 + level) / 2)
+    return (residuals - residuals.mean()) * np.sqrt(n / freedom) * student

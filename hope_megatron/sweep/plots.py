@@ -1,0 +1,206 @@
+"""The pictures of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from hope_megatron.sweep.analysis import FamilyAnalysis, columns
+from hope_megatron.sweep.laws import Array, LossLaw
+
+_COLOURS = ("#E4572E", "#4C78A8", "#54A24B", "#B279A2", "#F2B134", "#79706E")
+_LOSS = "loss (nats per token)"
+_FLOPS = "training FLOPs"
+
+
+def plot_curves(families: Sequence[FamilyAnalysis], out: Path) -> bool:
+    """Training loss against compute, one line per run, coloured by size."""
+    families = [family for family in families if any(run.curve is not None for run in family.runs)]
+    if not families:
+        return False
+    figure, panels = _panels(len(families))
+    for axes, family in zip(panels, families, strict=True):
+        sizes = sorted({run.parameters for run in family.runs})
+        shades = dict(zip(sizes, _shades(len(sizes)), strict=True))
+        for run in family.runs:
+            if run.curve is not None:
+                axes.plot(run.curve.flops, run.curve.loss, color=shades[run.parameters], linewidth=1.2)
+        for size in sizes:
+            axes.plot([], [], color=shades[size], label=f"{_si(size)} parameters")
+        if family.envelope is not None:
+            points = family.envelope.point.points
+            axes.plot(points[:, 0], points[:, 3], ".", color="black", markersize=2.5, label="envelope")
+        _finish(axes, family.family, _FLOPS, _LOSS)
+        axes.legend(frameon=False, fontsize=8)
+    return _save(figure, out)
+
+
+def plot_profiles(families: Sequence[FamilyAnalysis], out: Path) -> bool:
+    """Loss against size at equal compute, with its parabolas and their minima."""
+    families = [family for family in families if family.profiles]
+    if not families:
+        return False
+    figure, panels = _panels(len(families))
+    for axes, family in zip(panels, families, strict=True):
+        for profile, shade in zip(family.profiles, _shades(len(family.profiles)), strict=True):
+            valley = profile.valley
+            grid = np.geomspace(valley.x.min(), valley.x.max(), 100)
+            axes.plot(valley.x, valley.loss, "o", color=shade, markersize=5)
+            axes.plot(grid, valley(grid), color=shade, linewidth=1.2, label=f"{_si(profile.flops)}FLOP")
+            if not valley.problem:
+                axes.plot(*valley.minimum, "*", color=shade, markersize=13, markeredgecolor="black")
+        _finish(axes, family.family, "parameters", _LOSS)
+        axes.legend(frameon=False, fontsize=8)
+    return _save(figure, out)
+
+
+def plot_frontier(families: Sequence[FamilyAnalysis], target_flops: float, out: Path) -> bool:
+    """Families side by side: the best loss, size and number of tokens that compute buys, with the bands of approach 3."""
+    families = [family for family in families if family.law is not None]
+    if not families:
+        return False
+    figure, panels = _panels(3)
+    for number, family in enumerate(families):
+        _draw_frontier(panels, family, target_flops, _COLOURS[number % len(_COLOURS)])
+    for axes, title, label in zip(panels, ("loss", "size", "tokens"), (_LOSS, "parameters", "tokens"), strict=True):
+        _finish(axes, f"optimal {title}", _FLOPS, label)
+        axes.axvline(target_flops, color="#999999", linestyle=":", linewidth=1)
+    panels[1].set_yscale("log")
+    panels[2].set_yscale("log")
+    panels[0].legend(frameon=False, fontsize=8)
+    if panels[2].get_legend_handles_labels()[1]:
+        panels[2].legend(frameon=False, fontsize=8)
+    return _save(figure, out)
+
+
+def _draw_frontier(panels: Sequence[Axes], family: FamilyAnalysis, target_flops: float, colour: str) -> None:
+    assert family.law is not None
+    _, _, c, loss = columns(family.runs)
+    grid = np.geomspace(c.min(), max(target_flops, c.max()), 60)
+    law, level = family.law, family.law.level
+    for axes, name in zip(panels, ("loss", "parameters", "tokens"), strict=True):
+        lines = np.array([_optima(one, family, grid, name) for one in (law.point, *law.resamples)])
+        low, high = np.nanquantile(lines[1:], [(1 - level) / 2, (1 + level) / 2], axis=0)
+        axes.plot(
+            grid,
+            lines[0],
+            color=colour,
+            linewidth=1.8,
+            label=f"{family.family}, approach 3" if name == "loss" else None,
+        )
+        limits = axes.get_ylim()
+        axes.fill_between(grid, low, high, color=colour, alpha=0.15, linewidth=0)
+        if not np.isfinite(lines).all():  # some resamples have no optimum: their band would dwarf everything else
+            axes.set_ylim(limits)
+    panels[0].plot(c, loss, "o", color=colour, markersize=3, alpha=0.6)
+    for frontier, style, label in ((family.isoflop, "--", "approach 2"), (family.envelope, ":", "approach 1")):
+        if frontier is not None:
+            panels[1].plot(grid, frontier.point.parameters(grid), style, color=colour, linewidth=1.2)
+            panels[2].plot(grid, frontier.point.tokens(grid), style, color=colour, linewidth=1.2, label=label)
+
+
+def _optima(law: LossLaw, family: FamilyAnalysis, grid: Array, name: str) -> list[float]:
+    return [getattr(law.optimum(float(c), family.compute), name) for c in grid]
+
+
+def plot_residuals(families: Sequence[FamilyAnalysis], out: Path) -> bool:
+    """What the law leaves over, against size and tokens; outliers are named."""
+    families = [family for family in families if family.fit is not None]
+    if not families:
+        return False
+    figure, panels = _panels(2)
+    for number, family in enumerate(families):
+        assert family.fit is not None
+        runs = family.fresh
+        residuals = 100 * family.fit.log_residuals
+        outliers = {outlier.name for outlier in family.outliers}
+        for axes, name in zip(panels, ("parameters", "tokens"), strict=True):
+            x = [getattr(run, name) for run in runs]
+            axes.plot(
+                x,
+                residuals,
+                "o",
+                color=_COLOURS[number % len(_COLOURS)],
+                markersize=4.5,
+                alpha=0.8,
+                label=family.family,
+            )
+            for run, at, residual in zip(runs, x, residuals, strict=True):
+                if run.name in outliers:
+                    axes.annotate(run.name, (at, residual), fontsize=7, xytext=(4, 4), textcoords="offset points")
+    for axes, name in zip(panels, ("parameters", "tokens"), strict=True):
+        axes.axhline(0, color="#999999", linewidth=1)
+        _finish(axes, "residuals of approach 3", name, "measured over fitted loss - 1 (%)")
+    panels[0].legend(frameon=False, fontsize=8)
+    return _save(figure, out)
+
+
+def plot_valleys(families: Sequence[FamilyAnalysis], kind: str, label: str, out: Path) -> bool:
+    """Loss against a hyperparameter at every size and length. `kind` is "lr" or "batch"."""
+    families = [family for family in families if getattr(family, f"{kind}_valleys")]
+    if not families:
+        return False
+    figure, panels = _panels(len(families))
+    for axes, family in zip(panels, families, strict=True):
+        valleys = getattr(family, f"{kind}_valleys")
+        for tuned, shade in zip(valleys, _shades(len(valleys)), strict=True):
+            valley = tuned.valley
+            grid = np.geomspace(valley.x.min(), valley.x.max(), 100)
+            axes.plot(valley.x, valley.loss, "o", color=shade, markersize=4)
+            axes.plot(
+                grid, valley(grid), color=shade, linewidth=1.2, label=f"width {tuned.width}, {_si(tuned.tokens)} tokens"
+            )
+            if not valley.problem:
+                axes.plot(*valley.minimum, "*", color=shade, markersize=12, markeredgecolor="black")
+        _finish(axes, family.family, label, _LOSS)
+        axes.legend(frameon=False, fontsize=8)
+    return _save(figure, out)
+
+
+def _panels(count: int) -> tuple[Figure, list[Any]]:
+    figure = Figure(figsize=(5.0 * count + 0.5, 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def _shades(count: int) -> list[Any]:
+    return [colormaps["viridis"](0.9 * i / max(count - 1, 1)) for i in range(count)]
+
+
+def _finish(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_xscale("log")
+    axes.set_title(title, loc="left", fontweight="bold", fontsize=11)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _si(value: float) -> str:
+    for size, unit in (
+        (1e24, "Y"),
+        (1e21, "Z"),
+        (1e18, "E"),
+        (1e15, "P"),
+        (1e12, "T"),
+        (1e9, "G"),
+        (1e6, "M"),
+        (1e3, "K"),
+    ):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.3g} "
+
+
+def _save(figure: Figure, out: Path) -> bool:
+    temporary = out.with_name(f".{out.name}.tmp")
+    figure.savefig(temporary, dpi=130, format="png")
+    temporary.replace(out)
+    return True

@@ -1,0 +1,111 @@
+"""MLflow: one parent run per sweep, whose children are the runs of its cells."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hope_megatron.sweep.analysis import FamilyAnalysis
+from hope_megatron.sweep.plan import Plan
+from hope_megatron.sweep.report import coefficient_rows
+from hope_megatron.sweep.store import SweepDirectory
+from hope_megatron.training.tracking import default_uri
+from launch.submission import write_atomically
+
+log = logging.getLogger(__name__)
+
+_PARENT_TAG = "mlflow.parentRunId"
+
+
+def open_parent(plan: Plan, directory: SweepDirectory) -> None:
+    """Create the sweep's run, if it is tracked and has none. Before the cells start, since they would race to make the database.
+
+    Tracking is beside the work: a server that does not answer is logged, and the next call tries again.
+    """
+    config = plan.cells[0].config
+    if not config.tracking.mlflow or "run_id" in _read(directory.path / "tracking.json"):
+        return
+    uri = config.tracking.uri or default_uri(config.output_dir)
+    try:
+        client = _client(uri)
+        name = config.tracking.experiment
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            # Beside a SQLite file MLflow would put artifacts into whatever directory the process happens to be in.
+            location = None if config.tracking.uri else (directory.runs / "mlartifacts" / name).as_uri()
+            experiment_id = client.create_experiment(name, artifact_location=location)
+        else:
+            experiment_id = experiment.experiment_id
+        run = client.create_run(experiment_id, run_name=plan.sweep.name, tags={"hope_megatron.sweep": plan.sweep.name})
+        state = {"uri": uri, "run_id": run.info.run_id, "linked": []}
+        write_atomically(directory.path / "tracking.json", json.dumps(state) + "\n")
+    except Exception as error:  # any of a server's ways to fail
+        log.warning(
+            "MLflow at %s does not answer (%s); the sweep goes on without a parent run", uri, type(error).__name__
+        )
+
+
+def link_children(plan: Plan, directory: SweepDirectory) -> int:
+    """Make the runs of all cells that MLflow knows children of the sweep's run. Returns how many were linked now."""
+    state = _read(directory.path / "tracking.json")
+    if "run_id" not in state:
+        return 0
+    children = [(cell, _read(directory.runs / cell.name / "tracking.json").get("run_id")) for cell in plan.cells]
+    new = [(cell, run_id) for cell, run_id in children if run_id and cell.name not in state["linked"]]
+    if not new:
+        return 0
+    try:
+        client = _client(state["uri"])
+        for cell, run_id in new:
+            client.set_tag(run_id, _PARENT_TAG, state["run_id"])
+            client.set_tag(run_id, "hope_megatron.family", cell.family)
+            state["linked"].append(cell.name)
+    except Exception as error:  # any of a server's ways to fail
+        log.warning("MLflow does not answer (%s); the next call links what is missing", type(error).__name__)
+    write_atomically(directory.path / "tracking.json", json.dumps(state) + "\n")
+    return len(new)
+
+
+def log_report(directory: SweepDirectory, families: Sequence[FamilyAnalysis], files: Sequence[Path]) -> None:
+    """Store coefficients and files with the sweep's run, and end it. Without one there is nothing to do."""
+    state = _read(directory.path / "tracking.json")
+    if "run_id" not in state:
+        return
+    try:
+        client = _client(state["uri"])
+        for family in families:
+            for name, law, coefficient, estimate in coefficient_rows(family):
+                if math.isfinite(estimate.value):
+                    client.log_metric(state["run_id"], f"{name}/{law}/{coefficient}".replace(" ", "_"), estimate.value)
+        for path in files:
+            client.log_artifact(state["run_id"], str(path))
+        client.set_terminated(state["run_id"], "FINISHED")
+    except Exception as error:  # any of a server's ways to fail
+        log.warning("MLflow does not answer (%s); the report is in %s", type(error).__name__, directory.path)
+
+
+def _client(uri: str) -> Any:
+    for name, value in (
+        ("DISABLE_TELEMETRY", "true"),
+        ("HTTP_REQUEST_TIMEOUT", "10"),
+        ("HTTP_REQUEST_MAX_RETRIES", "1"),
+    ):
+        os.environ.setdefault(f"MLFLOW_{name}", value)
+    from mlflow.tracking import MlflowClient
+
+    for name in ("alembic", "mlflow"):  # after the import, which sets levels of its own
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return MlflowClient(tracking_uri=uri)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hope_megatron.config import ConfigError, load_model_config, load_run_config
+from hope_megatron.sweep.errors import SweepError
+from hope_megatron.sweep.plan import check_budget, make_plan
+from hope_megatron.sweep.schema import load_sweep
+from hope_megatron.sweep.sizes import scale_to_flops, scale_to_width, train_flops_per_token
+from hope_megatron.sweep.store import SweepDirectory
+
+Write = Callable[..., Path]
+LADDER = {"flops_per_token": [2e6, 4e6, 8e6], "depths": [2, 2, 3], "head_size": 16}
+
+
+def plan(path: Path):
+    return make_plan(load_sweep(path))
+
+
+def test_isoflop_cells_of_all_families_cost_the_same(sweep_file: Write) -> None:
+    cells = plan(sweep_file(sizes=LADDER, design={"isoflop_budgets": [1e11, 4e11]})).cells
+    assert len(cells) == 2 * 3 * 2
+    for budget in (1e11, 4e11):
+        assert sum(cell.flops == pytest.approx(budget, rel=0.02) for cell in cells) == 6
+    for target in LADDER["flops_per_token"]:
+        assert sum(cell.flops_per_token == pytest.approx(target, rel=0.02) for cell in cells) == 4
+
+
+def test_tokens_and_tokens_per_parameter(sweep_file: Write) -> None:
+    widths = {"widths": [32, 64], "head_size": 16}
+    by_tokens = plan(sweep_file(sizes=widths, design={"tokens": [10_000, 20_000]})).cells
+    assert sorted({cell.tokens for cell in by_tokens}) == [9984, 19968]  # whole steps of 256 tokens
+    by_ratio = plan(sweep_file(sizes=widths, design={"tokens_per_parameter": [2.0]})).cells
+    assert all(cell.tokens / cell.num_parameters == pytest.approx(2.0, rel=0.01) for cell in by_ratio)
+
+
+def test_axes_seeds_and_batch_keep_the_tokens(sweep_file: Write) -> None:
+    axes = {"optim.lr": [1e-3, 1e-2], "training.global_batch_size": [4, 8]}
+    cells = plan(sweep_file(design={"tokens": [20_480]}, axes=axes, seeds=[1, 2])).cells
+    assert len(cells) == 2 * 2 * 2 * 2 and len({cell.name for cell in cells}) == len(cells)
+    assert {cell.tokens for cell in cells} == {20_480}
+    assert {cell.config.training.steps for cell in cells} == {80, 40}
+    assert {(cell.config.training.seed, cell.config.data.seed) for cell in cells} == {(1, 1), (2, 2)}
+
+
+def test_schedule_fractions_follow_each_cell(sweep_file: Write) -> None:
+    changes = {"design": {"tokens": [25_600, 51_200]}, "warmup_fraction": 0.1, "decay_fraction": 0.2}
+    for cell in plan(sweep_file(**changes)).cells:
+        steps = cell.config.training.steps
+        assert (cell.config.optim.warmup_steps, cell.config.optim.decay_steps) == (steps // 10, steps // 5)
+
+
+@pytest.mark.parametrize(("optimizer", "exponent"), [("adamw", 1.0), ("m3", 0.5), ("muon", 0.5)])
+def test_transfer_scales_matrices_only(sweep_file: Write, optimizer: str, exponent: float) -> None:
+    changes = {
+        "sizes": {"widths": [64, 128], "head_size": 32},
+        "transfer": {"base_width": 64},
+        "axes": {"optim.name": [optimizer]},
+    }
+    for cell in plan(sweep_file(**changes)).cells:
+        ratio = 64 / cell.config.model.hidden_size
+        assert cell.config.optim.lr == pytest.approx(1e-2 * ratio**exponent)
+        assert cell.config.optim.vector_lr == pytest.approx(1e-2) and cell.base_lr == pytest.approx(1e-2)
+        assert cell.config.model.init_std == pytest.approx(0.02 * ratio**0.5)
+
+
+def test_wrong_axis_key_names_the_nearest(sweep_file: Write) -> None:
+    with pytest.raises(ConfigError, match=r"optim\.lrr.*did you mean optim\.lr\?"):
+        plan(sweep_file(axes={"optim.lrr": [1e-3]}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"design": {"tokens": [1000]}}, "fewer than 10"),
+        ({"sizes": {"widths": [50]}}, "not a multiple of 64"),
+        ({"sizes": {"flops_per_token": [1e3]}}, "comes within"),
+        ({"design": {"tokens": [10_000, 10_001]}}, "names two cells"),
+    ],
+)
+def test_what_cannot_be_planned(sweep_file: Write, changes: dict, words: str) -> None:
+    with pytest.raises(SweepError, match=words):
+        plan(sweep_file(**changes))
+
+
+def test_budget_refuses_with_the_numbers(sweep_file: Write) -> None:
+    check_budget(plan(sweep_file(budget={"device_hours": 100.0})))
+    with pytest.raises(SweepError, match=r"the cells need about .* device hours, the budget is 1e-05"):
+        check_budget(plan(sweep_file(budget={"device_hours": 1e-5})))
+    hardware = {"name": "h100", "usd_per_device_hour": 2.0}
+    too_large = {"hardware": hardware, "families": {"hope": {"model": "hope_7b"}}, "budget": {"usd": 1e-6}}
+    with pytest.raises(SweepError, match=r"(?s)does not fit.*GB per device.*US dollars"):
+        check_budget(plan(sweep_file(**too_large)))
+
+
+def test_scaling_keeps_proportions() -> None:
+    model = load_model_config("hope_tiny")
+    scaled = scale_to_width(model, 2 * model.hidden_size)
+    assert (scaled.num_layers, scaled.head_dim) == (2 * model.num_layers, model.head_dim)
+    assert [level.hidden_size for level in scaled.cms.levels] == [2 * level.hidden_size for level in model.cms.levels]
+    grouped = load_model_config("transformer_pp_tiny", ["attention.num_kv_heads=2"])
+    assert scale_to_width(grouped, 2 * grouped.hidden_size).attention.num_kv_heads == 4
+
+
+@pytest.mark.parametrize("target", [3e6, 2e7, 1e9])
+def test_size_by_flops_meets_the_target(target: float) -> None:
+    for name in ("hope_tiny", "transformer_pp_tiny"):
+        model = scale_to_flops(load_model_config(name), target, 256, head_size=16)
+        assert train_flops_per_token(model, 256) == pytest.approx(target, rel=0.02)
+
+
+def test_run_files_load_and_a_started_cell_cannot_change(sweep_file: Write) -> None:
+    first = plan(sweep_file(design={"tokens": [20_480]}))
+    directory = SweepDirectory(first.sweep.directory)
+    directory.prepare(first)
+    for cell in first.cells:
+        assert load_run_config(directory.run_file(cell)) == cell.config
+    (directory.runs / first.cells[0].name).mkdir(parents=True)
+    changed = plan(sweep_file(design={"tokens": [20_480]}, warmup_fraction=0.5))
+    with pytest.raises(SweepError, match="optim differ"):
+        directory.prepare(changed)
+    more = plan(sweep_file(design={"tokens": [20_480, 40_960]}))
+    directory.prepare(more)
+    assert len(list(directory.cells.glob("*.yaml"))) == 4

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hope_megatron.config import load_run_config
+from hope_megatron.config.accounting import num_parameters
+from hope_megatron.sweep.analysis import analyse
+from hope_megatron.sweep.collect import Observation, read_csv
+from hope_megatron.sweep.errors import SweepError
+from hope_megatron.sweep.laws import CHINCHILLA, LossLaw
+from hope_megatron.sweep.plan import Plan, make_plan
+from hope_megatron.sweep.recommend import recommend, target_flops
+from hope_megatron.sweep.report import write_report
+from hope_megatron.sweep.schema import load_sweep
+
+HOPE = LossLaw(E=1.0, A=406.4, B=410.7, alpha=0.34, beta=0.28)
+
+
+@pytest.fixture
+def plan(sweep_file: Callable[..., Path]) -> Plan:
+    sizes = {"flops_per_token": [2e6, 4e6, 8e6, 1.6e7], "depths": [2, 2, 3, 4], "head_size": 16}
+    return make_plan(
+        load_sweep(sweep_file(sizes=sizes, design={"isoflop_budgets": [1e13, 1e14, 1e15]}, fit={"bootstrap": 20}))
+    )
+
+
+def observed(plan: Plan) -> list[Observation]:
+    """What the cells would measure if the families followed their laws."""
+    return [
+        Observation(
+            name=cell.name,
+            family=cell.family,
+            parameters=float(cell.num_parameters),
+            tokens=float(cell.tokens),
+            flops=cell.flops,
+            loss=float((HOPE if cell.family == "hope" else CHINCHILLA)(cell.num_parameters, cell.tokens)),
+            width=cell.config.model.hidden_size,
+            base_lr=cell.base_lr,
+        )
+        for cell in plan.cells
+    ]
+
+
+def test_recommended_run_is_the_optimum_of_the_best_family(plan: Plan) -> None:
+    families = analyse(observed(plan), plan.sweep.fit)
+    first, second = recommend(plan, families, 1e16)
+    assert (first.family, second.family) == ("hope", "transformer_pp")
+    assert first.flops == pytest.approx(1e16, rel=0.01)
+    hope = next(family for family in families if family.family == "hope")
+    optimum = HOPE.optimum(1e16, hope.compute)
+    assert first.parameters.value == pytest.approx(optimum.parameters, rel=0.02)
+    assert num_parameters(first.config.model) == pytest.approx(optimum.parameters, rel=0.25)  # the nearest width
+    assert first.loss.value == pytest.approx(optimum.loss, rel=0.01)
+    assert first.config.optim.lr == 1e-2 and "only rate" in first.lr_reason
+    assert first.extrapolation == pytest.approx(10, rel=0.05) == target_flops(families, None) / 1e15
+
+
+def test_report_is_complete_and_self_contained(plan: Plan, tmp_path: Path) -> None:
+    observations = observed(plan)
+    families = analyse(observations, plan.sweep.fit)
+    recommendations = recommend(plan, families, 1e16)
+    page = write_report("toy", tmp_path, observations, families, recommendations, 1e16, missing=["`cell`: set aside"])
+    text = page.read_text()
+    assert re.findall(r'(?:src|href)="(?!data:)', text) == [] and text.count("data:image/png;base64,") >= 3
+    markdown = (tmp_path / "report.md").read_text()
+    for words in ("## Recommendation", "Families at equal compute", "approach 3", "set aside", "inside"):
+        assert words in markdown, words
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", markdown):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    config = load_run_config(tmp_path / "toy-hope-recommended.yaml")
+    assert config == recommendations[0].config
+    fitted = json.loads((tmp_path / "fit.json").read_text())["families"]["hope"]["laws"]["approach 3"]
+    assert fitted["E"]["value"] == pytest.approx(1.0, abs=1e-3)
+    with open(tmp_path / "coefficients.csv", newline="") as file:
+        assert {row["law"] for row in csv.DictReader(file)} >= {"approach 2", "approach 3"}
+    assert [o.loss for o in read_csv(tmp_path / "cells.csv")] == [o.loss for o in observations]
+
+
+def test_report_without_a_law_says_what_is_missing(plan: Plan, tmp_path: Path) -> None:
+    observations = [replace(one, curve=None) for one in observed(plan)[:3]]
+    families = analyse(observations, plan.sweep.fit)
+    assert recommend(plan, families, 1e16) == []
+    text = write_report("toy", tmp_path, observations, families, [], 1e16).read_text()
+    assert "nothing to recommend" in text and "at least 6 finished runs" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("parameters,loss\n1,2\n", "tokens"),
+        ("", "no rows"),
+        ("parameters,tokens,loss\n1e6,1e7,2.0\n1e6,x,2.0\n", "line 3: tokens"),
+        ("parameters,tokens,loss\n1e6,1e7,nan\n", "line 2: loss"),
+    ],
+)
+def test_wrong_tables_are_refused(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "runs.csv").write_text(text)
+    with pytest.raises(SweepError, match=words):
+        read_csv(tmp_path / "runs.csv")
