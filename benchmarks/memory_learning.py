@@ -4,12 +4,12 @@
     python benchmarks/memory_learning.py recall --set read_skip=true      a variant of every model
     python benchmarks/memory_learning.py text --seeds 3                   loss by position on the Python standard library
 
-`recall`: multi-query associative recall. A sequence tells key-value pairs and then asks for the value of every key, in another order;
-two layers, width 64. A model that cannot write while it reads cannot know the answers. Reported: steps until 99 % of the held-out
-answers are right, or the recall reached.
+`recall`: multi-query associative recall. A sequence tells key-value pairs and then asks for the value of every key, in
+another order; two layers, width 64. A model that cannot write while it reads cannot know the answers. Reported: steps
+until 99 % of the held-out answers are right, or the recall reached.
 
-`text`: one model per block and seed on contexts of 1,024 tokens; held-out loss by position in the context. Memories that are heard keep
-it falling where the silent block's is flat.
+`text`: one model per block and seed on contexts of 1,024 tokens; held-out loss by position in the context. Memories that
+are heard keep it falling where the silent block's is flat.
 """
 
 from __future__ import annotations

@@ -11,10 +11,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import TYPE_CHECKING
 
-from data_pipeline import Tokenizer, TokenStream
 from hope_megatron.config import ConfigError, RunConfig, dump_config, load_run_config
 from hope_megatron.training.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from data_pipeline import TokenStream
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,6 +118,8 @@ def open_sources(config: RunConfig) -> tuple[TokenStream, TokenStream | None]:
         DataError: if manifests, shards or tokenizer cannot be used.
         ConfigError: if they do not fit the model or each other.
     """
+    from data_pipeline import Tokenizer, TokenStream
+
     tokenizer = Tokenizer.load(config.data.tokenizer)
     seq_length = config.training.seq_length
     train = TokenStream(config.data.train, seq_length, config.data.seed)

@@ -12,6 +12,18 @@ from torch import Tensor
 _TRACKER = "megatron/"
 
 
+def seed_generators(seed: int, dp_rank: int) -> None:
+    """Start all generators of this process where a run with this seed starts them.
+
+    Unseeded, Python and NumPy begin from the operating system's entropy and no run could be repeated. Tensor-parallel
+    ranks share a seed, because what they hold in common must see the same random numbers.
+    """
+    words = np.random.SeedSequence((seed, dp_rank)).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.manual_seed(int(words[2]))
+
+
 def generator_states() -> dict[str, Tensor]:
     """States of all generators of this process: Python's, NumPy's, torch's on CPU and GPU, Megatron-Core's tracked ones."""
     _, words, gauss = random.getstate()

@@ -230,6 +230,7 @@ class BoundOptimizer(torch.optim.Optimizer):
         state["step"] += 1
         grad = self._due_gradient(param.grad.reshape(-1), state, group["update_period_steps"])
         if grad is None:
+            bound.update_norm = None  # no update in this step: nothing to report
             return
         if group["weight_decay"]:
             flat.mul_(1.0 - group["lr"] * group["weight_decay"])

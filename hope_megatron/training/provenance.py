@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import subprocess
 from pathlib import Path
@@ -25,17 +26,27 @@ _PACKAGES = (
 
 def provenance() -> dict[str, Any]:
     """Commit of the source tree (None when installed without one), whether it has changes, and versions of what computes."""
-    root = Path(hope_megatron.__file__).resolve().parents[1]
-    status = _git(root, "status", "--porcelain", "--untracked-files=no")
     return {
-        "commit": _git(root, "rev-parse", "HEAD"),
-        "uncommitted_changes": bool(status) if status is not None else None,
+        **_source(Path(hope_megatron.__file__).resolve().parents[1]),
         "versions": {
             "hope_megatron": hope_megatron.__version__,
             "python": platform.python_version(),
             **{name: _version(name) for name in _PACKAGES},
         },
         "platform": platform.platform(),
+    }
+
+
+def _source(root: Path) -> dict[str, Any]:
+    """Commit and whether there are changes: from git, or from what launch/freeze.py wrote beside a frozen copy."""
+    frozen = root / "source.json"
+    if frozen.is_file():
+        written = json.loads(frozen.read_text(encoding="utf-8"))
+        return {"commit": written.get("commit"), "uncommitted_changes": bool(written.get("uncommitted"))}
+    status = _git(root, "status", "--porcelain", "--untracked-files=no")
+    return {
+        "commit": _git(root, "rev-parse", "HEAD"),
+        "uncommitted_changes": bool(status) if status is not None else None,
     }
 
 

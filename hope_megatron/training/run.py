@@ -11,6 +11,7 @@ from hope_megatron.engine.checkpoint import Checkpointer
 from hope_megatron.engine.checkpoint_format import Checkpoint, list_checkpoints
 from hope_megatron.engine.control import ControlGroup
 from hope_megatron.engine.distributed import Mesh, init_distributed
+from hope_megatron.engine.generators import seed_generators
 from hope_megatron.training.batches import SampleSource
 from hope_megatron.training.callbacks import default_callbacks, is_summarized
 from hope_megatron.training.loop import Outcome, Run, train
@@ -54,6 +55,7 @@ def run_training(
     mesh = init_distributed(config.parallel, num_threads=config.training.num_threads)
     phases.mark("groups")
     engine = build_engine(config, mesh)
+    seed_generators(config.training.seed, mesh.dp_rank)
     phases.mark("model")
 
     directory = RunDirectory(config.run_dir)

@@ -34,11 +34,11 @@ parallel: {{tensor_parallel: 2, sequence_parallel: true, zero_stage: 1}}
 optim: {{name: m3, lr: 5e-3, slow_period_steps: 5, warmup_steps: 2}}
 training: {{steps: 13, seq_length: 16, global_batch_size: 2, precision: fp32, log_every: 1, eval_every: 6, eval_sequences: 4}}
 data: {{train: {root}/data/train, heldout: {root}/data/heldout, tokenizer: {root}/tokenizer.model}}
-checkpoint: {{every: 3, keep_last: 3}}
+checkpoint: {{every: 3, keep_last: 4}}
 tracking: {{mlflow: false}}
 """
 VOCAB = 384
-# Clocks, and a diagnostic of one matrix that a counter of the process picks.
+# Not state of the run, and different by design: clocks; the residual of one matrix that a counter of the process picks.
 UNREPEATABLE = ("speed/", "time/", "optim/orthogonality_residual")
 
 
@@ -79,16 +79,26 @@ def records(root, name):
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def wait_for_step(root, name, step, process):
+def wait_until(condition, process):
     deadline = time.monotonic() + 200
-    while not any(record["step"] >= step for record in records(root, name)):
+    while not condition():
         assert process.poll() is None, finish(process)
-        assert time.monotonic() < deadline, "the run did not come to this step"
+        assert time.monotonic() < deadline, "the run did not come so far"
         time.sleep(0.01)
 
 
+def wait_for_step(root, name, step, process):
+    wait_until(lambda: any(record["step"] >= step for record in records(root, name)), process)
+
+
+def is_repeatable(name):
+    """The optimizer also repeats the size of a slow group's last update, which a fresh process has not seen."""
+    stale = name.startswith("optim/update_rms/") and "/period_" in name
+    return not stale and not name.startswith(UNREPEATABLE)
+
+
 def repeatable(root, name):
-    return [{k: v for k, v in record.items() if not k.startswith(UNREPEATABLE)} for record in records(root, name)]
+    return [{k: v for k, v in record.items() if is_repeatable(k)} for record in records(root, name)]
 
 
 def children_of(pid):
@@ -121,21 +131,21 @@ def undisturbed(root):
 
 def test_killed_and_damaged_run_ends_in_the_same_bits(root, undisturbed):
     process = start(root, "killed")
-    wait_for_step(root, "killed", 7, process)  # inside the slow period 6-10 of M3 and the period 7-9 of the CMS level
-    kill_everything(process)
     checkpoints = root / "runs" / "killed" / "checkpoints"
-    newest = max(checkpoints.glob("step-*"))
-    assert newest.name in ("step-00000003", "step-00000006")
-    if newest.name == "step-00000006":
-        flip_a_bit(newest / "rank-00001.safetensors")
+    wait_until((checkpoints / "step-00000006").is_dir, process)  # M3 is in its slow period 6-10 then
+    kill_everything(process)
+    newer = [path for path in checkpoints.glob("step-*") if path.name > "step-00000003"]
+    for path in newer:
+        flip_a_bit(path / "rank-00001.safetensors")
 
     code, output = finish(start(root, "killed"))
     assert code == 0, output
-    assert "resumed from" in output and "step-00000003" in output
-    if newest.name == "step-00000006":
-        assert "rank-00001.safetensors is corrupt" in output
+    assert output.count("rank-00001.safetensors is corrupt") == len(newer) >= 1
+    assert "resumed from" in output and "step-00000003" in output  # itself inside the slow period 1-5
 
-    assert repeatable(root, "killed") == repeatable(root, "undisturbed")
+    for found, expected in zip(repeatable(root, "killed"), repeatable(root, "undisturbed"), strict=True):
+        assert found == expected
+        assert {"train/loss", "train/grad_norm", "optim/update_rms/matrix"} <= found.keys()
     final = "checkpoints/step-00000013"
     names = [f"rank-{rank:05d}.safetensors" for rank in range(2)] + ["probe.safetensors"]
     for name in names:
@@ -164,7 +174,7 @@ def test_run_leaves_everything_that_was_promised(undisturbed):
     assert [record["step"] for record in heldout] == [6, 12, 13]
     assert summary["heldout_loss"] == heldout[-1]["heldout/loss"]
     assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir())[-1] == "step-00000013"
-    assert len(list((undisturbed / "checkpoints").iterdir())) == 3
+    assert len(list((undisturbed / "checkpoints").iterdir())) == 4
 
 
 def read(path):

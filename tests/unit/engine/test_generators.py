@@ -7,7 +7,7 @@ import random
 import numpy as np
 import torch
 
-from hope_megatron.engine.generators import generator_states, restore_generators
+from hope_megatron.engine.generators import generator_states, restore_generators, seed_generators
 
 
 def draw():
@@ -21,3 +21,13 @@ def test_all_generators_continue():
     draw()
     restore_generators(states)
     assert [draw() for _ in range(3)] == expected
+
+
+def test_seed_decides_every_generator():
+    drawn = {}
+    for key in ((1, 0), (1, 1), (2, 0), (1, 0)):
+        seed_generators(*key)
+        numbers = draw()
+        assert drawn.setdefault(key, numbers) == numbers
+    for position in range(5):
+        assert len({numbers[position] for numbers in drawn.values()}) == 3
