@@ -92,9 +92,7 @@ def wait_for_step(root, name, step, process):
 
 
 def is_repeatable(name):
-    """The optimizer also repeats the size of a slow group's last update, which a fresh process has not seen."""
-    stale = name.startswith("optim/update_rms/") and "/period_" in name
-    return not stale and not name.startswith(UNREPEATABLE)
+    return not name.startswith(UNREPEATABLE)
 
 
 def repeatable(root, name):

@@ -19,7 +19,6 @@ from safetensors.numpy import load_file
 STEPS = 14
 BATCH = 4
 TIMEOUT_S = 240.0
-_UNSEEDED = {"generator/python", "generator/numpy", "generator/torch"}
 
 
 class Workspace:
@@ -167,16 +166,11 @@ class Run:
         self.wait(kill, f"rank {rank} to kill")
 
     def final_state(self) -> dict[str, bytes]:
-        """Every tensor of the last step's checkpoint: weights, optimizer states, Megatron-Core's generators.
-
-        Left out are the generators of Python, NumPy and torch: each run seeds its own from the system's entropy.
-        """
+        """Every tensor of the last step's checkpoint: weights, optimizer states, random generators."""
         state = {}
         for path in sorted((self.directory / "checkpoints" / f"step-{STEPS:08d}").glob("rank-*.safetensors")):
             tensors = load_file(path)
-            state |= {
-                f"{path.stem}/{name}": array.tobytes() for name, array in tensors.items() if name not in _UNSEEDED
-            }
+            state |= {f"{path.stem}/{name}": array.tobytes() for name, array in tensors.items()}
         return state
 
     def trajectory(self) -> list[tuple[int, int, float]]:
