@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hope_megatron.config.model import ModelConfig
 from hope_megatron.layers.linear import column_parallel, enter_parallel_region
+from hope_megatron.layers.memory_mixer import MemoryMixer
 from hope_megatron.layers.norm import RMSNorm
 from hope_megatron.layers.parameters import declare, normal
 from hope_megatron.layers.specs import layer_spec
@@ -53,7 +54,8 @@ class LanguageModel(MegatronModule):
             for i, mixer in enumerate(model.mixers)
         )
         for layer in self.layers:
-            layer.mixer.recompute_memory = recompute != "none"
+            if isinstance(layer.mixer, MemoryMixer):
+                layer.mixer.recompute_memory = recompute != "none"
         self.norm = RMSNorm(
             model.hidden_size, model.norm_epsilon, sum_over_tp=config.sequence_parallel, dtype=config.params_dtype
         )
