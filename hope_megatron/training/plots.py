@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from hope_megatron.training.metrics import read_metrics
 
 _TRAIN, _HELDOUT, _RATE, _REFERENCE = "#4C78A8", "#E4572E", "#54A24B", "#8C8C8C"
@@ -37,7 +39,8 @@ def plot_curves(metrics: Path, out: Path, *, title: str, references: Mapping[str
     FigureCanvasAgg(figure)
     loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     loss_axes.plot(*zip(*train), color=_TRAIN, linewidth=1.0, alpha=0.35 if len(train) > 20 else 1.0)
-    loss_axes.plot(*zip(*_smooth(train)), color=_TRAIN, linewidth=2.0, label=f"training ({train[-1][1]:.2f})")
+    smoothed = _smooth(train)
+    loss_axes.plot(*zip(*smoothed), color=_TRAIN, linewidth=2.0, label=f"training ({smoothed[-1][1]:.2f})")
     if heldout:
         label = f"held-out ({heldout[-1][1]:.2f})"
         loss_axes.plot(*zip(*heldout), color=_HELDOUT, linewidth=2.0, marker="o", markersize=4, label=label)
@@ -65,11 +68,13 @@ def plot_curves(metrics: Path, out: Path, *, title: str, references: Mapping[str
 
 
 def _smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Centred mean over about a twentieth of the curve; a short curve stays as it is."""
-    half = len(points) // 40
+    """Local straight-line fit over about an eighth of the curve: straight lines stay as they are, at the ends too."""
+    half = len(points) // 16
+    if half == 0:
+        return points
     smoothed = []
     for i, (x, _) in enumerate(points):
-        reach = min(half, i, len(points) - 1 - i)  # symmetric at the ends too, so that the mean is not pulled inwards
-        window = [y for _, y in points[i - reach : i + reach + 1]]
-        smoothed.append((x, sum(window) / len(window)))
+        xs, ys = np.array(points[max(0, i - half) : i + half + 1]).T
+        _, level = np.polyfit(xs - x, ys, 1)  # the value at x
+        smoothed.append((x, float(level)))
     return smoothed
