@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from data_pipeline import train_tokenizer
 from data_pipeline.prepare import prepare
+from hope_megatron.training.metrics import read_metrics
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -72,11 +73,7 @@ def finish(process):
 
 
 def records(root, name):
-    path = root / "runs" / name / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return read_metrics(root / "runs" / name / "metrics.jsonl")
 
 
 def wait_until(condition, process):

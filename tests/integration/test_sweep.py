@@ -17,6 +17,7 @@ from data_pipeline.corpus import iterate_texts
 from data_pipeline.prepare import prepare
 from data_pipeline.tokenizer import train_tokenizer
 from hope_megatron.cli.main import main
+from hope_megatron.training.metrics import read_metrics
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -72,7 +73,7 @@ def run(sweep_file: Path) -> subprocess.Popen[str]:
 
 
 def steps(metrics: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    return [record["step"] for record in read_metrics(metrics)]  # a line may be half written
 
 
 def finished(runs: Path) -> dict[str, int]:

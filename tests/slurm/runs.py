@@ -16,6 +16,8 @@ import yaml
 from local_slurm import LocalSlurm
 from safetensors.numpy import load_file
 
+from hope_megatron.training.metrics import read_metrics
+
 STEPS = 14
 BATCH = 4
 TIMEOUT_S = 240.0
@@ -109,9 +111,8 @@ class Run:
         return [record for line in lines if line and (record := json.loads(line))["event"] == "end"]
 
     def records(self) -> list[dict[str, Any]]:
-        """metrics.jsonl."""
-        path = self.directory / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        """metrics.jsonl, without a last line that is still being written."""
+        return read_metrics(self.directory / "metrics.jsonl")
 
     def step(self) -> int:
         """The last recorded step."""
