@@ -128,9 +128,10 @@ def _expand_one(source: str) -> list[SourceFile]:
     if "://" in source:
         return _remote_files(source)
     if os.path.isdir(source):
-        if not os.access(source, os.R_OK | os.X_OK):
-            raise SourceError(f"the directory {source} may not be read: change its permissions or name another one.")
-        paths = sorted(os.path.join(root, name) for root, _, names in os.walk(source) for name in names)
+        walk = os.walk(
+            source, onerror=_refuse_directory
+        )  # without it, walk leaves out what it cannot read and says nothing
+        paths = sorted(os.path.join(root, name) for root, _, names in walk for name in names)
         paths = [path for path in paths if _is_known(path)]
         if not paths:
             known = " ".join(TEXT_SUFFIXES + JSON_SUFFIXES + (".parquet",))
@@ -158,6 +159,12 @@ def _bare_suffix(path: str) -> str:
     if suffix in COMPRESSED_SUFFIXES:
         return os.path.splitext(stem)[1] or ".txt"
     return suffix
+
+
+def _refuse_directory(error: OSError) -> None:
+    raise SourceError(
+        f"the directory {error.filename} may not be read: change its permissions or name another one."
+    ) from error
 
 
 def _local_file(path: str, name: str | None = None) -> SourceFile:

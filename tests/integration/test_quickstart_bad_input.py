@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.corpus import expand_sources
+from data_pipeline.errors import DataError
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -46,11 +49,21 @@ def test_bad_input_is_told_and_leaves_no_model(tmp_path: Path, arguments: list[s
     assert not list(tmp_path.glob("runs/**/*.safetensors")) and not list(tmp_path.glob("runs/**/report.json"))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
-def test_an_unreadable_directory_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["closed", "."])
+def test_an_unreadable_directory_is_named(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "open.txt").write_text("text")
     (tmp_path / "closed").mkdir(mode=0)
-    done = quickstart(tmp_path, "--text", "closed")
-    assert done.returncode == 2 and "may not be read" in done.stderr
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # the superuser may read everything, nobody may not
+    try:
+        with pytest.raises(DataError, match=r"closed.* may not be read") as error:
+            expand_sources([source])
+    finally:
+        os.seteuid(user)
+    assert error.value.is_user_error
 
 
 def test_two_at_once_in_one_place_are_refused(tmp_path: Path) -> None:
