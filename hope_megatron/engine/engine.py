@@ -54,7 +54,9 @@ class Engine:
         layouts = (param for bound in self.optimizer.bound_vectors() for param in bound.params)
         return sum(math.prod(full_shape(param.shape, param.tags, tp_size)) for param in layouts)
 
-    def forward_backward(self, tokens: Tensor, targets: Tensor, global_valid_tokens: Tensor | int) -> Tensor:
+    def forward_backward(
+        self, tokens: Tensor, targets: Tensor, global_valid_tokens: Tensor | int, documents: Tensor | None = None
+    ) -> Tensor:
         """Accumulate the gradient of one micro-batch's share of the mean loss over the global batch.
 
         DeepSpeed averages gradients over data parallelism, so the sum of losses is multiplied by that size first: after
@@ -65,6 +67,7 @@ class Engine:
             tokens: [B, T] int64.
             targets: [B, T] int64; -100 does not count.
             global_valid_tokens: targets other than -100 in the global batch, over all ranks and accumulation steps.
+            documents: see `LanguageModel.forward`.
 
         Returns:
             Sum of this micro-batch's losses, on the device, detached.
@@ -72,7 +75,7 @@ class Engine:
         self._passes += 1
         last = self._passes == self.accumulation_steps
         self._deepspeed.set_gradient_accumulation_boundary(last)
-        loss_sum = self._deepspeed(tokens, targets).losses.sum()
+        loss_sum = self._deepspeed(tokens, targets, documents=documents).losses.sum()
         self._deepspeed.backward(loss_sum * (self.mesh.dp_size / global_valid_tokens), scale_wrt_gas=False)
         return loss_sum.detach()
 
@@ -113,18 +116,19 @@ class Engine:
             raise NonFiniteError(f"the loss is NaN or infinite on rank {', '.join(map(str, ranks))}")
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def evaluate(self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
         """Sum of losses and number of valid tokens of a batch, over the data-parallel ranks.
 
         Args:
             tokens: [B, T] int64, different on each data-parallel rank; all ranks call together.
             targets: [B, T] int64; -100 does not count.
+            documents: see `LanguageModel.forward`.
 
         Returns:
             [2] float64 on the device: sum of losses, number of valid tokens.
         """
         self.model.eval()
-        losses = self.model(tokens, targets).losses
+        losses = self.model(tokens, targets, documents=documents).losses
         self.model.train()
         sums = torch.stack([losses.double().sum(), (targets != -100).sum().double()])
         dist.all_reduce(sums, group=self.mesh.dp_group)

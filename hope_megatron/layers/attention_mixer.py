@@ -31,12 +31,14 @@ class AttentionState(NamedTuple):
 class StreamingAttention(MegatronModule):
     """Causal scaled-dot-product attention over past and present keys: SelfAttention's `core_attention`.
 
-    Megatron-Core's call has no room for a state, so the mixer sets `past` before the call and takes `present` after it.
+    Megatron-Core's call has no room for a state, so the mixer sets `past` and `documents` before it
+    and takes `present` after it.
     """
 
     def __init__(self, config: TransformerConfig, **kwargs):
         super().__init__(config)
         self.window: int | None = None
+        self.documents: Tensor | None = None
         self.past: AttentionState | None = None
         self.present: AttentionState | None = None
 
@@ -55,13 +57,16 @@ class StreamingAttention(MegatronModule):
 
     def _mask(self, T: int, S: int, device: torch.device) -> tuple[Tensor | None, bool]:
         """A boolean mask where the kernel's own causal flag does not suffice."""
-        if T == S and (self.window is None or self.window >= S):
+        documents = self.documents
+        if T == S and (self.window is None or self.window >= S) and documents is None:
             return None, True
         rows = torch.arange(S - T, S, device=device).unsqueeze(1)
         columns = torch.arange(S, device=device)
         mask = columns <= rows
         if self.window is not None:
             mask &= columns > rows - self.window
+        if documents is not None:
+            mask = mask & (documents.unsqueeze(1) == documents.unsqueeze(2)).unsqueeze(1)  # [B, 1, T, T]
         return mask, False
 
 
@@ -91,15 +96,20 @@ class AttentionMixer(MegatronModule):
         empty = weight.new_zeros(0, batch_size, self.num_groups, self.head_dim)
         return AttentionState(empty, empty, 0)
 
-    def forward(self, x: Tensor, state: AttentionState | None = None) -> tuple[Tensor, AttentionState]:
-        """See the class docstring. Without a state, streams begin here."""
+    def forward(
+        self, x: Tensor, state: AttentionState | None = None, documents: Tensor | None = None
+    ) -> tuple[Tensor, AttentionState | None]:
+        """See the class docstring. Without a state, streams begin here.
+
+        documents: number of the document of every token, [B, T]; none sees another. Then there is no state, in or out.
+        """
         tokens = x.size(0)
         if self.config.sequence_parallel:
             tokens *= parallel_state.get_tensor_model_parallel_world_size()
         core = self.attention.core_attention
-        core.past = state
+        core.past, core.documents = state, documents
         rotation = self.rotary(tokens, offset=state.position if state is not None else 0)
         # Megatron-Core wants a mask argument to be there; StreamingAttention makes its own
         y, _ = self.attention(x, attention_mask=x.new_zeros(1, dtype=torch.bool), rotary_pos_emb=rotation)
-        present, core.past, core.present = core.present, None, None
-        return y, present
+        present, core.past, core.present, core.documents = core.present, None, None, None
+        return y, present if documents is None else None

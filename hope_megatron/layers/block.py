@@ -40,7 +40,7 @@ class HopeLayer(MegatronModule):
         """The mixer's state for `batch_size` new streams."""
         return self.mixer.init_state(batch_size)
 
-    def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """x [T, B, D], or [T/tp, B, D] under sequence parallelism."""
-        y, state = self.mixer(self.norm(x), state)
+    def forward(self, x: Tensor, state: Any = None, documents: Tensor | None = None) -> tuple[Tensor, Any]:
+        """x [T, B, D], or [T/tp, B, D] under sequence parallelism; documents as for the mixers, [B, T]."""
+        y, state = self.mixer(self.norm(x), state, documents)
         return self.mlp(x + y), state

@@ -28,6 +28,7 @@ from hope_megatron.ops.memory import (
     RateLogits,
     initial_state,
     memory_chunked,
+    memory_documents,
 )
 from hope_megatron.ops.short_conv import short_conv
 
@@ -118,30 +119,32 @@ class MemoryMixer(MegatronModule):
         tail = self.conv.new_zeros(batch_size, self.conv.size(1) - 1, self.conv.size(0))
         return MemoryMixerState(tail, memory)
 
-    def forward(self, x: Tensor, state: MemoryMixerState | None = None) -> tuple[Tensor, MemoryMixerState]:
-        """See the class docstring. Without a state, streams begin here."""
+    def forward(
+        self, x: Tensor, state: MemoryMixerState | None = None, documents: Tensor | None = None
+    ) -> tuple[Tensor, MemoryMixerState | None]:
+        """See the class docstring. Without a state, streams begin here.
+
+        documents: number of the document of every token, [B, T]; each begins anew. Then there is no state, in or out.
+        """
         x = enter_parallel_region(x, self.config)
         T, B = x.shape[:2]
         qkv = self.qkv(x)[0].transpose(0, 1)  # [B, T, 3 H d]
         tail = None
         if self.conv is not None:
-            qkv, tail = short_conv(qkv, self.conv, state.conv if state else None)
+            qkv, tail = short_conv(qkv, self.conv, state.conv if state else None, documents)
         qkv = F.silu(qkv)
         q, k, v = qkv.view(B, T, 3, self.num_heads, self.head_dim).unbind(2)
-        y, memory = memory_chunked(
-            q,
-            k,
-            v,
-            self._rate_logits(x),
-            self.memories(),
-            self.rule,
-            state.memory if state else None,
-            recompute=self.recompute_memory,
-        )
+        rates, memories, recompute = self._rate_logits(x), self.memories(), self.recompute_memory
+        if documents is not None:
+            y, end = memory_documents(q, k, v, rates, memories, self.rule, documents, recompute=recompute), None
+        else:
+            before = state.memory if state else None
+            y, memory = memory_chunked(q, k, v, rates, memories, self.rule, before, recompute=recompute)
+            end = MemoryMixerState(tail, memory)
         y = self.head_norm(y).transpose(0, 1).reshape(T, B, -1)
         if self.gate is not None:
             y = y * F.silu(self.gate(x)[0])
-        return self.output(y)[0], MemoryMixerState(tail, memory)
+        return self.output(y)[0], end
 
     def _rate_logits(self, x: Tensor) -> RateLogits:
         """[T, B, D] -> logits [B, T, H] in float32, those of this rank's heads."""

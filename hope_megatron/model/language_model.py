@@ -78,6 +78,7 @@ class LanguageModel(MegatronModule):
         targets: Tensor | None = None,
         state: ModelState | None = None,
         *,
+        documents: Tensor | None = None,
         return_state: bool = False,
     ) -> ModelOutput:
         """Read a piece of each stream.
@@ -86,17 +87,21 @@ class LanguageModel(MegatronModule):
             tokens: [B, T] int64; the same on every tensor-parallel rank.
             targets: [B, T] int64, the next tokens, or IGNORE. With targets the result holds losses, without them logits.
             state: where the streams stand; None begins new ones.
+            documents: number of the document that each token belongs to, [B, T] integers. Each document is then read as if
+                it stood alone. Neither with `state` nor with `return_state`.
             return_state: also return where they stand now.
 
         Under sequence parallelism T must be divisible by the tensor-parallel size.
         """
+        if documents is not None and (state is not None or return_state):
+            raise ValueError("documents that are read apart leave no state to go on from, and take none")
         x = self._embed(tokens)
         states = []
         for layer, layer_state in zip(self.layers, state.layers if state else [None] * len(self.layers)):
             if self.recompute == "layer" and torch.is_grad_enabled():
-                x, layer_state = checkpoint(layer, x, layer_state, use_reentrant=False)
+                x, layer_state = checkpoint(layer, x, layer_state, documents, use_reentrant=False)
             else:
-                x, layer_state = layer(x, layer_state)
+                x, layer_state = layer(x, layer_state, documents)
             states.append(layer_state if return_state else None)
         logits = self._head(self.norm(x))
         end = ModelState(tuple(states)) if return_state else None

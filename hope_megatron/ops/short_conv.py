@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 
 
-def short_conv(x: Tensor, weight: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def short_conv(
+    x: Tensor, weight: Tensor, tail: Tensor | None = None, documents: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """y_t = sum_j weight[:, j] x_{t - (w - 1) + j}: the last tap is the present token.
 
     Args:
         x: [B, T, N].
         weight: [N, w].
         tail: the last w - 1 inputs before x, [B, w - 1, N]; None starts with zeros.
+        documents: number of the document of every token, [B, T]; taps do not reach into another one. Not with a tail.
 
     Returns:
         y [B, T, N], and the tail for what comes next [B, w - 1, N].
@@ -21,5 +24,8 @@ def short_conv(x: Tensor, weight: Tensor, tail: Tensor | None = None) -> tuple[T
     if tail is None:
         tail = x.new_zeros(x.size(0), width - 1, x.size(2))
     padded = torch.cat([tail.to(x.dtype), x], 1)
-    y = sum(padded[:, j : j + T] * weight[:, j] for j in range(width))
-    return y, padded[:, T:]
+    taps = [padded[:, j : j + T] * weight[:, j] for j in range(width)]
+    if documents is not None:
+        before = torch.cat([documents.new_full((x.size(0), width - 1), -1), documents], 1)
+        taps = [tap * (before[:, j : j + T] == documents).unsqueeze(-1) for j, tap in enumerate(taps)]
+    return sum(taps), padded[:, T:]

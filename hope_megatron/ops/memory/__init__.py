@@ -5,6 +5,7 @@ and are equal to rounding. The derivation is in README.md beside this file.
 """
 
 from hope_megatron.ops.memory.chunk import memory_chunked
+from hope_megatron.ops.memory.documents import memory_documents
 from hope_megatron.ops.memory.recurrent import memory_recurrent
 from hope_megatron.ops.memory.types import Bank, MemoryParams, MemoryRule, MemoryState, RateLogits, initial_state
 
@@ -16,5 +17,6 @@ __all__ = [
     "RateLogits",
     "initial_state",
     "memory_chunked",
+    "memory_documents",
     "memory_recurrent",
 ]

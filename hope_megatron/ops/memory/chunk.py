@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hope_megatron.ops.memory.bounded import bounded_scan, default_segment_tokens
+from hope_megatron.ops.memory.fused import fused_scan, supports
 from hope_megatron.ops.memory.inner import dsilu, unit
 from hope_megatron.ops.memory.layout import Group, Weights, join_state, split_state
 from hope_megatron.ops.memory.tables import ChunkTables, chunk_tables, delta_inverse, gram
@@ -60,7 +61,9 @@ def memory_chunked(
     rates = [None if r is None else r.transpose(1, 2).reshape(B * H, T).to(dtype) for r in logits]
 
     tensors = [unit(flat[0]), *flat[1:], *rates]
-    if recompute and torch.is_grad_enabled():
+    if supports(rule, groups, tensors):
+        y, groups = _fused(tensors, rule, groups, state.position, recompute, segment_tokens)
+    elif recompute and torch.is_grad_enabled():
         y, groups = _recomputed(tensors, rule, groups, state.position, segment_tokens)
     else:
         y, groups = _scan(tensors, rule, groups, state.position)
@@ -70,7 +73,7 @@ def memory_chunked(
 def _scan(tensors, rule: MemoryRule, groups: tuple[Group, ...], position: int) -> tuple[Tensor, tuple[Group, ...]]:
     """The loop over periods. tensors: q, k, v [N, T, d] and eta, alpha, theta [N, T]. Returns y [N, T, d] and the groups."""
     outputs = []
-    for piece in _pieces(tensors, position, _period_tokens(rule)):
+    for piece in _pieces(tensors, position, period_tokens(rule)):
         y, groups = _period(*piece, rule, groups, position)
         position += y.size(1)
         outputs.append(y)
@@ -79,7 +82,7 @@ def _scan(tensors, rule: MemoryRule, groups: tuple[Group, ...], position: int) -
 
 def _recomputed(tensors, rule: MemoryRule, groups, position: int, segment_tokens: int | None):
     """`_scan` in bounded memory, from the first border of a period on."""
-    period, T = _period_tokens(rule), tensors[0].size(1)
+    period, T = period_tokens(rule), tensors[0].size(1)
     head = min(T, -position % period)
     if head:
         first, tensors = zip(*((None, None) if x is None else x.split([head, T - head], 1) for x in tensors))
@@ -91,7 +94,26 @@ def _recomputed(tensors, rule: MemoryRule, groups, position: int, segment_tokens
     return torch.cat([y_head, y], 1) if head else y, groups
 
 
-def _period_tokens(rule: MemoryRule) -> int:
+def _fused(tensors, rule: MemoryRule, groups, position: int, recompute: bool, segment_tokens: int | None):
+    """Whole chunks by fused.py; the token loop's rest before the first border and after the last one by `_scan`."""
+    C, T = rule.chunk_tokens, tensors[0].size(1)
+    head = min(T, -position % C)
+    lengths = [head, (T - head) // C * C, (T - head) % C]
+    outputs = []
+    for i, piece in enumerate(zip(*(x.split(lengths, 1) if x is not None else [None] * 3 for x in tensors))):
+        if lengths[i] == 0:
+            continue
+        if i == 1:
+            y, group = fused_scan(list(piece[:5]), rule, groups[0], recompute=recompute, segment_tokens=segment_tokens)
+            groups = (group,)
+        else:
+            y, groups = _scan(piece, rule, groups, position)
+        position += lengths[i]
+        outputs.append(y)
+    return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], groups
+
+
+def period_tokens(rule: MemoryRule) -> int:
     """The longer of the two chunk lengths; the shorter one divides it."""
     return max(rule.chunk_tokens, rule.self_chunk_tokens)
 

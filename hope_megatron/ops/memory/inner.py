@@ -8,12 +8,12 @@ from torch import Tensor
 
 from hope_megatron.ops.memory.types import Bank, MemoryRule
 
-_EPSILON = 1e-6
+EPSILON = 1e-6
 
 
 def unit(x: Tensor) -> Tensor:
     """x / |x| along the last dim, smooth at zero."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _EPSILON**2)
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPSILON**2)
 
 
 def dsilu(z: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Notation of README.md: gamma_t = prod alpha, Gamma_ts = gamma_t / gamma_s, Theta
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,11 +56,11 @@ def chunk_tables(
     """Build the tables from per-token rates [N, C], in log space."""
     total = torch.zeros_like(eta) if log_alpha is None else log_alpha.cumsum(-1)
     total_prev = F.pad(total[:, :-1], (1, 0))
-    gamma, Gamma = total.exp(), _decay_matrix(total, total)
+    gamma, Gamma = total.exp(), decay_matrix(total)
     momentum = None
     if log_theta is not None:
         speed = log_theta.cumsum(-1)
-        Theta = _decay_matrix(speed, speed)
+        Theta = decay_matrix(speed)
         m, m0 = torch.bmm(Gamma, Theta), torch.bmm(Gamma, speed.exp().unsqueeze(-1))
         momentum = MomentumTables(
             m=m,
@@ -82,19 +82,19 @@ def chunk_tables(
         gamma_end=gamma[:, -1, None, None],
         Gamma=Gamma,
         Gamma_end=Gamma[:, -1, :, None],
-        erase_Gamma_prev=column * _decay_matrix(total_prev, total, strict=True),
+        erase_Gamma_prev=column * F.pad(Gamma[:, :-1], (0, 0, 1, 0)),
         momentum=momentum,
     )
 
 
-def _decay_matrix(to: Tensor, since: Tensor, *, strict: bool = False) -> Tensor:
-    """exp(to_t - since_s) on the lower triangle, 0 elsewhere.
+def decay_matrix(total: Tensor) -> Tensor:
+    """exp(total_t - total_s) on the lower triangle with its diagonal, 0 elsewhere: [N, C] -> [N, C, C].
 
     Masked before exp: above the diagonal the difference is positive and may overflow, and inf * 0 is NaN in backward.
     """
-    C = to.size(-1)
-    above = torch.ones(C, C, dtype=torch.bool, device=to.device).triu(0 if strict else 1)
-    return (to.unsqueeze(-1) - since.unsqueeze(-2)).masked_fill(above, -torch.inf).exp()
+    C = total.size(-1)
+    above = torch.ones(C, C, dtype=torch.bool, device=total.device).triu(1)
+    return (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(above, -torch.inf).exp()
 
 
 def gram(keys: Tensor) -> Tensor:
@@ -105,7 +105,26 @@ def gram(keys: Tensor) -> Tensor:
 def delta_inverse(grams: Tensor, tables: ChunkTables) -> Tensor:
     """(I + diag(beta) strictly_lower(Gamma_prev . K K^T))^-1 for grams K K^T, [N, C, C] or [N, n, C, C]."""
     decay = tables.erase_Gamma_prev if grams.dim() == 3 else tables.erase_Gamma_prev.unsqueeze(1)
-    C = grams.size(-1)
-    eye = torch.eye(C, dtype=grams.dtype, device=grams.device)
-    system = decay * grams  # `unitriangular` supplies the diagonal
-    return torch.linalg.solve_triangular(system, eye.expand_as(system), upper=False, unitriangular=True)
+    return _Inverse.apply(decay * grams)
+
+
+class _Inverse(torch.autograd.Function):
+    """`unit_lower_inverse` with a backward of two products, where autograd would solve again."""
+
+    @staticmethod
+    def forward(ctx: Any, lower: Tensor) -> Tensor:
+        inverse = unit_lower_inverse(lower)
+        ctx.save_for_backward(inverse)
+        return inverse
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (inverse,) = ctx.saved_tensors
+        return -(inverse.mT @ grad @ inverse.mT).tril(-1)
+
+
+def unit_lower_inverse(lower: Tensor) -> Tensor:
+    """(I + L)^-1 for strictly lower triangular L [..., C, C]."""
+    C = lower.size(-1)
+    eye = torch.eye(C, dtype=lower.dtype, device=lower.device)
+    return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False, unitriangular=True)

@@ -160,8 +160,11 @@ def _counted_flops(model: ModelConfig, T: int) -> float:
     def solve_flops(matrix, *args, out_shape=None, **kwargs):
         return math.prod(matrix[:-2]) * matrix[-1] ** 3
 
-    solves = {torch.ops.aten.linalg_solve_triangular: solve_flops}
-    with FlopCounterMode(display=False, custom_mapping=solves) as counter:
+    def baddbmm_flops(total, left, right, *args, out_shape=None, **kwargs):
+        return 2 * math.prod(left) * right[-1]
+
+    uncounted = {torch.ops.aten.linalg_solve_triangular: solve_flops, torch.ops.aten.baddbmm_: baddbmm_flops}
+    with FlopCounterMode(display=False, custom_mapping=uncounted) as counter:
         memory_chunked(*_operator_inputs(model, B=1, T=T))
     return counter.get_total_flops() / (T * model.num_heads)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -40,6 +42,27 @@ def test_stream_in_pieces_equals_one_piece(case):
             state = ModelState.from_tensors(output.state.tensors(), like=model.init_state(tokens.size(0)))
             parts.append(output.logits)
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_documents_of_a_sample_are_read_as_if_apart(case):
+    model = build_model(CASES[case])
+    tokens, _ = random_batch(CASES[case], seq_length=40)
+    cuts = ([0, 13, 14, 33, 40], [0, 1, 40])
+    documents = torch.stack([torch.repeat_interleave(torch.arange(len(c) - 1), torch.tensor(c).diff()) for c in cuts])
+    with torch.no_grad():
+        packed = model(tokens[:2], documents=documents).logits
+        for row, ends in enumerate(cuts):
+            for a, b in itertools.pairwise(ends):
+                alone = model(tokens[row : row + 1, a:b]).logits
+                torch.testing.assert_close(packed[row : row + 1, a:b], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_documents_leave_no_state():
+    model = build_model(CASES["hope"])
+    tokens, _ = random_batch(CASES["hope"])
+    with pytest.raises(ValueError, match="no state"):
+        model(tokens, documents=torch.zeros_like(tokens), return_state=True)
 
 
 def test_losses_are_cross_entropies_over_the_unpadded_vocabulary():

@@ -18,6 +18,7 @@ from hope_megatron.ops.memory import (
     memory_chunked,
     memory_recurrent,
 )
+from hope_megatron.ops.memory import chunk as chunk_form
 from hope_megatron.ops.memory.inner import dsilu, output_error, unit
 from hope_megatron.ops.memory.types import map_params
 
@@ -184,6 +185,29 @@ def test_stream_in_pieces_equals_one_piece():
     y, state = run([1, 2, 13, 40])  # anywhere
     torch.testing.assert_close(y, whole, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(leaves(state.now), leaves(end.now), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"dot_target": "full"}, {"read_skip": True, "eta_max": 0.3}], ids=str)
+def test_the_written_out_backward_is_that_of_autograd(settings, warm, recompute, monkeypatch):
+    rule = MemoryRule(chunk_tokens=16, self_chunk_tokens=16, **settings)
+    params = make_params(rule)
+    inputs = make_inputs(75)
+    state = memory_recurrent(*make_inputs(21), params, rule)[1] if warm else None
+    written_out, calls = chunk_form.fused_scan, []
+    monkeypatch.setattr(chunk_form, "fused_scan", lambda *a, **kw: calls.append(a) or written_out(*a, **kw))
+    fused = outputs_and_gradients(
+        functools.partial(memory_chunked, recompute=recompute, segment_tokens=32), *inputs, params, rule, state
+    )
+    assert calls
+    monkeypatch.setattr(chunk_form, "supports", lambda *_: False)
+    plain = outputs_and_gradients(memory_chunked, *inputs, params, rule, state)
+    for a, b in zip(itertools.chain(*fused), itertools.chain(*plain)):
+        if a is None or b is None:
+            assert all(x is None or not x.any() for x in (a, b))
+        else:
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("momentum", [False, True])

@@ -1,0 +1,128 @@
+"""The chunk form of HOPE's own memories with its backward written out: what trains by default.
+
+The same numbers as chunk.py for one rule (`supports`): five two-layer memories with common chunk borders, DGD on all layers, own
+targets, no momentum. Autograd's tape of such a chunk is some 800 small operators; written out it is less than half, the triangular
+inverse is reused where autograd would solve again, and backward can recompute a chunk without building a graph.
+
+fused_forward.py has a chunk's forward and what it keeps, fused_backward.py its backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hope_megatron.ops.memory.bounded import default_segment_tokens
+from hope_megatron.ops.memory.fused_backward import ChunkBackward
+from hope_megatron.ops.memory.fused_forward import Tape, end, read, write
+from hope_megatron.ops.memory.layout import Group, Weights
+from hope_megatron.ops.memory.types import MemoryRule
+
+_NAMES = ("mem", "k", "v", "eta", "alpha")
+
+
+def supports(rule: MemoryRule, groups: tuple[Group, ...], tensors: list[Tensor | None]) -> bool:
+    """Whether this rule and these memories are those written out here. tensors: q, k, v, eta, alpha, theta."""
+    _, _, _, eta, alpha, theta = tensors
+    rates_fit = eta is not None and alpha is not None and theta is None
+    memories_fit = len(groups) == 1 and groups[0].names == _NAMES and groups[0].start.w_in is not None
+    targets_fit = rule.own_targets and rule.objective == "dot" and rule.normalize_values and rule.normalize_targets
+    rule_fits = rule.dgd_layers == "all" and not rule.decay_erased and rule.read == "causal"
+    return rates_fit and memories_fit and targets_fit and rule_fits
+
+
+def fused_scan(
+    tensors: list[Tensor], rule: MemoryRule, group: Group, *, recompute: bool, segment_tokens: int | None
+) -> tuple[Tensor, Group]:
+    """Whole chunks, from a chunk border on.
+
+    Args:
+        tensors: unit q, x_k, x_v [N, T, d], logits of eta and alpha [N, T]; T a multiple of the chunk.
+        recompute: keep only weights at segment borders for backward, else everything backward needs.
+        segment_tokens: see chunk.py.
+
+    Returns:
+        y [N, T, d], and the group after the last token.
+    """
+    N, T, _ = tensors[0].shape
+    segment_chunks = None
+    if recompute:
+        tokens = segment_tokens or default_segment_tokens(T, rule.chunk_tokens, (group,))
+        segment_chunks = -(-tokens // rule.chunk_tokens)
+    y, *weights = _FusedScan.apply(rule, segment_chunks, *tensors, *_memory_major(group.now, N))
+    now = _head_major(Weights(*weights), N)
+    return y, group._replace(now=now, start=now)
+
+
+def _memory_major(w: Weights, N: int) -> Weights:
+    """[N n, ...] -> [n N, ...]."""
+    return Weights(*(x.unflatten(0, (N, -1)).transpose(0, 1).reshape(x.shape) for x in w))
+
+
+def _head_major(w: Weights, N: int) -> Weights:
+    """The inverse of `_memory_major`."""
+    return Weights(*(x.unflatten(0, (-1, N)).transpose(0, 1).reshape(x.shape) for x in w))
+
+
+class _FusedScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rule, segment_chunks, q, x_k, x_v, eta, alpha, w_in, w_vector, w_scalar):
+        w, keeps = Weights(w_in, w_vector, w_scalar), any(ctx.needs_input_grad)
+        outputs: list[Tensor] = []
+        kept: list[Tensor] = []  # weights at segment borders if chunks are recomputed, else the tape of every chunk
+        for i, x in enumerate(_chunks([q, x_k, x_v, eta, alpha], rule.chunk_tokens)):
+            if keeps and segment_chunks is not None and i % segment_chunks == 0:
+                kept += w
+            y, tape = read(write(*x, w, rule), rule)
+            w = end(tape)
+            outputs.append(y)
+            if keeps and segment_chunks is None:
+                kept += _flatten(tape)
+        ctx.rule, ctx.segment_chunks = rule, segment_chunks
+        ctx.save_for_backward(q, x_k, x_v, eta, alpha, *kept)
+        return torch.cat(outputs, 1), *w
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_y: Tensor, *d_weights: Tensor):
+        rule, d_w = ctx.rule, Weights(*d_weights)
+        inputs, d_ys = _chunks(ctx.saved_tensors[:5], rule.chunk_tokens), d_y.split(rule.chunk_tokens, 1)
+        kept, segment = ctx.saved_tensors[5:], ctx.segment_chunks or len(inputs)
+        gradients = []
+        for first in reversed(range(0, len(inputs), segment)):
+            chunks = range(first, min(first + segment, len(inputs)))
+            if ctx.segment_chunks is None:
+                tapes = _unflatten(kept)
+            else:
+                w = Weights(*kept[3 * (first // segment) :][:3])
+                tapes = _tapes([inputs[i] for i in chunks], w, rule)
+            for i in reversed(chunks):
+                d_inputs, d_w = ChunkBackward(tapes.pop(), rule).run(d_ys[i], d_w)
+                gradients.append(d_inputs)
+        joined = [torch.cat(column, 1) for column in zip(*reversed(gradients))]
+        return None, None, *joined, *d_w
+
+
+def _chunks(tensors, chunk: int) -> list[tuple[Tensor, ...]]:
+    return list(zip(*(x.split(chunk, 1) for x in tensors)))
+
+
+def _flatten(tape: Tape) -> list[Tensor]:
+    return [*tape.w, *tape[1:]]
+
+
+def _unflatten(tensors: tuple[Tensor, ...]) -> list[Tape]:
+    size = len(Tape._fields) + len(Weights._fields) - 1
+    starts = range(0, len(tensors), size)
+    return [Tape(Weights(*tensors[i : i + 3]), *tensors[i + 3 : i + size]) for i in starts]
+
+
+def _tapes(inputs: list[tuple[Tensor, ...]], w: Weights, rule: MemoryRule) -> list[Tape]:
+    """Run a segment again for what its backward needs."""
+    tapes: list[Tape] = []
+    for x in inputs:
+        w = end(tapes[-1]) if tapes else w
+        tapes.append(read(write(*x, w, rule), rule)[1])
+    return tapes
