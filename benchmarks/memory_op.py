@@ -2,12 +2,14 @@
 
     python benchmarks/memory_op.py                        B1 L1024, 4 heads of 64, chunks 16 to 256
     python benchmarks/memory_op.py --lengths 1024 65536   cost per token against length
-    python benchmarks/memory_op.py --activations          bytes kept for backward against length
+    python benchmarks/memory_op.py --activations          bytes kept for backward against length (--png FILE)
     python benchmarks/memory_op.py --device cuda --dtype bfloat16 --batch 8 --heads 16 --lengths 4096
 
 Side by side in one run: the chunk form of HOPE (five memories), with and without recomputing, the token loop, softmax attention of
-the same width (torch's scaled_dot_product_attention on given q, k, v), and titans-pytorch's NeuralMemory when it is installed (it
-updates one memory). FLOPs are the closed form of hope_megatron.config.accounting, which the test suite holds against PyTorch's
+the same width (torch's scaled_dot_product_attention on given q, k, v), and titans-pytorch's NeuralMemory when it is installed. That
+one updates one memory where HOPE updates five. By default it takes every inner gradient of a sequence at the initial weights, so that
+no chunk sees what another wrote; with "sequential" (its batch_size set to the chunk) gradients are taken at the chunk's first state,
+as HOPE's are. FLOPs are the closed form of hope_megatron.config.accounting, which the test suite holds against PyTorch's
 counter; recomputing is not counted. The machine's rate is that of torch.bmm on products of the operator's own size.
 """
 
@@ -37,6 +39,8 @@ def main() -> None:
     results: dict = {"machine": machine(args.device), "shape": vars(args), "rows": []}
     if args.activations:
         results["activations"] = measure_activations(args)
+        if args.png:
+            plot_activations(results["activations"], args.png)
     else:
         for length in args.lengths:
             for chunk in args.chunks if length == args.lengths[0] else [64]:
@@ -49,6 +53,8 @@ def main() -> None:
                 for r in results["rows"]
             ],
         )
+        if args.png:
+            plot_speed(results["rows"], args.png)
     write_json(args.json, results)
 
 
@@ -65,6 +71,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--activations", action="store_true", help="measure memory instead of time")
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--png", metavar="FILE", help="picture of the activations, or of tokens/s against length")
     return parser.parse_args()
 
 
@@ -176,12 +183,13 @@ def measure_others(args, dtype, length: int) -> list[dict]:
         )
     )
     if importlib.util.find_spec("titans_pytorch"):
-        rows += [titans_row(args, length, chunk) for chunk in (16, 64)]
+        for expansion in (1.0, 4.0):
+            rows += [titans_row(args, length, 64, expansion, sequential) for sequential in (True, False)]
     return rows
 
 
-def titans_row(args, length: int, chunk: int) -> dict:
-    """One memory with its projections, as published on PyPI."""
+def titans_row(args, length: int, chunk: int, expansion: float, sequential: bool) -> dict:
+    """One memory with its projections, as published on PyPI. expansion: hidden width over head width; 4 is its default."""
     from titans_pytorch import MemoryMLP, NeuralMemory
 
     dim = args.heads * args.width
@@ -190,11 +198,13 @@ def titans_row(args, length: int, chunk: int) -> dict:
         chunk_size=chunk,
         heads=args.heads,
         dim_head=args.width,
-        model=MemoryMLP(args.width, depth=2, expansion_factor=1.0),
+        batch_size=chunk if sequential else None,
+        model=MemoryMLP(args.width, depth=2, expansion_factor=expansion),
     )
     memory = memory.to(args.device)
     x = torch.randn(args.batch, length, dim, device=args.device, requires_grad=True)
-    return row(args, "titans-pytorch, one memory", length, chunk, lambda: memory(x)[0], [x, *memory.parameters()])
+    what = f"titans-pytorch, h = {expansion:g} d{', sequential' * sequential}"
+    return row(args, what, length, chunk, lambda: memory(x)[0], [x, *memory.parameters()])
 
 
 def measure_activations(args) -> dict:
@@ -226,6 +236,49 @@ def measure_activations(args) -> dict:
         ],
     )
     return found
+
+
+def plot_activations(found: list[dict], path: str) -> None:
+    """Bytes against length."""
+    figure, axes = _axes("tokens", "MiB kept for backward", found)
+    for key, name in (
+        ("plain", "everything"),
+        ("recomputing", "recomputing"),
+        ("inputs_and_outputs", "inputs and outputs alone"),
+    ):
+        axes.loglog([r["length"] for r in found], [r[key] / 2**20 for r in found], "o-", label=name)
+    _save(figure, axes, path)
+
+
+def plot_speed(rows: list[dict], path: str) -> None:
+    """Forward and backward tokens/s against length, at a chunk of 64."""
+    rows = [r for r in rows if r["chunk"] in (64, "-") and r["what"] != "token loop"]
+    figure, axes = _axes("tokens", "tokens/s, forward + backward", rows)
+    for what in dict.fromkeys(r["what"] for r in rows):
+        points = [(r["length"], r["both"]) for r in rows if r["what"] == what]
+        axes.loglog(*zip(*points), "o-", label=what)
+    _save(figure, axes, path)
+
+
+def _axes(x_label: str, y_label: str, rows: list[dict]):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    lengths = sorted({r["length"] for r in rows})
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.set_xticks(lengths, [f"{n // 1024}K" if n >= 1024 else str(n) for n in lengths])
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _save(figure, axes, path: str) -> None:
+    axes.set_xticks([], minor=True)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":
