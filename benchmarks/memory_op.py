@@ -5,12 +5,13 @@
     python benchmarks/memory_op.py --activations          bytes kept for backward against length (--png FILE)
     python benchmarks/memory_op.py --device cuda --dtype bfloat16 --batch 8 --heads 16 --lengths 4096
 
-Side by side in one run: the chunk form of HOPE (five memories), with and without recomputing, the token loop, softmax attention of
-the same width (torch's scaled_dot_product_attention on given q, k, v), and titans-pytorch's NeuralMemory when it is installed. That
-one updates one memory where HOPE updates five. By default it takes every inner gradient of a sequence at the initial weights, so that
-no chunk sees what another wrote; with "sequential" (its batch_size set to the chunk) gradients are taken at the chunk's first state,
-as HOPE's are. FLOPs are the closed form of hope_megatron.config.accounting, which the test suite holds against PyTorch's
-counter; recomputing is not counted. The machine's rate is that of torch.bmm on products of the operator's own size.
+Side by side in one run: the chunk form of HOPE (five memories), with and without recomputing, the token loop, softmax
+attention of the same width (torch's scaled_dot_product_attention on given q, k, v), and titans-pytorch's NeuralMemory
+when it is installed. That one updates one memory where HOPE updates five. By default it takes every inner gradient of
+a sequence at the initial weights, so that no chunk sees what another wrote; with "sequential" (its batch_size set to
+the chunk) gradients are taken at the chunk's first state, as HOPE's are. FLOPs are the closed form of
+hope_megatron.config.accounting, which the test suite holds against PyTorch's counter; recomputing is not counted. The
+machine's rate is that of torch.bmm on products of the operator's own size.
 """
 
 from __future__ import annotations

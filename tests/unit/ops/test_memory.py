@@ -8,6 +8,8 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hope_megatron.ops.memory import (
     Bank,
@@ -164,6 +166,35 @@ def test_extreme_decay_over_a_long_chunk(alpha):
     torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-10)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    T=st.sampled_from([1, 3, 8, 17, 63, 100]),
+    chunks=st.sampled_from([(8, 8), (4, 16), (16, 8), (64, 64), (1, 1)]),
+    objective=st.sampled_from(["dot", "l2"]),
+    dgd=st.sampled_from(["none", "input", "all"]),
+    read=st.sampled_from(["causal", "chunk_start"]),
+    adaptive=st.tuples(*[st.booleans()] * 4),
+    own_targets=st.booleans(),
+    flags=st.tuples(*[st.booleans()] * 4),
+    seed=st.integers(0, 2**31),
+)
+def test_any_rule_length_and_seed(T, chunks, objective, dgd, read, adaptive, own_targets, flags, seed):
+    torch.manual_seed(seed)
+    decay, momentum, warm, erased = flags
+    names = ("adaptive_key", "adaptive_value", "adaptive_eta", "adaptive_alpha")
+    rule = MemoryRule(
+        *chunks,
+        objective=objective,
+        dgd_layers=dgd,
+        read=read,
+        own_targets=own_targets,
+        decay_erased=erased and dgd != "none",
+        eta_max=0.1,  # also the rules that diverge at larger rates stay where float64 has digits left
+        **dict(zip(names, adaptive)),
+    )
+    assert_same(rule, T, decay=decay, momentum=momentum, warm=warm)
+
+
 def test_stream_in_pieces_equals_one_piece():
     rule, T = MemoryRule(8, 16), 61
     params = make_params(rule)
@@ -189,9 +220,9 @@ def test_stream_in_pieces_equals_one_piece():
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("warm", [False, True])
-@pytest.mark.parametrize("settings", [{}, {"dot_target": "full"}, {"read_skip": True, "eta_max": 0.3}], ids=str)
-def test_the_written_out_backward_is_that_of_autograd(settings, warm, recompute, monkeypatch):
-    rule = MemoryRule(chunk_tokens=16, self_chunk_tokens=16, **settings)
+@pytest.mark.parametrize("changes", [{}, {"dot_target": "full"}, {"read_skip": True, "eta_max": 0.3}], ids=str)
+def test_the_written_out_backward_is_that_of_autograd(changes, warm, recompute, monkeypatch):
+    rule = MemoryRule(chunk_tokens=16, self_chunk_tokens=16, **changes)
     params = make_params(rule)
     inputs = make_inputs(75)
     state = memory_recurrent(*make_inputs(21), params, rule)[1] if warm else None
