@@ -7,6 +7,7 @@ inside the memories crosses ranks.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -70,6 +71,7 @@ class MemoryMixer(MegatronModule):
         self.memory_config, self.rule = memory, memory_rule(memory)
         self.head_dim, self.layer_number = model.head_dim, layer_number
         self.recompute_memory = False
+        self.observer: Callable[..., None] | None = None  # sees what the memories are given, for measurements
         self.num_heads = model.num_heads // parallel_state.get_tensor_model_parallel_world_size()  # of this rank
         self.first_head = self.num_heads * parallel_state.get_tensor_model_parallel_rank()
         width, dtype = model.num_heads * model.head_dim, config.params_dtype
@@ -128,16 +130,10 @@ class MemoryMixer(MegatronModule):
             qkv, tail = short_conv(qkv, self.conv, state.conv if state else None)
         qkv = F.silu(qkv)
         q, k, v = qkv.view(B, T, 3, self.num_heads, self.head_dim).unbind(2)
-        y, memory = memory_chunked(
-            q,
-            k,
-            v,
-            self._rate_logits(x),
-            self.memories(),
-            self.rule,
-            state.memory if state else None,
-            recompute=self.recompute_memory,
-        )
+        inputs = (q, k, v, self._rate_logits(x), self.memories(), self.rule, state.memory if state else None)
+        if self.observer is not None:
+            self.observer(*inputs)
+        y, memory = memory_chunked(*inputs, recompute=self.recompute_memory)
         y = self.head_norm(y).transpose(0, 1).reshape(T, B, -1)
         if self.gate is not None:
             y = y * F.silu(self.gate(x)[0])

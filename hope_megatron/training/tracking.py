@@ -24,7 +24,9 @@ from hope_megatron.training.run_directory import RunDirectory, write_atomically
 log = logging.getLogger(__name__)
 
 _BATCH = 100
-"""Parameters per request; MLflow's limit. Metrics may be ten times as many."""
+"""Parameters per request; MLflow's limit."""
+_METRICS_BATCH = 1000
+"""Metrics per request; MLflow's limit, which the memories of a deep model exceed."""
 _MAX_PARAM_CHARS = 6000
 _RETRY_S = (5.0, 15.0, 60.0, 300.0)
 
@@ -143,7 +145,8 @@ class _Session:
                 for name, value in record.items()
                 if name != "step" and isinstance(value, (int, float)) and math.isfinite(value)
             ]
-            self._client.log_batch(self.run_id, metrics=metrics)
+            for first in range(0, len(metrics), _METRICS_BATCH):
+                self._client.log_batch(self.run_id, metrics=metrics[first : first + _METRICS_BATCH])
             self._known["sent_step"] = record["step"]
             self._save()
 
