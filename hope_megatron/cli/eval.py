@@ -49,10 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate."""
     prepare_process()
+    from hope_megatron.cli.heldout import heldout_tokens
     from hope_megatron.eval.report import markdown_table, score_table, write_json
 
     opened = open_model(args.model, args.tokenizer)
-    tokens = _tokens(args, opened)
+    tokens = heldout_tokens(opened, args.text, args.data, args.max_tokens)
     context_tokens = _context_tokens(args.context, opened.window_tokens)
     manifest = _baseline_manifest(args, opened)
     result = evaluate(opened, tokens, context_tokens, batch_size=args.batch_size, baseline_manifest=manifest)
@@ -121,20 +122,6 @@ def _context_tokens(text: str | None, default: int) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise ModelReferenceError(f"--context {text}: give a number of tokens, or stream")
     return int(text)
-
-
-def _tokens(args: argparse.Namespace, opened: OpenModel) -> np.ndarray:
-    from hope_megatron.cli.heldout import manifest_tokens, text_tokens
-
-    if args.max_tokens is not None and args.max_tokens < 1:
-        raise ModelReferenceError(f"--max-tokens {args.max_tokens} must be positive")
-    if args.text:
-        tokens = text_tokens(args.text, opened.tokenizer)
-        return tokens if args.max_tokens is None else tokens[: args.max_tokens + 1]
-    manifest = args.data or (opened.run.data.heldout if opened.run else None)
-    if manifest is None:
-        raise ModelReferenceError(f"{opened.name} names no held-out data; give --data MANIFEST or --text FILE")
-    return manifest_tokens(manifest, opened.tokenizer, args.max_tokens)
 
 
 def _baseline_manifest(args: argparse.Namespace, opened: OpenModel) -> Path | None:

@@ -36,6 +36,21 @@ def distance(after: Bank, before: Bank) -> torch.Tensor:
     return sum((x - y).square().sum((-2, -1)) for x, y in zip(after, before)).sqrt()
 
 
+def errors(start: MemoryParams, x_k: torch.Tensor, x_v: torch.Tensor, rule: MemoryRule) -> torch.Tensor:
+    """|M(key) - target| of every memory at one token, [n, B, H]: unit targets M(value), tanh for scalars."""
+    single = lambda bank: [Bank(*(w[:, :, [i]] for w in bank)) for i in range(bank.w_out.size(2))]  # noqa: E731
+    vectors, scalars = ([] if bank is None else single(bank) for bank in (start.vector, start.scalar))
+    key = unit(apply_memory(vectors[0], x_k, skip=True) if rule.adaptive_key else x_k)
+    value = unit(apply_memory(vectors[-1], x_v, skip=True) if rule.adaptive_value else x_v)
+    found = []
+    for bank in [start.mem, *vectors]:
+        found.append((apply_memory(bank, key, skip=True) - unit(apply_memory(bank, value, skip=True))).norm(dim=-1))
+    for bank in scalars:
+        error = apply_memory(bank, key, skip=False) - torch.tanh(apply_memory(bank, value, skip=False))
+        found.append(error.abs().squeeze(-1))
+    return torch.cat(found, 2)[..., 0].permute(2, 0, 1)
+
+
 @pytest.mark.parametrize(
     "rule",
     [
@@ -64,6 +79,7 @@ def test_trace_equals_the_token_loop(rule):
         flat = lambda name: gate[name][..., 0, 0] if name in gate else 0.0  # noqa: B023, E731
         torch.testing.assert_close(trace.eta[:, t], rule.eta_max * torch.sigmoid(logits.eta[:, t] + flat("eta")))
         torch.testing.assert_close(trace.alpha[:, t], torch.sigmoid(logits.alpha[:, t] + flat("alpha")))
+        torch.testing.assert_close(trace.surprise[:, :, t], errors(state.start, x_k, v[:, t, :, None, None], rule))
         if t + 1 in ends:
             at = ends.index(t + 1)
             banks = [(n, s) for n, s in zip(state.now, first.now) if n is not None]
