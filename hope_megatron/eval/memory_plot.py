@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hope_megatron.eval.memory_text import LayerHealth, TextHealth
-from hope_megatron.eval.report import INK, MUTED
+from hope_megatron.eval.report import INK, MUTED, save_figure
 
 _COLUMNS = 480  # positions are averaged into at most this many
 _LABELS = 10  # tokens named above the map
@@ -50,13 +49,7 @@ def plot_memory(
             axes.axvline(trained_tokens, color=MUTED, linestyle=":", linewidth=1)
     _map(figure, figure.add_subplot(grid[3, :]), health, token_text)
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", color=INK)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png", dpi=130)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_figure(figure, path, dpi=130)
 
 
 def _colour(index: int, count: int) -> Any:
