@@ -104,7 +104,7 @@ def _draw(path: Path, result: dict[str, Any], opened: OpenModel) -> None:
     """Loss by position where there are several ranges, else the models' losses as bars."""
     from hope_megatron.eval.report import plot_losses, plot_positions
 
-    title = f"{opened.name}: {result['tokens']:,} tokens"
+    title = f"{opened.title}: {result['tokens']:,} tokens"
     if len(result["loss_by_position"]) > 1:
         plot_positions(path, result["loss_by_position"], opened.window_tokens, title)
     else:

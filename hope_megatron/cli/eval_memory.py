@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         print("\nsurprise, in standard deviations above each memory's mean, averaged over layers\n")
         print(_surprise_table(health, opened, args.top))
     write_json(args.json, {"model": opened.name, "trained_tokens": opened.window_tokens, **health.as_dict()})
-    title = f"{opened.name}: {len(tokens):,} tokens of {_source(args)}"
+    title = f"{opened.title}: {len(tokens):,} tokens of {_source(args)}"
     plot_memory(args.png, health, title, lambda i: _shown(opened, health, i, before=0), opened.window_tokens)
     print(f"\n{args.png}, {args.json}")
     return 0

@@ -35,6 +35,7 @@ COMMANDS = {
     ),
     "sweep": Command("hope_megatron.cli.sweep", "scaling laws: plan a sweep, run it, fit laws, get a recommended run"),
     "eval": Command("hope_megatron.cli.eval", "held-out loss and perplexity of a checkpoint"),
+    "eval lm": Command("hope_megatron.cli.eval_lm", "tasks of lm-evaluation-harness on a model"),
     "eval memory": Command("hope_megatron.cli.eval_memory", "what a text does to a model's memories, as a picture"),
     "generate": Command("hope_megatron.cli.generate", "sample text from a checkpoint"),
     "convert": Command("hope_megatron.cli.convert", "checkpoint to Hugging Face layout"),

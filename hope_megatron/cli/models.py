@@ -37,6 +37,13 @@ class OpenModel:
     checkpoint: Path | None = None
     """The checkpoint that was opened; None for an exported model."""
 
+    @property
+    def title(self) -> str:
+        """A short name: run and step, or the directory."""
+        if self.checkpoint is None:
+            return Path(self.name).name
+        return f"{self.checkpoint.parent.parent.name}, {self.checkpoint.name}"
+
 
 def prepare_process(num_threads: int | None = None) -> None:
     """Set up a process that uses a model by itself. Call before anything imports torch.

@@ -100,6 +100,37 @@ def plot_positions(path: Path, positions: Sequence[Mapping[str, Any]], trained_t
     save_figure(figure, path)
 
 
+def plot_tasks(path: Path, figures: Sequence[tuple[str, str, Mapping[str, Any]]], title: str) -> None:
+    """Bars of task metrics with their standard errors: shares on the left, perplexities and the like on the right.
+
+    Args:
+        figures: (task, metric, {"value", "stderr"}).
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shares = [row for row in figures if row[1].startswith(("acc", "exact_match", "f1", "mcc"))]
+    others = [row for row in figures if row not in shares]
+    panels = [(rows, label) for rows, label in ((shares, "share right"), (others, "perplexity, loss")) if rows]
+    height = 1.4 + 0.36 * max((len(rows) for rows, _ in panels), default=1)
+    figure = Figure(figsize=(6.4 * max(1, len(panels)), height), layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, (rows, label) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), i + 1)
+        values = [row[2]["value"] for row in rows]
+        errors = [row[2]["stderr"] or 0.0 for row in rows]
+        axes.barh([f"{task}  {metric}" for task, metric, _ in rows], values, xerr=errors, color=ACCENT, height=0.62)
+        for position, (value, error) in enumerate(zip(values, errors)):
+            axes.text(value + error, position, f" {value:,.3f}", va="center", ha="left", color=INK, fontsize=9)
+        axes.invert_yaxis()
+        axes.set_xlabel(label)
+        axes.margins(x=0.2)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+    figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=11)
+    save_figure(figure, path)
+
+
 def save_figure(figure: Any, path: Path, dpi: int = 150) -> None:
     """Write a matplotlib figure as a PNG, through a temporary file."""
     path.parent.mkdir(parents=True, exist_ok=True)
