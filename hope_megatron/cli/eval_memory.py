@@ -51,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
     print(f"{opened.name}: {len(tokens):,} tokens, trained on {opened.window_tokens:,}\n")
     print(_layer_table(health))
     if args.top:
-        print("\nsurprise, in standard deviations above each memory's mean, averaged over layers\n")
+        print(
+            "\nsurprise, in standard deviations above each memory's mean over the text around, averaged over layers\n"
+        )
         print(_surprise_table(health, opened, args.top))
     write_json(args.json, {"model": opened.name, "trained_tokens": opened.window_tokens, **health.as_dict()})
     title = f"{opened.title}: {len(tokens):,} tokens of {_source(args)}"

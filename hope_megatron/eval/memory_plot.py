@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hope_megatron.eval.memory_text import LayerHealth, TextHealth
+from hope_megatron.eval.memory_text import TextHealth
 from hope_megatron.eval.report import INK, MUTED, save_figure
 
 _COLUMNS = 480  # positions are averaged into at most this many
@@ -33,13 +33,14 @@ def plot_memory(
 
     rows = len(health.layers) * len(health.names)
     map_height = min(9.0, max(2.4, 0.22 * rows))
-    figure = Figure(figsize=(15, 7.9 + map_height), layout="constrained")
+    figure = Figure(figsize=(15, 9.6 + map_height), layout="constrained")
     FigureCanvasAgg(figure)
-    # Three panels on the first row and one per memory on the next two, all of them on one grid.
-    grid = figure.add_gridspec(4, 3 * len(health.names), height_ratios=[2.1, 2.1, 2.1, map_height + 0.7])
+    # Three panels on the first row and one per memory on the next three, all of them on one grid.
+    grid = figure.add_gridspec(5, 3 * len(health.names), height_ratios=[2, 2, 2, 2, map_height + 0.7])
     _rates(figure, grid, health)
-    for row, (field, name) in enumerate((("drift", "distance from W₀"), ("update", "change by a chunk")), start=1):
-        _by_memory(figure, grid, row, health, field, name)
+    _by_memory(figure, grid, 1, health, "drift", "distance from W₀", "relative to |W₀|")
+    _by_memory(figure, grid, 2, health, "update", "change by a chunk", "relative to |W₀|")
+    _by_memory(figure, grid, 3, health, "surprise", "surprise", "error before learning")
     for axes in figure.axes:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -47,7 +48,7 @@ def plot_memory(
         axes.tick_params(labelsize=8)
         if trained_tokens < len(health.tokens):
             axes.axvline(trained_tokens, color=MUTED, linestyle=":", linewidth=1)
-    _map(figure, figure.add_subplot(grid[3, :]), health, token_text)
+    _map(figure, figure.add_subplot(grid[4, :]), health, token_text)
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", color=INK)
     save_figure(figure, path, dpi=130)
 
@@ -78,24 +79,26 @@ def _rates(figure: Any, grid: Any, health: TextHealth) -> None:
     )
 
 
-def _by_memory(figure: Any, grid: Any, row: int, health: TextHealth, field: str, name: str) -> None:
+def _by_memory(figure: Any, grid: Any, row: int, health: TextHealth, field: str, name: str, unit: str) -> None:
     first = None
     for column, memory in enumerate(health.names):
         axes = figure.add_subplot(grid[row, 3 * column : 3 * column + 3])
         for i, layer in enumerate(health.layers):
             values = getattr(layer, field)[column]
-            axes.plot(*_thin(layer.ends, values), color=_colour(i, len(health.layers)), linewidth=1.2)
+            points = _smooth(values) if field == "surprise" else _thin(layer.ends, values)
+            axes.plot(*points, color=_colour(i, len(health.layers)), linewidth=1.2)
         axes.set_ylim(bottom=0)
         axes.set_title(f"{TITLES[memory]}: {name}", loc="left", fontsize=10)
         if first is None:
-            axes.set_ylabel("relative to |W₀|", fontsize=9)
+            axes.set_ylabel(unit, fontsize=9)
             first = axes
 
 
 def _map(figure: Any, axes: Any, health: TextHealth, token_text: Callable[[int], str]) -> None:
     """Which part of the text surprised which memory of which layer."""
     length, count = len(health.tokens), len(health.layers)
-    rows = [_bins(_surprise(layer, i), np.max) for i in range(len(health.names)) for layer in health.layers]
+    scores = {layer.layer: layer.standardized_surprise(health.reach) for layer in health.layers}
+    rows = [_bins(scores[layer.layer][i], np.max) for i in range(len(health.names)) for layer in health.layers]
     image = axes.imshow(
         np.stack(rows), aspect="auto", cmap="magma", vmin=-1, vmax=4, interpolation="nearest", extent=(0, length, len(rows), 0)
     )  # fmt: skip
@@ -106,7 +109,7 @@ def _map(figure: Any, axes: Any, health: TextHealth, token_text: Callable[[int],
     bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.02)
     bar.set_label("surprise (standard deviations)", fontsize=9)
     axes.set_title(
-        "surprise: error about a token before it is learnt; layers from top to bottom in each band\n\n\n\n",
+        "surprise against the text around: which tokens surprised which memory; layers from top to bottom in each band\n\n\n\n",
         loc="left", fontsize=10,
     )  # fmt: skip
     shown: list[float] = []
@@ -118,10 +121,6 @@ def _map(figure: Any, axes: Any, health: TextHealth, token_text: Callable[[int],
                 fontsize=9, ha="left", va="bottom", color=INK, annotation_clip=False, family="monospace",
                 arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0},
             )  # fmt: skip
-
-
-def _surprise(layer: LayerHealth, memory: int) -> np.ndarray:
-    return layer.standardized_surprise()[memory]
 
 
 def _bins(values: np.ndarray, reduce: Callable[[np.ndarray], Any]) -> np.ndarray:

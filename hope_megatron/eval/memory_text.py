@@ -33,10 +33,16 @@ class LayerHealth:
     drift: np.ndarray
     """[n, P] distance from the learned initial state, relative to it."""
 
-    def standardized_surprise(self) -> np.ndarray:
-        """[n, T] surprise in standard deviations above its mean over the text: comparable between memories."""
-        spread = self.surprise.std(axis=1, keepdims=True)
-        return (self.surprise - self.surprise.mean(axis=1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
+    def standardized_surprise(self, reach: int) -> np.ndarray:
+        """[n, T] surprise in standard deviations above its mean over `reach` tokens before and after: comparable between
+        memories and along a long text, in which they drift."""
+        at, length = np.arange(self.surprise.shape[1]), self.surprise.shape[1]
+        first, last = np.maximum(at - reach, 0), np.minimum(at + reach + 1, length)
+        centred = self.surprise - self.surprise.mean(axis=1, keepdims=True)  # keeps the squares small
+        sums, squares = (np.pad(x.cumsum(axis=1), ((0, 0), (1, 0))) for x in (centred, centred**2))
+        mean, square = ((x[:, last] - x[:, first]) / (last - first) for x in (sums, squares))
+        spread = np.sqrt(np.maximum(square - mean**2, 0.0))
+        return np.where(spread > 1e-9, (centred - mean) / np.maximum(spread, 1e-9), 0.0)
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,8 @@ class TextHealth:
     losses: np.ndarray
     """[T] nats of each token given those before it; NaN for the first."""
     layers: list[LayerHealth]
+    reach: int
+    """Tokens before and after, against which surprise is standardised."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -56,7 +64,7 @@ class TextHealth:
 
     def surprise(self) -> np.ndarray:
         """[n, T] standardised surprise, mean over layers."""
-        return np.mean([layer.standardized_surprise() for layer in self.layers], axis=0)
+        return np.mean([layer.standardized_surprise(self.reach) for layer in self.layers], axis=0)
 
     def most_surprising(self, count: int) -> list[int]:
         """Positions of the tokens that surprised the memories most, taken together."""
@@ -96,7 +104,8 @@ def read_text(model: nn.Module, tokens: np.ndarray, window_tokens: int) -> TextH
     Args:
         model: a `LanguageModel` with whole heads (one tensor-parallel rank).
         tokens: [T] ids, T of at least 2.
-        window_tokens: tokens per forward pass; bounds memory and changes nothing.
+        window_tokens: tokens per forward pass, which bounds memory and changes nothing; and the reach of the text against
+            which surprise is standardised.
 
     Raises:
         EvaluationError: a text too short, or a model without memories.
@@ -120,7 +129,8 @@ def read_text(model: nn.Module, tokens: np.ndarray, window_tokens: int) -> TextH
     finally:
         model.train(was_training)
     shifted = np.concatenate([[np.nan], np.concatenate(losses)[:-1]])
-    return TextHealth(np.asarray(tokens), shifted, [_join(layer, parts) for layer, parts in sorted(traces.items())])
+    layers = [_join(layer, parts) for layer, parts in sorted(traces.items())]
+    return TextHealth(np.asarray(tokens), shifted, layers, window_tokens)
 
 
 def _join(layer: int, parts: list[MemoryTrace]) -> LayerHealth:

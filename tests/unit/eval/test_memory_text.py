@@ -50,9 +50,12 @@ def test_the_model_is_left_as_it_was(opened):
 def test_surprise_is_comparable_between_memories(opened):
     health = read_text(opened.model, TOKENS, 64)
     for layer in health.layers:
-        scores = layer.standardized_surprise()
+        scores = layer.standardized_surprise(reach=64)
         np.testing.assert_allclose(scores.mean(axis=1), 0, atol=1e-9)
         np.testing.assert_allclose(scores.std(axis=1), 1, atol=1e-9)
+        near = layer.standardized_surprise(reach=5)[2, 20]
+        around = layer.surprise[2, 15:26]
+        assert near == pytest.approx((layer.surprise[2, 20] - around.mean()) / around.std())
     top = health.most_surprising(4)
     means = health.surprise().mean(axis=0)
     assert sorted(means[top], reverse=True) == sorted(means, reverse=True)[:4]
