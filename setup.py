@@ -18,8 +18,12 @@ CONFIGS = {
 # Other places and formats that text can come in; each is asked for by name when it is missing.
 DATA = ["fsspec>=2024.2", "pyarrow>=15", "zstandard>=0.22,<1"]
 
+# Public benchmarks: `hope eval lm`.
+EVAL = ["lm-eval>=0.4.9,<0.5"]
+
 TEST = [
     *DATA,
+    *EVAL,
     "hypothesis>=6.100,<7",
     "import-linter>=2.1,<3",
     "pytest>=8,<10",
@@ -60,8 +64,7 @@ setup(
         "dev": [*TEST, "mypy>=1.13,<3", "pre-commit>=4,<5", "ruff>=0.9,<1", "types-PyYAML"],
         # Alternative kernels, CUDA only. NVIDIA's apex is not on PyPI (the package named apex there is another one).
         "gpu": ["flash-linear-attention>=0.3", "transformer-engine[pytorch]>=2,<3"],
-        # Public benchmarks on exported checkpoints.
-        "eval": ["lm-eval>=0.4.8,<0.5", "transformers>=4.50,<6"],
+        "eval": EVAL,
     },
     entry_points={"console_scripts": ["hope = hope_megatron.cli.main:main"]},
     classifiers=[

@@ -4,8 +4,11 @@ Examples:
 
     hope eval runs/NAME                         the run's held-out shards
     hope eval runs/NAME --baselines             beside unigram and bigram models of its training shards
-    hope eval runs/NAME --context 8192          how far beyond the training length it extrapolates
+    hope eval runs/NAME --context 32x           how far beyond the training length it extrapolates
+    hope eval runs/NAME --stride 64             sliding rows: every token with a full context
     hope eval DIR --text FILE --context stream  an exported model on a text, state carried to its end
+
+Other evaluations: hope eval memory, hope eval lm.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hope_megatron.cli.eval_output import add_output_arguments, check_output, write_output
 from hope_megatron.cli.models import MODEL_HELP, ModelReferenceError, OpenModel, open_model, prepare_process
 
 if TYPE_CHECKING:
@@ -29,9 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 text files")
     parser.add_argument(
         "--context",
-        metavar="TOKENS|stream",
-        help="tokens read from the initial state before it starts anew (default: the sequence length in training); "
-        "stream: never, each of --batch-size streams reads its part to the end",
+        metavar="TOKENS|Nx|stream",
+        help="tokens read from the initial state before it starts anew (default: the sequence length in training; 32x: 32 "
+        "times that); stream: never, each of --batch-size streams reads its part to the end",
+    )
+    parser.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="let the rows overlap: begin one every N tokens, score what is new in it",
     )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows, or streams, at once (default 8)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="score only the first N tokens")
@@ -43,29 +53,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also unigram and bigram, counted on the run's (or these) shards",
     )
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: the one the model was trained with")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    add_output_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate."""
     prepare_process()
-    from hope_megatron.eval.report import markdown_table, score_table, write_json
+    from hope_megatron.cli.heldout import heldout_tokens
 
     opened = open_model(args.model, args.tokenizer)
-    tokens = _tokens(args, opened)
+    check_output(args, opened)
+    tokens = heldout_tokens(opened, args.text, args.data, args.max_tokens)
     context_tokens = _context_tokens(args.context, opened.window_tokens)
     manifest = _baseline_manifest(args, opened)
-    result = evaluate(opened, tokens, context_tokens, batch_size=args.batch_size, baseline_manifest=manifest)
-    speed = f"{result['tokens_per_second']:,.0f} tokens/s"
-    print(f"{opened.name}: {result['tokens']:,} tokens, {speed}, context: {context_tokens or 'streamed'}\n")
-    print(score_table(result["scores"]))
+    result = evaluate(
+        opened,
+        tokens,
+        context_tokens,
+        batch_size=args.batch_size,
+        baseline_manifest=manifest,
+        stride_tokens=args.stride,
+    )
+    context = f"{context_tokens:,}" if context_tokens else "streamed"
+    context += f", a row every {args.stride:,}" if args.stride else ""
+    print(
+        f"{opened.name}: {result['tokens']:,} tokens, {result['tokens_per_second']:,.0f} tokens/s, context: {context}\n"
+    )
+    tables = _tables(result)
+    print(tables)
+    if args.png:
+        _draw(args.png, result, opened)
+    score = result["scores"]["model"]
+    figures = ("loss", "perplexity", "bits_per_byte", "byte_perplexity", "word_perplexity")
+    write_output(args, opened, result, tables, {f"eval/{name}": score[name] for name in figures if score[name]})
+    return 0
+
+
+def _tables(result: dict[str, Any]) -> str:
+    from hope_megatron.eval.report import markdown_table, score_table
+
+    tables = score_table(result["scores"])
     positions = result["loss_by_position"]
     if len(positions) > 1:
         rows = [[f"{row['from']:,} to {row['to']:,}", row["loss"], row["tokens"]] for row in positions]
-        print("\n" + markdown_table(["position in the context", "nats per token", "tokens"], rows))
-    if args.json:
-        write_json(args.json, result)
-    return 0
+        tables += "\n\n" + markdown_table(["position in the context", "nats per token", "tokens"], rows)
+    return tables
+
+
+def _draw(path: Path, result: dict[str, Any], opened: OpenModel) -> None:
+    """Loss by position where there are several ranges, else the models' losses as bars."""
+    from hope_megatron.eval.report import plot_losses, plot_positions
+
+    title = f"{opened.title}: {result['tokens']:,} tokens"
+    if len(result["loss_by_position"]) > 1:
+        plot_positions(path, result["loss_by_position"], opened.window_tokens, title)
+    else:
+        plot_losses(path, {name: score["loss"] for name, score in result["scores"].items()}, title)
 
 
 def evaluate(
@@ -75,11 +118,12 @@ def evaluate(
     *,
     batch_size: int = 8,
     baseline_manifest: Path | None = None,
+    stride_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Score a model, and baselines if asked for, on the same targets tokens[1:].
 
     Args:
-        context_tokens: see `score_heldout`.
+        context_tokens, stride_tokens: see `score_heldout`.
         baseline_manifest: training shards to count the baselines on.
 
     Returns:
@@ -96,7 +140,12 @@ def evaluate(
             losses[name] = -baseline.log_probs(tokens[:-1], tokens[1:])
     started = time.monotonic()
     losses["model"] = score_heldout(
-        opened.model, tokens, context_tokens=context_tokens, window_tokens=opened.window_tokens, batch_size=batch_size
+        opened.model,
+        tokens,
+        context_tokens=context_tokens,
+        window_tokens=opened.window_tokens,
+        batch_size=batch_size,
+        stride_tokens=stride_tokens,
     )
     seconds = time.monotonic() - started
     num_targets = len(tokens) - 1
@@ -106,10 +155,13 @@ def evaluate(
         "model": opened.name,
         "tokens": num_targets,
         "context_tokens": context_tokens,
+        "stride_tokens": stride_tokens,
         "batch_size": batch_size,
         "tokens_per_second": num_targets / seconds,
         "scores": {name: heldout_score(nats, size).as_dict() for name, nats in losses.items()},
-        "loss_by_position": loss_by_position(losses["model"], row_length, opened.window_tokens),
+        "loss_by_position": []
+        if stride_tokens
+        else loss_by_position(losses["model"], row_length, opened.window_tokens),
     }
 
 
@@ -118,23 +170,10 @@ def _context_tokens(text: str | None, default: int) -> int | None:
         return default
     if text == "stream":
         return None
-    if not text.isdecimal() or int(text) < 1:
-        raise ModelReferenceError(f"--context {text}: give a number of tokens, or stream")
-    return int(text)
-
-
-def _tokens(args: argparse.Namespace, opened: OpenModel) -> np.ndarray:
-    from hope_megatron.cli.heldout import manifest_tokens, text_tokens
-
-    if args.max_tokens is not None and args.max_tokens < 1:
-        raise ModelReferenceError(f"--max-tokens {args.max_tokens} must be positive")
-    if args.text:
-        tokens = text_tokens(args.text, opened.tokenizer)
-        return tokens if args.max_tokens is None else tokens[: args.max_tokens + 1]
-    manifest = args.data or (opened.run.data.heldout if opened.run else None)
-    if manifest is None:
-        raise ModelReferenceError(f"{opened.name} names no held-out data; give --data MANIFEST or --text FILE")
-    return manifest_tokens(manifest, opened.tokenizer, args.max_tokens)
+    number, times = (text[:-1], default) if text.endswith("x") else (text, 1)
+    if not number.isdecimal() or int(number) < 1:
+        raise ModelReferenceError(f"--context {text}: give a number of tokens, a multiple such as 32x, or stream")
+    return int(number) * times
 
 
 def _baseline_manifest(args: argparse.Namespace, opened: OpenModel) -> Path | None:

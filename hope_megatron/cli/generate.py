@@ -4,6 +4,7 @@ Examples:
 
     hope generate runs/NAME --prompt "def main("            one continuation, printed as it is drawn
     hope generate runs/NAME --prompt A --prompt B -n 4      four continuations of each prompt
+    hope generate runs/NAME --file BOOK --prompt Q          read a file, then the question after it
     hope generate runs/NAME --file BOOK --state book.st     read a file and keep the state
     hope generate runs/NAME --state book.st --prompt Q      continue from there, as often as you like
     hope generate runs/NAME                                 interactive: each line is read, then continued
@@ -28,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", action="append", metavar="TEXT", help="text to continue; may be given several times"
     )
-    parser.add_argument("--file", type=Path, metavar="FILE", help="read the prompt from a file (- is standard input)")
+    parser.add_argument(
+        "--file", type=Path, metavar="FILE", help="read this file first, or alone (- is standard input)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default 200")
     parser.add_argument(
         "-n", "--num-samples", type=int, default=1, metavar="N", help="continuations of each prompt, drawn as a batch"
@@ -73,10 +76,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prompts(args: argparse.Namespace) -> list[str] | None:
-    """Prompts in order; None asks for them interactively."""
-    if args.prompt and args.file:
-        raise ModelReferenceError("give --prompt or --file, not both")
-    if args.prompt:
+    """Prompts in order, each after the file if there is one; None asks for them interactively."""
+    if args.file is None and args.prompt:
         return args.prompt
     if args.file is None and sys.stdin.isatty():
         return None
@@ -88,7 +89,7 @@ def _prompts(args: argparse.Namespace) -> list[str] | None:
         raise ModelReferenceError(
             f"the prompt {args.file or 'on standard input'} is not UTF-8 text: {error}"
         ) from error
-    return [text]
+    return [text + prompt for prompt in args.prompt or [""]]
 
 
 class _Session:

@@ -11,6 +11,7 @@ import numpy as np
 from data_pipeline.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from hope_megatron.cli.models import OpenModel
     from hope_megatron.eval.baselines import NGramCounts
 
 _PIECE_TOKENS = 1 << 16
@@ -20,6 +21,26 @@ class HeldoutDataError(ValueError):
     """Held-out data that cannot be scored."""
 
     is_user_error = True
+
+
+def heldout_tokens(
+    opened: OpenModel, text: list[Path] | None, manifest: Path | None, max_tokens: int | None
+) -> np.ndarray:
+    """What to score a model on: [n + 1] ids, n targets, at most `max_tokens`.
+
+    Args:
+        text: UTF-8 files; otherwise
+        manifest: token shards; otherwise the held-out split of the model's run.
+    """
+    if max_tokens is not None and max_tokens < 1:
+        raise HeldoutDataError(f"--max-tokens {max_tokens} must be positive")
+    if text:
+        tokens = text_tokens(text, opened.tokenizer)
+        return tokens if max_tokens is None else tokens[: max_tokens + 1]
+    manifest = manifest or (opened.run.data.heldout if opened.run else None)
+    if manifest is None:
+        raise HeldoutDataError(f"{opened.name} names no held-out data; give --data MANIFEST or --text FILE")
+    return manifest_tokens(manifest, opened.tokenizer, max_tokens)
 
 
 def manifest_tokens(manifest: Path, tokenizer: Tokenizer, max_tokens: int | None = None) -> np.ndarray:

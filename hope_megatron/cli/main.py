@@ -1,6 +1,7 @@
 """Entry point of `hope`: finds the command, imports only its module, and turns user mistakes into one line.
 
-A command is a module with `add_arguments(parser)` and `run(args) -> int`. Heavy imports belong inside `run`.
+A command is a module with `add_arguments(parser)` and `run(args) -> int`. Heavy imports belong inside `run`. A command of two
+words goes before that of its first word.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ COMMANDS = {
     ),
     "sweep": Command("hope_megatron.cli.sweep", "scaling laws: plan a sweep, run it, fit laws, get a recommended run"),
     "eval": Command("hope_megatron.cli.eval", "held-out loss and perplexity of a checkpoint"),
+    "eval lm": Command("hope_megatron.cli.eval_lm", "tasks of lm-evaluation-harness on a model"),
+    "eval memory": Command("hope_megatron.cli.eval_memory", "what a text does to a model's memories, as a picture"),
     "generate": Command("hope_megatron.cli.generate", "sample text from a checkpoint"),
     "convert": Command("hope_megatron.cli.convert", "checkpoint to Hugging Face layout"),
 }
@@ -66,7 +69,8 @@ def _dispatch(arguments: list[str]) -> int:
     if not arguments:
         top.print_help()
         return 2
-    name = arguments[0]
+    pair = " ".join(arguments[:2])
+    name, rest = (pair, arguments[2:]) if pair in COMMANDS else (arguments[0], arguments[1:])
     if name.startswith("-"):
         top.parse_args(arguments)  # --help, --version, or an error; never returns
     if name not in COMMANDS:
@@ -82,7 +86,7 @@ def _dispatch(arguments: list[str]) -> int:
     module.add_arguments(parser)
     # Intermixed parsing lets options stand between positional overrides; argparse cannot do that with sub-commands.
     nested = any(isinstance(action, argparse._SubParsersAction) for action in parser._actions)
-    args = parser.parse_args(arguments[1:]) if nested else parser.parse_intermixed_args(arguments[1:])
+    args = parser.parse_args(rest) if nested else parser.parse_intermixed_args(rest)
     return int(module.run(args) or 0)
 
 

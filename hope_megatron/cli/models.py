@@ -34,6 +34,15 @@ class OpenModel:
     """Sequence length in training."""
     run: RunConfig | None
     """The run's configuration; None for an exported model."""
+    checkpoint: Path | None = None
+    """The checkpoint that was opened; None for an exported model."""
+
+    @property
+    def title(self) -> str:
+        """A short name: run and step, or the directory."""
+        if self.checkpoint is None:
+            return Path(self.name).name
+        return f"{self.checkpoint.parent.parent.name}, {self.checkpoint.name}"
 
 
 def prepare_process(num_threads: int | None = None) -> None:
@@ -68,7 +77,8 @@ def open_model(reference: str, tokenizer_file: Path | None = None) -> OpenModel:
         source = find_checkpoint(reference)
         tokenizer = Tokenizer.load(tokenizer_file or source.config.data.tokenizer)
         model = build_local_model(source.config.model, source.tensors(), source=str(source.path))
-        opened = OpenModel(str(source.path), model, tokenizer, source.config.training.seq_length, source.config)
+        window = source.config.training.seq_length
+        opened = OpenModel(str(source.path), model, tokenizer, window, source.config, source.path)
     vocab_size = opened.model.model_config.vocab_size
     if tokenizer.vocab_size != vocab_size:
         raise ModelReferenceError(

@@ -31,6 +31,9 @@ class TrainingConfig(Section):
     """Steps between held-out evaluations; 0: only at the end."""
     eval_sequences: int = Field(default=64, gt=0)
     """Held-out sequences per evaluation during training."""
+    memory_every: int = Field(default=50, ge=0)
+    """Steps between measurements of the memories (`memory/*` and `cms/*` in metrics.jsonl), each one more forward pass over
+    one training sequence per rank; 0: never."""
     recompute: Literal["none", "memory", "layer"] = "none"
     """What backward recomputes instead of keeping: nothing, the inside of the memories, or that and each whole layer."""
     num_threads: int = Field(default=1, gt=0)

@@ -1,7 +1,8 @@
 """Loss and perplexity of a model over a held-out token stream, every target scored exactly once.
 
 The stream is cut into rows, each read from the initial state. Rows as long as training sequences measure what training
-measured; longer ones how the model extrapolates; one row per stream of the batch reads everything as one text.
+measured; longer ones how the model extrapolates; one row per stream of the batch reads everything as one text. Sliding rows
+overlap, so that every target has a full context.
 """
 
 from __future__ import annotations
@@ -63,19 +64,30 @@ class HeldoutScore:
         return self.nats / math.log(2) / self.num_bytes if self.num_bytes else None
 
     @property
+    def byte_perplexity(self) -> float | None:
+        """Perplexity per UTF-8 byte; None when bytes were not measured."""
+        return _exp(self.nats / self.num_bytes) if self.num_bytes else None
+
+    @property
     def word_perplexity(self) -> float | None:
         """Perplexity per whitespace-separated word, as WikiText is reported; None when words were not measured."""
         return _exp(self.nats / self.num_words) if self.num_words else None
 
     def as_dict(self) -> dict[str, float | int | None]:
         """Sums and derived figures, for reports."""
-        derived = ("loss", "perplexity", "bits_per_byte", "word_perplexity")
+        derived = ("loss", "perplexity", "bits_per_byte", "byte_perplexity", "word_perplexity")
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
 @torch.no_grad()
 def score_heldout(
-    model: nn.Module, tokens: np.ndarray, *, context_tokens: int | None, window_tokens: int, batch_size: int = 8
+    model: nn.Module,
+    tokens: np.ndarray,
+    *,
+    context_tokens: int | None,
+    window_tokens: int,
+    batch_size: int = 8,
+    stride_tokens: int | None = None,
 ) -> np.ndarray:
     """Loss of every target of a token stream.
 
@@ -86,6 +98,8 @@ def score_heldout(
             `batch_size` rows.
         window_tokens: tokens per forward pass and row; the state is carried along the row. Bounds memory, changes nothing.
         batch_size: rows per forward pass.
+        stride_tokens: rows of `context_tokens` begin this many tokens after one another, and all but the first score only
+            their last `stride_tokens` targets: the others are context. None: rows do not overlap.
 
     Returns:
         [n] float64, nats of targets tokens[1:], in order.
@@ -100,7 +114,13 @@ def score_heldout(
         raise EvaluationError(
             f"context={context_tokens}, window={window_tokens} and batch={batch_size} must be positive"
         )
-    inputs, targets = _rows(tokens, row_tokens(num_targets, context_tokens, batch_size))
+    if stride_tokens is not None and (context_tokens is None or not 1 <= stride_tokens <= context_tokens):
+        raise EvaluationError(
+            f"a stride of {stride_tokens} tokens with a context of {context_tokens}: sliding needs a context of so many "
+            "tokens, and a stride between 1 and that"
+        )
+    length = row_tokens(num_targets, context_tokens, batch_size)
+    inputs, targets = _rows(tokens, length) if stride_tokens is None else _sliding_rows(tokens, length, stride_tokens)
     losses = np.zeros(inputs.shape)
     device = next(model.parameters()).device
     was_training = model.training
@@ -116,7 +136,7 @@ def score_heldout(
                 losses[piece] = output.losses.double().cpu().numpy()
     finally:
         model.train(was_training)
-    return losses.reshape(-1)[:num_targets]
+    return losses[targets != IGNORE]
 
 
 def row_tokens(num_targets: int, context_tokens: int | None, batch_size: int) -> int:
@@ -170,6 +190,16 @@ def _rows(tokens: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     targets = np.full(num_rows * row_tokens, IGNORE, dtype=np.int64)
     inputs[:num_targets], targets[:num_targets] = tokens[:-1], tokens[1:]
     return inputs.reshape(num_rows, row_tokens), targets.reshape(num_rows, row_tokens)
+
+
+def _sliding_rows(tokens: np.ndarray, row_tokens: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
+    """Overlapping rows [R, row_tokens]: each target once, in the first row that reaches it, with all the context of that row."""
+    num_targets = len(tokens) - 1
+    num_rows = 1 + -(-(num_targets - row_tokens) // stride)
+    at = stride * np.arange(num_rows)[:, None] + np.arange(row_tokens)
+    at -= np.maximum(at[:, -1:] - (num_targets - 1), 0)  # the last row ends at the last target
+    first = np.append(0, at[:-1, -1] + 1)[:, None]
+    return tokens[:-1][at].astype(np.int64), np.where(at >= first, tokens[1:][at], IGNORE).astype(np.int64)
 
 
 def _documents(tokens: np.ndarray, end_id: int) -> Iterator[list[int]]:

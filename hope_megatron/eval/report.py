@@ -41,8 +41,11 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def score_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
     """A Markdown table of scores by model (see `HeldoutScore.as_dict`)."""
-    rows = [[name, score["loss"], score["perplexity"], score["bits_per_byte"]] for name, score in scores.items()]
-    return markdown_table(["model", "nats per token", "perplexity", "bits per byte"], rows)
+    figures = ("loss", "perplexity", "bits_per_byte", "word_perplexity", "byte_perplexity")
+    rows = [[name, *(score[figure] for figure in figures)] for name, score in scores.items()]
+    return markdown_table(
+        ["model", "nats per token", "perplexity", "bits per byte", "word perplexity", "byte perplexity"], rows
+    )
 
 
 def plot_losses(path: Path, losses: Mapping[str, float], title: str) -> None:
@@ -64,10 +67,76 @@ def plot_losses(path: Path, losses: Mapping[str, float], title: str) -> None:
     axes.set_title(title, loc="left", color=INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
+    save_figure(figure, path)
+
+
+def plot_positions(path: Path, positions: Sequence[Mapping[str, Any]], trained_tokens: int, title: str) -> None:
+    """Mean loss by position in the context (see `loss_by_position`), the trained length marked."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    edges = [row["to"] for row in positions]
+    axes.plot(edges, [row["loss"] for row in positions], color=ACCENT, marker="o", linewidth=2)
+    for row in positions:
+        axes.annotate(
+            f"{row['loss']:.2f}", (row["to"], row["loss"]), xytext=(0, 6), textcoords="offset points", ha="center"
+        )
+    axes.axvline(trained_tokens, color=MUTED, linestyle=":")
+    axes.annotate(
+        "trained length", (trained_tokens, 1), xycoords=("data", "axes fraction"), xytext=(-3, -3), color=MUTED,
+        textcoords="offset points", va="top", ha="right", rotation=90, fontsize=9,
+    )  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(edges, [f"{edge:,}" for edge in edges])
+    axes.margins(y=0.2)
+    axes.set_xlabel("up to this position in the context (tokens)")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(title, loc="left", color=INK, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    save_figure(figure, path)
+
+
+def plot_tasks(path: Path, figures: Sequence[tuple[str, str, Mapping[str, Any]]], title: str) -> None:
+    """Bars of task metrics with their standard errors: shares on the left, perplexities and the like on the right.
+
+    Args:
+        figures: (task, metric, {"value", "stderr"}).
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shares = [row for row in figures if row[1].startswith(("acc", "exact_match", "f1", "mcc"))]
+    others = [row for row in figures if row not in shares]
+    panels = [(rows, label) for rows, label in ((shares, "share right"), (others, "perplexity, loss")) if rows]
+    height = 1.4 + 0.36 * max((len(rows) for rows, _ in panels), default=1)
+    figure = Figure(figsize=(6.4 * max(1, len(panels)), height), layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, (rows, label) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), i + 1)
+        values = [row[2]["value"] for row in rows]
+        errors = [row[2]["stderr"] or 0.0 for row in rows]
+        axes.barh([f"{task}  {metric}" for task, metric, _ in rows], values, xerr=errors, color=ACCENT, height=0.62)
+        for position, (value, error) in enumerate(zip(values, errors)):
+            axes.text(value + error, position, f" {value:,.3f}", va="center", ha="left", color=INK, fontsize=9)
+        axes.invert_yaxis()
+        axes.set_xlabel(label)
+        axes.margins(x=0.2)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+    figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=11)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path, dpi: int = 150) -> None:
+    """Write a matplotlib figure as a PNG, through a temporary file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        figure.savefig(temporary, format="png", dpi=150)
+        figure.savefig(temporary, format="png", dpi=dpi)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

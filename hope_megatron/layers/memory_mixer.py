@@ -7,6 +7,7 @@ inside the memories crosses ranks.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -71,6 +72,7 @@ class MemoryMixer(MegatronModule):
         self.memory_config, self.rule = memory, memory_rule(memory)
         self.head_dim, self.layer_number = model.head_dim, layer_number
         self.recompute_memory = False
+        self.observer: Callable[..., None] | None = None  # sees what the memories are given, for measurements
         self.num_heads = model.num_heads // parallel_state.get_tensor_model_parallel_world_size()  # of this rank
         self.first_head = self.num_heads * parallel_state.get_tensor_model_parallel_rank()
         width, dtype = model.num_heads * model.head_dim, config.params_dtype
@@ -134,12 +136,14 @@ class MemoryMixer(MegatronModule):
             qkv, tail = short_conv(qkv, self.conv, state.conv if state else None, documents)
         qkv = F.silu(qkv)
         q, k, v = qkv.view(B, T, 3, self.num_heads, self.head_dim).unbind(2)
-        rates, memories, recompute = self._rate_logits(x), self.memories(), self.recompute_memory
+        inputs = (q, k, v, self._rate_logits(x), self.memories(), self.rule)
+        before = state.memory if state else None
+        if self.observer is not None:
+            self.observer(*inputs, before)
         if documents is not None:
-            y, end = memory_documents(q, k, v, rates, memories, self.rule, documents, recompute=recompute), None
+            y, end = memory_documents(*inputs, documents, recompute=self.recompute_memory), None
         else:
-            before = state.memory if state else None
-            y, memory = memory_chunked(q, k, v, rates, memories, self.rule, before, recompute=recompute)
+            y, memory = memory_chunked(*inputs, before, recompute=self.recompute_memory)
             end = MemoryMixerState(tail, memory)
         y = self.head_norm(y).transpose(0, 1).reshape(T, B, -1)
         if self.gate is not None:

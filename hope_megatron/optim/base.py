@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,10 +36,20 @@ class BoundVector:
     """None where nothing is orthogonalised."""
     update_norm: Tensor | None = None
     """Frobenius norm of this rank's part of the last update, before the learning rate."""
+    changes: dict[str, Tensor] = field(default_factory=dict)
+    """By parameter: sums of squares of the last measured update and of the weights, of this rank's part."""
     numel: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.numel = sum(run.numel for param in self.params for run in param.runs if run.dp_rank == self.dp_rank)
+
+    def measure(self, update: Tensor, lr: float) -> None:
+        """Note how much an update changes each parameter."""
+        flat = self.tensor.view(-1)
+        for param in self.params:
+            runs = [slice(r.flat_start, r.flat_start + r.numel) for r in param.runs if r.dp_rank == self.dp_rank]
+            squares = [torch.stack([(lr * update[run]).square().sum(), flat[run].square().sum()]) for run in runs]
+            self.changes[param.name] = torch.stack(squares).sum(0) if squares else flat.new_zeros(2)
 
 
 class BoundOptimizer(torch.optim.Optimizer):
@@ -57,6 +68,8 @@ class BoundOptimizer(torch.optim.Optimizer):
     """Whether matrices go through Newton-Schulz."""
     matrix_state: tuple[str, ...] = ()
     vector_state: tuple[str, ...] = ("m1", "v")
+    measure_updates = False
+    """Set before a step: it then notes what `relative_updates` tells."""
 
     def __init__(
         self,
@@ -231,6 +244,7 @@ class BoundOptimizer(torch.optim.Optimizer):
         grad = self._due_gradient(param.grad.reshape(-1), state, group["update_period_steps"])
         if grad is None:
             bound.update_norm = None  # no update in this step: nothing to report
+            bound.changes.clear()
             return
         if group["weight_decay"]:
             flat.mul_(1.0 - group["lr"] * group["weight_decay"])
@@ -241,6 +255,8 @@ class BoundOptimizer(torch.optim.Optimizer):
             update = self.vector_update(grad, state, group, num_updates)
         flat.add_(update, alpha=-group["lr"])
         bound.update_norm = torch.linalg.vector_norm(update)
+        if self.measure_updates:
+            bound.measure(update, group["lr"])
 
     def state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Names of the state tensors of a group, all flat and as long as the vector."""
@@ -314,6 +330,24 @@ class BoundOptimizer(torch.optim.Optimizer):
             group_name = key.removeprefix("square/")
             stats[f"optim/update_rms/{group_name}"] = math.sqrt(sums[key] / max(sums[f"numel/{group_name}"], 1.0))
         return stats
+
+    def relative_updates(self, label: Callable[[str], str | None]) -> dict[str, float]:
+        """|lr update| / |weights| of the parameters that the last step changed, if it was to `measure_updates`. Collective.
+
+        label: from a parameter's name to the name of a figure, which parameters may share, or None to leave it out.
+        """
+        found: dict[str, Tensor] = {}
+        for bound in self._bound.values():
+            for param in bound.params:
+                name = label(param.name)
+                if name is not None and param.name in bound.changes:
+                    found[name] = found.get(name, 0.0) + bound.changes[param.name].double()
+        if found and dist.is_initialized():
+            joined = torch.stack(list(found.values()))
+            dist.all_reduce(joined)
+            found = dict(zip(found, joined))
+        ratios = {name: (squares[0] / squares[1].clamp(min=1e-300)).sqrt() for name, squares in found.items()}
+        return {name: float(ratio) for name, ratio in sorted(ratios.items())}
 
 
 def _reduce_stats(sums: dict[str, float], residual: float) -> tuple[dict[str, float], float]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from hope_megatron.training.batches import heldout_batches, micro_batches
+from hope_megatron.eval.memory_health import cms_figure, measure_memories
+from hope_megatron.training.batches import heldout_batches, micro_batches, rank_samples
 from hope_megatron.training.loop import Callback, Run
 from hope_megatron.training.metrics import MetricsFile, read_metrics
 from hope_megatron.training.plots import plot_curves
@@ -30,6 +31,7 @@ def default_callbacks(progress: Progress, tracker: Tracker | None) -> list[Callb
     return [
         FirstStep(),
         HeldoutEvaluation(),
+        MemoryHealth(),
         MetricsRecord(progress, tracker),
         Checkpointing(),
         Summary(),
@@ -66,6 +68,37 @@ class HeldoutEvaluation(Callback):
             source, training.eval_sequences, training.micro_batch_size, mesh.dp_rank, mesh.dp_size, mesh.device
         )
         run.metrics["heldout/loss"] = evaluate(run.engine, batches)
+
+
+class MemoryHealth(Callback):
+    """What memories do with a context, every `memory_every` steps and after the last: one sequence per data-parallel rank of
+    the batch just trained on is read once more. And how far updates move CMS levels, each at its next update from there on.
+
+    Training does not notice.
+    """
+
+    def before_step(self, run: Run) -> None:
+        run.engine.optimizer.measure_updates = self._moves_due_level(run, run.state.step + 1)
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        if run.engine.optimizer.measure_updates:
+            run.metrics |= run.engine.optimizer.relative_updates(cms_figure)
+        every, step = run.config.training.memory_every, run.state.step
+        if every and (step % every == 0 or run.is_complete):
+            batch_size, mesh = run.config.training.global_batch_size, run.engine.mesh
+            first = rank_samples(run.state.samples - batch_size, batch_size, mesh.dp_rank, mesh.dp_size).start
+            tokens, targets = micro_batches(run.train_source, range(first, first + 1), 1, mesh.device)[0]
+            run.metrics |= measure_memories(run.engine.model, lambda: run.engine.evaluate(tokens, targets))
+
+    @staticmethod
+    def _moves_due_level(run: Run, step: int) -> bool:
+        """Whether a level is updated in this step for the first time since a multiple of `memory_every`, or for the last."""
+        every, last = run.config.training.memory_every, run.config.training.steps
+        periods = {level.update_period_steps for level in run.config.model.cms.levels}
+        return every > 0 and any(
+            step % period == 0 and (step // every > (step - period) // every or step + period > last)
+            for period in periods
+        )
 
 
 class MetricsRecord(Callback):

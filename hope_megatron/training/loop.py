@@ -63,6 +63,9 @@ class Callback:
     def start(self, run: Run) -> None:
         """Before the first step of this process, after a checkpoint has been loaded."""
 
+    def before_step(self, run: Run) -> None:
+        """Before each step."""
+
     def after_step(self, run: Run, result: StepResult) -> None:
         """After each step. Measurements go to `run.metrics`."""
 
@@ -89,6 +92,8 @@ def train(run: Run, callbacks: Sequence[Callback]) -> Outcome:
         for callback in callbacks:
             callback.start(run)
         while not run.is_last_step:
+            for callback in callbacks:
+                callback.before_step(run)
             started = time.monotonic()
             result = _step(run)
             run.state.wall_s += time.monotonic() - started

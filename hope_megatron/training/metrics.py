@@ -8,6 +8,7 @@
 | train/tokens, train/samples | | consumed since step 0 |
 | heldout/loss | nats per token | mean over the held-out sequences |
 | optim/* | | what the optimizer reports of its last step |
+| memory/*, cms/* | | how memories and levels fare: see hope_megatron/eval/memory_health.py |
 | speed/tokens_per_s | tokens/s | over all ranks, since the last record |
 | time/wall_s | s | spent in steps since step 0 |
 """

@@ -24,9 +24,17 @@ from hope_megatron.training.run_directory import RunDirectory, write_atomically
 log = logging.getLogger(__name__)
 
 _BATCH = 100
-"""Parameters per request; MLflow's limit. Metrics may be ten times as many."""
+"""Parameters per request; MLflow's limit."""
+_METRICS_BATCH = 1000
+"""Metrics per request; MLflow's limit, which the memories of a deep model exceed."""
 _MAX_PARAM_CHARS = 6000
 _RETRY_S = (5.0, 15.0, 60.0, 300.0)
+
+
+class TrackingError(Exception):
+    """Metrics that MLflow cannot be given."""
+
+    is_user_error = True
 
 
 class Tracker:
@@ -143,7 +151,8 @@ class _Session:
                 for name, value in record.items()
                 if name != "step" and isinstance(value, (int, float)) and math.isfinite(value)
             ]
-            self._client.log_batch(self.run_id, metrics=metrics)
+            for first in range(0, len(metrics), _METRICS_BATCH):
+                self._client.log_batch(self.run_id, metrics=metrics[first : first + _METRICS_BATCH])
             self._known["sent_step"] = record["step"]
             self._save()
 
@@ -172,6 +181,32 @@ class _Session:
 
     def _save(self) -> None:
         write_atomically(self._directory.tracking, json.dumps(self._known, indent=1) + "\n")
+
+
+def log_evaluation(directory: RunDirectory, step: int, metrics: Mapping[str, float]) -> str:
+    """Add metrics of an evaluation to the MLflow run of a training run, and return that run's id.
+
+    Raises:
+        TrackingError: the run was not tracked, or the server does not take the metrics.
+    """
+    known = read_tracking(directory)
+    if "run_id" not in known:
+        raise TrackingError(f"{directory.path} was trained without MLflow (no tracking.json); leave --mlflow out")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # somebody waits for this
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import mlflow.entities
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    now = int(1000 * time.time())
+    entries = [mlflow.entities.Metric(k, float(v), now, step) for k, v in metrics.items() if math.isfinite(v)]
+    try:
+        MlflowClient(tracking_uri=known["uri"]).log_batch(known["run_id"], metrics=entries)
+    except MlflowException as error:
+        raise TrackingError(f"MLflow at {known['uri']} did not take the metrics: {_brief(error)}") from error
+    return known["run_id"]
 
 
 def default_uri(output_dir: Path) -> str:

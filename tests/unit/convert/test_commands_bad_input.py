@@ -20,7 +20,7 @@ from hope_megatron.cli.main import main
         (["convert", "inspect", "nowhere"], "no run directory with a complete checkpoint"),
         (["eval", "nowhere"], "no run directory with a complete checkpoint"),
         (["generate", "nowhere", "--prompt", "a", "--top-p", "2"], "top_p=2.0"),
-        (["generate", "nowhere", "--prompt", "a", "--file", "b"], "not both"),
+        (["generate", "nowhere", "--prompt", "a", "--file", "b"], "cannot read the prompt b"),
         (["generate", "nowhere", "--file", "missing.txt"], "cannot read the prompt missing.txt"),
         (["generate", "nowhere", "--prompt", "a", "-n", "2", "--state", "s"], "one prompt and one sample"),
     ],

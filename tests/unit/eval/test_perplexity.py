@@ -60,6 +60,31 @@ def test_streams_see_everything_before(window_tokens: int, batch_size: int) -> N
     assert losses.tolist() == expected
 
 
+@pytest.mark.parametrize("context_tokens, stride", [(8, 3), (8, 8), (5, 1), (37, 4), (100, 10)])
+@pytest.mark.parametrize("window_tokens", [3, 100])
+def test_sliding_rows_score_each_target_once_with_full_context(context_tokens, stride, window_tokens) -> None:
+    losses = score_heldout(
+        SumOfContext(),
+        TOKENS,
+        context_tokens=context_tokens,
+        window_tokens=window_tokens,
+        batch_size=4,
+        stride_tokens=stride,
+    )
+    assert losses.shape == (37,)
+    contexts = [(loss - target) / 1000 for loss, target in zip(losses, TOKENS[1:])]
+    for i, context in enumerate(contexts):
+        lengths = [n for n in range(1, i + 2) if TOKENS[i + 1 - n : i + 1].sum() == context]
+        least = min(i + 1, min(context_tokens, 37) - stride + 1)
+        assert any(least <= n <= context_tokens for n in lengths), i
+
+
+def test_a_stride_needs_a_context_that_holds_it() -> None:
+    for context_tokens, stride in ((None, 4), (8, 9), (8, 0)):
+        with pytest.raises(EvaluationError, match="stride"):
+            score_heldout(SumOfContext(), TOKENS, context_tokens=context_tokens, window_tokens=8, stride_tokens=stride)
+
+
 def test_loss_by_position_averages_doubling_ranges() -> None:
     losses = np.array([0, 0, 1, 1, 5, 5, 5, 5, 9, 0, 2, 1, 3, 4], dtype=float)  # rows of 9 and 5
     assert loss_by_position(losses, 9, first_edge=2) == [

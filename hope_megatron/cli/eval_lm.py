@@ -1,0 +1,129 @@
+"""Tasks of lm-evaluation-harness on a model, on several processes if wanted.
+
+Examples:
+
+    hope eval lm runs/NAME --tasks paper                  WikiText and the eight tasks of the paper's average
+    hope eval lm runs/NAME --tasks piqa boolq --nproc 2   each process answers a part of the questions
+    hope eval lm DIR --tasks mine --include TASKS         tasks of one's own: YAML files in the directory TASKS
+
+Needs the package lm-eval (pip install 'hope_megatron[eval]'). Task data come from local files or the Hugging Face cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from hope_megatron.cli.eval_output import add_output_arguments, check_output, write_output
+from hope_megatron.cli.models import MODEL_HELP, ModelReferenceError, OpenModel, open_model, prepare_process
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("model", help=MODEL_HELP)
+    parser.add_argument("--tasks", nargs="+", required=True, metavar="NAME", help="tasks; paper: those of the paper")
+    parser.add_argument("--include", type=Path, metavar="DIR", help="a directory with YAML files of further tasks")
+    parser.add_argument(
+        "--num-fewshot", type=int, metavar="N", help="examples before each question (default: the task's)"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at once (default 8)")
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes side by side (default 1)")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: the one the model was trained with")
+    add_output_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Start the processes, or be one of them."""
+    from launch.environment import is_worker
+
+    if args.batch_size < 1 or args.nproc < 1 or (args.limit is not None and args.limit < 1):
+        raise ModelReferenceError("--batch-size, --nproc and --limit must be positive")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ModelReferenceError("lm-evaluation-harness is not installed; pip install 'hope_megatron[eval]'")
+    if args.include is not None and not args.include.is_dir():
+        raise ModelReferenceError(f"--include {args.include} is no directory; name the one that holds the YAML files")
+    if args.nproc == 1 or is_worker():
+        return _work(args) if is_worker() else _evaluate(args, num_threads=None)
+    from launch.local import run_local
+
+    return run_local(["eval", "lm", *_argv(args)], args.nproc)
+
+
+def _argv(args: argparse.Namespace) -> list[str]:
+    """The arguments again, for a worker."""
+    argv = [args.model, "--tasks", *args.tasks]
+    for name in ("include", "num_fewshot", "limit", "batch_size", "tokenizer", "json", "markdown", "png"):
+        value = getattr(args, name)
+        if value is not None:
+            argv += [f"--{name.replace('_', '-')}", str(value)]
+    return [*argv, *(["--mlflow"] if args.mlflow else [])]
+
+
+def _work(args: argparse.Namespace) -> int:
+    """Be one process of a world that a launcher has started."""
+    from launch.environment import die_with_parent, report_failure
+
+    die_with_parent()
+    try:
+        return _evaluate(args, num_threads=1)
+    except Exception as error:
+        if report_failure(int(os.environ["RANK"]), error):
+            os._exit(2 if getattr(error, "is_user_error", False) else 1)  # peers may wait for this one
+        raise
+
+
+def _evaluate(args: argparse.Namespace, num_threads: int | None) -> int:
+    prepare_process(num_threads)
+    if not sys.stderr.isatty():  # the harness's progress bars are for people; read by its libraries when imported
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    from hope_megatron.engine.distributed import shutdown_distributed
+    from hope_megatron.eval.harness import HarnessModel, evaluate_tasks
+    from hope_megatron.eval.paper import PAPER_TASKS
+
+    opened = open_model(args.model, args.tokenizer)
+    check_output(args, opened)
+    model = HarnessModel(opened.model, opened.tokenizer, window_tokens=opened.window_tokens, batch_size=args.batch_size)
+    tasks = list(dict.fromkeys(name for task in args.tasks for name in (PAPER_TASKS if task == "paper" else [task])))
+    result = evaluate_tasks(
+        model,
+        tasks,
+        task_directory=None if args.include is None else str(args.include),
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+        say=print if model.rank == 0 else lambda _: None,
+    )
+    if result is not None:
+        _report(args, opened, result)
+    if model.world_size > 1:
+        shutdown_distributed()
+    return 0
+
+
+def _report(args: argparse.Namespace, opened: OpenModel, result: dict[str, Any]) -> None:
+    from hope_megatron.eval.paper import AVERAGED, average_accuracy, paper_table
+    from hope_megatron.eval.report import markdown_table, plot_tasks
+
+    tasks = result["tasks"]
+    flat = [(task, metric, entry) for task, figures in tasks.items() for metric, entry in figures.items()]
+    num_parameters = sum(parameter.numel() for parameter in opened.model.parameters())
+    value = lambda task, metric: tasks.get(task, {}).get(metric, {}).get("value")  # noqa: E731
+    accuracies = {task: value(task, metric) for task, metric in AVERAGED.items()}
+    average = average_accuracy({task: share for task, share in accuracies.items() if share is not None})
+    tables = markdown_table(
+        ["task", "metric", "value", "standard error"], [[t, m, e["value"], e["stderr"]] for t, m, e in flat]
+    )
+    wiki, lambada = value("wikitext", "word_perplexity"), value("lambada_openai", "perplexity")
+    if any(figure is not None for figure in (wiki, lambada, average)):
+        tables += "\n\n" + paper_table(num_parameters, wiki, lambada, average)
+    print(f"{opened.name}\n\n{tables}")
+    if args.png:
+        plot_tasks(args.png, flat, f"{opened.title}: lm-evaluation-harness")
+    result = {"model": opened.name, "parameters": num_parameters, **result, "average_accuracy": average}
+    result |= {"limit": args.limit, "num_fewshot": args.num_fewshot}
+    write_output(args, opened, result, tables, {f"lm/{t}/{m}": e["value"] for t, m, e in flat})

@@ -1,0 +1,106 @@
+"""What a text does to a model's memories: writes, drift, rates, and which tokens surprised which memory.
+
+Examples:
+
+    hope eval memory runs/NAME                     the beginning of the run's held-out text
+    hope eval memory runs/NAME --text FILE         a text of yours
+    hope eval memory runs/NAME --max-tokens 8192   far beyond the training length
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hope_megatron.cli.models import MODEL_HELP, ModelReferenceError, OpenModel, open_model, prepare_process
+
+if TYPE_CHECKING:
+    from hope_megatron.eval.memory_text import TextHealth
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("model", help=MODEL_HELP)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--data", type=Path, metavar="MANIFEST", help="token shards; default: the run's held-out split")
+    source.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 text files")
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help="read the first N tokens (default: twice the training length)"
+    )
+    parser.add_argument("--top", type=int, default=12, metavar="N", help="rows of the table of surprises (default 12)")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: the one the model was trained with")
+    parser.add_argument("--json", type=Path, default=Path("memory.json"), metavar="FILE", help="default memory.json")
+    parser.add_argument("--png", type=Path, default=Path("memory.png"), metavar="FILE", help="default memory.png")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read the text, draw, print."""
+    if args.top < 0 or (args.max_tokens is not None and args.max_tokens < 2):
+        raise ModelReferenceError("--top must not be negative, and --max-tokens at least 2")
+    prepare_process()
+    from hope_megatron.cli.heldout import heldout_tokens
+    from hope_megatron.eval.memory_plot import plot_memory
+    from hope_megatron.eval.memory_text import read_text
+    from hope_megatron.eval.report import write_json
+
+    opened = open_model(args.model, args.tokenizer)
+    count = args.max_tokens or 2 * opened.window_tokens
+    tokens = heldout_tokens(opened, args.text, args.data, count)[:count]
+    health = read_text(opened.model, tokens, opened.window_tokens)
+    print(f"{opened.name}: {len(tokens):,} tokens, trained on {opened.window_tokens:,}\n")
+    print(_layer_table(health))
+    if args.top:
+        print(
+            "\nsurprise, in standard deviations above each memory's mean over the text around, averaged over layers\n"
+        )
+        print(_surprise_table(health, opened, args.top))
+    write_json(args.json, {"model": opened.name, "trained_tokens": opened.window_tokens, **health.as_dict()})
+    title = f"{opened.title}: {len(tokens):,} tokens of {_source(args)}"
+    plot_memory(args.png, health, title, lambda i: _shown(opened, health, i, before=0), opened.window_tokens)
+    print(f"\n{args.png}, {args.json}")
+    return 0
+
+
+def _source(args: argparse.Namespace) -> str:
+    return ", ".join(path.name for path in args.text) if args.text else str(args.data or "the held-out split")
+
+
+def _layer_table(health: TextHealth) -> str:
+    from hope_megatron.eval.report import markdown_table
+
+    rows: list[list[object]] = []
+    for layer in health.layers:
+        for i, name in enumerate(layer.names):
+            shared = [float(layer.eta.mean()), float(layer.retention.mean())] if i == 0 else [None, None]
+            figures = [layer.update[i].mean(), layer.drift[i, -1], layer.surprise[i].mean()]
+            rows.append([layer.layer, name, *map(float, figures), *shared])
+    return markdown_table(
+        ["layer", "memory", "change by a chunk", "drift at the end", "surprise", "eta", "alpha"], rows
+    )
+
+
+def _surprise_table(health: TextHealth, opened: OpenModel, count: int) -> str:
+    from hope_megatron.eval.report import markdown_table
+
+    surprise = health.surprise()
+    rows = []
+    for position in health.most_surprising(count):
+        loss = None if position == 0 else f"{health.losses[position]:.2f}"
+        scores = [f"{value:+.1f}" for value in surprise[:, position]]
+        rows.append([position, _shown(opened, health, position, before=6), loss, *scores])
+    return markdown_table(["position", "text", "loss", *health.names], rows)
+
+
+def _shown(opened: OpenModel, health: TextHealth, position: int, before: int) -> str:
+    """The token, after `before` others, on one line: ␣ for a space at its beginning, ⏎ for line breaks."""
+    decode, tokens = opened.tokenizer.decode, health.tokens.tolist()
+    if tokens[position] == opened.tokenizer.eos_id:
+        return "(end of document)"
+    start = max([0, position - before] + [i + 1 for i in range(position) if tokens[i] == opened.tokenizer.eos_id])
+    start = max(start, position - before)
+    head, whole = decode(tokens[start:position]), decode(tokens[start : position + 1])
+    token = whole[len(head) :] if whole.startswith(head) else decode([tokens[position]])
+    token = "␣" * (len(token) - len(token.lstrip(" "))) + token.lstrip(" ")
+    shown = f"{head}[{token}]" if before else token
+    return shown.replace("\n", "⏎").replace("\t", "→").replace("|", "¦")
