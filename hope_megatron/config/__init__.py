@@ -7,7 +7,7 @@ from hope_megatron.config.load import (
     load_run_config,
     resolve_run_config,
 )
-from hope_megatron.config.model import AttentionConfig, CMSConfig, CMSLevelConfig, MemoryConfig, ModelConfig
+from hope_megatron.config.model import AttentionConfig, CMSConfig, CMSLevelConfig, MemoryConfig, ModelConfig, MupConfig
 from hope_megatron.config.optim import OptimConfig
 from hope_megatron.config.parallel import ParallelConfig
 from hope_megatron.config.run import RunConfig
@@ -22,6 +22,7 @@ __all__ = [
     "DataConfig",
     "MemoryConfig",
     "ModelConfig",
+    "MupConfig",
     "OptimConfig",
     "ParallelConfig",
     "RunConfig",

@@ -5,6 +5,7 @@ Equation numbers refer to "Nested Learning" (arXiv 2512.24695).
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -160,6 +161,21 @@ class CMSConfig(Section):
     """Activation of every level."""
 
 
+class MupConfig(Section):
+    """Maximal update parametrization (muP, arXiv 2203.03466, table 8): what is tuned on a narrow model holds on wide ones.
+
+    With m = hidden_size / base_width, matrices whose fan-in grows with the width start with std / sqrt(m) and learn with lr / m
+    (AdamW) or lr / sqrt(m) (Muon, AdaMuon, M3: full rank, fixed RMS), logits are divided by m, and softmax scores too where
+    heads widen. Embeddings, vectors and the memories' own matrices, which a head's width sizes, keep their rate; lr times
+    weight_decay keeps its value everywhere. At base_width nothing changes.
+    """
+
+    base_width: int = Field(gt=0)
+    """hidden_size at which optim.lr and init_std count as they are."""
+    base_head_size: int | None = Field(default=None, gt=0)
+    """Head width at that size; None means that heads are equally wide at all sizes (memories need that)."""
+
+
 class ModelConfig(Section):
     """A decoder: embedding, layers (mixer then CMS, each with pre-norm and residual), norm, output head."""
 
@@ -189,6 +205,8 @@ class ModelConfig(Section):
     """Epsilon of every RMSNorm."""
     init_std: float = Field(default=0.02, gt=0)
     """Std of the initial weights; projections back into the residual stream are divided by sqrt(2 layers)."""
+    mup: MupConfig | None = None
+    """Scale initial weights, learning rates and logits with the width; None: standard parametrization."""
     tie_embeddings: bool = True
     """Whether the output head is the embedding matrix."""
 
@@ -196,6 +214,22 @@ class ModelConfig(Section):
     def head_dim(self) -> int:
         """Head width, resolved."""
         return self.head_size or self.hidden_size // self.num_heads
+
+    @property
+    def width_multiplier(self) -> float:
+        """How many times wider than the base of muP; 1 without it."""
+        return self.hidden_size / self.mup.base_width if self.mup else 1.0
+
+    @property
+    def hidden_init_std(self) -> float:
+        """Initial std of matrices whose fan-in grows with the width."""
+        return self.init_std / math.sqrt(self.width_multiplier)
+
+    @property
+    def softmax_scale(self) -> float | None:
+        """What attention scores are multiplied by: under muP sqrt(base_head_size) / d; None: the usual 1 / sqrt(d)."""
+        base = self.mup and self.mup.base_head_size
+        return math.sqrt(base) / self.head_dim if base else None
 
     @property
     def memory_hidden(self) -> int:
@@ -223,4 +257,10 @@ class ModelConfig(Section):
             raise ConfigError(f"model.num_heads={self.num_heads} is not divisible by attention.num_kv_heads={kv}")
         if "attention" in self.mixers and self.head_dim % 2:
             raise ConfigError(f"rotary embeddings need an even head width, not {self.head_dim}; set model.head_size")
+        base_head = self.mup.base_head_size if self.mup else None
+        if base_head not in (None, self.head_dim) and "memory" in self.mixers:
+            raise ConfigError(
+                f"model.mup.base_head_size={base_head} differs from the head width {self.head_dim}: a memory's inner rates have no "
+                f"transfer rule across head widths; keep heads of {base_head} with model.head_size, and take more of them"
+            )
         return self

@@ -41,6 +41,11 @@ class RunConfig(Section):
                 "parallel.zero_stage=0 with training.precision=bf16 computes a wrong gradient norm in DeepSpeed; "
                 "set zero_stage=1, or precision=fp32"
             )
+        if self.model.mup and self.optim.name == "sgd":
+            raise ConfigError(
+                "model.mup has learning-rate rules for adamw, muon, adamuon and m3, not for optim.name=sgd, whose updates shrink "
+                "with the gradients; choose one of those, or remove model.mup"
+            )
         if self.optim.warmup_steps > self.training.steps:
             raise ConfigError(
                 f"optim.warmup_steps={self.optim.warmup_steps} is longer than training.steps={self.training.steps}; lower it"

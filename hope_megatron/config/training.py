@@ -83,6 +83,8 @@ class TrackingConfig(Section):
     """Tracking URI; None is a SQLite file, mlflow.db, beside the run directories."""
     experiment: str = "hope"
     """MLflow experiment."""
+    tags: dict[str, str] = Field(default={})
+    """Tags of the MLflow run, for finding it again: `tags: {team: memory}`."""
 
     @model_validator(mode="after")
     def _check(self) -> TrackingConfig:

@@ -8,6 +8,7 @@ from megatron.core import parallel_state
 from hope_megatron.config.run import RunConfig
 from hope_megatron.engine.distributed import Mesh
 from hope_megatron.engine.engine import Engine
+from hope_megatron.engine.width import scale_learning_rates
 from hope_megatron.model import build_model
 from hope_megatron.optim import build_optimizer
 
@@ -28,6 +29,7 @@ def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
         recompute=config.training.recompute,
     ).to(mesh.device)
     optimizer = build_optimizer(model.named_parameters(), config.optim)
+    scale_learning_rates(optimizer, config.model.width_multiplier)
     engine = Engine(model, optimizer, config, mesh)
     tp_group = mesh.tp_group if mesh.tp_size > 1 else None
     if config.parallel.zero_stage == 0:

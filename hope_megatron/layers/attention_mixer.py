@@ -39,6 +39,7 @@ class StreamingAttention(MegatronModule):
         super().__init__(config)
         self.window: int | None = None
         self.documents: Tensor | None = None
+        self.scale: float | None = None
         self.past: AttentionState | None = None
         self.present: AttentionState | None = None
 
@@ -52,7 +53,9 @@ class StreamingAttention(MegatronModule):
         self.present = AttentionState(key[kept], value[kept], position)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, T, d]
         mask, causal = self._mask(T, key.size(0), q.device)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale, enable_gqa=q.size(1) != k.size(1)
+        )
         return y.permute(2, 0, 1, 3).flatten(2)
 
     def _mask(self, T: int, S: int, device: torch.device) -> tuple[Tensor | None, bool]:
@@ -80,9 +83,13 @@ class AttentionMixer(MegatronModule):
         )
         self.attention = SelfAttention(config, submodules, layer_number, attn_mask_type=AttnMaskType.causal)
         self.attention.core_attention.window = model.attention.window_tokens
-        declare(self.attention.linear_qkv.weight, normal(model.init_std), shard_dim=0, role="matrix", weight_decay=True)
-        output_std = model.init_std / math.sqrt(2 * model.num_layers)
-        declare(self.attention.linear_proj.weight, normal(output_std), shard_dim=1, role="matrix", weight_decay=True)
+        self.attention.core_attention.scale = model.softmax_scale
+        output_std = model.hidden_init_std / math.sqrt(2 * model.num_layers)
+        for weight, std, dim in (
+            (self.attention.linear_qkv.weight, model.hidden_init_std, 0),
+            (self.attention.linear_proj.weight, output_std, 1),
+        ):
+            declare(weight, normal(std), shard_dim=dim, role="matrix", weight_decay=True, width_fan_in=True)
         self.rotary = RotaryEmbedding(
             model.head_dim, rotary_percent=1.0, rotary_base=model.attention.rope_base, use_cpu_initialization=True
         )

@@ -33,12 +33,15 @@ class CMSLevel(MegatronModule):
             model.hidden_size,
             blocks * level.hidden_size,
             config,
-            normal(model.init_std),
+            normal(model.hidden_init_std),
             blocks=blocks,
             fused_apart=True,
         )
         self.down = row_parallel(
-            level.hidden_size, model.hidden_size, config, normal(model.init_std / math.sqrt(2 * model.num_layers))
+            level.hidden_size,
+            model.hidden_size,
+            config,
+            normal(model.hidden_init_std / math.sqrt(2 * model.num_layers)),
         )
         for parameter in self.parameters():
             parameter.update_period_steps = level.update_period_steps

@@ -41,6 +41,7 @@ def column_parallel(
     role: str = "matrix",
     fused_apart: bool = False,
     allocate: bool = True,
+    width_fan_in: bool = True,
 ) -> ColumnParallelLinear:
     """y = x W^T, output features split over ranks; for inputs that went through `enter_parallel_region`.
 
@@ -50,6 +51,7 @@ def column_parallel(
         role: "matrix" or "vector" for the optimizer.
         fused_apart: the blocks are matrices of their own to the optimizer.
         allocate: False for a layer that is given its weight at each call (tied embeddings).
+        width_fan_in: False for the output head, whose logits muP divides instead.
     """
     layer = _GatheredColumnParallelLinear(
         input_size,
@@ -64,7 +66,16 @@ def column_parallel(
     if not allocate:
         return layer
     parts = (output_size // blocks,) * blocks if fused_apart and blocks > 1 else ()
-    declare(layer.weight, init, shard_dim=0, stride=blocks, role=role, weight_decay=role == "matrix", fused_parts=parts)
+    declare(
+        layer.weight,
+        init,
+        shard_dim=0,
+        stride=blocks,
+        role=role,
+        weight_decay=role == "matrix",
+        fused_parts=parts,
+        width_fan_in=width_fan_in,
+    )
     if bias_init is not None:
         declare(layer.bias, bias_init, shard_dim=0, stride=blocks)
     return layer
@@ -75,7 +86,7 @@ def row_parallel(input_size: int, output_size: int, config: TransformerConfig, i
     layer = RowParallelLinear(
         input_size, output_size, config=config, init_method=None, bias=False, input_is_parallel=True, skip_bias_add=True
     )
-    declare(layer.weight, init, shard_dim=1, role="matrix", weight_decay=True)
+    declare(layer.weight, init, shard_dim=1, role="matrix", weight_decay=True, width_fan_in=True)
     return layer
 
 

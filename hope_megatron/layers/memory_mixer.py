@@ -78,7 +78,7 @@ class MemoryMixer(MegatronModule):
         width, dtype = model.num_heads * model.head_dim, config.params_dtype
 
         self.qkv = column_parallel(
-            model.hidden_size, 3 * width, config, normal(model.init_std), blocks=3, fused_apart=True
+            model.hidden_size, 3 * width, config, normal(model.hidden_init_std), blocks=3, fused_apart=True
         )
         self.rate_names, self.rates = tuple(rates := data_rates(memory)), None
         if rates:
@@ -104,11 +104,11 @@ class MemoryMixer(MegatronModule):
         self.memories = MemoryWeights(model, self.num_heads, dtype)
         self.gate = None
         if memory.output_gate == "silu":
-            self.gate = column_parallel(model.hidden_size, width, config, normal(model.init_std))
+            self.gate = column_parallel(model.hidden_size, width, config, normal(model.hidden_init_std))
         tp = parallel_state.get_tensor_model_parallel_world_size()
         self.head_norm = RMSNorm(self.head_dim, model.norm_epsilon, sum_over_tp=tp > 1, dtype=dtype)
         self.output = row_parallel(
-            width, model.hidden_size, config, normal(model.init_std / math.sqrt(2 * model.num_layers))
+            width, model.hidden_size, config, normal(model.hidden_init_std / math.sqrt(2 * model.num_layers))
         )
 
     def init_state(self, batch_size: int) -> MemoryMixerState:

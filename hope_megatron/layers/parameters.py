@@ -8,6 +8,7 @@ The statements are attributes of the parameter, as in Megatron-Core, so that opt
     optim_fused_parts      row counts of the full tensor's parts that are matrices of their own (q, k, v)
     no_weight_decay        leave out of weight decay
     update_period_steps    the clock of a continuum memory level, in optimizer steps
+    width_fan_in           its fan-in grows with the width of the model: muP scales its learning rate
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def declare(
     role: str = "vector",
     weight_decay: bool = False,
     fused_parts: tuple[int, ...] = (),
+    width_fan_in: bool = False,
 ) -> nn.Parameter:
     """Attach a layer's statements to `parameter`; see the module docstring.
 
@@ -80,6 +82,7 @@ def declare(
     parameter.optim_role = role
     parameter.optim_fused_parts = fused_parts
     parameter.no_weight_decay = not weight_decay
+    parameter.width_fan_in = width_fan_in
     parameter.initializer = init
     return parameter
 

@@ -66,6 +66,7 @@ class LanguageModel(MegatronModule):
             normal(model.init_std),
             role="vector",
             allocate=not model.tie_embeddings,
+            width_fan_in=False,
         )
 
     def init_state(self, batch_size: int) -> ModelState:
@@ -118,6 +119,8 @@ class LanguageModel(MegatronModule):
 
     def _head(self, x: Tensor) -> Tensor:
         """[T, B, D] -> this rank's logits [T, B, padded_vocab / tp]; rows that pad the vocabulary never win."""
+        if self.model_config.mup:
+            x = x / self.model_config.width_multiplier
         weight = self.embedding.weight if self.model_config.tie_embeddings else None
         logits, _ = self.head(enter_parallel_region(x, self.config), weight=weight)
         first = logits.size(-1) * parallel_state.get_tensor_model_parallel_rank()

@@ -41,7 +41,7 @@ class Observation:
     """Nats per token."""
     width: int = 1
     base_lr: float = math.nan
-    """Learning rate before any transfer across width."""
+    """optim.lr, which counts at the base width under muP."""
     batch_tokens: float = math.nan
     unique_tokens: float = math.nan
     """Tokens in the training data; fewer than `tokens` means repeated epochs."""
@@ -93,7 +93,7 @@ def _observe(plan: Plan, cell: Cell, directory: SweepDirectory, unique_tokens: i
         flops=cell.flops,
         loss=float(loss),
         width=cell.config.model.hidden_size,
-        base_lr=cell.base_lr,
+        base_lr=cell.config.optim.lr,
         batch_tokens=float(cell.config.training.tokens_per_step),
         unique_tokens=float(unique_tokens),
         settings=cell.settings,

@@ -14,17 +14,14 @@ from hope_megatron.config.footprint import estimate, footprint
 from hope_megatron.config.hardware import find_hardware
 from hope_megatron.config.load import read_mapping, resolve_run_config
 from hope_megatron.config.model import ModelConfig
-from hope_megatron.config.optim import OptimConfig
 from hope_megatron.config.presets import find_config
 from hope_megatron.config.run import RunConfig
 from hope_megatron.sweep.errors import SweepError
-from hope_megatron.sweep.schema import SweepConfig, TransferConfig
+from hope_megatron.sweep.schema import SweepConfig
 from hope_megatron.sweep.sizes import ladder, train_flops_per_token
 
 MIN_STEPS = 10
 """A cell with fewer optimizer steps measures its warm-up."""
-
-_ORTHOGONALISING = ("m3", "muon", "adamuon")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +34,6 @@ class Cell:
     config: RunConfig
     settings: dict[str, Any]
     """Value on each axis."""
-    base_lr: float
-    """Learning rate before the transfer across width; equal to optim.lr without one."""
     num_parameters: int
     num_non_embedding: int
     tokens: int
@@ -179,9 +174,9 @@ def _make_cell(
     if sweep.decay_fraction is not None:
         schedule["optim.decay_steps"] = round(sweep.decay_fraction * steps)
     if sweep.transfer is not None:
-        schedule |= _transfer_keys(sweep.transfer, probe.model, probe.optim)
+        schedule["model.mup.base_width"] = sweep.transfer.base_width
     config = _resolve(sweep, {**overrides, **schedule})
-    return _with_costs(sweep, family, settings, probe.optim.lr, config)
+    return _with_costs(sweep, family, settings, config)
 
 
 def _wanted_tokens(probe: RunConfig, kind: str, value: float) -> float:
@@ -193,7 +188,7 @@ def _wanted_tokens(probe: RunConfig, kind: str, value: float) -> float:
     return value if kind == "tokens" else float(probe.training.tokens)
 
 
-def _with_costs(sweep: SweepConfig, family: str, settings: dict[str, Any], base_lr: float, config: RunConfig) -> Cell:
+def _with_costs(sweep: SweepConfig, family: str, settings: dict[str, Any], config: RunConfig) -> Cell:
     hardware, devices = find_hardware(sweep.hardware.name), sweep.hardware.devices
     hours = estimate(config, devices, hardware, sweep.hardware.utilization).hours
     return Cell(
@@ -201,7 +196,6 @@ def _with_costs(sweep: SweepConfig, family: str, settings: dict[str, Any], base_
         family=family,
         config=config,
         settings=settings,
-        base_lr=base_lr,
         num_parameters=num_parameters(config.model),
         num_non_embedding=num_non_embedding(config.model),
         tokens=config.training.tokens,
@@ -250,26 +244,6 @@ def _axis_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
     keys = dict(settings)
     if "seed" in keys:
         keys["training.seed"] = keys["data.seed"] = keys.pop("seed")
-    return keys
-
-
-def transfer_lr(transfer: TransferConfig, width: int, optimizer: str, lr: float) -> float:
-    """The learning rate of matrices at a width, from that of the base width."""
-    exponent = transfer.lr_exponent
-    if exponent is None:
-        exponent = 0.5 if optimizer in _ORTHOGONALISING else 1.0
-    return lr * (transfer.base_width / width) ** exponent
-
-
-def _transfer_keys(transfer: TransferConfig, model: ModelConfig, optim: OptimConfig) -> dict[str, Any]:
-    width = model.hidden_size
-    # Vectors and embeddings would follow optim.lr; they keep the rate of the base width.
-    keys: dict[str, Any] = {
-        "optim.lr": transfer_lr(transfer, width, optim.name, optim.lr),
-        "optim.vector_lr": optim.vector_lr or optim.lr,
-    }
-    if transfer.scale_init:
-        keys["model.init_std"] = model.init_std * (transfer.base_width / width) ** 0.5
     return keys
 
 

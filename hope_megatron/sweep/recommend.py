@@ -12,7 +12,7 @@ from hope_megatron.config.model import ModelConfig
 from hope_megatron.config.run import RunConfig
 from hope_megatron.sweep.analysis import FamilyAnalysis
 from hope_megatron.sweep.bootstrap import Estimate
-from hope_megatron.sweep.plan import Cell, Plan, transfer_lr
+from hope_megatron.sweep.plan import Cell, Plan
 from hope_megatron.sweep.sizes import scale_to_width, train_flops_per_token
 
 DEFAULT_TARGET = 10.0
@@ -122,9 +122,4 @@ def _run_config(plan: Plan, reference: Cell, family: str, model: ModelConfig, st
     for key in ("warmup_steps", "decay_steps"):  # the same shares of the run as in the sweep
         data["optim"][key] = round(data["optim"][key] / before * steps)
     data["optim"]["lr"] = lr
-    if plan.sweep.transfer is not None:
-        data["optim"]["lr"] = transfer_lr(plan.sweep.transfer, model.hidden_size, reference.config.optim.name, lr)
-        data["model"]["init_std"] *= (reference.config.model.hidden_size / model.hidden_size) ** (
-            0.5 * plan.sweep.transfer.scale_init
-        )
     return resolve_run_config(data, source="the recommended run")

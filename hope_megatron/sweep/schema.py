@@ -64,18 +64,10 @@ class DesignConfig(Section):
 
 
 class TransferConfig(Section):
-    """Learning-rate transfer across width (after muP, arXiv 2203.03466): optim.lr counts at base_width and shrinks with width.
-
-    Per matrix, a unit of learning rate moves the output by about width (AdamW), or sqrt(width) (orthogonalised updates of
-    RMS 0.2: Muon, AdaMuon, M3). Vectors and embeddings keep optim.vector_lr. Initial weights of matrices shrink as 1/sqrt(width).
-    """
+    """One learning rate for all widths: sets model.mup of every cell (muP, arXiv 2203.03466)."""
 
     base_width: int = Field(gt=0)
     """Width at which optim.lr and model.init_std count as they are."""
-    lr_exponent: float | None = Field(default=None, ge=0)
-    """lr is multiplied by (base_width / width) to this power; None: 1 for AdamW and SGD, 0.5 for the orthogonalising optimizers."""
-    scale_init: bool = True
-    """Multiply model.init_std by sqrt(base_width / width)."""
 
 
 class HardwareConfig(Section):
@@ -143,7 +135,7 @@ class SweepConfig(Section):
     decay_fraction: float | None = Field(default=None, ge=0, le=1)
     """Final decay of the wsd schedule as a share of each cell's steps."""
     transfer: TransferConfig | None = None
-    """Scale the learning rate with width; None: one learning rate for all widths."""
+    """Scale learning rates, initial weights and logits with width; None: standard parametrization."""
     hardware: HardwareConfig = HardwareConfig()
     """What a cell runs on."""
     budget: BudgetConfig = BudgetConfig()

@@ -15,6 +15,7 @@ from hope_megatron.config import (
     DataConfig,
     MemoryConfig,
     ModelConfig,
+    MupConfig,
     OptimConfig,
     ParallelConfig,
     RunConfig,
@@ -34,6 +35,7 @@ def tiny_run_config(
     precision: str = "fp32",
     output_dir: Path | str = "runs",
     hidden_size: int = 32,
+    mup_base_width: int | None = None,
     training: Mapping[str, Any] | None = None,
     optim: Mapping[str, Any] | None = None,
     checkpoint: Mapping[str, Any] | None = None,
@@ -49,6 +51,7 @@ def tiny_run_config(
             hidden_size=hidden_size,
             num_heads=2,
             memory=MemoryConfig(chunk_tokens=8),
+            mup=MupConfig(base_width=mup_base_width) if mup_base_width else None,
             cms=CMSConfig(
                 levels=(CMSLevelConfig(hidden_size=32), CMSLevelConfig(hidden_size=16, update_period_steps=2))
             ),

@@ -84,7 +84,7 @@ def same_layout(rank, world_size, directory):
         "dp2-zero3": {"zero_stage": 3},
         "dp2-zero0": {"zero_stage": 0},
     }.items():
-        config = tiny_run_config(**settings)
+        config = tiny_run_config(mup_base_width=16, **settings)
         engine, state = build(config), TrainingState()
         advance(engine, config, state, 4)
         path = Checkpointer(engine, Path(directory) / name).save_now(describe(config, state))

@@ -9,6 +9,8 @@ from hope_megatron.testing.distributed import run_distributed
 from hope_megatron.testing.tiny import RepeatingSource, tiny_run_config
 
 NUM_STEPS = 6
+MUP_BASE_WIDTH = 16
+"""Half the width, so that groups with scaled learning rates take part."""
 # (tensor parallel, sequence parallel, ZeRO stage) in a world of two; data parallel is what is left.
 LAYOUTS = [
     (1, False, 0),
@@ -65,7 +67,7 @@ def run_layouts(rank, world_size):
 
     results = {}
     for tp, sp, zero in LAYOUTS:
-        config = tiny_run_config(tp=tp, sequence_parallel=sp, zero_stage=zero)
+        config = tiny_run_config(tp=tp, sequence_parallel=sp, zero_stage=zero, mup_base_width=MUP_BASE_WIDTH)
         mesh = init_distributed(config.parallel)
         engine, history, heldout = train(config, mesh)
         results[tp, sp, zero] = history, heldout, parameters_of(engine), engine.num_parameters
@@ -78,7 +80,7 @@ def reference():
     """The same training in one process."""
     from hope_megatron.engine.distributed import init_distributed, shutdown_distributed
 
-    config = tiny_run_config(zero_stage=1)
+    config = tiny_run_config(zero_stage=1, mup_base_width=MUP_BASE_WIDTH)
     engine, history, heldout = train(config, init_distributed(config.parallel))
     yield history, heldout, parameters_of(engine), engine.num_parameters
     shutdown_distributed()
@@ -164,7 +166,7 @@ def train_bf16(rank, world_size):
 
     histories = []
     for stage in (1, 2, 3):
-        config = tiny_run_config(zero_stage=stage, precision="bf16")
+        config = tiny_run_config(zero_stage=stage, precision="bf16", mup_base_width=MUP_BASE_WIDTH)
         histories.append(train(config, init_distributed(config.parallel))[1])
         parallel_state.destroy_model_parallel()
     return histories

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hope_megatron.config.model import MemoryConfig
+from hope_megatron.config.model import MemoryConfig, MupConfig
 from hope_megatron.config.parallel import ParallelConfig
 from hope_megatron.engine.distributed import init_distributed, shutdown_distributed
 from hope_megatron.engine.sequence_parallel import reduce_sequence_parallel_gradients
@@ -25,6 +25,9 @@ CASES = {
     "retnet": tiny_model(memory=MemoryConfig(num_layers=1, dgd_layers="none", eta="fixed", decay="retnet", **STATIC)),
     "transformer": tiny_model(layer_pattern=("attention",)),
     "mixed": tiny_model(layer_pattern=("attention", "memory")),
+    "mup": tiny_model(
+        layer_pattern=("attention",), mup=MupConfig(base_width=16, base_head_size=4), tie_embeddings=False
+    ),
 }
 
 

@@ -53,18 +53,19 @@ def test_schedule_fractions_follow_each_cell(sweep_file: Write) -> None:
         assert (cell.config.optim.warmup_steps, cell.config.optim.decay_steps) == (steps // 10, steps // 5)
 
 
-@pytest.mark.parametrize(("optimizer", "exponent"), [("adamw", 1.0), ("m3", 0.5), ("muon", 0.5)])
-def test_transfer_scales_matrices_only(sweep_file: Write, optimizer: str, exponent: float) -> None:
-    changes = {
-        "sizes": {"widths": [64, 128], "head_size": 32},
-        "transfer": {"base_width": 64},
-        "axes": {"optim.name": [optimizer]},
+def test_transfer_keeps_the_rate_and_sets_the_base_width(sweep_file: Write) -> None:
+    changes = {"sizes": {"widths": [64, 128], "head_size": 32}, "transfer": {"base_width": 64}}
+    cells = plan(sweep_file(**changes)).cells
+    assert {cell.config.optim.lr for cell in cells} == {1e-2}
+    assert {(cell.config.model.hidden_size, cell.config.model.width_multiplier) for cell in cells} == {
+        (64, 1),
+        (128, 2),
     }
-    for cell in plan(sweep_file(**changes)).cells:
-        ratio = 64 / cell.config.model.hidden_size
-        assert cell.config.optim.lr == pytest.approx(1e-2 * ratio**exponent)
-        assert cell.config.optim.vector_lr == pytest.approx(1e-2) and cell.base_lr == pytest.approx(1e-2)
-        assert cell.config.model.init_std == pytest.approx(0.02 * ratio**0.5)
+
+
+def test_transfer_refuses_what_it_has_no_rule_for(sweep_file: Write) -> None:
+    with pytest.raises(ConfigError, match=r"not for optim\.name=sgd"):
+        plan(sweep_file(transfer={"base_width": 64}, axes={"optim.name": ["sgd"]}))
 
 
 def test_wrong_axis_key_names_the_nearest(sweep_file: Write) -> None:

@@ -42,7 +42,7 @@ def observed(plan: Plan) -> list[Observation]:
             flops=cell.flops,
             loss=float((HOPE if cell.family == "hope" else CHINCHILLA)(cell.num_parameters, cell.tokens)),
             width=cell.config.model.hidden_size,
-            base_lr=cell.base_lr,
+            base_lr=cell.config.optim.lr,
         )
         for cell in plan.cells
     ]
