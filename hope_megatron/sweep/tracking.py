@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from hope_megatron.sweep.analysis import FamilyAnalysis
 from hope_megatron.sweep.plan import Plan
 from hope_megatron.sweep.report import coefficient_rows
 from hope_megatron.sweep.store import SweepDirectory
-from hope_megatron.training.tracking import default_uri
+from hope_megatron.training.mlflow_client import default_uri, open_experiment
 from launch.submission import write_atomically
 
 log = logging.getLogger(__name__)
@@ -23,7 +22,7 @@ _PARENT_TAG = "mlflow.parentRunId"
 
 
 def open_parent(plan: Plan, directory: SweepDirectory) -> None:
-    """Create the sweep's run, if it is tracked and has none. Before the cells start, since they would race to make the database.
+    """Create the sweep's run, if it is tracked and has none.
 
     Tracking is beside the work: a server that does not answer is logged, and the next call tries again.
     """
@@ -32,17 +31,10 @@ def open_parent(plan: Plan, directory: SweepDirectory) -> None:
         return
     uri = config.tracking.uri or default_uri(config.output_dir)
     try:
-        client = _client(uri)
-        name = config.tracking.experiment
-        experiment = client.get_experiment_by_name(name)
-        if experiment is None:
-            # Beside a SQLite file MLflow would put artifacts into whatever directory the process happens to be in.
-            location = None if config.tracking.uri else (directory.runs / "mlartifacts" / name).as_uri()
-            experiment_id = client.create_experiment(name, artifact_location=location)
-        else:
-            experiment_id = experiment.experiment_id
-        run = client.create_run(experiment_id, run_name=plan.sweep.name, tags={"hope_megatron.sweep": plan.sweep.name})
-        state = {"uri": uri, "run_id": run.info.run_id, "linked": []}
+        client, experiment_id = open_experiment(uri, config.tracking.experiment)
+        tags = {**config.tracking.tags, "hope_megatron.sweep": plan.sweep.name}
+        run = client.create_run(experiment_id, run_name=plan.sweep.name, tags=tags)
+        state = {"uri": uri, "experiment": config.tracking.experiment, "run_id": run.info.run_id, "linked": []}
         write_atomically(directory.path / "tracking.json", json.dumps(state) + "\n")
     except Exception as error:  # any of a server's ways to fail
         log.warning(
@@ -60,7 +52,7 @@ def link_children(plan: Plan, directory: SweepDirectory) -> int:
     if not new:
         return 0
     try:
-        client = _client(state["uri"])
+        client, _ = open_experiment(state["uri"], state["experiment"])
         for cell, run_id in new:
             client.set_tag(run_id, _PARENT_TAG, state["run_id"])
             client.set_tag(run_id, "hope_megatron.family", cell.family)
@@ -77,7 +69,7 @@ def log_report(directory: SweepDirectory, families: Sequence[FamilyAnalysis], fi
     if "run_id" not in state:
         return
     try:
-        client = _client(state["uri"])
+        client, _ = open_experiment(state["uri"], state["experiment"])
         for family in families:
             for name, law, coefficient, estimate in coefficient_rows(family):
                 if math.isfinite(estimate.value):
@@ -87,20 +79,6 @@ def log_report(directory: SweepDirectory, families: Sequence[FamilyAnalysis], fi
         client.set_terminated(state["run_id"], "FINISHED")
     except Exception as error:  # any of a server's ways to fail
         log.warning("MLflow does not answer (%s); the report is in %s", type(error).__name__, directory.path)
-
-
-def _client(uri: str) -> Any:
-    for name, value in (
-        ("DISABLE_TELEMETRY", "true"),
-        ("HTTP_REQUEST_TIMEOUT", "10"),
-        ("HTTP_REQUEST_MAX_RETRIES", "1"),
-    ):
-        os.environ.setdefault(f"MLFLOW_{name}", value)
-    from mlflow.tracking import MlflowClient
-
-    for name in ("alembic", "mlflow"):  # after the import, which sets levels of its own
-        logging.getLogger(name).setLevel(logging.ERROR)
-    return MlflowClient(tracking_uri=uri)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,7 @@ from typing import Any
 
 from hope_megatron.config.run import RunConfig
 from hope_megatron.training.metrics import read_metrics_from
+from hope_megatron.training.mlflow_client import connect, default_uri, open_experiment
 from hope_megatron.training.run_directory import RunDirectory, write_atomically
 
 log = logging.getLogger(__name__)
@@ -114,14 +114,10 @@ class _Session:
     """A connection to a server with one run in it."""
 
     def __init__(self, uri: str, config: RunConfig, directory: RunDirectory, tags: Mapping[str, str]) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        for name in ("alembic", "mlflow"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        self._client, experiment_id = open_experiment(uri, config.tracking.experiment)
         import mlflow.entities
-        from mlflow.tracking import MlflowClient
 
         self._entities = mlflow.entities
-        self._client = MlflowClient(tracking_uri=uri)
         self._directory = directory
         self._offset = 0
         saved = read_tracking(directory)
@@ -129,8 +125,7 @@ class _Session:
         if "run_id" in self._known:
             self._client.update_run(self._known["run_id"], status="RUNNING")
         else:
-            experiment_id = self._find_experiment(config)
-            run = self._client.create_run(experiment_id, tags=dict(tags), run_name=config.name)
+            run = self._client.create_run(experiment_id, tags={**config.tracking.tags, **tags}, run_name=config.name)
             self._known |= {"run_id": run.info.run_id, "experiment_id": experiment_id, "sent_step": -1}
             self._save()
             self._log_params(config)
@@ -163,16 +158,6 @@ class _Session:
                 self._client.log_artifact(self.run_id, str(path))
         self._client.set_terminated(self.run_id, status)
 
-    def _find_experiment(self, config: RunConfig) -> str:
-        name = config.tracking.experiment
-        experiment = self._client.get_experiment_by_name(name)
-        if experiment is not None:
-            return experiment.experiment_id
-        # Beside a SQLite file MLflow would put artifacts into whatever directory the process happens to be in.
-        local = config.tracking.uri is None
-        location = (Path(config.output_dir).absolute() / "mlartifacts" / name).as_uri() if local else None
-        return self._client.create_experiment(name, artifact_location=location)
-
     def _log_params(self, config: RunConfig) -> None:
         flat = _flatten(config.model_dump(mode="json"))
         params = [self._entities.Param(name, value[:_MAX_PARAM_CHARS]) for name, value in flat.items()]
@@ -192,26 +177,16 @@ def log_evaluation(directory: RunDirectory, step: int, metrics: Mapping[str, flo
     known = read_tracking(directory)
     if "run_id" not in known:
         raise TrackingError(f"{directory.path} was trained without MLflow (no tracking.json); leave --mlflow out")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # somebody waits for this
-    for name in ("alembic", "mlflow"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     import mlflow.entities
     from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
 
     now = int(1000 * time.time())
     entries = [mlflow.entities.Metric(k, float(v), now, step) for k, v in metrics.items() if math.isfinite(v)]
     try:
-        MlflowClient(tracking_uri=known["uri"]).log_batch(known["run_id"], metrics=entries)
+        connect(known["uri"]).log_batch(known["run_id"], metrics=entries)
     except MlflowException as error:
         raise TrackingError(f"MLflow at {known['uri']} did not take the metrics: {_brief(error)}") from error
     return known["run_id"]
-
-
-def default_uri(output_dir: Path) -> str:
-    """SQLite beside the run directories."""
-    return f"sqlite:///{Path(output_dir).absolute() / 'mlflow.db'}"
 
 
 def read_tracking(directory: RunDirectory) -> dict[str, Any]:
