@@ -12,11 +12,15 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 LAUNCH_DIR_VARIABLE = "HOPE_LAUNCH_DIR"
 """Directory through which the workers of a local launch report their process ids and failures to the launcher."""
+
+LAUNCH_TIME_VARIABLE = "HOPE_LAUNCH_TIME"
+"""Unix time at which the start of the workers began: the job's allocation, or the launcher's own start."""
 
 
 class LaunchError(Exception):
@@ -81,6 +85,24 @@ def silence_import_warnings() -> None:
 def is_worker() -> bool:
     """Whether a launcher (torchrun, srun) has told this process its rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launch_time(environment: Mapping[str, str]) -> float | None:
+    """When the start of this worker began; None if no launcher says so."""
+    try:
+        return float(environment[LAUNCH_TIME_VARIABLE])
+    except (KeyError, ValueError):
+        return None
+
+
+def process_start_time() -> float | None:
+    """Unix time at which this process was started; None where the system does not tell."""
+    try:
+        after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        since_boot = int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5), starttime
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot
+    except (OSError, ValueError, IndexError, AttributeError):
+        return None
 
 
 def die_with_parent() -> None:

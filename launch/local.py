@@ -13,12 +13,14 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
 from launch.environment import (
     LAUNCH_DIR_VARIABLE,
+    LAUNCH_TIME_VARIABLE,
     LaunchError,
     available_cpus,
     count_gpus,
@@ -52,7 +54,10 @@ def run_local(
     if port is not None:
         _check_port_is_free(port)
     with tempfile.TemporaryDirectory(prefix="hope-launch-") as directory:
-        environment = process_environment(num_threads) | {LAUNCH_DIR_VARIABLE: directory}
+        environment = process_environment(num_threads) | {
+            LAUNCH_DIR_VARIABLE: directory,
+            LAUNCH_TIME_VARIABLE: str(time.time()),
+        }
         with _environment(environment), _SignalForwarding(Path(directory)) as signals:
             exit_code = _run_agent(list(argv), nproc, port)
         if signals.received is not None:

@@ -22,7 +22,7 @@ from types import FrameType
 
 from launch import slurm
 from launch.attempts import CRASHED, FINISHED, LOST, STOPPED, UNHEALTHY, History, is_finished, newest_checkpoint_step
-from launch.environment import LAUNCH_DIR_VARIABLE, Failure, read_failures, read_worker_pids
+from launch.environment import LAUNCH_DIR_VARIABLE, LAUNCH_TIME_VARIABLE, Failure, read_failures, read_worker_pids
 from launch.health import check_nodes
 from launch.step import Step, TaskError, free_port, srun_command
 from launch.submission import LaunchDirectory, read_submission
@@ -148,6 +148,7 @@ class Supervisor:
             "MASTER_ADDR": self.nodes[0],
             "MASTER_PORT": str(port),
             LAUNCH_DIR_VARIABLE: str(self.directory.reports),
+            LAUNCH_TIME_VARIABLE: str(self._launch_began()),
             "TMPDIR": self.submission.scratch,
         }
         command = srun_command(self.submission, self.nodes, tasks_per_node=self.submission.ranks_per_node)
@@ -163,6 +164,12 @@ class Supervisor:
             f"attempt {len(self.history.attempts)}: {self.submission.world_size} ranks from step {self._step()}, port {port}"
         )
         return Step(command, environment, Path(self.submission.code))
+
+    def _launch_began(self) -> float:
+        """Unix time from which this start counts: the allocation's, or this attempt's if others came before it here."""
+        attempts = [(attempt.job_id, attempt.restart) for attempt in self.history.attempts]
+        is_first_here = attempts.count((self.job_id, self.restart)) == 1
+        return self.began if is_first_here else self.history.attempts[-1].started
 
     def _watch(self, step: Step) -> None:
         """Wait until the ranks have left. A request to stop is repeated: ranks that are starting up do not hear it."""

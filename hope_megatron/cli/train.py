@@ -99,7 +99,7 @@ def _train(config: RunConfig, resume: str) -> int:
     from launch.environment import silence_import_warnings
 
     silence_import_warnings()
-    phases = PhaseClock()
+    phases = PhaseClock.of_this_process()
     train_source, heldout_source = open_sources(config)
     phases.mark("data")
     from hope_megatron.engine.distributed import shutdown_distributed

@@ -14,6 +14,7 @@ from hope_megatron.eval.memory_health import cms_figure, measure_memories
 from hope_megatron.training.batches import heldout_batches, micro_batches, rank_samples
 from hope_megatron.training.loop import Callback, Run
 from hope_megatron.training.metrics import MetricsFile, read_metrics
+from hope_megatron.training.phases import start_up_text
 from hope_megatron.training.plots import plot_curves
 from hope_megatron.training.progress import Progress
 from hope_megatron.training.run_directory import RunDirectory, write_atomically
@@ -41,15 +42,20 @@ def default_callbacks(progress: Progress, tracker: Tracker | None) -> list[Callb
 
 
 class FirstStep(Callback):
-    """Times the first step, in which caches, buffers and kernels are made."""
+    """Times the first step, in which caches, buffers and kernels are made, and says how long the start-up took by phase."""
 
     def start(self, run: Run) -> None:
         self._seen = False
 
     def after_step(self, run: Run, result: StepResult) -> None:
-        if not self._seen:
-            run.phases.mark("first_step")
-            self._seen = True
+        if self._seen:
+            return
+        run.phases.mark("first_step")
+        self._seen = True
+        if run.engine.mesh.rank == 0:
+            phases = run.phases.start_up()
+            log.info("started in %s", start_up_text(phases))
+            write_atomically(run.directory.start_up, json.dumps({"step": run.state.step, "phases_s": phases}) + "\n")
 
     def finish(self, run: Run) -> None:
         run.phases.mark("steps")
@@ -110,6 +116,7 @@ class MetricsRecord(Callback):
 
     def start(self, run: Run) -> None:
         self._last = (run.state.tokens, time.monotonic())
+        self._first = True
         if run.engine.mesh.rank == 0:
             self._file = MetricsFile(run.directory.metrics)
             self._file.drop_after(run.state.step)
@@ -118,7 +125,7 @@ class MetricsRecord(Callback):
         due = run.state.step % run.config.training.log_every == 0 or run.is_last_step or run.state.step == 1
         record = None
         if due or run.metrics:
-            record = {**self._measure(run, result), **run.metrics}
+            record = {**self._measure(run, result), **run.metrics, **self._start_up(run)}
         if run.engine.mesh.rank != 0:
             return
         if record is not None:
@@ -130,6 +137,12 @@ class MetricsRecord(Callback):
     def finish(self, run: Run) -> None:
         if run.engine.mesh.rank == 0:
             self.progress.close()
+
+    def _start_up(self, run: Run) -> dict[str, float]:
+        """Seconds of the start-up's phases, in the first record of a process."""
+        phases = run.phases.start_up() if self._first else {}
+        self._first = False
+        return {f"time/start_{phase}_s": seconds for phase, seconds in phases.items()}
 
     def _measure(self, run: Run, result: StepResult) -> dict[str, float]:
         """Collective: the optimizer's statistics are over all ranks."""

@@ -11,6 +11,7 @@
 | memory/*, cms/* | | how memories and levels fare: see hope_megatron/eval/memory_health.py |
 | speed/tokens_per_s | tokens/s | over all ranks, since the last record |
 | time/wall_s | s | spent in steps since step 0 |
+| time/start_*_s | s | phases of the start-up (phases.py), in the first record of each start |
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def run_training(
     """
     phases = phases or PhaseClock()
     mesh = init_distributed(config.parallel, num_threads=config.training.num_threads)
-    phases.mark("groups")
+    phases.mark("rendezvous")
     engine = build_engine(config, mesh)
     seed_generators(config.training.seed, mesh.dp_rank)
     phases.mark("model")
@@ -69,6 +69,7 @@ def run_training(
     tracker = None
     try:
         _resume(run, resume)
+        phases.mark("checkpoint")
         if run.is_complete and is_summarized(directory):
             if mesh.rank == 0:
                 log.info("%s is complete: all %d steps are done", config.name, run.state.step)
@@ -122,7 +123,6 @@ def _resume(run: Run, resume: str) -> None:
     run.state.load_dict(checkpoint.description["progress"])
     run.newton_schulz_calls_before = run.state.newton_schulz_calls
     run.train_source.check_state(checkpoint.description["data"])
-    run.phases.mark("resume")
     if run.engine.mesh.rank == 0:
         log.info("resumed from %s", checkpoint.path)
 

@@ -50,6 +50,10 @@ class RunDirectory:
         return self.path / "summary.json"
 
     @property
+    def start_up(self) -> Path:
+        return self.path / "start_up.json"
+
+    @property
     def tracking(self) -> Path:
         return self.path / "tracking.json"
 

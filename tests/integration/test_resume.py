@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from data_pipeline import train_tokenizer
 from data_pipeline.prepare import prepare
 from hope_megatron.training.metrics import read_metrics
+from hope_megatron.training.phases import START_UP
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -164,7 +166,14 @@ def test_run_leaves_everything_that_was_promised(undisturbed):
     assert summary["complete"] and summary["step"] == 13 and summary["world_size"] == summary["tensor_parallel"] == 2
     assert summary["sequence_parallel"] and summary["zero_stage"] == 1 and summary["optimizer"] == "m3"
     assert summary["tokens"] == 13 * 2 * 16 and summary["newton_schulz_calls"] > 13
-    assert {"imports", "groups", "model", "data", "first_step"} <= summary["phases_s"].keys()
+    assert summary["phases_s"].keys() == {*START_UP, "steps"}
+    started = json.loads((undisturbed / "start_up.json").read_text())
+    assert started == {"step": 1, "phases_s": {phase: summary["phases_s"][phase] for phase in START_UP}}
+    assert all(0 <= seconds < 200 for seconds in started["phases_s"].values())
+    assert re.search(r"started in \d+\.\d s: launch \d", (undisturbed / "train.log").read_text())
+    first, *later = read(undisturbed / "metrics.jsonl")
+    assert first["time/start_imports_s"] == started["phases_s"]["imports"]
+    assert not any("time/start_imports_s" in record for record in later)
     heldout = [record for record in read(undisturbed / "metrics.jsonl") if "heldout/loss" in record]
     assert [record["step"] for record in heldout] == [6, 12, 13]
     assert summary["heldout_loss"] == heldout[-1]["heldout/loss"]
