@@ -75,7 +75,7 @@ def submit_array(
         raise LaunchError(f"{array_dir} exists already; give the array another name=..., or resume its runs one by one")
     runs = _load_cells(config, cells, overrides, base, cluster, nodes, report)
     try:
-        job_id = _write_and_submit(runs, base, cluster, nodes, limit)
+        job_id = queue_array(array_dir, base.name, runs, cluster, nodes, limit)
     except Exception:
         shutil.rmtree(array_dir)  # nothing was queued, and it was not there before
         raise
@@ -109,26 +109,36 @@ def _load_cells(
     return runs
 
 
-def _write_and_submit(
-    runs: Sequence[RunConfig], base: RunConfig, cluster: ClusterConfig, nodes: int, limit: int
+def queue_array(
+    folder: Path, name: str, runs: Sequence[RunConfig], cluster: ClusterConfig, nodes: int, limit: int
 ) -> str:
-    """Write the run directories and the batch script, and queue it; returns the job id."""
-    array_dir = base.run_dir
-    (array_dir / "cells").mkdir(parents=True)
-    code = freeze_code(array_dir / "launch" / "code")
-    for index, run in enumerate(runs):
-        directory = LaunchDirectory(run.run_dir)
-        write_files(run, cluster, describe(run, cluster, nodes, code), directory)
+    """Write what the runs and their array need, and queue it; returns the job id.
+
+    Args:
+        folder: of the array; exists no more than as far as its owner has made it.
+        name: of the job.
+        runs: checked configurations, one per array index, each with a run directory of its own.
+        nodes: nodes of each run.
+        limit: how many runs go at the same time.
+
+    Raises:
+        LaunchError: Slurm's own check of the script fails.
+        SlurmError: Slurm refuses the array.
+    """
+    (folder / "cells").mkdir(parents=True)
+    code = freeze_code(folder / "launch" / "code")
+    directories = [LaunchDirectory(run.run_dir) for run in runs]
+    submissions = [describe(run, cluster, nodes, code) for run in runs]
+    for index, (run, directory, submission) in enumerate(zip(runs, directories, submissions, strict=True)):
+        write_files(run, cluster, submission, directory)
         History(directory.attempts).submitted()
-        (array_dir / "cells" / str(index)).symlink_to(run.run_dir)
-    script = array_dir / "array.sbatch"
-    shared = describe(base, cluster, nodes, code)
-    write_atomically(script, array_script(cluster, shared, array_dir, len(runs), limit))
+        (folder / "cells" / str(index)).symlink_to(run.run_dir)
+    script = folder / "array.sbatch"
+    write_atomically(script, array_script(cluster, replace(submissions[0], name=name), folder, len(runs), limit))
     require(slurm_preflight(cluster, nodes, script))
     job_id = slurm.submit(script)
-    for index, run in enumerate(runs):
-        submission = replace(describe(run, cluster, nodes, code), job_id=f"{job_id}_{index}")
-        write_submission(LaunchDirectory(run.run_dir), submission)
+    for index, (directory, submission) in enumerate(zip(directories, submissions, strict=True)):
+        write_submission(directory, replace(submission, job_id=f"{job_id}_{index}"))
     return job_id
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
@@ -17,8 +17,6 @@ from hope_megatron.config.presets import config_names, find_config
 
 Word = Annotated[str, StringConstraints(pattern=r"^[^\s'\"\\]+$")]
 """A value for an option of Slurm: no spaces, quotes or backslashes."""
-
-_KIND: Any = "clusters"
 
 
 class HealthConfig(Section):
@@ -148,7 +146,7 @@ def load_cluster(name_or_path: str | Path) -> ClusterConfig:
     Raises:
         ConfigError: if there is no such file or it is wrong; one line per mistake.
     """
-    path = find_config(name_or_path, _KIND)
+    path = find_config(name_or_path, "clusters")
     data = read_mapping(path)
     try:
         return ClusterConfig.model_validate_json(json.dumps(data, default=str), strict=True)
@@ -158,7 +156,7 @@ def load_cluster(name_or_path: str | Path) -> ClusterConfig:
 
 def cluster_names() -> list[str]:
     """Names that `load_cluster` knows."""
-    return config_names(_KIND)
+    return config_names("clusters")
 
 
 def parse_time_limit(text: str) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.attempts import CRASHED, LOST, UNHEALTHY, History, is_finished, newest_checkpoint_step
+from launch.environment import start_up_text
 from launch.jobs import active_job
 from launch.submission import LaunchDirectory, read_submission
 
@@ -34,6 +35,8 @@ class Status:
     """Seconds of training that are left at that speed, while it runs."""
     checkpoint: int
     """Step of the newest checkpoint."""
+    start_up: str
+    """How long the latest start took, by phase; empty before its first step."""
     attempts: int
     restarts: int
     """Attempts after a failure."""
@@ -51,6 +54,8 @@ class Status:
             left = f", {_duration(self.eta_s)} left" if self.eta_s is not None else ""
             lines.append(f"  speed       {self.tokens_per_s:,.0f} tokens/s{left}")
         lines.append(f"  attempts    {self.attempts}, {self.restarts} after failures")
+        if self.start_up:
+            lines.append(f"  start-up    {self.start_up}")
         if self.avoided_nodes:
             lines.append(f"  avoids      {' '.join(self.avoided_nodes)}")
         if self.mlflow_run:
@@ -84,6 +89,7 @@ def run_status(run_dir: Path) -> Status:
         tokens_per_s=tokens_per_s,
         eta_s=eta,
         checkpoint=newest_checkpoint_step(run_dir),
+        start_up=start_up_text(phases) if (phases := _json(run_dir / "start_up.json").get("phases_s")) else "",
         attempts=len(history.attempts),
         restarts=sum(attempt.outcome in (CRASHED, LOST) for attempt in history.attempts[:-1]),
         avoided_nodes=tuple(history.avoided_nodes(submission.max_node_failures)),

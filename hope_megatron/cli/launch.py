@@ -30,13 +30,14 @@ _ACTIONS = {
     "chain": ("cluster",),
 }
 """Options that each action knows."""
-_SUBMIT_OPTIONS = ("cluster", "nodes", "dry_run", "local", "nproc")
+_SUBMIT_OPTIONS = ("cluster", "nodes", "dry_run", "local", "nproc", "oversubscribe")
 _DEFAULTS: dict[str, Any] = {
     "cluster": None,
     "nodes": None,
     "dry_run": False,
     "local": False,
     "nproc": None,
+    "oversubscribe": False,
     "follow": False,
     "lines": 50,
     "now": False,
@@ -63,6 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--dry-run", action="store_true", help="show the batch script and the checks, submit nothing")
     where.add_argument("--local", action="store_true", help="run on this machine instead")
     where.add_argument("--nproc", type=int, metavar="N", help="--local: processes (default: parallel.tensor_parallel)")
+    where.add_argument(
+        "--oversubscribe", action="store_true", help="--local: allow more processes than cores or GPUs"
+    )
     actions = parser.add_argument_group("actions")
     actions.add_argument("--follow", "-f", action="store_true", help="logs: go on as the log grows")
     actions.add_argument("--lines", type=int, metavar="N", help="logs: how many to begin with (default: %(default)s)")
@@ -103,7 +107,7 @@ def _refuse_foreign_options(args: argparse.Namespace, action: str) -> None:
 
 def _submit(args: argparse.Namespace, config_name: str, overrides: list[str]) -> int:
     if args.local:
-        return _run_here(config_name, overrides, args.nproc)
+        return _run_here(args, config_name, overrides)
     from launch.cluster import load_cluster
     from launch.jobs import dry_run, load_config, submit_run
 
@@ -123,13 +127,14 @@ def _submit(args: argparse.Namespace, config_name: str, overrides: list[str]) ->
     return 0
 
 
-def _run_here(config_name: str, overrides: list[str], nproc: int | None) -> int:
+def _run_here(args: argparse.Namespace, config_name: str, overrides: list[str]) -> int:
     from hope_megatron.cli import train
 
     parser = argparse.ArgumentParser(prog="hope launch --local")
     train.add_arguments(parser)
-    processes = [] if nproc is None else ["--nproc", str(nproc)]
-    return train.run(parser.parse_intermixed_args([config_name, *overrides, *processes]))
+    options = [] if args.nproc is None else ["--nproc", str(args.nproc)]
+    options += ["--oversubscribe"] if args.oversubscribe else []
+    return train.run(parser.parse_intermixed_args([config_name, *overrides, *options]))
 
 
 def _status(args: argparse.Namespace, target: str, overrides: list[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -60,7 +60,7 @@ def key_paths(section: type[Section], prefix: Location = ()) -> Iterator[Locatio
         yield (*prefix, name)
         inner = section_in(field.annotation)
         if inner is not None:
-            item: Location = () if inner is field.annotation else (0,)
+            item: Location = (0,) if get_origin(field.annotation) is tuple else ()
             yield from key_paths(inner, (*prefix, name, *item))
 
 
@@ -119,7 +119,7 @@ def _description(location: Location, root: type[Section]) -> str:
 
 
 def section_in(annotation: Any) -> type[Section] | None:
-    """The section class in a field's annotation: itself, or the item of a tuple."""
+    """The section class in a field's annotation: itself, the item of a tuple, or an optional one."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     return next((found for arg in get_args(annotation) if (found := section_in(arg)) is not None), None)

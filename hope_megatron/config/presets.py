@@ -11,7 +11,7 @@ from typing import Literal
 
 from hope_megatron.config.base import ConfigError
 
-Kind = Literal["models", "families", "runs"]
+Kind = Literal["models", "families", "runs", "clusters", "sweeps"]
 
 _PACKAGE_DIR = Path(__file__).resolve().parents[1]
 _SUFFIXES = (".yaml", ".yml")

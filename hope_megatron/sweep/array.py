@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 
 from hope_megatron.sweep.errors import SweepError
 from hope_megatron.sweep.plan import Cell, Plan
 from hope_megatron.sweep.store import State, SweepDirectory
 from launch import slurm
-from launch.attempts import History
+from launch.arrays import queue_array
 from launch.cluster import ClusterConfig
-from launch.freeze import freeze_code
-from launch.jobs import active_job, describe, write_files
-from launch.preflight import preflight, require, slurm_preflight
-from launch.script import array_script
-from launch.submission import LaunchDirectory, Submission, write_atomically, write_submission
+from launch.jobs import active_job
+from launch.preflight import preflight, require
+from launch.submission import LaunchDirectory
 
 
 def submit_missing(
@@ -59,26 +55,7 @@ def submit_missing(
     for cell in missing:
         require(preflight(cell.config, cluster, nodes))
     folder = next(path for i in itertools.count(1) if not (path := directory.path / "arrays" / str(i)).exists())
-    (folder / "cells").mkdir(parents=True)
-    code = freeze_code(folder / "launch" / "code")
-    launches = [(LaunchDirectory(cell.config.run_dir), describe(cell.config, cluster, nodes, code)) for cell in missing]
-    for index, (cell, (launch, submission)) in enumerate(zip(missing, launches, strict=True)):
-        write_files(cell.config, cluster, submission, launch)
-        (folder / "cells" / str(index)).symlink_to(cell.config.run_dir)
-        History(launch.attempts).submitted()
-    job_id = _submit(plan, cluster, nodes, folder, launches[0][1], len(missing), limit)
-    for index, (launch, submission) in enumerate(launches):
-        write_submission(launch, replace(submission, job_id=f"{job_id}_{index}"))
-    return job_id
-
-
-def _submit(
-    plan: Plan, cluster: ClusterConfig, nodes: int, folder: Path, submission: Submission, num_cells: int, limit: int
-) -> str:
-    script = folder / "array.sbatch"
-    write_atomically(script, array_script(cluster, replace(submission, name=plan.sweep.name), folder, num_cells, limit))
-    require(slurm_preflight(cluster, nodes, script))
-    return slurm.submit(script)
+    return queue_array(folder, plan.sweep.name, [cell.config for cell in missing], cluster, nodes, limit)
 
 
 def _is_missing(directory: SweepDirectory, cell: Cell, retry: bool) -> bool:

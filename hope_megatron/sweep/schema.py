@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from hope_megatron.config.base import ConfigError, Section
 from hope_megatron.config.load import read_mapping
 from hope_megatron.config.messages import explain
+from hope_megatron.config.presets import find_config
 from hope_megatron.config.training import TrackingConfig
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._]*$"
@@ -166,28 +167,14 @@ def load_sweep(path: str | Path) -> SweepConfig:
     """Load a sweep file; unknown keys fail and name the nearest one.
 
     Args:
-        path: a YAML file, or the name of one in ./configs/sweeps or the repository's.
+        path: a YAML file, or the name of one in configs/sweeps.
 
     Raises:
         ConfigError: one line per mistake.
     """
-    file = _find(path)
+    file = find_config(path, "sweeps")
     try:
         sweep = SweepConfig.model_validate_json(json.dumps(read_mapping(file), default=str), strict=True)
     except ValidationError as error:
         raise explain(error, SweepConfig, lambda location: str(file)) from None
     return sweep.model_copy(update={"output_dir": sweep.output_dir.expanduser().absolute()})
-
-
-def _find(path: str | Path) -> Path:
-    file = Path(path)
-    if file.suffix in (".yaml", ".yml") or len(file.parts) != 1:
-        return file
-    folders = [Path("configs/sweeps"), Path(__file__).resolve().parents[2] / "configs" / "sweeps"]
-    for folder in folders:
-        if (folder / f"{file}.yaml").is_file():
-            return folder / f"{file}.yaml"
-    known = sorted({found.stem for folder in folders for found in folder.glob("*.yaml")})
-    raise ConfigError(
-        f"no sweep named {str(file)!r} in configs/sweeps; known: {', '.join(known) or 'none'}; or give a path"
-    )

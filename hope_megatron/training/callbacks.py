@@ -14,13 +14,13 @@ from hope_megatron.eval.memory_health import cms_figure, measure_memories
 from hope_megatron.training.batches import heldout_batches, micro_batches, rank_samples
 from hope_megatron.training.loop import Callback, Run
 from hope_megatron.training.metrics import MetricsFile, read_metrics
-from hope_megatron.training.phases import start_up_text
 from hope_megatron.training.plots import plot_curves
 from hope_megatron.training.progress import Progress
 from hope_megatron.training.run_directory import RunDirectory, write_atomically
 from hope_megatron.training.signals import signal_name
 from hope_megatron.training.step import StepResult, evaluate
 from hope_megatron.training.tracking import Tracker
+from launch.environment import start_up_text
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
 
 from launch.environment import launch_time, process_start_time
 
@@ -44,9 +43,3 @@ class PhaseClock:
         """Seconds of the phases of the start-up, in their order."""
         seconds = self.rounded()
         return {phase: seconds[phase] for phase in START_UP if phase in seconds}
-
-
-def start_up_text(phases: Mapping[str, float]) -> str:
-    """`12.3 s: imports 8.1, model 2.0, ...`"""
-    parts = ", ".join(f"{phase.replace('_', ' ')} {seconds:.1f}" for phase, seconds in phases.items())
-    return f"{sum(phases.values()):.1f} s: {parts}"

@@ -57,14 +57,14 @@ def root(tmp_path_factory):
     return root
 
 
-def start(root, name, *arguments):
+def start(root, name, *arguments, command=("train",)):
     """`hope train`, in a process group of its own, so that a test can kill all of it."""
     config = root / f"{name}.yaml"
     config.write_text(RUN.format(name=name, root=root, vocab=VOCAB))
-    command = [sys.executable, "-m", "hope_megatron", "train", str(config), "--oversubscribe", *arguments]
+    program = [sys.executable, "-m", "hope_megatron", *command, str(config), "--oversubscribe", *arguments]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+        program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
     )
 
 
@@ -120,7 +120,8 @@ def flip_a_bit(path):
 
 @pytest.fixture(scope="module")
 def undisturbed(root):
-    process = start(root, "undisturbed")
+    """Started as `hope launch --local`, which is the same run as `hope train`: the others must end with its bits."""
+    process = start(root, "undisturbed", "--nproc", "2", command=("launch", "--local"))
     code, output = finish(process)
     assert code == 0, output
     return root / "runs" / "undisturbed"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import sqlite3
+import time
 
 import pytest
 import yaml
@@ -132,6 +133,58 @@ def test_many_faults_end_in_the_same_bits(reference: Run, workspace: Workspace, 
     run.wait_for_log("nothing to do")
     assert run.wait_for_end() == "COMPLETED"
     assert run.final_state() == reference.final_state()
+
+
+@pytest.mark.timeout(600)
+def test_node_that_stays_dead_is_left_out(reference: Run, workspace: Workspace, slurm: LocalSlurm) -> None:
+    """Slurm itself notices the death and requeues the job; after the second one the run asks for other nodes."""
+    run = workspace.submit("bereaved", "--nodes", 2)
+    run.wait_for_log("all ranks are ready")
+    first, victim = run.nodes()
+    slurm.kill_node(victim)
+
+    run.wait_for_log("all ranks are ready", times=2)
+    assert victim not in run.nodes() and first in run.nodes()
+    assert f"{victim} went down" in run.attempts()[0]["reason"]
+    slurm.start_node(victim)
+    slurm.run("scontrol", "update", f"NodeName={first}", "State=DRAIN", "Reason=test")
+    slurm.run("scontrol", "requeue", run.job_id)
+    run.wait_for_log("all ranks are ready", times=3)
+    assert run.nodes()[0] == victim, "now it is the node of the supervisor"
+    slurm.kill_node(victim)
+
+    slurm.run("scontrol", "update", f"NodeName={first}", "State=RESUME")
+    run.wait_for_log("all ranks are ready", times=4)
+    assert victim not in run.nodes()
+    assert f"avoids      {victim}" in workspace.hope("launch", "status", run.directory)
+    assert run.wait_for_end() == "COMPLETED", run.log
+    assert run.trajectory() == reference.trajectory()
+    assert run.final_state() == reference.final_state()
+    slurm.start_node(victim)
+    slurm.wait_idle()
+
+
+@pytest.mark.timeout(600)
+def test_time_limit_requeues_without_losing_a_step(reference: Run, workspace: Workspace) -> None:
+    cluster = workspace.write_cluster("short.yaml", time_limit="00:01:00", stop_before_end_s=25)
+    endless = ["training.steps=100000", "checkpoint.every=100000"]
+    run = workspace.submit("limited", *endless, cluster=cluster)
+    run.wait_for_log("all ranks are ready")
+    started = time.monotonic()
+
+    run.wait_for_log("the ranks have stopped")
+    assert time.monotonic() - started < 60, "Slurm's limit came first"
+    assert "time limit or preemption: asking the ranks to save and stop" in run.log
+    (attempt,) = run.attempts()
+    assert attempt["outcome"] == "stopped" and attempt["last_step"] == run.step() > 0, "a step was lost"
+    run.wait_for_step(attempt["last_step"] + 1)
+    assert "restart 1" in run.log and f"from step {attempt['last_step']}, port" in run.log
+    steps = [step for step, _, _ in run.trajectory()]
+    assert steps == [*range(1, steps[-1] + 1)]
+    status = workspace.hope("launch", "status", run.directory)
+    assert "running" in status and "start-up " in status and "imports" in status
+    workspace.hope("launch", "cancel", run.directory, "--now")
+    assert run.wait_for_end() == "CANCELLED"
 
 
 def test_array_cells_share_a_node_and_one_resumes_elsewhere(

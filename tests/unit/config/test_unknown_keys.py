@@ -19,7 +19,8 @@ BASE: dict[str, Any] = {
     "training": {"steps": 1000, "seq_length": 512, "global_batch_size": 8},
     "data": {"train": "train", "tokenizer": "tokenizer.model"},
 }
-FULL = parse_yaml(dump_config(resolve_run_config(BASE, source="test")), "test")
+# with an optional section given, so that its keys are there to be misspelt
+FULL = parse_yaml(dump_config(resolve_run_config(BASE, ["model.mup.base_width=256"], source="test")), "test")
 PATHS = sorted(".".join(map(str, path)) for path in key_paths(RunConfig))
 
 
