@@ -64,9 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--dry-run", action="store_true", help="show the batch script and the checks, submit nothing")
     where.add_argument("--local", action="store_true", help="run on this machine instead")
     where.add_argument("--nproc", type=int, metavar="N", help="--local: processes (default: parallel.tensor_parallel)")
-    where.add_argument(
-        "--oversubscribe", action="store_true", help="--local: allow more processes than cores or GPUs"
-    )
+    where.add_argument("--oversubscribe", action="store_true", help="--local: allow more processes than cores or GPUs")
     actions = parser.add_argument_group("actions")
     actions.add_argument("--follow", "-f", action="store_true", help="logs: go on as the log grows")
     actions.add_argument("--lines", type=int, metavar="N", help="logs: how many to begin with (default: %(default)s)")

@@ -36,7 +36,8 @@ from hope_megatron.sweep.schema import FitConfig
 OUTLIER_SCALES = 4.0
 """A run is an outlier when its residual exceeds this many robust standard deviations."""
 
-_SINGLE_EPOCH = 1.05
+SINGLE_EPOCH = 1.05
+"""Runs of more passes over their data count as repeating it."""
 _SMALLEST_SCALE = 1e-6
 
 
@@ -122,7 +123,7 @@ def _analyse_family(family: str, observations: list[Observation], config: FitCon
     runs = sorted(best_of_tuning(observations), key=lambda run: (run.flops, run.parameters))
     n, d, c, _ = columns(runs)
     result = FamilyAnalysis(family, runs, ComputeLaw.fit(n, c / d))
-    single = np.array([not run.epochs > _SINGLE_EPOCH for run in runs])
+    single = np.array([not run.epochs > SINGLE_EPOCH for run in runs])
     if not single.all():
         result.notes.append(
             f"{int((~single).sum())} runs repeat their data; "

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from hope_megatron.sweep.analysis import FamilyAnalysis, columns
 from hope_megatron.sweep.laws import Array, LossLaw
 
+_UNITS = ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K"))
 _COLOURS = ("#E4572E", "#4C78A8", "#54A24B", "#B279A2", "#F2B134", "#79706E")
 _LOSS = "loss (nats per token)"
 _FLOPS = "training FLOPs"
@@ -53,7 +56,7 @@ def plot_profiles(families: Sequence[FamilyAnalysis], out: Path) -> bool:
             valley = profile.valley
             grid = np.geomspace(valley.x.min(), valley.x.max(), 100)
             axes.plot(valley.x, valley.loss, "o", color=shade, markersize=5)
-            axes.plot(grid, valley(grid), color=shade, linewidth=1.2, label=f"{_si(profile.flops)}FLOP")
+            axes.plot(grid, valley(grid), color=shade, linewidth=1.2, label=f"{_exponent(profile.flops)} FLOPs")
             if not valley.problem:
                 axes.plot(*valley.minimum, "*", color=shade, markersize=13, markeredgecolor="black")
         _finish(axes, family.family, "parameters", _LOSS)
@@ -72,6 +75,19 @@ def plot_frontier(families: Sequence[FamilyAnalysis], target_flops: float, out: 
     for axes, title, label in zip(panels, ("loss", "size", "tokens"), (_LOSS, "parameters", "tokens"), strict=True):
         _finish(axes, f"optimal {title}", _FLOPS, label)
         axes.axvline(target_flops, color="#999999", linestyle=":", linewidth=1)
+        high = axes is panels[0]  # where the lines leave room
+        axes.annotate(
+            "recommended",
+            (target_flops, 0.98 if high else 0.02),
+            xycoords=("data", "axes fraction"),
+            xytext=(-3, 0),
+            textcoords="offset points",
+            rotation=90,
+            ha="right",
+            va="top" if high else "bottom",
+            fontsize=7,
+            color="#777777",
+        )
     panels[1].set_yscale("log")
     panels[2].set_yscale("log")
     panels[0].legend(frameon=False, fontsize=8)
@@ -103,7 +119,9 @@ def _draw_frontier(panels: Sequence[Axes], family: FamilyAnalysis, target_flops:
     for frontier, style, label in ((family.isoflop, "--", "approach 2"), (family.envelope, ":", "approach 1")):
         if frontier is not None:
             panels[1].plot(grid, frontier.point.parameters(grid), style, color=colour, linewidth=1.2)
-            panels[2].plot(grid, frontier.point.tokens(grid), style, color=colour, linewidth=1.2, label=label)
+            panels[2].plot(grid, frontier.point.tokens(grid), style, color=colour, linewidth=1.2)
+            if label not in panels[2].get_legend_handles_labels()[1]:
+                panels[2].plot([], [], style, color="#555555", linewidth=1.2, label=label)
 
 
 def _optima(law: LossLaw, family: FamilyAnalysis, grid: Array, name: str) -> list[float]:
@@ -183,23 +201,36 @@ def _finish(axes: Axes, title: str, x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _number_ticks(axis: Axis) -> None:
+    """Ticks of a logarithmic axis as a person would write them (200K, 0.005), few enough not to touch each other."""
+    low, high = axis.get_view_interval()
+    decades = np.log10(high / low)
+    numbers = (1.0, 2.0, 5.0) if decades < 3 else (1.0,)
+    axis.set_major_locator(LogLocator(subs=numbers, numticks=12))
+    form = _exponent if axis.get_label_text() == _FLOPS else _si
+    axis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _exponent(value: float) -> str:
+    """8e11."""
+    return f"{value:.1e}".replace(".0e", "e").replace("e+", "e").replace("e0", "e")
+
+
 def _si(value: float) -> str:
-    for size, unit in (
-        (1e24, "Y"),
-        (1e21, "Z"),
-        (1e18, "E"),
-        (1e15, "P"),
-        (1e12, "T"),
-        (1e9, "G"),
-        (1e6, "M"),
-        (1e3, "K"),
-    ):
+    """Three digits and a unit: 138K, 1.2M."""
+    value = float(f"{value:.3g}")
+    for size, unit in _UNITS:
         if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.3g} "
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
 
 
 def _save(figure: Figure, out: Path) -> bool:
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() == "log":
+                _number_ticks(axis)
     temporary = out.with_name(f".{out.name}.tmp")
     figure.savefig(temporary, dpi=130, format="png")
     temporary.replace(out)

@@ -34,6 +34,8 @@ class Recommendation:
     """Loss to expect of the recommended run, scatter between runs included."""
     config: RunConfig
     lr_reason: str
+    epochs: float
+    """Passes over the sweep's training data that its tokens take; NaN when the amount of data is not known."""
     extrapolation: float
     """Target over the compute of the largest run that was fitted."""
 
@@ -78,6 +80,7 @@ def _recommend(plan: Plan, family: FamilyAnalysis, flops: float) -> Recommendati
         loss=family.predict(parameters, tokens),
         config=config,
         lr_reason=reason,
+        epochs=tokens / max(run.unique_tokens for run in family.runs),
         extrapolation=flops / max(run.flops for run in family.runs),
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from hope_megatron.config.load import dump_config
 from hope_megatron.sweep import plots
-from hope_megatron.sweep.analysis import FamilyAnalysis
+from hope_megatron.sweep.analysis import SINGLE_EPOCH, FamilyAnalysis
 from hope_megatron.sweep.bootstrap import Estimate
 from hope_megatron.sweep.collect import Observation, write_csv
 from hope_megatron.sweep.document import Block, Bullets, Code, Heading, Picture, Table, Text, to_html, to_markdown
@@ -161,6 +161,13 @@ def _recommendation(recommendations: Sequence[Recommendation], flops: float, fol
             Text(
                 "**The runs do not determine the optimum**: its interval is unbounded. Take it as a direction at most, and "
                 "widen the range of sizes and tokens."
+            )
+        )
+    if best.epochs > SINGLE_EPOCH:
+        blocks.append(
+            Text(
+                f"Its tokens are {best.epochs:.2g} passes over the data of this sweep, and the law speaks of fresh tokens: "
+                "prepare more data first, or expect a higher loss."
             )
         )
     if best.extrapolation > FAR_EXTRAPOLATION:

@@ -142,7 +142,10 @@ class LocalSlurm:
 
     def run(self, *command: str, check: bool = True) -> str:
         """Output of a Slurm command."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=30)
+        try:
+            done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"{' '.join(command)} did not answer{self.logs()}") from None
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed: {done.stderr}{self.logs()}")
         return done.stdout

@@ -122,8 +122,9 @@ class Run:
         """Wait until a condition holds."""
         deadline = time.monotonic() + TIMEOUT_S
         while not condition():
-            queue = self.slurm.run("squeue", "-o", "%i %T %r %N")
-            assert time.monotonic() < deadline, f"waited in vain for {what}\n{queue}\n{self.log}"
+            if time.monotonic() > deadline:
+                queue = self.slurm.run("squeue", "-o", "%i %T %r %N", check=False)
+                raise AssertionError(f"waited in vain for {what}\n{queue}\n{self.log}")
             time.sleep(0.1)
 
     def wait_for_step(self, step: int) -> None:

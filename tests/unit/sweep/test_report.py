@@ -62,6 +62,15 @@ def test_recommended_run_is_the_optimum_of_the_best_family(plan: Plan) -> None:
     assert first.extrapolation == pytest.approx(10, rel=0.05) == target_flops(families, None) / 1e15
 
 
+def test_recommendation_beyond_the_data_says_so(plan: Plan, tmp_path: Path) -> None:
+    longest = max(run.tokens for run in observed(plan))
+    for data, warned in ((longest, True), (1000 * longest, False)):
+        observations = [replace(run, unique_tokens=data) for run in observed(plan)]
+        families = analyse(observations, plan.sweep.fit)
+        write_report("toy", tmp_path, observations, families, recommend(plan, families, 1e18), 1e18)
+        assert ("passes over the data" in (tmp_path / "report.md").read_text()) is warned
+
+
 def test_report_is_complete_and_self_contained(plan: Plan, tmp_path: Path) -> None:
     observations = observed(plan)
     families = analyse(observations, plan.sweep.fit)
