@@ -165,15 +165,14 @@ class MupConfig(Section):
     """Maximal update parametrization (muP, arXiv 2203.03466, table 8): what is tuned on a narrow model holds on wide ones.
 
     With m = hidden_size / base_width, matrices whose fan-in grows with the width start with std / sqrt(m) and learn with lr / m
-    (AdamW) or lr / sqrt(m) (Muon, AdaMuon, M3: full rank, fixed RMS), logits are divided by m, and softmax scores too where
-    heads widen. Embeddings, vectors and the memories' own matrices, which a head's width sizes, keep their rate; lr times
-    weight_decay keeps its value everywhere. At base_width nothing changes.
+    (AdamW) or lr / sqrt(m) (Muon, AdaMuon, M3: full rank, fixed RMS). Logits are divided by m by the weight of the last norm, which
+    starts at 1 / m and learns with lr / m. Embeddings, vectors and the memories' own matrices, which a head's width sizes, keep
+    their rate; lr times weight_decay keeps its value everywhere. At base_width nothing changes. Heads are equally wide at all
+    sizes (head_size), so that attention's 1 / sqrt(d) is a constant.
     """
 
     base_width: int = Field(gt=0)
     """hidden_size at which optim.lr and init_std count as they are."""
-    base_head_size: int | None = Field(default=None, gt=0)
-    """Head width at that size; None means that heads are equally wide at all sizes (memories need that)."""
 
 
 class ModelConfig(Section):
@@ -226,12 +225,6 @@ class ModelConfig(Section):
         return self.init_std / math.sqrt(self.width_multiplier)
 
     @property
-    def softmax_scale(self) -> float | None:
-        """What attention scores are multiplied by: under muP sqrt(base_head_size) / d; None: the usual 1 / sqrt(d)."""
-        base = self.mup and self.mup.base_head_size
-        return math.sqrt(base) / self.head_dim if base else None
-
-    @property
     def memory_hidden(self) -> int:
         """Hidden width of a memory, resolved."""
         return self.memory.hidden_size or self.head_dim
@@ -257,10 +250,4 @@ class ModelConfig(Section):
             raise ConfigError(f"model.num_heads={self.num_heads} is not divisible by attention.num_kv_heads={kv}")
         if "attention" in self.mixers and self.head_dim % 2:
             raise ConfigError(f"rotary embeddings need an even head width, not {self.head_dim}; set model.head_size")
-        base_head = self.mup.base_head_size if self.mup else None
-        if base_head not in (None, self.head_dim) and "memory" in self.mixers:
-            raise ConfigError(
-                f"model.mup.base_head_size={base_head} differs from the head width {self.head_dim}: a memory's inner rates have no "
-                f"transfer rule across head widths; keep heads of {base_head} with model.head_size, and take more of them"
-            )
         return self

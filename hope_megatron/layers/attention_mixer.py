@@ -39,7 +39,6 @@ class StreamingAttention(MegatronModule):
         super().__init__(config)
         self.window: int | None = None
         self.documents: Tensor | None = None
-        self.scale: float | None = None
         self.past: AttentionState | None = None
         self.present: AttentionState | None = None
 
@@ -53,9 +52,7 @@ class StreamingAttention(MegatronModule):
         self.present = AttentionState(key[kept], value[kept], position)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, T, d]
         mask, causal = self._mask(T, key.size(0), q.device)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale, enable_gqa=q.size(1) != k.size(1)
-        )
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
         return y.permute(2, 0, 1, 3).flatten(2)
 
     def _mask(self, T: int, S: int, device: torch.device) -> tuple[Tensor | None, bool]:
@@ -83,7 +80,6 @@ class AttentionMixer(MegatronModule):
         )
         self.attention = SelfAttention(config, submodules, layer_number, attn_mask_type=AttnMaskType.causal)
         self.attention.core_attention.window = model.attention.window_tokens
-        self.attention.core_attention.scale = model.softmax_scale
         output_std = model.hidden_init_std / math.sqrt(2 * model.num_layers)
         for weight, std, dim in (
             (self.attention.linear_qkv.weight, model.hidden_init_std, 0),

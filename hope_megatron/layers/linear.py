@@ -51,7 +51,7 @@ def column_parallel(
         role: "matrix" or "vector" for the optimizer.
         fused_apart: the blocks are matrices of their own to the optimizer.
         allocate: False for a layer that is given its weight at each call (tied embeddings).
-        width_fan_in: False for the output head, whose logits muP divides instead.
+        width_fan_in: False for the output head, before which muP divides instead.
     """
     layer = _GatheredColumnParallelLinear(
         input_size,
@@ -91,4 +91,3 @@ def row_parallel(input_size: int, output_size: int, config: TransformerConfig, i
 
 
 zeros = constant(0.0)
-ones = constant(1.0)

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hope_megatron.layers.linear import ones
-from hope_megatron.layers.parameters import declare
+from hope_megatron.layers.parameters import constant, declare
 
 
 class RMSNorm(nn.Module):
@@ -17,12 +16,24 @@ class RMSNorm(nn.Module):
         size: width of the last dim.
         epsilon: added to the mean square.
         sum_over_tp: tensor-parallel ranks see other tokens (sequence parallelism) or other heads.
+        initial: the weight's initial value.
+        width_fan_in: muP scales its learning rate.
     """
 
-    def __init__(self, size: int, epsilon: float, *, sum_over_tp: bool, dtype: torch.dtype):
+    def __init__(
+        self,
+        size: int,
+        epsilon: float,
+        *,
+        sum_over_tp: bool,
+        dtype: torch.dtype,
+        initial: float = 1.0,
+        width_fan_in: bool = False,
+    ):
         super().__init__()
         self.epsilon = epsilon
-        self.weight = declare(nn.Parameter(torch.empty(size, dtype=dtype)), ones, sum_over_tp=sum_over_tp)
+        weight = nn.Parameter(torch.empty(size, dtype=dtype))
+        self.weight = declare(weight, constant(initial), sum_over_tp=sum_over_tp, width_fan_in=width_fan_in)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.epsilon).to(x.dtype)

@@ -57,7 +57,13 @@ class LanguageModel(MegatronModule):
             if isinstance(layer.mixer, MemoryMixer):
                 layer.mixer.recompute_memory = recompute != "none"
         self.norm = RMSNorm(
-            model.hidden_size, model.norm_epsilon, sum_over_tp=config.sequence_parallel, dtype=config.params_dtype
+            model.hidden_size,
+            model.norm_epsilon,
+            sum_over_tp=config.sequence_parallel,
+            dtype=config.params_dtype,
+            initial=1
+            / model.width_multiplier,  # muP's division of the logits, in a place that every reader of the weights has
+            width_fan_in=True,
         )
         self.head = column_parallel(
             model.hidden_size,
@@ -119,8 +125,6 @@ class LanguageModel(MegatronModule):
 
     def _head(self, x: Tensor) -> Tensor:
         """[T, B, D] -> this rank's logits [T, B, padded_vocab / tp]; rows that pad the vocabulary never win."""
-        if self.model_config.mup:
-            x = x / self.model_config.width_multiplier
         weight = self.embedding.weight if self.model_config.tie_embeddings else None
         logits, _ = self.head(enter_parallel_region(x, self.config), weight=weight)
         first = logits.size(-1) * parallel_state.get_tensor_model_parallel_rank()

@@ -25,9 +25,7 @@ CASES = {
     "retnet": tiny_model(memory=MemoryConfig(num_layers=1, dgd_layers="none", eta="fixed", decay="retnet", **STATIC)),
     "transformer": tiny_model(layer_pattern=("attention",)),
     "mixed": tiny_model(layer_pattern=("attention", "memory")),
-    "mup": tiny_model(
-        layer_pattern=("attention",), mup=MupConfig(base_width=16, base_head_size=4), tie_embeddings=False
-    ),
+    "mup": tiny_model(layer_pattern=("attention",), mup=MupConfig(base_width=16), tie_embeddings=False),
 }
 
 

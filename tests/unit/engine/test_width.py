@@ -1,4 +1,4 @@
-"""Learning rates across width: under muP what a step does to activations and logits does not depend on the width."""
+"""Learning rates across width: under muP, what a step does to activations and logits does not depend on the width."""
 
 from __future__ import annotations
 
@@ -106,6 +106,7 @@ def test_groups_hold_every_parameter_once_with_its_rate() -> None:
             "layers.0.mixer.rates.weight": 0.02 / 4,  # AdamW under every optimizer
             "layers.0.mixer.memories.mem_in": 0.01,
             "layers.0.norm.weight": 0.02,
+            "norm.weight": 0.02 / 4,  # it carries the division of the logits
             "embedding.weight": 0.02,
         }
         for parameter, lr in expected.items():
@@ -124,10 +125,3 @@ def test_base_width_changes_nothing() -> None:
     assert torch.equal(plain(tokens).logits, base(tokens).logits)
     groups = optimizer_of(plain, "adamw").param_groups, optimizer_of(base, "adamw").param_groups
     assert [group["name"] for group in groups[0]] == [group["name"] for group in groups[1]]
-
-
-def test_memories_need_heads_of_one_width() -> None:
-    with pytest.raises(ValueError, match="keep heads of 8"):
-        model_config(64, mup=MupConfig(base_width=32, base_head_size=8))
-    attention = model_config(64, "attention", mup=MupConfig(base_width=32, base_head_size=4))
-    assert attention.softmax_scale == pytest.approx(2 / 16)
