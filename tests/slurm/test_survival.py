@@ -183,8 +183,12 @@ def test_time_limit_requeues_without_losing_a_step(reference: Run, workspace: Wo
     assert steps == [*range(1, steps[-1] + 1)]
     status = workspace.hope("launch", "status", run.directory)
     assert "running" in status and "start-up " in status and "imports" in status
-    workspace.hope("launch", "cancel", run.directory, "--now")
+
+    run.wait_for_step(steps[-1] + 1)
+    workspace.hope("launch", "cancel", run.directory, "--now")  # scancel: Slurm terminates the ranks, which save
     assert run.wait_for_end() == "CANCELLED"
+    run.wait(lambda: len(run.attempts()) == 2, "the end of the second attempt")
+    assert run.attempts()[1]["last_step"] == run.step(), "scancel lost a step"
 
 
 def test_array_cells_share_a_node_and_one_resumes_elsewhere(

@@ -13,24 +13,28 @@ from data_pipeline.corpus import iterate_texts
 from data_pipeline.prepare import prepare
 from data_pipeline.tokenizer import train_tokenizer
 
+DEMO = Path(__file__).parents[2] / "configs" / "sweeps" / "demo.yaml"
+
 
 @pytest.fixture(scope="module")
 def sweep_file(workspace: Workspace) -> Path:
-    """Two families with two learning rates each, on the run file of the other tests and data of its own."""
+    """The file of `make sweep-demo` with tiny cells, on data of its own: two families at two sizes."""
     home = workspace.directory / "sweep"
     home.mkdir()
     sources = [str(workspace.directory / "text.jsonl")]
     tokenizer = train_tokenizer(iterate_texts(sources), home / "tokenizer.model", 400)
     prepare(sources, tokenizer, home / "data", held_out_fraction=0.1)
-    data = {"train": home / "data/train", "heldout": home / "data/heldout", "tokenizer": home / "tokenizer.model"}
-    sweep = {
-        "name": "array_sweep",
-        "output_dir": str(home / "sweeps"),
-        "base": {"run": str(workspace.run_file), "data": {name: str(path) for name, path in data.items()}},
-        "families": {"hope": {}, "transformer_pp": {"model.layer_pattern": ["attention"]}},
-        "axes": {"optim.lr": [0.003, 0.001]},
-        "hardware": {"name": "cpu"},
+    sweep = yaml.safe_load(DEMO.read_text())
+    sweep |= {"output_dir": str(home / "sweeps"), "sizes": {"widths": [32, 64], "depths": [1, 1], "head_size": 32}}
+    sweep["design"] = {"tokens": [2560]}
+    sweep["base"]["training"] |= {"seq_length": 64, "eval_sequences": 2}
+    sweep["base"]["data"] = {
+        "train": str(home / "data/train"),
+        "heldout": str(home / "data/heldout"),
+        "tokenizer": str(home / "tokenizer.model"),
     }
+    for family in sweep["families"].values():
+        family["model.vocab_size"] = 400
     path = home / "sweep.yaml"
     path.write_text(yaml.safe_dump(sweep))
     return path
@@ -47,4 +51,4 @@ def test_sweep_runs_as_one_array(workspace: Workspace, sweep_file: Path) -> None
     assert "4 finished" in status
     assert "0 cells to queue, 4 finished" in workspace.hope(*queue)
     workspace.hope("sweep", "report", sweep_file, "--bootstrap", 20)
-    assert "data:image/png;base64," in (sweep_file.parent / "sweeps/array_sweep/report.html").read_text()
+    assert "data:image/png;base64," in (sweep_file.parent / "sweeps/demo/report.html").read_text()
