@@ -21,7 +21,17 @@ from pathlib import Path
 from types import FrameType
 
 from launch import slurm
-from launch.attempts import CRASHED, FINISHED, LOST, STOPPED, UNHEALTHY, History, is_finished, newest_checkpoint_step
+from launch.attempts import (
+    CRASHED,
+    FINISHED,
+    LOST,
+    STOPPED,
+    UNHEALTHY,
+    Attempt,
+    History,
+    is_finished,
+    newest_checkpoint_step,
+)
 from launch.environment import LAUNCH_DIR_VARIABLE, LAUNCH_TIME_VARIABLE, Failure, read_failures, read_worker_pids
 from launch.health import check_nodes
 from launch.step import Step, TaskError, free_port, srun_command
@@ -148,7 +158,7 @@ class Supervisor:
             "MASTER_ADDR": self.nodes[0],
             "MASTER_PORT": str(port),
             LAUNCH_DIR_VARIABLE: str(self.directory.reports),
-            LAUNCH_TIME_VARIABLE: str(self._launch_began()),
+            LAUNCH_TIME_VARIABLE: str(launch_began(self.history.attempts, self.began)),
             "TMPDIR": self.submission.scratch,
         }
         command = srun_command(self.submission, self.nodes, tasks_per_node=self.submission.ranks_per_node)
@@ -164,12 +174,6 @@ class Supervisor:
             f"attempt {len(self.history.attempts)}: {self.submission.world_size} ranks from step {self._step()}, port {port}"
         )
         return Step(command, environment, Path(self.submission.code))
-
-    def _launch_began(self) -> float:
-        """Unix time from which this start counts: the allocation's, or this attempt's if others came before it here."""
-        attempts = [(attempt.job_id, attempt.restart) for attempt in self.history.attempts]
-        is_first_here = attempts.count((self.job_id, self.restart)) == 1
-        return self.began if is_first_here else self.history.attempts[-1].started
 
     def _watch(self, step: Step) -> None:
         """Wait until the ranks have left. A request to stop is repeated: ranks that are starting up do not hear it."""
@@ -274,6 +278,13 @@ def own_job_id(environment: Mapping[str, str]) -> str:
     if "SLURM_ARRAY_JOB_ID" in environment:
         return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
     return environment["SLURM_JOB_ID"]
+
+
+def launch_began(attempts: Sequence[Attempt], allocated: float) -> float:
+    """Unix time from which the start of the latest attempt counts: the allocation's, or its own if others came before it there."""
+    latest = attempts[-1]
+    here = [a for a in attempts if (a.job_id, a.restart) == (latest.job_id, latest.restart)]
+    return allocated if len(here) == 1 else latest.started
 
 
 def first_cause(failures: Sequence[Failure]) -> Failure | None:

@@ -137,25 +137,18 @@ def test_many_faults_end_in_the_same_bits(reference: Run, workspace: Workspace, 
 
 @pytest.mark.timeout(600)
 def test_node_that_stays_dead_is_left_out(reference: Run, workspace: Workspace, slurm: LocalSlurm) -> None:
-    """Slurm itself notices the death and requeues the job; after the second one the run asks for other nodes."""
+    """It fails for the second time by dying, and nobody repairs it: Slurm itself notices, and puts the job elsewhere."""
     run = workspace.submit("bereaved", "--nodes", 2)
     run.wait_for_log("all ranks are ready")
-    first, victim = run.nodes()
-    slurm.kill_node(victim)
-
+    victim = run.nodes()[1]
+    run.kill_rank(1)
     run.wait_for_log("all ranks are ready", times=2)
-    assert victim not in run.nodes() and first in run.nodes()
-    assert f"{victim} went down" in run.attempts()[0]["reason"]
-    slurm.start_node(victim)
-    slurm.run("scontrol", "update", f"NodeName={first}", "State=DRAIN", "Reason=test")
-    slurm.run("scontrol", "requeue", run.job_id)
-    run.wait_for_log("all ranks are ready", times=3)
-    assert run.nodes()[0] == victim, "now it is the node of the supervisor"
     slurm.kill_node(victim)
 
-    slurm.run("scontrol", "update", f"NodeName={first}", "State=RESUME")
-    run.wait_for_log("all ranks are ready", times=4)
+    run.wait_for_log("all ranks are ready", times=3)
     assert victim not in run.nodes()
+    assert [attempt["bad_nodes"] for attempt in run.attempts()[:2]] == [[victim], [victim]]
+    assert f"{victim} went down" in run.attempts()[1]["reason"]
     assert f"avoids      {victim}" in workspace.hope("launch", "status", run.directory)
     assert run.wait_for_end() == "COMPLETED", run.log
     assert run.trajectory() == reference.trajectory()

@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
 from launch.environment import (
     LAUNCH_DIR_VARIABLE,
+    LAUNCH_TIME_VARIABLE,
     count_gpus,
+    launch_time,
     process_environment,
+    process_start_time,
     read_failures,
     read_worker_pids,
     report_failure,
     report_ready,
+    start_up_text,
 )
 
 
@@ -55,3 +60,19 @@ def test_without_a_launcher_nothing_is_reported(monkeypatch):
 def test_launch_imports_no_torch():
     code = "import launch.local, launch.environment, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_process_knows_when_it_was_started():
+    before = time.time()
+    code = (
+        "import time; time.sleep(0.5); from launch.environment import process_start_time; print(process_start_time())"
+    )
+    started = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert before - 0.1 <= started <= time.time() - 0.5  # the kernel counts in hundredths of a second
+    assert process_start_time() < before
+
+
+def test_launch_time_comes_from_the_launcher():
+    assert launch_time({LAUNCH_TIME_VARIABLE: "12.5"}) == 12.5
+    assert launch_time({}) is None
+    assert start_up_text({"launch": 3.0, "first_step": 0.25}) == "3.2 s: launch 3.0, first step 0.2"

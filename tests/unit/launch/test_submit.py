@@ -244,7 +244,9 @@ def test_status_needs_no_slurm_for_a_finished_run(run_file: Path) -> None:
         "".join(json.dumps(record) + "\n" for record in records) + '{"step": 1'
     )
     (config.run_dir / "summary.json").write_text(json.dumps({"complete": True, "step": 100}))
+    (config.run_dir / "start_up.json").write_text(json.dumps({"step": 1, "phases_s": {"imports": 8.5, "model": 2.0}}))
     status = run_status(config.run_dir)
+    assert "start-up    10.5 s: imports 8.5, model 2.0\n" in str(status)
     assert (status.state, status.step, status.steps, status.tokens_per_s) == ("finished", 100, 100, 50.0)
     assert (status.attempts, status.restarts) == (2, 1)
 

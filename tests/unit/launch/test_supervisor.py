@@ -8,11 +8,12 @@ from datetime import datetime
 
 import pytest
 
+from launch.attempts import Attempt
 from launch.environment import Failure, LaunchError
 from launch.slurm import parse_job
 from launch.step import TaskError, free_port, srun_command
 from launch.submission import Submission
-from launch.supervisor import explain_failure, first_cause, has_gone_down
+from launch.supervisor import explain_failure, first_cause, has_gone_down, launch_began
 from launch.worker import rank_environment
 
 NODES = ["node1", "node2"]
@@ -116,3 +117,12 @@ def test_jobs_are_read_from_scontrol() -> None:
     cell = parse_job("JobId=14 ArrayJobId=13 ArrayTaskId=1 JobState=CANCELLED Reason=None NodeList=n1")
     assert (cell.job_id, cell.ended, cell.reason) == ("13_1", True, "")
     assert parse_job("JobId=13 ArrayJobId=13 ArrayTaskId=0-3%2 JobState=PENDING").job_id == "13"
+
+
+def test_start_up_counts_from_the_allocation_or_from_the_attempt_after_a_failure() -> None:
+    def attempt(number: int, restart: int) -> Attempt:
+        return Attempt(number, "7", restart, ("n1",), started=100.0 * number, step=0)
+
+    assert launch_began([attempt(1, 0)], allocated=40.0) == 40.0
+    assert launch_began([attempt(1, 0), attempt(2, 0)], allocated=40.0) == 200.0
+    assert launch_began([attempt(1, 0), attempt(2, 1)], allocated=160.0) == 160.0
