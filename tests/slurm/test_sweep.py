@@ -27,7 +27,7 @@ def sweep_file(workspace: Workspace) -> Path:
     sweep = yaml.safe_load(DEMO.read_text())
     sweep |= {"output_dir": str(home / "sweeps"), "sizes": {"widths": [32, 64], "depths": [1, 1], "head_size": 32}}
     sweep["design"] = {"tokens": [2560]}
-    sweep["base"]["training"] |= {"seq_length": 64, "eval_sequences": 2}
+    sweep["base"]["training"] |= {"seq_length": 64, "eval_sequences": 2, "log_every": 1}
     sweep["base"]["data"] = {
         "train": str(home / "data/train"),
         "heldout": str(home / "data/heldout"),
