@@ -182,7 +182,7 @@ def test_time_limit_requeues_without_losing_a_step(reference: Run, workspace: Wo
     workspace.hope("launch", "cancel", run.directory, "--now")  # scancel: Slurm terminates the ranks, which save
     assert run.wait_for_end() == "CANCELLED"
     run.wait(lambda: len(run.attempts()) == 2, "the end of the second attempt")
-    assert run.attempts()[1]["last_step"] == run.step(), "scancel lost a step"
+    assert run.attempts()[1]["last_step"] == run.step(), f"scancel lost a step\n{run.log}"
 
 
 def test_array_cells_share_a_node_and_one_resumes_elsewhere(
