@@ -29,6 +29,8 @@ class OptimSettings:
     slow_beta: float = 0.9
     slow_period_steps: int = 3
     slow_weight: float = 0.5
+    denominator_floor: float = 0.1
+    stagger: bool = True
     eps: float = 1e-8
     weight_decay: float = 0.1
     form: str = "ema"

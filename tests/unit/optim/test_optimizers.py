@@ -27,8 +27,8 @@ NAMES = ["m3", "muon", "adamuon", "adamw", "sgd"]
 def config(**changes):
     values = {
         "name": "m3", "lr": 1e-2, "vector_lr": None, "betas": (0.9, 0.95), "slow_beta": 0.9, "slow_period_steps": 3,
-        "slow_weight": 0.5, "eps": 1e-8, "weight_decay": 0.1, "form": "ema", "ns_steps": 5, "ns_coefficients": "quintic",
-        "ns_dtype": "float32", "momentum": 0.95, "nesterov": True,
+        "slow_weight": 0.5, "denominator_floor": 0.1, "stagger": True, "eps": 1e-8, "weight_decay": 0.1, "form": "ema",
+        "ns_steps": 5, "ns_coefficients": "quintic", "ns_dtype": "float32", "momentum": 0.95, "nesterov": True,
     }  # fmt: skip
     return SimpleNamespace(**{**values, **changes})
 
@@ -270,11 +270,26 @@ def test_slow_work_is_spread_over_the_period():
         train(params, optimizer, [step])
         calls.append(optimizer.last_step_stats()["optim/newton_schulz_calls"])
     assert calls == [8.0] * 9
-    together = build_optimizer(params.items(), config(form="paper"))
-    train(params, together, [0, 1])
-    assert together.last_step_stats()["optim/newton_schulz_calls"] == 6
-    train(params, together, [2])
-    assert together.last_step_stats()["optim/newton_schulz_calls"] == 12
+    for settings in ({"form": "paper"}, {"stagger": False}):
+        together = build_optimizer(params.items(), config(**settings))
+        train(params, together, [0, 1])
+        assert together.last_step_stats()["optim/newton_schulz_calls"] == 6
+        train(params, together, [2])
+        assert together.last_step_stats()["optim/newton_schulz_calls"] == 12
+
+
+def test_a_high_floor_of_the_denominator_leaves_muon_with_two_timescales():
+    """Towards infinity M3 without its slow momentum is orthogonalised momentum of RMS 0.2."""
+    params = {"w": tagged(12, 7)}
+    before = params["w"].detach().clone()
+    optimizer = build_optimizer(
+        params.items(), config(denominator_floor=1e6, slow_weight=0.0, weight_decay=0.0, lr=1.0)
+    )
+    gradients(params, 0)
+    polar = newton_schulz(params["w"].grad, coefficients="quintic")
+    optimizer.step()
+    expected = polar * 0.2 / polar.square().mean().sqrt()
+    torch.testing.assert_close(before - params["w"].detach(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_stack_and_fused_parts_are_orthogonalised_one_by_one():
