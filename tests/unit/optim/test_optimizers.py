@@ -257,9 +257,31 @@ def test_every_matrix_goes_through_newton_schulz_and_updates_have_the_size_of_ad
     expected = 80 + (8 * 10 // 3 if name == "m3" else 0)
     assert abs(stats["optim/newton_schulz_calls_total"] - expected) <= 8
     assert 8 <= stats["optim/newton_schulz_calls"] <= 16
-    assert 0 < stats["optim/orthogonality_residual"] < 0.6
+    # AdaMuon orthogonalises signs: of a 5 x 4 matrix they may be nearly dependent, which five steps do not mend
+    assert 0 < stats["optim/orthogonality_residual"] < (1.0 if name == "adamuon" else 0.6)
     assert stats["optim/exchange_bytes"] == 0
     assert stats["optim/update_rms/matrix"] == pytest.approx(0.2, rel=0.25)
+
+
+def test_the_residual_is_of_a_matrix_that_the_number_of_updates_picks():
+    """So that a resumed run logs the same; and a step without an update logs none."""
+
+    def residuals(params, optimizer, steps):
+        train_each = [(train(params, optimizer, [step]), optimizer.last_step_stats())[1] for step in steps]
+        return [stats.get("optim/orthogonality_residual") for stats in train_each]
+
+    params = {"stack": tagged(3, 5, 4, update_period_steps=2), "w": tagged(6, 4, update_period_steps=2)}
+    undisturbed = build_optimizer(params.items(), config())
+    residuals(params, undisturbed, range(3))
+    copied = copy.deepcopy(params)
+    for name, p in copied.items():
+        p.update_period_steps = params[name].update_period_steps
+    resumed = build_optimizer(copied.items(), config())
+    import_state(resumed, export_state(undisturbed))
+    logged = residuals(params, undisturbed, range(3, 12))
+    assert residuals(copied, resumed, range(3, 12)) == logged
+    assert [value is None for value in logged] == [False, True] * 4 + [False]
+    assert len(set(logged)) == 6
 
 
 def test_slow_work_is_spread_over_the_period():
