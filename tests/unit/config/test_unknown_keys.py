@@ -17,7 +17,12 @@ BASE: dict[str, Any] = {
     "name": "test",
     "model": "hope_tiny",
     "training": {"steps": 1000, "seq_length": 512, "global_batch_size": 8},
-    "data": {"train": "train", "tokenizer": "tokenizer.model"},
+    "data": {
+        "train": "train",
+        "tokenizer": "tokenizer.model",
+        "mix_with": {"more": "more"},
+        "mix_schedule": [{"weights": {"train": 1.0, "more": 1.0}}],
+    },
 }
 FULL = parse_yaml(dump_config(resolve_run_config(BASE, source="test")), "test")
 PATHS = sorted(".".join(map(str, path)) for path in key_paths(RunConfig))
