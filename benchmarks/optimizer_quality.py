@@ -7,7 +7,7 @@
 Tasks: hope_tiny and transformer_pp_tiny at the quickstart's size (two layers of width 128, vocabulary 1,024) on its corpus,
 Python's standard library; a vision transformer on scikit-learn's digits. For each task
 
-1. every optimizer with every learning rate of one grid, seed 0;
+1. every optimizer with every learning rate of one grid, seed 0; the grid goes on while the best rate lies at its edge;
 2. two more seeds at the best rate: mean and spread;
 3. M3 at its best rate with other slow weights a, slow periods f and floors of the denominator, seed 0; the best of these
    with the other seeds.
@@ -38,6 +38,7 @@ from hope_megatron.engine.distributed import init_distributed
 TASKS = ("digits", "transformer_pp_tiny", "hope_tiny")
 OPTIMIZERS = ("adamw", "muon", "adamuon", "m3")
 RATES = (0.002, 0.004, 0.008, 0.016, 0.032)
+MAX_EXTENSIONS = 4
 SEEDS = (0, 1, 2)
 VARIANTS: tuple[dict[str, float], ...] = (
     *({"slow_weight": a} for a in (0.0, 0.2, 1.0)),
@@ -95,8 +96,6 @@ class Study:
     def run(self) -> None:
         """Tune, repeat with other seeds, vary M3."""
         for optimizer in self.args.optimizers:
-            for lr in RATES:
-                self.loss(optimizer, lr, SEEDS[0])
             for seed in SEEDS[1:]:
                 self.loss(optimizer, self.best_rate(optimizer), seed)
         if "m3" in self.args.optimizers and not self.args.no_variants:
@@ -123,9 +122,19 @@ class Study:
         loss = self.results.cells[name]["loss"]
         return float("inf") if loss is None else loss
 
+    def rates(self, optimizer: str) -> list[float]:
+        """The grid, and what follows it by factors of two on the side where the best rate is the last."""
+        rates = list(RATES)
+        for _ in range(MAX_EXTENSIONS):
+            best = min(rates, key=lambda lr: self.loss(optimizer, lr, SEEDS[0]))
+            if best not in (rates[0], rates[-1]):
+                break
+            rates = [best / 2, *rates] if best == rates[0] else [*rates, best * 2]
+        return rates
+
     def best_rate(self, optimizer: str) -> float:
-        """The rate of the grid with the lowest loss."""
-        return min(RATES, key=lambda lr: self.loss(optimizer, lr, SEEDS[0]))
+        """The rate with the lowest loss."""
+        return min(self.rates(optimizer), key=lambda lr: self.loss(optimizer, lr, SEEDS[0]))
 
     def best_variant(self) -> dict[str, float]:
         """The variant of M3 with the lowest loss at seed 0."""
@@ -152,7 +161,7 @@ class Study:
         losses = [float("inf") if cell["loss"] is None else cell["loss"] for cell in cells]
         accuracies = [cell["accuracy"] for cell in cells if cell.get("accuracy") is not None]
         return {
-            "edge": lr in (RATES[0], RATES[-1]),
+            "edge": lr in (self.rates(optimizer)[0], self.rates(optimizer)[-1]),
             "seed_0": losses[0],
             "mean": statistics.mean(losses),
             "std": statistics.stdev(losses) if len(losses) > 1 else None,
@@ -221,7 +230,8 @@ def plot(studies: list[Study], path: Path) -> None:
         summary = study.summary()
         for row in summary["optimizers"]:
             name = row["optimizer"]
-            (line,) = left.plot(RATES, [study.loss(name, lr, SEEDS[0]) for lr in RATES], marker="o", ms=3, label=name)
+            rates = study.rates(name)
+            (line,) = left.plot(rates, [study.loss(name, lr, SEEDS[0]) for lr in rates], marker="o", ms=3, label=name)
             left.errorbar(row["lr"], row["mean"], row["std"] or 0.0, color=line.get_color(), marker="D", capsize=4)
         left.set(xscale="log", xlabel="learning rate", ylabel="held-out loss", title=study.name)
         left.legend(frameon=False)

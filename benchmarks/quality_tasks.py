@@ -57,7 +57,7 @@ def fit(
     started = time.process_time()
     for step in range(budget.steps):
         loss = batch_loss(step)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
             break
         loss.backward()
