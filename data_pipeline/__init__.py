@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from data_pipeline.manifest import Manifest, ShardInfo
     from data_pipeline.mixture import MixtureStream
     from data_pipeline.prepare import PrepareReport
-    from data_pipeline.samples import DocumentSpan, SampleStream, document_ids
+    from data_pipeline.samples import NO_TOKEN, DocumentSpan, SampleStream, document_ids
     from data_pipeline.stream import TokenStream
     from data_pipeline.tokenizer import Tokenizer, train_tokenizer
     from data_pipeline.transition import resume
 
 __all__ = [
+    "NO_TOKEN",
     "Batch",
     "BatchLoader",
     "DataChangedError",
@@ -76,6 +77,7 @@ _MODULES = {
     "ShardInfo": "manifest",
     "MixtureStream": "mixture",
     "PrepareReport": "prepare",
+    "NO_TOKEN": "samples",
     "DocumentSpan": "samples",
     "SampleStream": "samples",
     "document_ids": "samples",

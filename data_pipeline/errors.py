@@ -44,6 +44,10 @@ class ShardError(DataError):
     """A shard differs from what its manifest says: missing, truncated, changed, or not a shard at all."""
 
 
+class CorruptShardError(ShardError):
+    """A shard is there, and its content is not what the manifest says."""
+
+
 class TokenRangeError(DataError):
     """A shard holds a token id outside the vocabulary."""
 

@@ -1,12 +1,13 @@
 """The ledger: what a run did that its data order alone does not tell, and which documents a step saw.
 
-What was read needs no record, because it can be computed again. Only skipped samples and changes of the data are
-written down: one JSON object per line in a file of the run.
+What was read needs no record, because it can be computed again. Only skipped samples, corrupt shards and changes of the
+data are written down: one JSON object per line in a file of the run.
 """
 
 from __future__ import annotations
 
 import bisect
+import fcntl
 import itertools
 import json
 import os
@@ -32,7 +33,10 @@ class Skip:
 
 
 class Ledger:
-    """An append-only file of skips and data transitions; every entry is safe on disk when the call returns."""
+    """An append-only file of skips, corrupt shards and data transitions; every entry is safe on disk when the call returns.
+
+    The processes of a run may write to one file.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -44,28 +48,40 @@ class Ledger:
         self._append({"kind": "skip", "first": first, "count": count, "step": step, "reason": reason})
 
     def record_transition(self, sample: int, old: str, new: str, *, step: int, reason: str) -> None:
-        """From this sample on, other data are read; ``old`` and ``new`` are fingerprints."""
-        self._append({"kind": "transition", "sample": sample, "old": old, "new": new, "step": step, "reason": reason})
+        """From this sample on, other data are read; ``old`` and ``new`` are fingerprints. Recorded once."""
+        entry = {"kind": "transition", "sample": sample, "old": old, "new": new, "step": step, "reason": reason}
+        self._append(entry, once_by=("kind", "sample", "new"))
+
+    def record_corrupt(self, shard: str, location: str, sha256: str, *, reason: str) -> None:
+        """A shard is left out because its content is not that of the digest in the manifest. Recorded once."""
+        entry = {"kind": "corrupt", "shard": shard, "location": location, "sha256": sha256, "reason": reason}
+        self._append(entry, once_by=("kind", "location", "shard", "sha256"))
 
     def entries(self) -> list[dict[str, Any]]:
         """All entries in order. A last line that a crash cut off was never acknowledged, and is passed over."""
-        data = self.path.read_bytes() if self.path.exists() else b""
-        lines = data[: data.rfind(b"\n") + 1].splitlines()
+        return self._parse(self.path.read_bytes() if self.path.exists() else b"")
+
+    def _parse(self, data: bytes) -> list[dict[str, Any]]:
         try:
-            return [json.loads(line) for line in lines]
+            return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
         except ValueError as error:
             raise DataError(f"the ledger {self.path} is damaged ({error}). Restore it from a copy.") from error
 
     def skips(self) -> list[Skip]:
         return [Skip(entry["first"], entry["count"]) for entry in self.entries() if entry["kind"] == "skip"]
 
-    def _append(self, entry: dict[str, Any]) -> None:
+    def _append(self, entry: dict[str, Any], once_by: tuple[str, ...] = ()) -> None:
+        """Add an entry, unless there is one with the same values under ``once_by``."""
         line = json.dumps({**entry, "time": time.time()}, sort_keys=True).encode() + b"\n"
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
                 file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
+                data = file.read()
+                if once_by and any(all(old.get(k) == entry[k] for k in once_by) for old in self._parse(data)):
+                    return
+                file.truncate(data.rfind(b"\n") + 1)
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())

@@ -13,6 +13,9 @@ import numpy as np
 from data_pipeline.errors import DataChangedError, SamplingError
 from data_pipeline.files import canonical_json
 
+NO_TOKEN = -1
+"""Stands in samples for tokens that cannot be read (see `TokenStream`, skip_corrupt). They are no input and no target."""
+
 
 @dataclass(frozen=True)
 class DocumentSpan:

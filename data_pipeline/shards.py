@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.errors import ShardError
+from data_pipeline.errors import CorruptShardError, ShardError
 from data_pipeline.files import canonical_json, sync_directory, writing
 from data_pipeline.manifest import ShardInfo
 
@@ -232,8 +232,8 @@ class ShardReader:
         self.offsets = offsets
         self.buffer = buffer
 
-    def _fail(self, what: str) -> ShardError:
-        return ShardError(
+    def _fail(self, what: str, kind: type[ShardError] = CorruptShardError) -> ShardError:
+        return kind(
             f"shard {self.path} {what}. Restore the file, or prepare the data again; 'hope data verify' checks all."
         )
 
@@ -245,9 +245,9 @@ class ShardReader:
                     raise self._fail(f"has {size} bytes where the manifest says {self.info.bytes}")
                 buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
-            raise self._fail(f"cannot be read ({error})") from error
-        if verify and hashlib.sha256(buffer).hexdigest() != self.info.sha256:
-            raise self._fail("has changed: its SHA-256 is not the manifest's")
+            raise self._fail(f"cannot be read ({error})", ShardError) from error
+        if verify and (found := hashlib.sha256(buffer).hexdigest()) != self.info.sha256:
+            raise self._fail(f"has changed: its SHA-256 is {found}, not the manifest's {self.info.sha256}")
         return buffer
 
     def _read_index(self, verify: bool) -> np.ndarray:
@@ -255,7 +255,7 @@ class ShardReader:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise self._fail(f"has no readable index {path.name} ({error.strerror})") from error
+            raise self._fail(f"has no readable index {path.name} ({error.strerror})", ShardError) from error
         if len(data) != self.info.documents * 2 * INDEX_DTYPE.itemsize:
             raise self._fail(f"has an index {path.name} of another length than its {self.info.documents} documents")
         if verify and hashlib.sha256(data).hexdigest() != self.info.index_sha256:

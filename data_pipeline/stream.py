@@ -22,16 +22,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data_pipeline.cache import ShardCache, shard_size
-from data_pipeline.errors import ManifestError, SamplingError, ShardError, TokenRangeError
+from data_pipeline.errors import CorruptShardError, ManifestError, SamplingError, ShardError, TokenRangeError
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Permutation
-from data_pipeline.samples import DocumentSpan, SampleStream
+from data_pipeline.samples import NO_TOKEN, DocumentSpan, SampleStream
 from data_pipeline.shards import ShardReader
+
+if TYPE_CHECKING:
+    from data_pipeline.ledger import Ledger
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +68,9 @@ class TokenStream(SampleStream):
         shuffle_shards: shards whose windows are mixed; also about the number of shards open at a time.
         verify: check SHA-256 of a shard when it is first opened.
         cache: local copies of the shards; needed when the manifest is given by a URL.
+        skip_corrupt: go on when the content of a shard is not what the manifest says, and record it in this ledger. Its
+            tokens are NO_TOKEN then; all numbers of samples stay as they are. None: stop. A shard that cannot be read at
+            all (a lost disk, a missing file) always stops.
 
     Raises:
         ManifestError: the manifest cannot be used.
@@ -83,6 +89,7 @@ class TokenStream(SampleStream):
         shuffle_shards: int = 16,
         verify: bool = True,
         cache: ShardCache | None = None,
+        skip_corrupt: Ledger | None = None,
     ) -> None:
         if not isinstance(manifest, Manifest):
             manifest = Manifest.load(manifest)
@@ -105,6 +112,8 @@ class TokenStream(SampleStream):
         if "://" in manifest.location:
             _check_cache(manifest, cache, shuffle_shards)
         self._shards = _OpenShards(manifest, verify, cache, capacity=2 * shuffle_shards + 2)
+        self._skip_corrupt = skip_corrupt
+        self._corrupt: set[int] = set()  # numbers of shards that are left out
         self._epochs: OrderedDict[int, EpochOrder] = OrderedDict()
         self._prefetched: tuple[list[int], int] | None = None
         self._lock = threading.Lock()
@@ -205,8 +214,14 @@ class TokenStream(SampleStream):
         slot = bisect.bisect_right(order.starts, start) - 1
         at, wanted = 0, len(out)
         while at < wanted:
-            reader = self._shards.get(order.shards[slot])
-            at += _copy(reader, start + at - order.starts[slot], out[at:], self._eos_id)
+            local = start + at - order.starts[slot]
+            reader = self._reader(order.shards[slot])
+            if reader is None:
+                count = min(wanted - at, self._sizes[order.shards[slot]] - local)
+                out[at : at + count] = NO_TOKEN
+                at += count
+            else:
+                at += _copy(reader, local, out[at:], self._eos_id)
             slot += 1
         if out.max() >= self.manifest.vocab_size:
             names = {span.shard for span in self._spans(order, start, wanted)}
@@ -214,6 +229,21 @@ class TokenStream(SampleStream):
                 f"token id {out.max()} in {' or '.join(sorted(names))} is outside the vocabulary of "
                 f"{self.manifest.vocab_size}: the shards were made with another tokenizer. Prepare the data again."
             )
+
+    def _reader(self, number: int) -> ShardReader | None:
+        """The shard of a number, or None if it is corrupt and left out."""
+        if number in self._corrupt:
+            return None
+        try:
+            return self._shards.get(number)
+        except CorruptShardError as error:
+            if self._skip_corrupt is None:
+                raise
+            shard = self.manifest.shards[number]
+            self._skip_corrupt.record_corrupt(shard.name, self.manifest.location, shard.sha256, reason=str(error))
+            self._corrupt.add(number)
+            log.error("left out, its %d tokens carry no loss: %s", shard.tokens, error)
+            return None
 
     def _spans(self, order: EpochOrder, start: int, length: int) -> list[DocumentSpan]:
         spans: list[DocumentSpan] = []

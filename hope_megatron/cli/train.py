@@ -3,6 +3,8 @@
     hope train configs/runs/NAME.yaml optim.lr=1e-3 --nproc 2     on this machine
     torchrun --nproc-per-node 8 -m hope_megatron train ...        under any launcher that sets RANK and WORLD_SIZE
 
+    hope train FILE data.train=data/v2/train --data-transition "more code"   go on with other data, on purpose and recorded
+
 The same command continues a run that was stopped, from its newest good checkpoint. Ctrl-C saves and leaves.
 """
 
@@ -11,13 +13,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from hope_megatron.config import ConfigError, RunConfig, dump_config, load_run_config
 from hope_megatron.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:
-    from data_pipeline import TokenStream
+    from data_pipeline import SampleStream, Tokenizer, TokenStream
+    from hope_megatron.training.batches import SampleSource
+    from hope_megatron.training.run import ContinueData
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="auto|never|PATH",
         help="auto: from the newest good checkpoint of the run, if any; never: insist on a fresh run; PATH: back to an earlier "
         "checkpoint of this run, or from one of another run while this one has none",
+    )
+    parser.add_argument(
+        "--data-transition",
+        metavar="REASON",
+        help="go on although the training data have changed since the checkpoint, from their beginning; the reason is recorded "
+        "in the run's data_ledger.jsonl. Without it a change is refused",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and leave")
     parser.add_argument("--oversubscribe", action="store_true", help="allow more processes than cores or GPUs")
@@ -64,11 +75,11 @@ def run(args: argparse.Namespace) -> int:
         from launch.environment import apply_process_environment
 
         apply_process_environment(config.training.num_threads)
-        return _train(config, args.resume)
+        return _train(config, args)
     from launch.local import run_local
 
     return run_local(
-        ["train", args.config, *args.overrides, "--resume", args.resume],
+        ["train", args.config, *args.overrides, "--resume", args.resume, *_transition_argument(args)],
         nproc,
         num_threads=config.training.num_threads,
         oversubscribe=args.oversubscribe,
@@ -85,7 +96,7 @@ def _work(args: argparse.Namespace) -> int:
     try:
         config = load_run_config(args.config, args.overrides)
         apply_process_environment(config.training.num_threads)
-        _train(config, args.resume)
+        _train(config, args)
         return 0
     except Exception as error:
         if report_failure(rank, error):
@@ -93,7 +104,11 @@ def _work(args: argparse.Namespace) -> int:
         raise
 
 
-def _train(config: RunConfig, resume: str) -> int:
+def _transition_argument(args: argparse.Namespace) -> list[str]:
+    return [] if args.data_transition is None else [f"--data-transition={args.data_transition}"]
+
+
+def _train(config: RunConfig, args: argparse.Namespace) -> int:
     """Train in this process. Returns 0, or 128 + the signal that ended the run early."""
     from hope_megatron.training.phases import PhaseClock
     from launch.environment import silence_import_warnings
@@ -106,39 +121,80 @@ def _train(config: RunConfig, resume: str) -> int:
     from hope_megatron.training.run import run_training
 
     phases.mark("imports")
-    finished = run_training(config, train_source, heldout_source, resume=resume, phases=phases)
+    finished = run_training(
+        config,
+        train_source,
+        heldout_source,
+        resume=args.resume,
+        continue_data=_continue_data(config, args.data_transition),
+        phases=phases,
+    )
     shutdown_distributed()
     return 128 + finished.stop_signal if finished.stop_signal else 0
 
 
-def open_sources(config: RunConfig) -> tuple[TokenStream, TokenStream | None]:
+def open_sources(config: RunConfig) -> tuple[SampleStream, TokenStream | None]:
     """The training and held-out samples of a run, checked against its tokenizer and model.
 
     Raises:
         DataError: if manifests, shards or tokenizer cannot be used.
         ConfigError: if they do not fit the model or each other.
     """
-    from data_pipeline import Tokenizer, TokenStream
+    from data_pipeline import Ledger, Tokenizer, TokenStream
 
-    tokenizer = Tokenizer.load(config.data.tokenizer)
-    seq_length = config.training.seq_length
-    train = TokenStream(config.data.train, seq_length, config.data.seed)
-    heldout = TokenStream(config.data.heldout, seq_length, shuffle=False) if config.data.heldout else None
-    for stream, name in ((train, "data.train"), (heldout, "data.heldout")):
-        if stream is None:
-            continue
-        if stream.manifest.tokenizer_sha256 != tokenizer.digest:
-            raise ConfigError(
-                f"{name} ({stream.manifest.location}) was made with another tokenizer than data.tokenizer "
-                f"({config.data.tokenizer}): digests {stream.manifest.tokenizer_sha256[:12]} and {tokenizer.digest[:12]}; "
-                "use the tokenizer that lies beside the shards, or prepare the data again"
+    data, seq_length = config.data, config.training.seq_length
+    tokenizer = Tokenizer.load(data.tokenizer)
+    skip_corrupt = Ledger(RunDirectory(config.run_dir).data_ledger) if data.on_corrupt == "skip" else None
+    sets = {
+        name: TokenStream(path, seq_length, data.seed, skip_corrupt=skip_corrupt)
+        for name, path in {"train": data.train, **data.mix_with}.items()
+    }
+    heldout = TokenStream(data.heldout, seq_length, shuffle=False) if data.heldout else None
+    for name, stream in sets.items():
+        _check_fits(stream, "data.train" if name == "train" else f"data.mix_with.{name}", tokenizer, config)
+    if heldout is not None:
+        _check_fits(heldout, "data.heldout", tokenizer, config)
+    return _mixed(sets, config), heldout
+
+
+def _check_fits(stream: TokenStream, name: str, tokenizer: Tokenizer, config: RunConfig) -> None:
+    if stream.manifest.tokenizer_sha256 != tokenizer.digest:
+        raise ConfigError(
+            f"{name} ({stream.manifest.location}) was made with another tokenizer than data.tokenizer "
+            f"({config.data.tokenizer}): digests {stream.manifest.tokenizer_sha256[:12]} and {tokenizer.digest[:12]}; "
+            "use the tokenizer that lies beside the shards, or prepare the data again"
+        )
+    if stream.manifest.vocab_size != config.model.vocab_size:
+        raise ConfigError(
+            f"{name} has a vocabulary of {stream.manifest.vocab_size} tokens, model.vocab_size is "
+            f"{config.model.vocab_size}; set model.vocab_size={stream.manifest.vocab_size}"
+        )
+
+
+def _mixed(sets: dict[str, TokenStream], config: RunConfig) -> SampleStream:
+    from data_pipeline import MixtureStream
+
+    if not config.data.mix_with:
+        return sets["train"]
+    schedule = [(phase.from_tokens, phase.weights) for phase in config.data.mix_schedule]
+    return MixtureStream(sets, schedule, config.data.seed)
+
+
+def _continue_data(config: RunConfig, data_transition: str | None) -> ContinueData:
+    """Take the data up at a saved position; changed data only with a reason, which goes to the run's data ledger."""
+    from data_pipeline import Ledger, SampleStream, resume
+
+    def continue_data(source: SampleSource, state: Mapping[str, Any]) -> SampleSource:
+        assert isinstance(source, SampleStream)
+        stream, number = resume(source, state, data_transition=data_transition is not None)
+        if stream.fingerprint != state["fingerprint"] and int(os.environ.get("RANK", 0)) == 0:
+            step = number // config.training.global_batch_size
+            Ledger(RunDirectory(config.run_dir).data_ledger).record_transition(
+                number, state["fingerprint"], stream.fingerprint, step=step, reason=data_transition or ""
             )
-        if stream.manifest.vocab_size != config.model.vocab_size:
-            raise ConfigError(
-                f"{name} has a vocabulary of {stream.manifest.vocab_size} tokens, model.vocab_size is "
-                f"{config.model.vocab_size}; set model.vocab_size={stream.manifest.vocab_size}"
-            )
-    return train, heldout
+        return stream
+
+    return continue_data
 
 
 def _leave(code: int) -> None:

@@ -16,7 +16,7 @@ from hope_megatron.config.accounting import (
     weight_table,
 )
 from hope_megatron.config.hardware import Hardware
-from hope_megatron.config.model import ModelConfig
+from hope_megatron.config.model import MemoryConfig, ModelConfig
 from hope_megatron.config.optim import OptimConfig
 from hope_megatron.config.run import RunConfig
 from hope_megatron.config.training import TrainingConfig
@@ -161,10 +161,23 @@ def _memory_bytes(model: ModelConfig, seq_length: int) -> tuple[float, float]:
         bank.memories * (h * (d + bank.outputs) if deep else d * d) / min(bank.chunk_tokens, seq_length)
         for bank in banks
     )
+    if _written_out(memory):
+        # counted on the tape of ops/memory/fused_forward.py; the last few are columns
+        return FP32 * states, FP32 * (33 * d + 46 * h + 16 * C + 25)
     numbers = d + 12 * d * vector_memories + 7 * C * (1 + memory.adaptive)
     if deep:
         numbers += 17 * h * vector_memories + 20 * h * (memories - vector_memories) + 6 * C * memories
     return FP32 * speeds * states, FP32 * numbers * (1.4 if speeds == 2 else 1.0)
+
+
+def _written_out(memory: MemoryConfig) -> bool:
+    """Whether ops/memory/fused.py trains these memories, with a tape of its own; see `supports` there."""
+    adaptive = (memory.adaptive_key, memory.adaptive_value, memory.adaptive_eta, memory.adaptive_alpha)
+    memories_fit = memory.num_layers == 2 and all(adaptive) and memory.chunk_tokens == memory.self_chunk
+    rates_fit = memory.eta == "data" and memory.decay != "none" and memory.momentum == "none"
+    targets_fit = memory.own_targets and memory.objective == "dot" and memory.normalize_values
+    rule_fits = memory.dgd_layers == "all" and not memory.decay_erased and memory.read == "causal"
+    return memories_fit and rates_fit and targets_fit and memory.normalize_targets and rule_fits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,10 @@ class OptimConfig(Section):
     """M3: the slow momentum ticks every this many steps (the paper's f)."""
     slow_weight: float = Field(default=0.5, ge=0)
     """M3: weight of the slow momentum in the update (the paper's a)."""
+    denominator_floor: float = Field(default=0.1, gt=0)
+    """M3, ema form: added to the root of the second moment, in units of its mean over the matrix; large values leave Muon."""
+    stagger: bool = True
+    """M3, ema form: spread the slow ticks of different parameters over the slow period, so that all steps cost the same."""
 
     ns_steps: int = Field(default=5, gt=0)
     """Newton-Schulz iterations."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -50,8 +51,24 @@ class TrainingConfig(Section):
         return self.steps * self.tokens_per_step
 
 
+class MixturePhase(Section):
+    """Shares of the training sets from a token count on."""
+
+    from_tokens: int = Field(default=0, ge=0)
+    """Training tokens after which these weights hold; rounded up to a whole sequence."""
+    weights: dict[str, float] = Field(min_length=1)
+    """Relative share of samples by name of the set; `train` is data.train. A set that is not named has none."""
+
+    @model_validator(mode="after")
+    def _check(self) -> MixturePhase:
+        values = list(self.weights.values())
+        if not all(0 <= value < math.inf for value in values) or sum(values) <= 0:
+            raise ConfigError(f"weights must be at least 0, finite, and not all 0; they are {self.weights}")
+        return self
+
+
 class DataConfig(Section):
-    """Where token shards are."""
+    """Where token shards are, and how they are read."""
 
     train: Path
     """Manifest of the training shards, or the directory that holds it."""
@@ -61,6 +78,39 @@ class DataConfig(Section):
     """SentencePiece model the shards were made with; its digest is checked against the manifests."""
     seed: int = Field(default=0, ge=0)
     """Seed of the data order."""
+    mix_with: dict[str, Path] = Field(default={})
+    """Further training sets by name (manifest or directory), made with the same tokenizer, mixed with `train` by weight."""
+    mix_schedule: tuple[MixturePhase, ...] = ()
+    """Weights of the sets; several phases change them at given token counts. Needed with mix_with."""
+    prefetch_steps: int = Field(default=2, ge=0, le=256)
+    """Batches of so many steps are read ahead by a thread of each process; 0 reads when the step asks."""
+    on_corrupt: Literal["stop", "skip"] = "stop"
+    """When the content of a training shard is not that of its digest: stop, or go on without loss on its tokens and record it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if bool(self.mix_with) != bool(self.mix_schedule):
+            raise ConfigError(
+                "data.mix_with and data.mix_schedule belong together: name the further sets and their weights"
+            )
+        if "train" in self.mix_with:
+            raise ConfigError("data.mix_with.train: the name train is data.train itself; give this set another name")
+        known = {"train", *self.mix_with}
+        unknown = sorted({name for phase in self.mix_schedule for name in phase.weights} - known)
+        if unknown:
+            raise ConfigError(
+                f"data.mix_schedule gives a weight to {unknown[0]!r}, which is no set of data.mix_with; "
+                f"there are {', '.join(sorted(known))}"
+            )
+        unused = sorted(
+            known - {name for phase in self.mix_schedule for name, value in phase.weights.items() if value > 0}
+        )
+        if self.mix_schedule and unused:
+            raise ConfigError(f"data.mix_schedule never gives {unused[0]!r} a positive weight; leave the set out")
+        starts = [phase.from_tokens for phase in self.mix_schedule]
+        if starts and (starts[0] != 0 or starts != sorted(set(starts))):
+            raise ConfigError(f"data.mix_schedule must begin at from_tokens=0 and rise; it has {starts}")
+        return self
 
 
 class CheckpointConfig(Section):

@@ -232,7 +232,7 @@ class BoundOptimizer(torch.optim.Optimizer):
     def _step_vector(self, param: Tensor, group: dict[str, Any]) -> None:
         bound = self._bound_vector(param, group)
         if bound.exchange is not None:
-            bound.exchange.reset_counters()
+            bound.exchange.begin_step()
         if param.dtype not in (torch.float32, torch.float64):
             raise OptimError(
                 f"group {group['name']!r} has {param.dtype} parameters; step float32 master weights (ZeRO keeps them)"
@@ -302,7 +302,7 @@ class BoundOptimizer(torch.optim.Optimizer):
         optim/newton_schulz_calls        matrices orthogonalised by this rank in the last step
         optim/newton_schulz_calls_total  ... since the optimizer was built
         optim/exchange_bytes             bytes of matrices this rank sent to others in the last step
-        optim/orthogonality_residual     ||O O^T - I||_F / sqrt(rank) of the last sampled matrix
+        optim/orthogonality_residual     ||O O^T - I||_F / sqrt(rank) of one matrix, another in every step
         optim/update_rms/<group>         root mean square of this rank's part of the update, before the learning rate
 
         With `reduce` (all ranks of the default group together) calls and bytes are summed, the residual is the largest,

@@ -37,6 +37,8 @@ def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], cfg: A
             slow_beta=cfg.slow_beta,
             slow_period_steps=cfg.slow_period_steps,
             slow_weight=cfg.slow_weight,
+            denominator_floor=cfg.denominator_floor,
+            stagger=cfg.stagger,
         )
     if cfg.name in ("muon", "adamuon"):
         kind = Muon if cfg.name == "muon" else AdaMuon

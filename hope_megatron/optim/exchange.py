@@ -24,8 +24,6 @@ from hope_megatron.optim.plan import (
 
 # Larger batches of equal shape are cut: Newton-Schulz needs about four times its input as scratch memory.
 _MAX_BATCH_NUMEL = 2**26
-# Every so many orthogonalisations one matrix is measured.
-_RESIDUAL_PERIOD = 10
 
 
 @dataclass(frozen=True)
@@ -135,9 +133,9 @@ class MatrixExchange:
         """Newton-Schulz runs of this rank: matrices, not batches."""
         self.last_calls = 0
         self.sent_bytes = 0
-        """Bytes this rank sent to others since `reset_counters`."""
+        """Bytes this rank sent to others since `begin_step`."""
         self.residual: Tensor | None = None
-        self._orthogonalisations = 0
+        """Of one matrix of the last update; None if this rank had none."""
 
     def plan(self, phase: int | None = None) -> ExchangePlan:
         """The plan for all matrices, or for those whose slow clock has this phase, which fills the gaps of the first."""
@@ -150,20 +148,26 @@ class MatrixExchange:
             self._plans[phase] = ExchangePlan(matrices, owners, self.comm.topology, self.comm.rank)
         return self._plans[phase]
 
-    def reset_counters(self) -> None:
-        self.last_calls, self.sent_bytes = 0, 0
+    def begin_step(self) -> None:
+        """Forget what was counted and measured in the last step."""
+        self.last_calls, self.sent_bytes, self.residual = 0, 0, None
 
     @torch.no_grad()
-    def orthogonalize(self, *jobs: Job) -> None:
+    def orthogonalize(self, num_updates: int, *jobs: Job) -> None:
         """Write the polar factors of the matrices of each job's momentum to the same places of its `out`. Collective.
 
-        All jobs share one stretch of computation between the transfers, so that only their sum has to be balanced.
+        All jobs share one stretch of computation between the transfers, so that only their sum has to be balanced. Of the
+        first job one matrix is measured, another at every update: `num_updates` alone says which, so that a resumed run
+        measures the same.
         """
         jobs = tuple(job for job in jobs if self.plan(job.phase).matrices)
         plans = [self.plan(job.phase) for job in jobs]
         works = [self._gather(plan, job.momentum) for plan, job in zip(plans, jobs)]
         for plan, work in zip(plans, works):
             self._orthogonalize_batches(plan, work)
+        if jobs and plans[0].owned:
+            start, (rows, cols) = plans[0].place_of(num_updates % len(plans[0].owned))
+            self.residual = orthogonality_residual(works[0].narrow(0, start, rows * cols).view(rows, cols))
         for plan, work, job in zip(plans, works, jobs):
             self._scatter(plan, work, job.out)
 
@@ -184,17 +188,12 @@ class MatrixExchange:
         self.sent_bytes += plan.sent_elements * work.dtype.itemsize
 
     def _orthogonalize_batches(self, plan: ExchangePlan, work: Tensor) -> None:
-        sample = self._orthogonalisations % _RESIDUAL_PERIOD == 0
-        self._orthogonalisations += 1
         for start, count, (rows, cols) in plan.batches:
             batch = work.narrow(0, start, count * rows * cols).view(count, rows, cols)
             for part in batch.split(max(1, _MAX_BATCH_NUMEL // (rows * cols))):
                 part.copy_(self.ns(part))
             self.calls += count
             self.last_calls += count
-            if sample:
-                self.residual = orthogonality_residual(batch[self._orthogonalisations % count])
-                sample = False
 
     def _local_stretches(self) -> Iterator[_Stretch]:
         local = sorted(

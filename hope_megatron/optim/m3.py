@@ -87,7 +87,9 @@ class M3(BoundOptimizer):
         fast = Job(state["m1"], out=torch.zeros_like(grad))
         update = state["o2"] * group["slow_weight"]  # that of the last period: the tick below is for the next update
         ending = self._phase_that_ends(num_updates, group)
-        exchange.orthogonalize(fast, *([Job(state["m2"], state["o2"], ending)] if ending is not None else []))
+        exchange.orthogonalize(
+            num_updates, fast, *([Job(state["m2"], state["o2"], ending)] if ending is not None else [])
+        )
         update.add_(fast.out)
         denominator = state["v"].sqrt()
         if self.form == "paper":

@@ -42,7 +42,7 @@ class Muon(BoundOptimizer):
     ) -> Tensor:
         assert exchange is not None
         update = torch.zeros_like(grad)
-        exchange.orthogonalize(Job(averaged_momentum(grad, state, group), update))
+        exchange.orthogonalize(num_updates, Job(averaged_momentum(grad, state, group), update))
         return exchange.scale_(update, UPDATE_RMS * exchange.shapes(update.device).amax(1).sqrt())
 
 
@@ -62,7 +62,7 @@ class AdaMuon(Muon):
     ) -> Tensor:
         assert exchange is not None
         update = torch.zeros_like(grad)
-        exchange.orthogonalize(Job(averaged_momentum(grad, state, group).sign(), update))
+        exchange.orthogonalize(num_updates, Job(averaged_momentum(grad, state, group).sign(), update))
         beta2 = group["betas"][1]
         v = state["v"].mul_(beta2).addcmul_(update, update, value=1 - beta2)
         update.div_(v.sqrt().add_(group["eps"]))

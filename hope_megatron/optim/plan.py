@@ -280,6 +280,14 @@ class ExchangePlan:
                     work[piece.rank].append((self._block_start[i, piece.block] + piece.block_start, piece.numel))
         return Transfer.build(flat, work) if from_holders else Transfer.build(work, flat)
 
+    def place_of(self, position: int) -> tuple[int, tuple[int, int]]:
+        """(start in the workspace, shape) of the owned matrix at a position of `owned`."""
+        for start, count, (rows, cols) in self.batches:
+            if position < count:
+                return start + position * rows * cols, (rows, cols)
+            position -= count
+        raise IndexError(f"this rank owns {len(self.owned)} matrices")
+
     @property
     def sent_elements(self) -> int:
         """Elements this rank sends to others for one orthogonalisation, both ways."""

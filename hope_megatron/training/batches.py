@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import collections
+import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from hope_megatron.config.run import RunConfig
+from hope_megatron.engine.distributed import Mesh
 
 IGNORE = -100
 """Target id that carries no loss."""
@@ -25,7 +32,7 @@ class SampleSource(Protocol):
     """Samples per epoch."""
 
     def sample(self, number: int) -> np.ndarray:
-        """Sample `number`: int64 [seq_length + 1]."""
+        """Sample `number`: int64 [seq_length + 1]. Negative ids are no input and no target."""
         ...
 
     def state(self, number: int) -> dict[str, Any]:
@@ -47,11 +54,71 @@ def micro_batches(
     source: SampleSource, numbers: range, micro_batch_size: int, device: torch.device
 ) -> list[tuple[Tensor, Tensor]]:
     """(tokens, targets) of the samples, each [micro_batch_size, seq_length] int64 on the device."""
-    batches = []
-    for first in range(numbers.start, numbers.stop, micro_batch_size):
-        rows = np.stack([source.sample(number) for number in range(first, first + micro_batch_size)])
-        batches.append(_to_device(rows, device))
-    return batches
+    rows = _read(source, numbers)
+    return [_to_device(rows[i : i + micro_batch_size], device) for i in range(0, len(rows), micro_batch_size)]
+
+
+class BatchReader:
+    """This rank's micro-batches of one step after the other, read by a thread while the steps before them compute.
+
+    Attributes:
+        stall_s: seconds that steps have waited for data in this process.
+
+    An error while reading is raised when that batch is taken.
+    """
+
+    def __init__(self, source: SampleSource, config: RunConfig, mesh: Mesh) -> None:
+        self.stall_s = 0.0
+        self._source, self._mesh = source, mesh
+        self._global_batch_size = config.training.global_batch_size
+        self._micro_batch_size = config.training.micro_batch_size
+        self._depth = config.data.prefetch_steps
+        self._pending: collections.deque[tuple[int, Future[np.ndarray]]] = collections.deque()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batch-reader")
+
+    def take(self, first: int, *, is_last: bool = False) -> list[tuple[Tensor, Tensor]]:
+        """(tokens, targets) of the global batch that begins at sample `first`, as `micro_batches` gives them.
+
+        Args:
+            first: number of its first sample. Batches that were read for another position are dropped.
+            is_last: read nothing ahead.
+        """
+        started = time.perf_counter()
+        if not self._pending or self._pending[0][0] != first:
+            self._drop()
+            self._submit(first)
+        rows = self._pending.popleft()[1].result()
+        for ahead in range(1, 1 if is_last else self._depth + 1):
+            if len(self._pending) < ahead:
+                self._submit(first + ahead * self._global_batch_size)
+        self.stall_s += time.perf_counter() - started
+        size = self._micro_batch_size
+        return [_to_device(rows[i : i + size], self._mesh.device) for i in range(0, len(rows), size)]
+
+    def _submit(self, first: int) -> None:
+        numbers = rank_samples(first, self._global_batch_size, self._mesh.dp_rank, self._mesh.dp_size)
+        self._pending.append((first, self._pool.submit(_read, self._source, numbers)))
+
+    def _drop(self) -> None:
+        while self._pending:
+            self._pending.popleft()[1].cancel()
+
+    def close(self) -> None:
+        """Stop reading ahead and end the thread."""
+        self._drop()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> BatchReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _read(source: SampleSource, numbers: range) -> np.ndarray:
+    return np.stack([source.sample(number) for number in numbers])
 
 
 def heldout_batches(
@@ -77,4 +144,5 @@ def _to_device(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     samples = torch.from_numpy(rows)
     if device.type == "cuda":
         samples = samples.pin_memory().to(device, non_blocking=True)
-    return samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
+    tokens, targets = samples[:, :-1], samples[:, 1:]
+    return tokens.clamp(min=0), torch.where(targets < 0, IGNORE, targets)

@@ -115,7 +115,7 @@ class MetricsRecord(Callback):
         self.tracker = tracker
 
     def start(self, run: Run) -> None:
-        self._last = (run.state.tokens, time.monotonic())
+        self._last = (run.state.tokens, time.monotonic(), 0.0)
         self._first = True
         if run.engine.mesh.rank == 0:
             self._file = MetricsFile(run.directory.metrics)
@@ -146,9 +146,11 @@ class MetricsRecord(Callback):
 
     def _measure(self, run: Run, result: StepResult) -> dict[str, float]:
         """Collective: the optimizer's statistics are over all ranks."""
+        assert run.reader is not None
         now = time.monotonic()
-        tokens, since = self._last
-        self._last = (run.state.tokens, now)
+        tokens, since, stalled = self._last
+        self._last = (run.state.tokens, now, run.reader.stall_s)
+        stall_us = run.engine.control.maximum([round(1e6 * (run.reader.stall_s - stalled))])[0]
         stats = run.engine.optimizer.last_step_stats(reduce=True)
         stats.pop("optim/newton_schulz_calls_total", None)  # counts this process only
         return {
@@ -159,6 +161,7 @@ class MetricsRecord(Callback):
             "train/samples": run.state.samples,
             **stats,
             "speed/tokens_per_s": (run.state.tokens - tokens) / max(now - since, 1e-9),
+            "time/data_stall_s": stall_us / 1e6,
             "time/wall_s": run.state.wall_s,
             "time/unix_s": time.time(),
         }

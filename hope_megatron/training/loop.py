@@ -11,7 +11,7 @@ from typing import Any
 from hope_megatron.config.run import RunConfig
 from hope_megatron.engine.checkpoint import Checkpointer
 from hope_megatron.engine.engine import Engine, NonFiniteError
-from hope_megatron.training.batches import SampleSource
+from hope_megatron.training.batches import BatchReader, SampleSource
 from hope_megatron.training.phases import PhaseClock
 from hope_megatron.training.run_directory import RunDirectory
 from hope_megatron.training.signals import StopRequest
@@ -35,6 +35,8 @@ class Run:
     phases: PhaseClock = field(default_factory=PhaseClock)
     metrics: dict[str, float] = field(default_factory=dict)
     """What callbacks measured after this step, by metric name; emptied before the next."""
+    reader: BatchReader | None = None
+    """Reads training batches ahead, while the loop runs."""
     stop_signal: int = 0
     """The signal that ended the run early, agreed by all ranks; 0 if none did."""
     newton_schulz_calls_before: int = 0
@@ -87,7 +89,7 @@ def train(run: Run, callbacks: Sequence[Callback]) -> Outcome:
         NonFiniteError: naming the step, on all ranks; the checkpoints so far are kept.
         CheckpointSaveError: when several saves in a row have failed.
     """
-    with StopRequest() as stop:
+    with StopRequest() as stop, BatchReader(run.train_source, run.config, run.engine.mesh) as run.reader:
         report_ready(run.engine.mesh.rank)
         for callback in callbacks:
             callback.start(run)
@@ -109,8 +111,9 @@ def train(run: Run, callbacks: Sequence[Callback]) -> Outcome:
 
 def _step(run: Run) -> StepResult:
     step = run.state.step + 1
+    assert run.reader is not None
     try:
-        return train_step(run.engine, run.train_source, run.state, run.config)
+        return train_step(run.engine, run.reader, run.state, run.config)
     except NonFiniteError as error:
         run.checkpointer.wait()
         raise NonFiniteError(

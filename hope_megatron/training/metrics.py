@@ -10,6 +10,7 @@
 | optim/* | | what the optimizer reports of its last step |
 | memory/*, cms/* | | how memories and levels fare: see hope_megatron/eval/memory_health.py |
 | speed/tokens_per_s | tokens/s | over all ranks, since the last record |
+| time/data_stall_s | s | steps waited for their batches since the last record, on the slowest rank |
 | time/wall_s | s | spent in steps since step 0 |
 | time/start_*_s | s | phases of the start-up (phases.py), in the first record of each start |
 """

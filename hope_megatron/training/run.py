@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from hope_megatron.config import RunConfig, dump_config
 from hope_megatron.engine.build import build_engine
@@ -24,6 +26,15 @@ from hope_megatron.training.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
+ContinueData = Callable[[SampleSource, Mapping[str, Any]], SampleSource]
+"""From the source as configured and a saved position to the source to continue with; raises if they do not fit."""
+
+
+def same_data(source: SampleSource, state: Mapping[str, Any]) -> SampleSource:
+    """Continue with the very data that the position belongs to."""
+    source.check_state(state)
+    return source
+
 
 def run_training(
     config: RunConfig,
@@ -31,6 +42,7 @@ def run_training(
     heldout_source: SampleSource | None = None,
     *,
     resume: str = "auto",
+    continue_data: ContinueData = same_data,
     phases: PhaseClock | None = None,
 ) -> Run:
     """Train as configured, on all ranks of the world together.
@@ -42,6 +54,7 @@ def run_training(
         resume: `auto` continues from the run's newest good checkpoint if there is one; `never` insists on a fresh run.
             Otherwise the path of a checkpoint (a step directory): of this run, to go back to it; of another, to begin
             from it as long as this run has no checkpoint of its own.
+        continue_data: takes the data up again at the position of the checkpoint; the same on all ranks.
         phases: times the phases of the start.
 
     Returns:
@@ -68,7 +81,7 @@ def run_training(
     run = Run(config, engine, checkpointer, directory, train_source, heldout_source, provenance(), phases=phases)
     tracker = None
     try:
-        _resume(run, resume)
+        _resume(run, resume, continue_data)
         phases.mark("checkpoint")
         if run.is_complete and is_summarized(directory):
             if mesh.rank == 0:
@@ -106,7 +119,7 @@ def _acquire(directory: RunDirectory, control: ControlGroup, mesh: Mesh, resume:
     control.raise_together(error)
 
 
-def _resume(run: Run, resume: str) -> None:
+def _resume(run: Run, resume: str, continue_data: ContinueData) -> None:
     """Load the checkpoint that `resume` means, and take its progress and data position over."""
     if resume == "never":
         return
@@ -122,7 +135,7 @@ def _resume(run: Run, resume: str) -> None:
         return
     run.state.load_dict(checkpoint.description["progress"])
     run.newton_schulz_calls_before = run.state.newton_schulz_calls
-    run.train_source.check_state(checkpoint.description["data"])
+    run.train_source = continue_data(run.train_source, checkpoint.description["data"])
     if run.engine.mesh.rank == 0:
         log.info("resumed from %s", checkpoint.path)
 

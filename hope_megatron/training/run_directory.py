@@ -34,6 +34,10 @@ class RunDirectory:
         return self.path / METRICS_FILE
 
     @property
+    def data_ledger(self) -> Path:
+        return self.path / "data_ledger.jsonl"
+
+    @property
     def log(self) -> Path:
         return self.path / "train.log"
 

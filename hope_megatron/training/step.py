@@ -10,7 +10,7 @@ import torch
 from hope_megatron.config.run import RunConfig
 from hope_megatron.engine.engine import Engine
 from hope_megatron.optim import lr_at
-from hope_megatron.training.batches import IGNORE, SampleSource, micro_batches, rank_samples
+from hope_megatron.training.batches import IGNORE, BatchReader
 from hope_megatron.training.state import TrainingState
 
 
@@ -26,7 +26,7 @@ class StepResult:
     """What the schedule made of every base learning rate."""
 
 
-def train_step(engine: Engine, source: SampleSource, state: TrainingState, config: RunConfig) -> StepResult:
+def train_step(engine: Engine, reader: BatchReader, state: TrainingState, config: RunConfig) -> StepResult:
     """Take the next global batch, and update the parameters by the gradient of its mean loss.
 
     Raises:
@@ -35,8 +35,7 @@ def train_step(engine: Engine, source: SampleSource, state: TrainingState, confi
     training, mesh = config.training, engine.mesh
 
     # This rank's part of the global batch is a pure function of the samples consumed so far.
-    numbers = rank_samples(state.samples, training.global_batch_size, mesh.dp_rank, mesh.dp_size)
-    batches = micro_batches(source, numbers, training.micro_batch_size, mesh.device)
+    batches = reader.take(state.samples, is_last=state.step + 1 >= training.steps)
 
     # The loss is a mean over the valid tokens of all ranks and micro-batches, so they are counted first.
     valid = torch.stack([(targets != IGNORE).sum() for _, targets in batches]).sum()

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from optim_launch import run_ranks
-from optim_zero_worker import Case, OptimSettings, run_cases, run_continue, run_non_finite, run_reference, run_resume
+from optim_zero_worker import Case, OptimSettings, run_cases, run_continue, run_reference, run_resume, run_skipped_steps
 
 pytestmark = pytest.mark.distributed
 
@@ -67,10 +67,18 @@ def test_resume_is_bitwise_and_state_reshards():
             _assert_same(result[other.name], expected, 1e-6)
 
 
-def test_non_finite_gradient_leaves_all_state_untouched():
-    for result in run_ranks(2, run_non_finite, [1, 2, 3]):
-        for stage in result.values():
-            _assert_same(stage["after"], stage["before"], 0.0)
+def test_steps_skipped_for_non_finite_gradients_and_fp16_overflow_touch_no_state():
+    runs = [(name, "float16") for name in ("m3", "muon", "adamuon", "adamw", "sgd")] + [("m3", "float32")]
+    cases = [
+        Case(f"{name}, stage {stage}, {dtype}", stage, OptimSettings(name=name), dtype=dtype)
+        for name, dtype in runs
+        for stage in (1, 2, 3)
+    ]
+    for result in run_ranks(2, run_skipped_steps, cases):
+        for case in cases:
+            states = result[case.name]
+            _assert_same(states["after"], states["before"], 0.0)
+            assert {entry["step"] for entry in states["after"].values()} == {3}, case.name
 
 
 def _assert_same(state, expected, tolerance):

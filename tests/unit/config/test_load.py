@@ -252,3 +252,39 @@ def test_mappings_resolve_like_files(run_file):
     assert isinstance(resolved, RunConfig)
     assert resolved == load_run_config(run_file, ["training.steps=700"])
     assert data["model"] == {"preset": "hope_tiny", "vocab_size": 8192}  # the caller's mapping is left alone
+
+
+MIX = "data.mix_with={code: shards/code}"
+
+
+def test_a_mixture_of_data_sets_has_weights_by_name_and_absolute_paths(run_file: Path) -> None:
+    weights = "data.mix_schedule=[{weights: {train: 0.8, code: 0.2}}, {from_tokens: 1000000, weights: {code: 1}}]"
+    config = load_run_config(run_file, [MIX, weights])
+    assert config.data.mix_with["code"].is_absolute()
+    assert [phase.from_tokens for phase in config.data.mix_schedule] == [0, 1_000_000]
+    assert resolve_run_config(read_mapping_of(dump_config(config), run_file), source="dump") == config
+
+
+def read_mapping_of(text: str, beside: Path) -> dict:
+    path = beside.with_name("dumped.yaml")
+    path.write_text(text)
+    return read_mapping(path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([MIX], "belong together"),
+        (["data.mix_schedule=[{weights: {train: 1}}]"], "belong together"),
+        (["data.mix_with={train: x}", "data.mix_schedule=[{weights: {train: 1}}]"], "another name"),
+        ([MIX, "data.mix_schedule=[{weights: {train: 1, cod: 1}}]"], "'cod'"),
+        ([MIX, "data.mix_schedule=[{weights: {train: 1}}]"], "never gives 'code'"),
+        ([MIX, "data.mix_schedule=[{weights: {train: 1, code: -1}}]"], "at least 0"),
+        ([MIX, "data.mix_schedule=[{weights: {train: 1, code: .inf}}]"], "finite"),
+        ([MIX, "data.mix_schedule=[{from_tokens: 5, weights: {train: 1, code: 1}}]"], "begin at from_tokens=0"),
+        (["data.on_corrupt=ignore"], "data.on_corrupt"),
+        (["data.prefetch_steps=-1"], "data.prefetch_steps"),
+    ],
+)
+def test_mixtures_that_make_no_sense_are_refused(run_file: Path, overrides: list[str], said: str) -> None:
+    assert said in failure(run_file, *overrides)

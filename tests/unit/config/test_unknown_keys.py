@@ -17,7 +17,12 @@ BASE: dict[str, Any] = {
     "name": "test",
     "model": "hope_tiny",
     "training": {"steps": 1000, "seq_length": 512, "global_batch_size": 8},
-    "data": {"train": "train", "tokenizer": "tokenizer.model"},
+    "data": {
+        "train": "train",
+        "tokenizer": "tokenizer.model",
+        "mix_with": {"more": "more"},
+        "mix_schedule": [{"weights": {"train": 1.0, "more": 1.0}}],
+    },
 }
 # with an optional section given, so that its keys are there to be misspelt
 FULL = parse_yaml(dump_config(resolve_run_config(BASE, ["model.mup.base_width=256"], source="test")), "test")

@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.errors import DataChangedError, SamplingError, ShardError, TokenRangeError
+from data_pipeline.errors import CorruptShardError, DataChangedError, SamplingError, ShardError, TokenRangeError
+from data_pipeline.files import sha256_file
+from data_pipeline.ledger import Ledger
 from data_pipeline.manifest import Manifest, ShardInfo
-from data_pipeline.samples import document_ids
+from data_pipeline.samples import NO_TOKEN, document_ids
 from data_pipeline.shards import ShardReader, ShardWriter
 from data_pipeline.stream import TokenStream
 
@@ -229,6 +231,46 @@ def test_damaged_shards_are_caught_and_named(copied: tuple[Manifest, ShardInfo, 
         target.unlink()
     with pytest.raises(ShardError, match=info.name):
         read_everything(manifest)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "flip_index"])
+def test_a_corrupt_shard_is_left_out_on_request_and_recorded_once(
+    copied: tuple[Manifest, ShardInfo, Path], damage: str
+) -> None:
+    manifest, info, path = copied
+    whole = TokenStream(manifest, 16, seed=2)
+    expected = [(whole.sample(n), whole.documents(n)) for n in range(whole.num_samples)]
+    target = path.with_suffix(".idx") if "index" in damage else path
+    data = bytearray(target.read_bytes())
+    data[len(data) // 2] ^= 1
+    target.write_bytes(data[:-16] if damage == "truncate" else data)
+    ledger = Ledger(path.parent.parent / "ledger.jsonl")
+    for _ in range(2):  # two processes of a run
+        stream = TokenStream(manifest, 16, seed=2, skip_corrupt=ledger)
+        for number, (sample, spans) in enumerate(expected):
+            lost = np.repeat([span.shard == info.name for span in spans], [span.stop - span.start for span in spans])
+            assert np.array_equal(stream.sample(number), np.where(lost, NO_TOKEN, sample))
+    assert stream.fingerprint == whole.fingerprint
+    (entry,) = ledger.entries()
+    assert (entry["kind"], entry["shard"], entry["sha256"]) == ("corrupt", info.name, info.sha256)
+
+
+def test_the_digests_of_a_changed_shard_are_named(copied: tuple[Manifest, ShardInfo, Path]) -> None:
+    manifest, info, path = copied
+    path.write_bytes(path.read_bytes()[::-1])
+    with pytest.raises(
+        CorruptShardError, match=f"{info.name} has changed: its SHA-256 is {sha256_file(path)}, .*{info.sha256}"
+    ):
+        read_everything(manifest)
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".idx"])
+def test_a_missing_shard_is_never_left_out(copied: tuple[Manifest, ShardInfo, Path], suffix: str) -> None:
+    manifest, info, path = copied
+    path.with_suffix(suffix).unlink()
+    stream = TokenStream(manifest, 16, skip_corrupt=Ledger(path.parent.parent / "ledger.jsonl"))
+    with pytest.raises(ShardError, match=info.name):
+        stream.sample(0)
 
 
 def test_ids_outside_the_vocabulary_are_refused(manifest: Manifest) -> None:

@@ -2,13 +2,99 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from hope_megatron.testing.tiny import SEQ_LENGTH, RepeatingSource
-from hope_megatron.training.batches import IGNORE, heldout_batches, micro_batches, rank_samples
+from hope_megatron.testing.tiny import SEQ_LENGTH, RepeatingSource, tiny_run_config
+from hope_megatron.training.batches import IGNORE, BatchReader, heldout_batches, micro_batches, rank_samples
 
 CPU = torch.device("cpu")
+
+
+class WatchedSource(RepeatingSource):
+    """Knows what was read and by which thread; a sample may take its time, be missing, or hold ids that are no tokens."""
+
+    def __init__(self, *, seconds: float = 0.0, missing: int = -1, hole: int = -1) -> None:
+        super().__init__()
+        self.seconds, self.missing, self.hole = seconds, missing, hole
+        self.read: list[int] = []
+        self.threads: set[int] = set()
+
+    def sample(self, number):
+        if number == self.missing:
+            raise LookupError(f"sample {number} is lost")
+        time.sleep(self.seconds)
+        self.read.append(number)
+        self.threads.add(threading.get_ident())
+        sample = super().sample(number)
+        if number == self.hole:
+            sample[3:6] = -1
+        return sample
+
+
+def reader_of(source, *, prefetch_steps: int = 2, dp_rank: int = 1) -> BatchReader:
+    """Of one of two ranks, which takes two of the four samples of a step in micro-batches of one."""
+    config = tiny_run_config(training={"micro_batch_size": 1})
+    data = config.data.model_copy(update={"prefetch_steps": prefetch_steps})
+    mesh = SimpleNamespace(dp_rank=dp_rank, dp_size=2, device=CPU)
+    return BatchReader(source, config.model_copy(update={"data": data}), mesh)
+
+
+@pytest.mark.parametrize("prefetch_steps", [0, 1, 3])
+def test_the_reader_gives_the_batches_of_the_positions_it_is_asked_for(prefetch_steps):
+    source = RepeatingSource()
+    with reader_of(source, prefetch_steps=prefetch_steps) as reader:
+        for first in (0, 4, 8, 40, 44, 4, 8):  # going on, forward, and back
+            expected = micro_batches(source, range(first + 2, first + 4), 1, CPU)
+            for (tokens, targets), (other_tokens, other_targets) in zip(reader.take(first), expected, strict=True):
+                assert torch.equal(tokens, other_tokens) and torch.equal(targets, other_targets)
+
+
+def test_the_reader_reads_ahead_in_a_thread_and_not_beyond_the_last_step():
+    source = WatchedSource()
+    with reader_of(source) as reader:
+        reader.take(0)
+        reader.take(4)
+        deadline = time.monotonic() + 10
+        while len(source.read) < 8 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert source.read == [2, 3, 6, 7, 10, 11, 14, 15]
+        assert threading.get_ident() not in source.threads
+        reader.take(8)
+        reader.take(12, is_last=True)
+    assert max(source.read) < 24
+    idle = WatchedSource()
+    with reader_of(idle) as reader:
+        reader.take(0, is_last=True)
+    assert idle.read == [2, 3]
+
+
+def test_a_step_stalls_only_for_what_was_not_read_ahead():
+    with reader_of(WatchedSource(seconds=0.1), prefetch_steps=1) as reader:
+        reader.take(0)
+        first = reader.stall_s
+        assert first >= 0.2
+        time.sleep(0.6)  # the step computes
+        reader.take(4)
+        assert reader.stall_s - first < 0.2
+
+
+def test_an_error_is_raised_by_the_step_that_needs_the_batch():
+    with reader_of(WatchedSource(missing=10)) as reader:
+        reader.take(0)
+        reader.take(4)
+        with pytest.raises(LookupError, match="sample 10 is lost"):
+            reader.take(8)
+
+
+def test_ids_that_are_no_tokens_carry_no_loss():
+    (tokens, targets), _ = micro_batches(WatchedSource(hole=3), range(3, 5), 1, CPU)
+    assert (targets[0, 2:5] == IGNORE).all() and (targets[0] == IGNORE).sum() == 3
+    assert tokens.min() >= 0
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 4, 8])

@@ -1,0 +1,198 @@
+"""The tasks on which optimizers are compared: a language model on the quickstart corpus, a vision transformer on digits.
+
+A task trains one *cell* (an optimizer with its settings, a learning rate, a seed) and returns its figures.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_pipeline import Tokenizer, TokenStream, iterate_texts, train_tokenizer
+from data_pipeline.prepare import prepare
+from hope_megatron.config.load import load_model_config
+from hope_megatron.config.optim import OptimConfig
+from hope_megatron.model import build_model
+from hope_megatron.optim import apply_lr, build_optimizer, lr_at
+
+CORPUS = ["python-stdlib"]
+HELD_OUT_FRACTION = 0.05
+# Where the quickstart's model differs from the presets: two layers of half the width.
+SMALL = ["vocab_size=1024", "num_layers=2", "hidden_size=128", "num_heads=2"]
+LEVELS = {
+    "hope_tiny": "cms.levels=[{hidden_size: 256}, {hidden_size: 256, update_period_steps: 4}]",
+    "transformer_pp_tiny": "cms.levels=[{hidden_size: 704}]",
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a cell trains, and on how much at once."""
+
+    steps: int
+    batch: int
+    seq_length: int
+    """Tokens per sequence (language models)."""
+    eval_samples: int
+    """Held-out sequences (language models)."""
+
+
+def fit(
+    model: nn.Module, optim: OptimConfig, budget: Budget, batch_loss: Callable[[int], Tensor]
+) -> tuple[list[float], float]:
+    """Train for the whole budget. Returns the loss of every step, up to the first that is not finite, and seconds per step."""
+    optimizer = build_optimizer(model.named_parameters(), optim)
+    schedule = SimpleNamespace(**optim.model_dump(), total_steps=budget.steps)
+    losses: list[float] = []
+    started = time.process_time()
+    for step in range(budget.steps):
+        loss = batch_loss(step)
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]):
+            break
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
+        apply_lr(optimizer, lr_at(step, schedule))
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, (time.process_time() - started) / len(losses)
+
+
+class LanguageModel:
+    """Next-token prediction on Python's own standard library, as `hope quickstart` prepares it."""
+
+    unit = "held-out loss, nats per token"
+
+    def __init__(self, preset: str, data: Path, budget: Budget, device: torch.device) -> None:
+        self.budget, self.device = budget, device
+        self.config = load_model_config(preset, [*SMALL, LEVELS[preset]])
+        self._data = prepared_corpus(data, self.config.vocab_size)
+
+    def run(self, optim: OptimConfig, seed: int) -> dict[str, Any]:
+        """Train one model; seed decides its initial weights and the order of the data."""
+        model = build_model(self.config, seed=seed).to(self.device)
+        stream = TokenStream(self._data / "train", self.budget.seq_length, seed)
+        batch = self.budget.batch
+
+        def batch_loss(step: int) -> Tensor:
+            return model(*self._tensors(stream, range(step * batch, (step + 1) * batch))).losses.mean()
+
+        losses, seconds = fit(model, optim, self.budget, batch_loss)
+        parameters = sum(p.numel() for p in model.parameters())
+        return {"train": losses, "step_s": seconds, "parameters": parameters, "loss": self._heldout_loss(model, losses)}
+
+    @torch.no_grad()
+    def _heldout_loss(self, model: nn.Module, losses: list[float]) -> float | None:
+        if not math.isfinite(losses[-1]):
+            return None
+        stream = TokenStream(self._data / "heldout", self.budget.seq_length, shuffle=False)
+        numbers = np.array_split(np.arange(min(self.budget.eval_samples, stream.num_samples)), 8)
+        losses_by_batch = [model(*self._tensors(stream, part)).losses.flatten() for part in numbers if len(part)]
+        return _finite(torch.cat(losses_by_batch).mean())
+
+    def _tensors(self, stream: TokenStream, numbers: range | np.ndarray) -> tuple[Tensor, Tensor]:
+        rows = torch.from_numpy(np.stack([stream.sample(int(number)) for number in numbers])).to(self.device)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def prepared_corpus(directory: Path, vocab_size: int) -> Path:
+    """Tokenizer and shards of the corpus, made if they are not there yet; an interrupted preparation continues."""
+    path = directory / "tokenizer.model"
+    tokenizer = Tokenizer.load(path) if path.exists() else train_tokenizer(iterate_texts(CORPUS), path, vocab_size)
+    if not (directory / "heldout/manifest.json").exists():
+        prepare(CORPUS, tokenizer, directory, held_out_fraction=HELD_OUT_FRACTION)
+    return directory
+
+
+class Digits:
+    """Classification of scikit-learn's 1,797 digits of 8 x 8 pixels by a small vision transformer."""
+
+    unit = "held-out loss, nats per image"
+
+    def __init__(self, budget: Budget, device: torch.device) -> None:
+        from sklearn.datasets import load_digits
+
+        self.budget, self.device = budget, device
+        digits = load_digits()
+        order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
+        images = torch.from_numpy(digits.images).float()[order].to(device) / 8 - 1
+        labels = torch.from_numpy(digits.target).long()[order].to(device)
+        cut = len(labels) // 5
+        self.heldout, self.train = (images[:cut], labels[:cut]), (images[cut:], labels[cut:])
+
+    def run(self, optim: OptimConfig, seed: int) -> dict[str, Any]:
+        """Train one model; seed decides its initial weights and the order of the images."""
+        torch.manual_seed(seed)
+        model = VisionTransformer().to(self.device)
+        generator = torch.Generator().manual_seed(seed)
+        images, labels = self.train
+
+        def batch_loss(step: int) -> Tensor:
+            picked = torch.randint(len(labels), (self.budget.batch,), generator=generator).to(self.device)
+            return F.cross_entropy(model(images[picked]), labels[picked])
+
+        losses, seconds = fit(model, optim, self.budget, batch_loss)
+        parameters = sum(p.numel() for p in model.parameters())
+        return {"train": losses, "step_s": seconds, "parameters": parameters, **self._score(model, losses)}
+
+    @torch.no_grad()
+    def _score(self, model: nn.Module, losses: list[float]) -> dict[str, Any]:
+        if not math.isfinite(losses[-1]):
+            return {"loss": None, "accuracy": None}
+        images, labels = self.heldout
+        logits = model(images)
+        return {
+            "loss": _finite(F.cross_entropy(logits, labels)),
+            "accuracy": float((logits.argmax(1) == labels).float().mean()),
+        }
+
+
+class VisionTransformer(nn.Module):
+    """16 patches of 2 x 2 pixels, width 64, pre-norm blocks, mean over patches. [B, 8, 8] -> logits [B, 10]."""
+
+    def __init__(self, width: int = 64, depth: int = 3, num_heads: int = 4) -> None:
+        super().__init__()
+        self.patches = nn.Linear(4, width)
+        self.positions = nn.Parameter(torch.randn(16, width) * 0.02)
+        self.blocks = nn.Sequential(*[Block(width, num_heads) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 10)
+        # As in the language models: what touches the input and the classes takes AdamW.
+        for param in (self.patches.weight, self.positions, self.head.weight):
+            param.optim_role = "vector"  # type: ignore[attr-defined]
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = F.unfold(images.unsqueeze(1), kernel_size=2, stride=2).transpose(1, 2)
+        return self.head(self.norm(self.blocks(self.patches(patches) + self.positions)).mean(1))
+
+
+class Block(nn.Module):
+    """Attention and MLP with residuals: [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv.weight.optim_fused_parts = (width,) * 3  # type: ignore[attr-defined]
+        self.out = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norms[1](x))
+
+
+def _finite(loss: Tensor) -> float | None:
+    return float(loss) if torch.isfinite(loss) else None
