@@ -1,10 +1,11 @@
-"""Are the memories heard? Each block is trained beside the same block with its inner rates at 0.
+r"""Are the memories heard? Each block is trained beside the same block with its inner rates at 0.
 
     python benchmarks/memory_learning.py recall --json recall.json          8, 32, 64 pairs, and 64 pairs in 1,024 tokens
     python benchmarks/memory_learning.py recall --until 16 --steps 400 --variants default l2 external_targets
     hope data tokenizer python-stdlib --vocab-size 1024 --out data/tokenizer.model
     hope data prepare python-stdlib --tokenizer data/tokenizer.model --out data --held-out 0.05
-    python benchmarks/memory_learning.py text --data data --seeds 3 --json text.json --png text.png
+    python benchmarks/memory_learning.py text --data data --seeds 3 --steps 400 --tokens 2048 --set chunk_tokens=64 \
+        --json text.json --png text.png
     python benchmarks/memory_learning.py table --json recall.json           the rows again, as Markdown
 
 `recall`: multi-query associative recall. A sequence tells key-value pairs, then asks for the value of every key in another
@@ -94,6 +95,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("task", choices=["recall", "text", "table"])
     parser.add_argument("--families", nargs="+", default=["hope"], metavar="NAME", help="hope, or of configs/families")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["default"], metavar="NAME")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="memory settings of every block")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--rates", nargs="+", choices=["on", "0"], default=["on", "0"], help="0: the silent control")
@@ -125,12 +127,14 @@ def run(args: argparse.Namespace, cells: Cells, cell: dict[str, Any]) -> None:
     cell |= {"until": args.until} if args.task == "recall" else {"context": args.context, "batch_tokens": args.tokens}
     if args.task == "text" or args.steps != 1500:
         cell["limit"] = args.steps
+    if args.set:
+        cell["set"] = args.set
     if cells.find(**cell):
         return
     vocabulary = RECALL_VOCAB if args.task == "recall" else TEXT_VOCAB
     shape = [f"vocab_size={vocabulary}", "num_layers=2", f"hidden_size={args.width}", f"num_heads={args.heads}"]
     shape += [f"cms.levels=[{{hidden_size: {args.width}}}]", f"tie_embeddings={args.task == 'text'}"]
-    settings = [f"memory.{text}" for text in VARIANTS[cell["variant"]]] + [SILENT] * (cell["rates"] == "0")
+    settings = [f"memory.{text}" for text in args.set + VARIANTS[cell["variant"]]] + [SILENT] * (cell["rates"] == "0")
     try:
         config = small_model(cell["family"], shape, settings)
     except ValueError as error:  # a variant that the validators refuse is a result too
