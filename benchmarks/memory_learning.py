@@ -40,9 +40,9 @@ from hope_megatron.model.language_model import IGNORE
 
 VARIANTS: dict[str, list[str]] = {
     "default": [],
-    "l2": ["objective=l2", "eta_max=0.0625"],
-    "dgd_input": ["dgd_layers=input", "eta_max=0.0625"],
-    "no_dgd": ["dgd_layers=none", "eta_max=0.0625"],
+    "l2": ["objective=l2"],  # eta_max follows: the largest stable one
+    "dgd_input": ["dgd_layers=input"],
+    "no_dgd": ["dgd_layers=none"],
     "chunk_start": ["read=chunk_start"],
     "read_skip": ["read_skip=true"],
     "full_target": ["dot_target=full"],
@@ -56,7 +56,7 @@ VARIANTS: dict[str, list[str]] = {
         "own_targets=false",
     ],
     "momentum": ["momentum=data"],
-    "no_decay": ["adaptive_alpha=false", "decay=none"],
+    "no_decay": ["decay=none"],
     "eta_init_0.1": ["eta_init=0.1"],
     "eta_init_0.9": ["eta_init=0.9"],
     "alpha_init_0.99": ["alpha_init=0.99"],

@@ -6,7 +6,7 @@
 
 Each cell trains a preset of the size of hope_tiny (4 layers of width 256, 4 heads) on bytes of the Python standard library. A
 spike is a mean loss of 10 steps that lies more than 0.5 nats per byte above the smallest such mean before it. Cells of one rate
-come one after another, the two ends of the grid first, so that a part of the grid is a result too.
+come one after another, the two ends of the grid first (the larger one leading), so that a part of the grid is a result too.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", default=FAMILIES, metavar="NAME")
-    parser.add_argument("--lrs", nargs="+", type=float, default=[3e-3, 0.03, 0.01], metavar="RATE")
+    parser.add_argument("--lrs", nargs="+", type=float, default=[1e-2, 1e-3, 3e-3], metavar="RATE")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--context", type=int, default=128, help="tokens per sequence (default: 128)")
     parser.add_argument("--batch", type=int, default=2, help="sequences per step (default: 2)")
@@ -66,6 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="train nothing, show what --json holds")
     parser.add_argument("--png", metavar="FILE", help="training loss of every cell")
     training_arguments(parser)
+    parser.set_defaults(optimizer="adamw")  # whose steps cost nothing beside a small model's
     return parser.parse_args()
 
 
