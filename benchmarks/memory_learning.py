@@ -177,7 +177,7 @@ def yoked_to(cells: Cells, cell: dict[str, Any]) -> list[dict] | None:
         return None
     block = {key: value for key, value in cell.items() if key not in ("until", "seed", "limit")} | {"rates": "on"}
     awake = cells.find(**block, seed=cell["seed"]) or cells.find(**block)
-    return awake and awake["stages"]
+    return awake["stages"] if awake else None
 
 
 def recall_batch(task: Task, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -253,13 +253,15 @@ def recall_accuracy(model: torch.nn.Module, task: Task, sequences: int, seed: in
 
 
 def print_recall(rows: list[dict[str, Any]]) -> None:
-    """Steps to each task, recall there; one line per block, seeds in a row."""
+    """Recall on each task (steps until there) and on the last one; one line per block, its seeds in a row."""
     if not rows:
         return
     names = [str(task) for task in TASKS if task.counts]
     print("\n| block | variant | inner rates | seeds | " + " | ".join(f"{n} pairs" for n in names) + " | last task |")
     print("|---" * (5 + len(names)) + "|")
     for key, group in _grouped(rows, "family", "variant", "rates").items():
+        # a cell that was run again with a higher limit counts once
+        group = list({row["seed"]: row for row in sorted(group, key=lambda row: row.get("steps", 0))}.values())
         cells = []
         for name in names:
             stages = [stage for row in group for stage in row.get("stages", []) if stage["task"] == name]
