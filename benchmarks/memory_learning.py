@@ -217,7 +217,10 @@ def recall(args: argparse.Namespace, config: ModelConfig, seed: int, yoked: list
         while trainer.steps < limit and time.process_time() < deadline:
             tokens, targets = recall_batch(task, size, generator)
             loss = trainer.model(tokens, targets).losses.sum() / (targets != IGNORE).sum()
-            trainer.step(loss, max(0.1, min(1.0, 4 * (1 - accuracy))))
+            norm = trainer.step(loss, max(0.1, min(1.0, 4 * (1 - accuracy))))
+            if not (math.isfinite(loss.item()) and math.isfinite(norm)):
+                stages.append({"task": str(task), "steps": trainer.steps - began, "recall": 0.0, "solved": False})
+                return {"steps": trainer.steps, "reached": str(task), "recall": 0.0, "finite": False, "stages": stages}
             if (trainer.steps - began) % 25 == 0:
                 accuracy = recall_accuracy(trainer.model, task, 64 if task.context < 512 else 16, seed=10**6)
                 if accuracy >= goal:
@@ -236,7 +239,13 @@ def recall(args: argparse.Namespace, config: ModelConfig, seed: int, yoked: list
             break
     last = tasks[-1]
     final = stages[-1]["recall"] if stages[-1]["task"] == str(last) else recall_accuracy(trainer.model, last, 128)
-    return {"steps": trainer.steps, "reached": stages[-1]["task"], "recall": final, "stages": stages}
+    return {
+        "steps": trainer.steps,
+        "reached": stages[-1]["task"],
+        "recall": final,
+        "finite": True,
+        "stages": stages,
+    }
 
 
 @torch.no_grad()
@@ -266,8 +275,14 @@ def print_recall(rows: list[dict[str, Any]]) -> None:
         for name in names:
             stages = [stage for row in group for stage in row.get("stages", []) if stage["task"] == name]
             cells.append(", ".join(f"{100 * s['recall']:.1f} % ({_steps_to(group, s)})" for s in stages) or "–")
-        last = ", ".join(f"{100 * row['recall']:.1f} %" if "recall" in row else "refused" for row in group)
+        last = ", ".join(_last(row) for row in group)
         print(f"| {' | '.join(key)} | {len(group)} | {' | '.join(cells)} | {last} |")
+
+
+def _last(row: dict[str, Any]) -> str:
+    if "recall" not in row:
+        return "refused"
+    return f"{100 * row['recall']:.1f} %" if row.get("finite", True) else f"not finite at step {row['steps']}"
 
 
 def _steps_to(rows: list[dict[str, Any]], stage: dict[str, Any]) -> int:
