@@ -1,176 +1,383 @@
-"""Are the memories heard? Each block is trained beside the same block with its inner rates at 0.
+r"""Are the memories heard? Each block is trained beside the same block with its inner rates at 0.
 
-    python benchmarks/memory_learning.py recall --pairs 8 --models hope titans_dot deltanet
-    python benchmarks/memory_learning.py recall --set read_skip=true      a variant of every model
-    python benchmarks/memory_learning.py text --seeds 3                   loss by position on the Python standard library
+    python benchmarks/memory_learning.py recall --json recall.json          8, 32, 64 pairs, and 64 pairs in 1,024 tokens
+    python benchmarks/memory_learning.py recall --until 16 --steps 400 --variants default l2 external_targets
+    hope data tokenizer python-stdlib --vocab-size 1024 --out data/tokenizer.model
+    hope data prepare python-stdlib --tokenizer data/tokenizer.model --out data --held-out 0.05
+    python benchmarks/memory_learning.py text --data data --seeds 3 --steps 400 --tokens 2048 --set chunk_tokens=64 \
+        --json text.json --png text.png
+    python benchmarks/memory_learning.py table --json recall.json           the rows again, as Markdown
 
-`recall`: multi-query associative recall. A sequence tells key-value pairs and then asks for the value of every key, in
-another order; two layers, width 64. A model that cannot write while it reads cannot know the answers. Reported: steps
-until 99 % of the held-out answers are right, or the recall reached.
+`recall`: multi-query associative recall. A sequence tells key-value pairs, then asks for the value of every key in another
+order. One model goes through growing tasks: the next one starts when this one is answered; the tasks of 8, 32 and 64 pairs
+count as solved at 99 % of 4,096 answers in unseen sequences. The control takes as many steps on each task as its block did.
 
-`text`: one model per block and seed on contexts of 1,024 tokens; held-out loss by position in the context. Memories that
-are heard keep it falling where the silent block's is flat.
+`text`: held-out loss by position in contexts of 1,024 tokens. Memories that are heard keep it falling where the silent
+block's is flat.
+
+--variants changes single settings of HOPE's memories (`VARIANTS`): how its defaults were chosen.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
+import statistics
 import time
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from common import machine, print_table, write_json
+from learning import SILENT, Cells, Trainer, small_model, start, training_arguments
 
-import torch  # isort: skip  (after common has set OpenMP's wait policy)
-import numpy as np
-import torch.nn.functional as F
-import yaml
+import torch  # isort: skip
+from torch import Tensor
 
-from hope_megatron.config.model import CMSConfig, CMSLevelConfig, MemoryConfig, ModelConfig
-from hope_megatron.config.optim import OptimConfig
-from hope_megatron.config.parallel import ParallelConfig
-from hope_megatron.engine.distributed import init_distributed
-from hope_megatron.model import build_model
+from hope_megatron.config import ModelConfig
 from hope_megatron.model.language_model import IGNORE
-from hope_megatron.optim import build_optimizer
 
-STATIC = dict(adaptive_key=False, adaptive_value=False, adaptive_eta=False, adaptive_alpha=False, own_targets=False)
-MODELS: dict[str, dict[str, Any]] = {
-    "hope": {},
-    "hope_external_targets": dict(own_targets=False),
-    "titans_dot": STATIC,  # the deep memory with static projections, under HOPE's objective
-    "titans": STATIC
-    | dict(objective="l2", dgd_layers="none", momentum="data", chunk_tokens=16, eta_max=0.0625, read_skip=True),
-    "deltanet": STATIC | dict(num_layers=1, dgd_layers="input", decay="none"),
-    "gated_deltanet": STATIC | dict(num_layers=1, dgd_layers="input", decay_erased=True),
+VARIANTS: dict[str, list[str]] = {
+    "default": [],
+    "l2": ["objective=l2"],  # eta_max follows: the largest stable one
+    "dgd_input": ["dgd_layers=input"],
+    "no_dgd": ["dgd_layers=none"],
+    "chunk_start": ["read=chunk_start"],
+    "read_skip": ["read_skip=true"],
+    "full_target": ["dot_target=full"],
+    "static": ["adaptive_key=false", "adaptive_value=false", "adaptive_eta=false", "adaptive_alpha=false"],
+    "external_targets": ["own_targets=false"],
+    "static_external": [
+        "adaptive_key=false",
+        "adaptive_value=false",
+        "adaptive_eta=false",
+        "adaptive_alpha=false",
+        "own_targets=false",
+    ],
+    "momentum": ["momentum=data"],
+    "no_decay": ["decay=none"],
+    "eta_init_0.1": ["eta_init=0.1"],
+    "eta_init_0.9": ["eta_init=0.9"],
+    "alpha_init_0.99": ["alpha_init=0.99"],
+    "alpha_init_0.9999": ["alpha_init=0.9999"],
+    "input_scale_1": ["input_scale=1.0"],
+    "output_gate": ["output_gate=silu"],
+    "chunk_16": ["chunk_tokens=16"],
+    "chunk_64": ["chunk_tokens=64"],
+    "chunk_64_self_16": ["chunk_tokens=64", "self_chunk_tokens=16"],
+    "chunk_16_self_64": ["chunk_tokens=16", "self_chunk_tokens=64"],
 }
-VOCAB, KEYS = 256, 120  # tokens 1..120 are keys, 121..255 values
+KEYS, VALUES, FILLERS = 96, 64, 16
+FIRST_VALUE, FIRST_FILLER = 1 + KEYS, 1 + KEYS + VALUES
+RECALL_VOCAB, TEXT_VOCAB = FIRST_FILLER + FILLERS, 1024
 
 
 def main() -> None:
     args = parse()
-    torch.set_num_threads(args.threads)
-    init_distributed(ParallelConfig(), num_threads=args.threads)
-    variant = {key: yaml.safe_load(value) for key, value in (text.split("=", 1) for text in args.set)}
-    task = recall if args.task == "recall" else text
-    rows = []
-    for name in args.models:
-        for silent in (False, True):
-            if silent and args.no_silent:
-                continue
-            for seed in range(args.seeds):
-                settings = (
-                    dict(chunk_tokens=args.chunk) | MODELS[name] | variant | (dict(eta_max=0.0) if silent else {})
-                )
-                row = {"model": name, "rates": "0" if silent else "on", "seed": seed} | task(args, settings, seed)
-                rows.append(row)
-                print(row, flush=True)
-    keys = [key for key in rows[0] if not isinstance(rows[0][key], list)]
-    print_table(keys, [[row[key] for key in keys] for row in rows])
-    write_json(args.json, {"machine": machine(), "arguments": vars(args), "rows": rows})
+    cells = Cells(args.json)
+    if args.task != "table":
+        start(args.threads)
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
+            for rates in args.rates:
+                for family in args.families:
+                    for variant in args.variants:
+                        run(args, cells, {"family": family, "variant": variant, "rates": rates, "seed": seed})
+    rows = [row for row in cells.rows if row["task"] == args.task or args.task == "table"]
+    print_recall([row for row in rows if row["task"] == "recall"])
+    print_text([row for row in rows if row["task"] == "text"])
+    if args.png:
+        plot_text([row for row in rows if row["task"] == "text"], args.png)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=["recall", "text"])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["hope", "titans_dot", "deltanet"])
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="memory settings of every model")
-    parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--chunk", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--optimizer", choices=["adamw", "m3", "muon"], default="adamw")
+    parser.add_argument("task", choices=["recall", "text", "table"])
+    parser.add_argument("--families", nargs="+", default=["hope"], metavar="NAME", help="hope, or of configs/families")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["default"], metavar="NAME")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="memory settings of every block")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--rates", nargs="+", choices=["on", "0"], default=["on", "0"], help="0: the silent control")
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--heads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=1500, help="limit of a cell (default: 1500)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="recall: limit of a cell (default: 8)")
+    parser.add_argument("--until", default="64@1024", metavar="PAIRS[@TOKENS]", help="recall: last task")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of a batch, of recall at least 4 sequences")
+    parser.add_argument("--data", metavar="DIR", help="text: shards of `hope data prepare`, vocabulary 1,024")
     parser.add_argument("--context", type=int, default=1024, help="text: tokens per context")
-    parser.add_argument("--no-silent", action="store_true", help="leave the control with rates 0 out")
-    parser.add_argument("--json", metavar="FILE")
-    return parser.parse_args()
+    parser.add_argument("--png", metavar="FILE", help="text: loss by position")
+    training_arguments(parser)
+    args = parser.parse_args()
+    if args.task == "text" and not args.data:
+        parser.error("text needs --data DIR; --help has the two commands that make it")
+    return args
 
 
-def build(args: argparse.Namespace, memory: dict[str, Any], seed: int, **changes: Any):
-    values = dict(num_layers=2, hidden_size=64, num_heads=2, vocab_size=VOCAB, tie_embeddings=False)
-    values |= dict(
-        memory=MemoryConfig(**memory), cms=CMSConfig(levels=(CMSLevelConfig(hidden_size=128),), activation="silu")
-    )
-    model = build_model(ModelConfig(**(values | changes)), seed=seed)
-    optim = OptimConfig(name=args.optimizer, lr=args.lr, weight_decay=0.01)
-    return model, build_optimizer(model.named_parameters(), optim)
+def run(args: argparse.Namespace, cells: Cells, cell: dict[str, Any]) -> None:
+    """Run a cell, unless it is there."""
+    cell = {
+        "task": args.task,
+        "width": args.width,
+        "heads": args.heads,
+        "lr": args.lr,
+        "optimizer": args.optimizer,
+    } | cell
+    cell |= {"until": args.until} if args.task == "recall" else {"context": args.context, "batch_tokens": args.tokens}
+    if args.task == "text" or args.steps != 1500:
+        cell["limit"] = args.steps
+    if args.set:
+        cell["set"] = args.set
+    if cells.find(**cell):
+        return
+    vocabulary = RECALL_VOCAB if args.task == "recall" else TEXT_VOCAB
+    shape = [f"vocab_size={vocabulary}", "num_layers=2", f"hidden_size={args.width}", f"num_heads={args.heads}"]
+    shape += [f"cms.levels=[{{hidden_size: {args.width}}}]", f"tie_embeddings={args.task == 'text'}"]
+    settings = [f"memory.{text}" for text in args.set + VARIANTS[cell["variant"]]] + [SILENT] * (cell["rates"] == "0")
+    try:
+        config = small_model(cell["family"], shape, settings)
+    except ValueError as error:  # a variant that the validators refuse is a result too
+        cells.add(cell | {"refused": str(error)})
+        return
+    started = time.process_time()
+    if args.task == "text":
+        found = text(args, config, cell["seed"])
+    else:
+        found = recall(args, config, cell["seed"], yoked_to(cells, cell))
+    cells.add(cell | found | {"cpu_seconds": round(time.process_time() - started)})
 
 
-def optimize(args: argparse.Namespace, model, optimizer, step: int, loss: torch.Tensor) -> None:
-    """One step after a warm-up of 100, gradients clipped to norm 1."""
-    for group in optimizer.param_groups:
-        group["lr"] = args.lr * min(1.0, (step + 1) / 100)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+# --- recall ---------------------------------------------------------------------------------------------------------
 
 
-def recall_batch(pairs: int, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and targets [size, 4 pairs]: pairs told, then asked in another order; only answers count."""
-    keys = torch.stack([torch.randperm(KEYS, generator=generator)[:pairs] + 1 for _ in range(size)])
-    values = torch.randint(KEYS + 1, VOCAB, (size, pairs), generator=generator)
-    order = torch.stack([torch.randperm(pairs, generator=generator) for _ in range(size)])
-    told = torch.stack([keys, values], -1).flatten(1)
-    asked = torch.stack([keys.gather(1, order), values.gather(1, order)], -1).flatten(1)
-    tokens = torch.cat([told, asked], 1)
+class Task(NamedTuple):
+    """Pairs in a context; those that count must be solved to 99 %, the others only lead there."""
+
+    pairs: int
+    context: int
+    counts: bool
+
+    @property
+    def unseen(self) -> int:
+        """Sequences that confirm: at least 4,096 answers."""
+        return max(64, 4096 // self.pairs)
+
+    def __str__(self) -> str:
+        return f"{self.pairs}@{self.context}" if self.context > 4 * self.pairs else str(self.pairs)
+
+
+TASKS = [Task(4, 16, False), Task(8, 32, True), Task(16, 64, False)]
+TASKS += [Task(32, 128, True), Task(64, 256, True), Task(64, 1024, True)]
+
+
+def yoked_to(cells: Cells, cell: dict[str, Any]) -> list[dict] | None:
+    """The stages whose numbers of steps a control takes: those of its own block, of its seed if that was run."""
+    if cell["rates"] == "on":
+        return None
+    block = {key: value for key, value in cell.items() if key not in ("until", "seed", "limit")} | {"rates": "on"}
+    awake = cells.find(**block, seed=cell["seed"]) or cells.find(**block)
+    return awake["stages"] if awake else None
+
+
+def recall_batch(task: Task, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Tokens and targets [size, context]: pairs told in the first half, asked in the second; only answers count.
+
+    Pairs lie at random even places of their half, fillers between them.
+    """
+    rand = lambda n: torch.rand(size, n, generator=generator).argsort(1)  # noqa: E731
+    half, pairs = task.context // 4, task.pairs  # places of two tokens
+    keys = rand(KEYS)[:, :pairs] + 1
+    values = torch.randint(FIRST_VALUE, FIRST_FILLER, (size, pairs), generator=generator)
+    order = rand(pairs)
+    told = torch.stack([keys, values], -1)
+    asked = torch.stack([keys.gather(1, order), values.gather(1, order)], -1)
+    tokens = torch.randint(FIRST_FILLER, RECALL_VOCAB, (size, 2, half, 2), generator=generator)
     targets = torch.full_like(tokens, IGNORE)
-    targets[:, 2 * pairs :: 2] = tokens[:, 2 * pairs + 1 :: 2]
-    return tokens, targets
+    for i, content in enumerate((told, asked)):
+        at = rand(half)[:, :pairs].sort(1).values[..., None].expand(-1, -1, 2)
+        tokens[:, i].scatter_(1, at, content)
+        if i:
+            targets[:, 1, :, 0].scatter_(1, at[..., 0], asked[..., 1])  # at the key, its value comes next
+    return tokens.flatten(1), targets.flatten(1)
 
 
-def recall(args: argparse.Namespace, memory: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Train until 99 % recall on unseen sequences, or the last step."""
-    model, optimizer = build(args, memory, seed)
-    generator, started, accuracy = torch.Generator().manual_seed(seed), time.monotonic(), 0.0
-    for step in range(args.steps):
-        tokens, targets = recall_batch(args.pairs, 32, generator)
-        losses = model(tokens, targets).losses
-        optimize(args, model, optimizer, step, losses.sum() / (targets != IGNORE).sum())
-        if (step + 1) % 125 == 0:
-            accuracy = recall_accuracy(model, args.pairs)
-            if accuracy >= 0.99:
-                break
-    return {"steps": step + 1, "recall": accuracy, "seconds": time.monotonic() - started}
-
-
-@torch.no_grad()
-def recall_accuracy(model, pairs: int) -> float:
-    tokens, targets = recall_batch(pairs, 128, torch.Generator().manual_seed(10**6))
-    answers = model(tokens).logits.argmax(-1)
-    return (answers == targets)[targets != IGNORE].float().mean().item()
-
-
-def text(args: argparse.Namespace, memory: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Train on the bytes of the Python standard library; held-out loss by position."""
-    train, heldout = _standard_library_bytes()
-    model, optimizer = build(args, memory, seed, num_layers=3, hidden_size=128, tie_embeddings=True)
-    generator, T = torch.Generator().manual_seed(seed), args.context
-    for step in range(args.steps):
-        starts = torch.randint(len(train) - T - 1, (4,), generator=generator).tolist()
-        window = torch.from_numpy(np.stack([train[i : i + T + 1] for i in starts])).long()
-        optimize(args, model, optimizer, step, model(window[:, :-1], window[:, 1:].contiguous()).losses.mean())
-    with torch.no_grad():
-        window = torch.from_numpy(heldout[: 32 * (T + 1)].reshape(32, T + 1)).long()
-        losses = torch.cat([model(w[:, :-1], w[:, 1:].contiguous()).losses for w in window.split(8)])
-    by_position = F.avg_pool1d(losses.mean(0)[None, None], T // 8).flatten().tolist()
+def recall(args: argparse.Namespace, config: ModelConfig, seed: int, yoked: list[dict] | None) -> dict[str, Any]:
+    """Go through the tasks. The rate falls with the error, to a tenth: rate x min(1, 4 (1 - recall))."""
+    trainer = Trainer(args, config, seed)
+    generator, deadline = torch.Generator().manual_seed(seed), time.process_time() + 60 * args.minutes
+    names = [str(task) for task in TASKS]
+    tasks, stages = TASKS[: names.index(args.until) + 1], []
+    for task in tasks:
+        began, accuracy, size, confirmed = trainer.steps, 0.5, max(4, args.tokens // task.context), None
+        limit = args.steps
+        if yoked is not None:
+            limit = began + sum(stage["steps"] for stage in yoked if stage["task"] == str(task))
+        goal = 0.99 if task.counts else 0.97
+        while trainer.steps < limit and time.process_time() < deadline:
+            tokens, targets = recall_batch(task, size, generator)
+            loss = trainer.model(tokens, targets).losses.sum() / (targets != IGNORE).sum()
+            norm = trainer.step(loss, max(0.1, min(1.0, 4 * (1 - accuracy))))
+            if not (math.isfinite(loss.item()) and math.isfinite(norm)):
+                stages.append({"task": str(task), "steps": trainer.steps - began, "recall": 0.0, "solved": False})
+                return {"steps": trainer.steps, "reached": str(task), "recall": 0.0, "finite": False, "stages": stages}
+            if (trainer.steps - began) % 25 == 0:
+                accuracy = recall_accuracy(trainer.model, task, 64 if task.context < 512 else 16, seed=10**6)
+                if accuracy >= goal:
+                    if not task.counts:
+                        break
+                    confirmed = recall_accuracy(
+                        trainer.model, task, task.unseen
+                    )  # sequences that did not choose the moment
+                    if confirmed >= goal:
+                        break
+        solved = accuracy >= goal and (not task.counts or (confirmed or 0) >= goal)
+        accuracy = confirmed if solved and confirmed else recall_accuracy(trainer.model, task, task.unseen)
+        stages.append({"task": str(task), "steps": trainer.steps - began, "recall": accuracy, "solved": solved})
+        print("  ", stages[-1], flush=True)
+        if not solved and yoked is None:
+            break
+    last = tasks[-1]
+    final = stages[-1]["recall"] if stages[-1]["task"] == str(last) else recall_accuracy(trainer.model, last, 128)
     return {
-        "steps": args.steps,
-        "loss": losses.mean().item(),
-        "first_eighth": by_position[0],
-        "last_eighth": by_position[-1],
-        "loss_by_eighth": by_position,
+        "steps": trainer.steps,
+        "reached": stages[-1]["task"],
+        "recall": final,
+        "finite": True,
+        "stages": stages,
     }
 
 
-def _standard_library_bytes() -> tuple[np.ndarray, np.ndarray]:
-    from data_pipeline.corpus import python_stdlib_documents
+@torch.no_grad()
+def recall_accuracy(model: torch.nn.Module, task: Task, sequences: int, seed: int = 2 * 10**6) -> float:
+    """Share of right answers in unseen sequences."""
+    generator, right, asked = torch.Generator().manual_seed(seed), 0, 0
+    size = min(sequences, 32)
+    for _ in range(sequences // size):
+        tokens, targets = recall_batch(task, size, generator)
+        answers = model(tokens).logits.argmax(-1)
+        right += int(((answers == targets) & (targets != IGNORE)).sum())
+        asked += int((targets != IGNORE).sum())
+    return right / asked
 
-    documents = [document.data for document in python_stdlib_documents()]
-    cut = [b"\n\n".join(documents[i::20]) for i in range(20)]
-    as_bytes = lambda parts: np.frombuffer(b"\n\n".join(parts), dtype=np.uint8)  # noqa: E731
-    return as_bytes(cut[1:]), as_bytes(cut[:1])
+
+def print_recall(rows: list[dict[str, Any]]) -> None:
+    """Recall on each task (steps until there) and on the last one; one line per block, its seeds in a row."""
+    if not rows:
+        return
+    names = [str(task) for task in TASKS if task.counts]
+    print("\n| block | variant | inner rates | seeds | " + " | ".join(f"{n} pairs" for n in names) + " | last task |")
+    print("|---" * (5 + len(names)) + "|")
+    for key, group in _grouped(rows, "family", "variant", "rates").items():
+        # a cell that was run again with a higher limit counts once
+        group = list({row["seed"]: row for row in sorted(group, key=lambda row: row.get("steps", 0))}.values())
+        cells = []
+        for name in names:
+            stages = [stage for row in group for stage in row.get("stages", []) if stage["task"] == name]
+            cells.append(", ".join(f"{100 * s['recall']:.1f} % ({_steps_to(group, s)})" for s in stages) or "–")
+        last = ", ".join(_last(row) for row in group)
+        print(f"| {' | '.join(key)} | {len(group)} | {' | '.join(cells)} | {last} |")
+
+
+def _last(row: dict[str, Any]) -> str:
+    if "recall" not in row:
+        return "refused"
+    return f"{100 * row['recall']:.1f} %" if row.get("finite", True) else f"not finite at step {row['steps']}"
+
+
+def _steps_to(rows: list[dict[str, Any]], stage: dict[str, Any]) -> int:
+    """Steps from the start to the end of a stage."""
+    stages = next(row["stages"] for row in rows if any(s is stage for s in row.get("stages", [])))
+    return sum(s["steps"] for s in stages[: stages.index(stage) + 1])
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+def text(args: argparse.Namespace, config: ModelConfig, seed: int) -> dict[str, Any]:
+    """Train on shards, then the held-out loss by position. Rate: cosine to a tenth."""
+    from data_pipeline import TokenStream
+
+    train = TokenStream(Path(args.data) / "train", args.context, seed=seed)
+    size, trainer = max(1, args.tokens // args.context), Trainer(args, config, seed)
+    for step in range(args.steps):
+        window = torch.stack([torch.from_numpy(train.sample(step * size + i)) for i in range(size)])
+        loss = trainer.model(window[:, :-1], window[:, 1:].contiguous()).losses.mean()
+        trainer.step(loss, 0.55 + 0.45 * math.cos(math.pi * step / args.steps))
+        if (step + 1) % 50 == 0:
+            print("  ", step + 1, round(loss.item(), 3), flush=True)
+    heldout = TokenStream(Path(args.data) / "heldout", args.context, shuffle=False)
+    windows = [torch.from_numpy(heldout.sample(i)) for i in range(min(64, heldout.num_windows))]
+    with torch.no_grad():
+        parts = torch.stack(windows).split(8)
+        losses = torch.cat([trainer.model(w[:, :-1], w[:, 1:].contiguous()).losses for w in parts]).mean(0)
+    edges = [0, *(2**i for i in range(4, int(math.log2(args.context)) + 1))]
+    return {
+        "steps": args.steps,
+        "loss": losses.mean().item(),
+        "edges": edges,
+        "loss_by_octave": [losses[a:b].mean().item() for a, b in itertools.pairwise(edges)],
+        "loss_by_eighth": [part.mean().item() for part in losses.chunk(8)],
+    }
+
+
+def print_text(rows: list[dict[str, Any]]) -> None:
+    """Mean over seeds and spread (largest minus smallest), in nats per token."""
+    rows = [row for row in rows if "loss" in row]
+    if not rows:
+        return
+    edges = rows[0]["edges"]
+    spans = [f"{a} to {b}" for a, b in itertools.pairwise(edges)]
+    print("\n| block | variant | inner rates | seeds | loss | " + " | ".join(spans) + " |")
+    print("|---" * (5 + len(spans)) + "|")
+    for key, group in _grouped(rows, "family", "variant", "rates").items():
+        octaves = [_mean_spread(list(xs)) for xs in zip(*(row["loss_by_octave"] for row in group))]
+        total = _mean_spread([row["loss"] for row in group])
+        print(f"| {' | '.join(key)} | {len(group)} | {total} | {' | '.join(octaves)} |")
+
+
+def _mean_spread(values: list[float]) -> str:
+    spread = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{spread}"
+
+
+def _grouped(rows: list[dict[str, Any]], *keys: str) -> dict[tuple[str, ...], list[dict[str, Any]]]:
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[key] for key in keys)].append(row)
+    return groups
+
+
+def plot_text(rows: list[dict[str, Any]], out: str) -> None:
+    """Loss by position: mean over seeds, a band from the smallest to the largest."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    colours: Callable[[int], str] = ["#4C78A8", "#E4572E", "#54A24B", "#B279A2", "#F2A541", "#8C8C8C"].__getitem__
+    rows = [row for row in rows if "loss" in row]
+    for i, ((family, variant), of_block) in enumerate(_grouped(rows, "family", "variant").items()):
+        name = family if variant == "default" else f"{family}, {variant}"
+        for rates, group in _grouped(of_block, "rates").items():
+            edges, columns = group[0]["edges"], list(zip(*(row["loss_by_octave"] for row in group)))
+            middle = [max(1, math.sqrt(max(1, a) * b)) for a, b in itertools.pairwise(edges)]
+            style = "-" if rates[0] == "on" else "--"
+            label = name if rates[0] == "on" else f"{name}, inner rates 0"
+            axes.plot(
+                middle, [statistics.fmean(c) for c in columns], style, color=colours(i % 6), marker="o", label=label
+            )
+            axes.fill_between(
+                middle, [min(c) for c in columns], [max(c) for c in columns], color=colours(i % 6), alpha=0.2
+            )
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("position in the context, tokens")
+    axes.set_ylabel("held-out loss (nats per token)")
+    axes.set_title("Loss by position: memories heard against memories silenced", loc="left", fontweight="bold")
+    axes.legend(frameon=False)
+    figure.savefig(out, dpi=120)
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

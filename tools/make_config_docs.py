@@ -39,6 +39,23 @@ On the command line `model=hope_60m` replaces the whole model, `model.preset=hop
 like are a file of `configs/families` over the HOPE preset of that size. Presets and run files are found by name in
 `./configs`, then in the repository's `configs/`, then in the installed package. Paths under `data` are relative to the current
 directory. `hope train … --dry-run` prints the resolved configuration; `hope plan` what it costs.
+
+## Leaving parts of HOPE out
+
+The ablations of Nested Learning (arXiv 2512.24695, table 6) are one key each, behind `model.` in a run. What else has to follow
+(a rate that would diverge, a term added to a rate that is gone) follows, unless the file says otherwise.
+
+| without | key |
+|---|---|
+| Delta Gradient Descent | `memory.dgd_layers=none` |
+| momentum | `memory.momentum=none` (the default; with it: `data` or `constant`) |
+| weight decay | `memory.decay=none` |
+| CMS | `cms.levels=[{hidden_size: 512}]` (one MLP of the levels' width together) |
+| adaptive k, v | `memory.adaptive_key=false`, `memory.adaptive_value=false` |
+| adaptive η, α | `memory.adaptive_eta=false`, `memory.adaptive_alpha=false` |
+| own targets | `memory.own_targets=false` |
+
+Queries come from a static projection in every setting, so that there is no adaptive q to leave out.
 """
 
 

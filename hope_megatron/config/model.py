@@ -5,14 +5,18 @@ Equation numbers refer to "Nested Learning" (arXiv 2512.24695).
 
 from __future__ import annotations
 
+import contextlib
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from hope_megatron.config.base import ConfigError, Section
 
 Mixer = Literal["memory", "attention"]
+
+_USUAL_MOMENTUM = 0.9  # bounds of rates hold up to this theta; a learned one may pass it
+_ETA_FACTORS = {"objective", "dgd_layers", "num_layers"}
 
 
 class MemoryConfig(Section):
@@ -59,7 +63,8 @@ class MemoryConfig(Section):
     """Whether the output includes the memory's skip connection, q itself."""
 
     eta_max: float = Field(default=1.0, ge=0.0)
-    """Bound of the inner learning rate. 0 silences all writes (the control experiment)."""
+    """Bound of the inner learning rate. 0 silences all writes (the control experiment). Left out where 1 would diverge
+    (objective l2, or no DGD on some layer), it is the largest rate that is known to be stable."""
     eta: Literal["data", "fixed"] = "data"
     """Inner learning rate: from the token, or eta_max always (linear attention)."""
     eta_init: float = Field(default=0.5, gt=0.0, lt=1.0)
@@ -92,6 +97,53 @@ class MemoryConfig(Section):
         """Whether any of the four self-memories exists."""
         return self.adaptive_key or self.adaptive_value or self.adaptive_eta or self.adaptive_alpha
 
+    @property
+    def erases(self) -> bool:
+        """Whether every write first erases what its key holds: Delta Gradient Descent on all layers there are."""
+        return self.dgd_layers == "all" or (self.dgd_layers == "input" and self.num_layers == 1)
+
+    @property
+    def largest_stable_eta(self) -> float:
+        """Bound of eta_max: 1 for the delta rule, which sees the up-to-date weights; else of order 1 / chunk_tokens.
+
+        The gradients of a chunk are all taken at its start and added up, so that with parallel keys a chunk is one step of
+        descent of length eta C / (1 - theta) on a curvature of |k|^2 = 1 (a matrix), or of |silu(W2 k)|^2 and |W1|^2 (two
+        layers, together at least 2). It diverges where length times curvature passes 2.
+        """
+        if self.objective == "dot" and self.erases:
+            return 1.0
+        if self.objective == "dot" and self.num_layers == 1:
+            return math.inf  # linear attention: writes add up and nothing multiplies them
+        curvature = 1.0
+        if self.objective == "l2" and self.num_layers == 2 and not self.erases:
+            curvature = 2 * max(1.0, self.input_scale**2 / 4)  # a unit key's features: about input_scale^2 / 4
+        limit = 2.0 / (self.chunk_tokens * curvature)
+        return limit * (1 - _USUAL_MOMENTUM) if self.objective == "l2" and self.momentum != "none" else limit
+
+    @property
+    def _why_limited(self) -> str:
+        if self.objective == "dot" and self.erases:
+            return "above 1 a delta-rule write overshoots its unit key"
+        if self.objective == "dot":
+            return "without DGD on all layers nothing bounds the writes"
+        return "the gradients of a chunk are taken at its start and summed"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_that_follow(cls, values: Any) -> Any:
+        """Defaults that depend on other settings, so that leaving a part of HOPE out takes one key."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        if values.get("eta") == "fixed":
+            values.setdefault("adaptive_eta", False)
+        if values.get("decay") in ("none", "retnet"):
+            values.setdefault("adaptive_alpha", False)
+        if "eta_max" not in values and not _ETA_FACTORS.isdisjoint(values):
+            with contextlib.suppress(ValueError):  # where other fields are wrong, validation will say which
+                values["eta_max"] = min(1.0, cls(**values, eta_max=0.0).largest_stable_eta)
+        return values
+
     @model_validator(mode="after")
     def _check(self) -> MemoryConfig:
         small, large = sorted((self.chunk_tokens, self.self_chunk))
@@ -114,20 +166,21 @@ class MemoryConfig(Section):
                 "memory.num_layers=1 (a matrix memory) has static projections and external targets; set "
                 "adaptive_key, adaptive_value, adaptive_eta, adaptive_alpha and own_targets to false, or num_layers=2"
             )
-        if self.objective == "l2" and self.eta_max * self.chunk_tokens > 2.0:
+        if self.eta_max > 0 and self.objective == "l2" and not self.normalize_values:
             raise ConfigError(
-                f"memory.objective=l2 with eta_max={self.eta_max} diverges: the {self.chunk_tokens} gradients of a chunk are "
-                f"summed at its start; set eta_max to at most {2.0 / self.chunk_tokens:g} (2 / chunk_tokens), or objective=dot"
+                "memory.normalize_values=false with objective=l2 was not finite within 100 steps in every variant measured, "
+                "whatever the rate; set normalize_values=true"
             )
-        erases = self.dgd_layers == "all" or (self.dgd_layers == "input" and self.num_layers == 1)
-        if self.objective == "dot" and self.num_layers == 2 and not erases and self.eta_max * self.chunk_tokens > 2.0:
+        if self.eta_max > 0 and self.own_targets and not self.normalize_targets:
             raise ConfigError(
-                f"memory.objective=dot without DGD on all layers has nothing that bounds its writes at eta_max={self.eta_max}; "
-                f"set dgd_layers=all, or eta_max to at most {2.0 / self.chunk_tokens:g} (2 / chunk_tokens)"
+                "memory.normalize_targets=false with own_targets=true feeds what a memory holds back into it, which was not "
+                "finite at the first step; set normalize_targets=true, or own_targets=false"
             )
-        if self.objective == "dot" and erases and self.eta_max > 1.0:
+        if self.eta_max > (limit := self.largest_stable_eta) * (1 + 1e-9):
             raise ConfigError(
-                f"memory.eta_max={self.eta_max}: above 1 a delta-rule write overshoots its unit key; use at most 1"
+                f"memory.eta_max={self.eta_max:g} diverges with objective={self.objective}, dgd_layers={self.dgd_layers}, "
+                f"num_layers={self.num_layers}, chunk_tokens={self.chunk_tokens}, input_scale={self.input_scale:g}, "
+                f"momentum={self.momentum}: {self._why_limited}; set eta_max to at most {limit:g}, or leave it out"
             )
         return self
 
