@@ -111,6 +111,7 @@ def draw(path: Path, rows: list[dict[str, Any]], where: str) -> None:
     """Decode and prefill rates and bytes of state against context length."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
     figure = Figure(figsize=(13, 3.9), layout="constrained")
     FigureCanvasAgg(figure)
@@ -127,7 +128,8 @@ def draw(path: Path, rows: list[dict[str, Any]], where: str) -> None:
             mine = [row for row in rows if row["model"] == name]
             axes.plot([r["context"] for r in mine], [r[key] / unit for r in mine], "o-", color=colour, label=name, lw=2)
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         contexts = sorted({row["context"] for row in rows})
         axes.set_xticks(contexts, [f"{c // 1024}K" if c % 1024 == 0 else str(c) for c in contexts])
         axes.set_xlabel("context, tokens")

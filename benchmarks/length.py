@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hope_megatron.cli.heldout import heldout_tokens
 from hope_megatron.cli.models import open_model
-from hope_megatron.eval.memory_health import memory_mixers
+from hope_megatron.eval.memory_health import memory_mixers, observed_memories
 from hope_megatron.eval.report import save_figure
 from hope_megatron.layers.memory_mixer import MemoryMixer, MemoryMixerState
 from hope_megatron.model import ModelState
@@ -73,14 +73,16 @@ def main() -> None:
     window, length = opened.window_tokens, args.times * opened.window_tokens
     tokens = heldout_tokens(opened, None, args.data, args.rows * length)
     rows = torch.from_numpy(np.stack([tokens[i * length : (i + 1) * length + 1] for i in range(args.rows)]))
-    found = {name: read(opened.model, rows, window, *CASES[name]) for name in args.cases}
+    found = {name: read(opened.model, rows, window, *CASES[name], watch=args.watch) for name in args.cases}
     edges = [window * 2**i for i in range(args.times.bit_length())]
     spans = list(zip([0, *edges], edges))
     table = [[name, *(float(losses[:, a:b].mean()) for a, b in spans)] for name, (losses, _) in found.items()]
     print_table(["state", *(f"to {b:,}" for _, b in spans)], table)
-    norms = {name: norms for name, (_, norms) in found.items()}
+    layers = {name: layers for name, (_, layers) in found.items()}
+    if args.watch:
+        print_rates(layers, window)
     results = {"machine": machine(), "arguments": vars(args), "trained_tokens": window, "spans": spans}
-    results |= {"losses": {row[0]: row[1:] for row in table}, "weights_relative_to_initial": norms}
+    results |= {"losses": {row[0]: row[1:] for row in table}, "windows": layers}
     write_json(args.json, {**results, "arguments": {key: str(value) for key, value in vars(args).items()}})
     if args.png:
         draw(args.png, table, edges, window)
@@ -93,6 +95,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--times", type=int, default=32, help="length of a row in trained lengths (a power of two)")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument(
+        "--watch", action="store_true", help="also tell the mean inner learning rates, at twice the time"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--png", type=Path, metavar="FILE")
@@ -100,18 +105,36 @@ def parse() -> argparse.Namespace:
 
 
 @torch.no_grad()
-def read(model, rows: Tensor, window: int, change: Change, keep_all: bool, still: bool):
-    """Losses [B, T], and by layer and window the size of M_mem's weights relative to W_0."""
-    mixers, losses, norms, state = memory_mixers(model), [], [], None
+def read(model, rows: Tensor, window: int, change: Change, keep_all: bool, still: bool, *, watch: bool):
+    """Losses [B, T], and by window and layer the size of M_mem's weights relative to W_0 and, if watched, the mean rate."""
+    mixers, losses, layers, state = memory_mixers(model), [], [], None
     initial = model.init_state(len(rows))
     for number, piece in enumerate(rows[:, :-1].split(window, 1)):
         targets = rows[:, 1 + number * window : 1 + number * window + piece.size(1)]
-        with changed_rates(mixers, alpha_one=keep_all or (still and number > 0), silent=still and number > 0):
+        seen: dict[int, float] = {}
+        keep = lambda layer, trace, seen=seen: seen.update({layer: float(trace.eta.mean())})  # noqa: E731
+        look = observed_memories(model, keep) if watch else nullcontext()
+        with changed_rates(mixers, alpha_one=keep_all or (still and number > 0), silent=still and number > 0), look:
             output = model(piece, targets=targets, state=state, return_state=True)
         losses.append(output.losses)
         state = ModelState(tuple(_changed(s, i, change) for s, i in zip(output.state.layers, initial.layers)))
-        norms.append([_growth(s, i) for s, i in zip(output.state.layers, initial.layers)])
-    return torch.cat(losses, 1), norms
+        sizes = [_growth(s, i) for s, i in zip(output.state.layers, initial.layers)]
+        layers.append([s and {**s, "eta": seen.get(n)} for n, s in enumerate(sizes, start=1)])
+    return torch.cat(losses, 1), layers
+
+
+def print_rates(layers: dict[str, list], window: int) -> None:
+    """Mean inner learning rate of the windows that end at 1, 2, 4, ... trained lengths."""
+    some = next(iter(layers.values()))
+    ends = [2**i for i in range(len(some).bit_length())]
+    rows = [
+        [name, number + 1, *(windows[end - 1][number]["eta"] for end in ends)]
+        for name, windows in layers.items()
+        for number in range(len(some[0]))
+        if some[0][number]
+    ]
+    print()
+    print_table(["inner rate", "layer", *(f"at {window * end:,}" for end in ends)], rows)
 
 
 def _changed(state: Any, initial: Any, change: Change) -> Any:

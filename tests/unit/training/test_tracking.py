@@ -12,7 +12,7 @@ from hope_megatron.config import TrackingConfig
 from hope_megatron.testing.tiny import tiny_run_config
 from hope_megatron.training.metrics import MetricsFile
 from hope_megatron.training.run_directory import RunDirectory
-from hope_megatron.training.tracking import Tracker, default_uri, read_tracking
+from hope_megatron.training.tracking import Tracker, TrackingError, default_uri, log_evaluation, read_tracking
 
 
 def make_run(tmp_path, uri=None):
@@ -49,6 +49,22 @@ def test_resumed_run_continues_the_same_mlflow_run(tmp_path):
     ]
     assert [artifact.path for artifact in client.list_artifacts(run_id)] == ["summary.json"]
     assert len(client.search_runs([run.info.experiment_id])) == 1
+
+
+def test_an_evaluation_joins_the_run_and_more_metrics_than_a_request_takes_arrive(tmp_path):
+    from mlflow.tracking import MlflowClient
+
+    config, directory, metrics = make_run(tmp_path)
+    with pytest.raises(TrackingError, match="without MLflow"):
+        log_evaluation(directory, 1, {"eval/loss": 1.0})
+    metrics.append(1, {f"memory/drift/layer_{i:04}/mem": float(i) for i in range(1200)})
+    assert Tracker(config, directory, tags={}).close("FINISHED", timeout_s=120)
+    run_id = log_evaluation(directory, 7, {"eval/loss": 3.5, "eval/perplexity": float("inf")})
+    assert run_id == read_tracking(directory)["run_id"]
+    client = MlflowClient(tracking_uri=default_uri(tmp_path))
+    assert [(m.step, m.value) for m in client.get_metric_history(run_id, "eval/loss")] == [(7, 3.5)]
+    found = client.get_run(run_id).data.metrics
+    assert found["memory/drift/layer_1199/mem"] == 1199.0 and "eval/perplexity" not in found
 
 
 @pytest.fixture
