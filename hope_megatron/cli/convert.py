@@ -1,64 +1,98 @@
-"""Checkpoint to Hugging Face layout, proven by reading it back; the way back; and what a checkpoint holds.
+"""Checkpoints into other layouts and formats and back, each conversion proven by reading its result; what a checkpoint holds.
+
+SOURCE is a run (its newest checkpoint), RUN@STEP or a checkpoint, unless said otherwise.
 
 Examples:
 
-    hope convert runs/NAME --to hf DIR         the newest checkpoint of a run (or runs/NAME@STEP, or a checkpoint)
-    hope convert DIR --to run CONFIG           start the run of a run file from an exported model
-    hope convert inspect runs/NAME             progress, layout, parameters and digests of a checkpoint
+    hope convert runs/NAME --to hf DIR                     Hugging Face layout, with its own modelling code
+    hope convert DIR --to run CONFIG                       start the run of a run file from an exported model
+    hope convert runs/NAME@500 --tp 2 --zero-stage 1 OUT   the checkpoint for another layout; --dp N for other ranks
+    hope convert inspect runs/NAME                         progress, layout, history, parameters and digests
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from hope_megatron.cli.models import ModelReferenceError, prepare_process
+
+FORMS = (
+    "say `hope convert SOURCE --to hf DIR`, `DIR --to run CONFIG`, `SOURCE --tp N --zero-stage S OUT`, "
+    "or `inspect SOURCE`; see hope convert --help"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument(
-        "source", nargs="+", metavar="[inspect] SOURCE", help="a run, RUN@STEP, a checkpoint, an export"
-    )
-    parser.add_argument(
-        "--from", dest="format", choices=("checkpoint", "hf"), help="what SOURCE is; found out by default"
-    )
+    parser.add_argument("words", nargs="+", metavar="SOURCE", help="[inspect] SOURCE [OUT]")
+    parser.add_argument("--from", dest="format", choices=("checkpoint", "hf"), help="what SOURCE is; found by default")
     parser.add_argument("--to", nargs=2, metavar=("FORMAT", "PATH"), help="hf DIR, or run CONFIG")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: the one the run was trained with")
     parser.add_argument(
         "--max-shard-gib", type=float, default=4.0, metavar="N", help="size of a weight file (default 4)"
     )
+    layout = parser.add_argument_group("another layout")
+    layout.add_argument("--tp", type=int, metavar="N", help="tensor-parallel ranks (default: as it is)")
+    layout.add_argument("--dp", type=int, metavar="N", help="data-parallel ranks (default: as many ranks as it has)")
+    layout.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), help="ZeRO stage (default: as it is)")
+    layout.add_argument(
+        "--sequence-parallel", action="store_true", help="with sequence parallelism (needs --tp 2 or more)"
+    )
+
+
+class _Form(NamedTuple):
+    """A way to call the command."""
+
+    num_words: int
+    run: Callable[[argparse.Namespace], int]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export, import or inspect."""
-    if args.source[0] == "inspect" and len(args.source) == 2 and args.to is None:
-        return _inspect(args.source[1])
-    if len(args.source) != 1 or args.to is None:
-        raise ModelReferenceError(
-            "say `hope convert SOURCE --to hf DIR`, `--to run CONFIG`, or `hope convert inspect SOURCE`"
-        )
-    (source,), (to, path) = args.source, args.to
-    if to not in ("hf", "run"):
-        raise ModelReferenceError(f"unknown format {to!r}; use --to hf DIR or --to run CONFIG")
-    if args.format not in (None, "checkpoint" if to == "hf" else "hf"):
-        raise ModelReferenceError(f"--from {args.format} does not lead --to {to}")
+    """Find out what was asked for, and do it."""
+    form = _find_form(args)
+    if len(args.words) != form.num_words:
+        raise ModelReferenceError(FORMS)
     if not args.max_shard_gib > 0:
         raise ModelReferenceError(f"--max-shard-gib {args.max_shard_gib:g} must be positive")
+    for option in ("tp", "dp"):
+        if getattr(args, option) is not None and getattr(args, option) < 1:
+            raise ModelReferenceError(f"--{option} {getattr(args, option)} must be at least 1")
     prepare_process()
-    if to == "run":
-        return _import(Path(source), path)
-    return _export(source, Path(path), args.tokenizer, int(args.max_shard_gib * 2**30))
+    return form.run(args)
 
 
-def _export(reference: str, out_dir: Path, tokenizer_file: Path | None, max_shard_bytes: int) -> int:
+def _find_form(args: argparse.Namespace) -> _Form:
+    wants_layout = args.sequence_parallel or any(v is not None for v in (args.tp, args.dp, args.zero_stage))
+    if args.to is None:
+        if wants_layout:
+            return _Form(2, _reshard)
+        if args.words[0] == "inspect":
+            return _Form(2, _inspect)
+        raise ModelReferenceError(FORMS)
+    to = args.to[0]
+    if wants_layout:
+        raise ModelReferenceError(f"--tp, --dp, --zero-stage and --sequence-parallel have no meaning with --to {to}")
+    forms = {"hf": ("checkpoint", _export), "run": ("hf", _import)}
+    if to not in forms:
+        raise ModelReferenceError(f"unknown format {to!r}; use --to hf DIR or --to run CONFIG")
+    source_format, function = forms[to]
+    if args.format not in (None, source_format):
+        raise ModelReferenceError(f"--from {args.format} does not lead --to {to}")
+    return _Form(1, function)
+
+
+def _export(args: argparse.Namespace) -> int:
     from data_pipeline.tokenizer import Tokenizer
     from hope_megatron.convert.huggingface import export_huggingface
     from hope_megatron.convert.source import find_checkpoint
 
-    source = find_checkpoint(reference)
-    tokenizer = Tokenizer.load(tokenizer_file or source.config.data.tokenizer)
-    export = export_huggingface(source, out_dir, tokenizer, max_shard_bytes=max_shard_bytes)
+    source = find_checkpoint(args.words[0])
+    tokenizer = Tokenizer.load(args.tokenizer or source.config.data.tokenizer)
+    max_shard_bytes = int(args.max_shard_gib * 2**30)
+    export = export_huggingface(source, Path(args.to[1]), tokenizer, max_shard_bytes=max_shard_bytes)
     print(
         f"{export.directory}: {export.num_parameters:,} parameters, {export.weight_bytes / 2**20:,.1f} MiB of weights"
     )
@@ -66,25 +100,43 @@ def _export(reference: str, out_dir: Path, tokenizer_file: Path | None, max_shar
     return 0
 
 
-def _import(directory: Path, config_name: str) -> int:
+def _import(args: argparse.Namespace) -> int:
     from hope_megatron.cli.train import open_sources
     from hope_megatron.config import load_run_config
     from hope_megatron.convert.from_huggingface import import_huggingface
     from hope_megatron.training.provenance import provenance
     from hope_megatron.training.state import TrainingState
 
-    config = load_run_config(config_name)
+    config = load_run_config(args.to[1])
     train, _ = open_sources(config)
     beginning = {"progress": TrainingState().to_dict(), "data": train.state(0), "provenance": provenance()}
-    path = import_huggingface(directory, config, beginning)
-    print(f"{path}: the weights of {directory}; start with `hope train {config_name}`")
+    path = import_huggingface(Path(args.words[0]), config, beginning)
+    print(f"{path}: the weights of {args.words[0]}; start with `hope train {args.to[1]}`")
     return 0
 
 
-def _inspect(reference: str) -> int:
+def _reshard(args: argparse.Namespace) -> int:
+    from hope_megatron.convert.layout import Layout, default_data_parallel
+    from hope_megatron.convert.rewrite import reshard
     from hope_megatron.convert.source import find_checkpoint
 
-    source = find_checkpoint(reference)
+    source = find_checkpoint(args.words[0])
+    before = source.checkpoint.description["layout"]
+    tp = args.tp or before["tensor_parallel"]
+    dp = args.dp or default_data_parallel(before, tp)
+    zero_stage = before["zero_stage"] if args.zero_stage is None else args.zero_stage
+    written = reshard(source, Layout(tp, dp, zero_stage, args.sequence_parallel), Path(args.words[1]))
+    print(
+        f"{written.directory}: tensor parallel {tp}, data parallel {dp}, ZeRO {zero_stage}; {written.num_files} files"
+    )
+    print(f"checked: {written.num_elements:,} numbers read back, all equal to those of {source.path}")
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from hope_megatron.convert.source import find_checkpoint
+
+    source = find_checkpoint(args.words[1])
     checkpoint, config = source.checkpoint, source.config
     progress, layout = checkpoint.description["progress"], checkpoint.description["layout"]
     size = sum(digest.size for digest in checkpoint.digests.values())
@@ -93,6 +145,8 @@ def _inspect(reference: str) -> int:
     print(f"run {config.name}, step {progress['step']:,} of {config.training.steps:,}, {progress['tokens']:,} tokens")
     print("written by " + ", ".join(f"{name} {value}" for name, value in layout.items()))
     print(f"commit {checkpoint.description['provenance']['commit'] or 'unknown'}")
+    for line in checkpoint.description.get("history", ()):
+        print(f"made by {line['operation']} of {line['source']}")
     for name, record in checkpoint.parameters.items():
         shape = "x".join(map(str, record.full_shape(checkpoint.tp_size)))
         print(f"  {name:<48} {shape:>20}  {' '.join(checkpoint.states(name))}")
