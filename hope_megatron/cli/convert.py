@@ -7,6 +7,9 @@ Examples:
     hope convert runs/NAME --to hf DIR                     Hugging Face layout, with its own modelling code
     hope convert DIR --to run CONFIG                       start the run of a run file from an exported model
     hope convert runs/NAME@500 --tp 2 --zero-stage 1 OUT   the checkpoint for another layout; --dp N for other ranks
+    hope convert runs/NAME --to torch_dist DIR             Megatron-Core's distributed format, optimizer and all
+    hope convert DIR --from torch_dist OUT                 the way back: a checkpoint in the layout it had, or --tp ...
+    hope convert DIR --from torch_dist --to run CONFIG     start a run from the weights alone, whoever wrote them
     hope convert inspect runs/NAME                         progress, layout, history, parameters and digests
 """
 
@@ -15,21 +18,31 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from hope_megatron.cli.models import ModelReferenceError, prepare_process
 
+if TYPE_CHECKING:
+    from hope_megatron.convert.layout import Layout
+    from hope_megatron.convert.rewrite import Rewritten
+
 FORMS = (
-    "say `hope convert SOURCE --to hf DIR`, `DIR --to run CONFIG`, `SOURCE --tp N --zero-stage S OUT`, "
-    "or `inspect SOURCE`; see hope convert --help"
+    "say `hope convert SOURCE --to hf DIR` (or torch_dist, deepspeed), `DIR --from FORMAT OUT`, `DIR --to run CONFIG`, "
+    "`SOURCE --tp N --zero-stage S OUT`, or `inspect SOURCE`; see hope convert --help"
 )
+_EXPORTS = ("hf", "torch_dist", "deepspeed")
+_IMPORTS = ("hf", "torch_dist", "deepspeed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("words", nargs="+", metavar="SOURCE", help="[inspect] SOURCE [OUT]")
-    parser.add_argument("--from", dest="format", choices=("checkpoint", "hf"), help="what SOURCE is; found by default")
-    parser.add_argument("--to", nargs=2, metavar=("FORMAT", "PATH"), help="hf DIR, or run CONFIG")
+    parser.add_argument(
+        "--from", dest="format", choices=("checkpoint", *_IMPORTS), help="what SOURCE is (default: one of ours)"
+    )
+    parser.add_argument(
+        "--to", nargs=2, metavar=("FORMAT", "PATH"), help="hf, torch_dist or deepspeed and DIR; run CONFIG"
+    )
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: the one the run was trained with")
     parser.add_argument(
         "--max-shard-gib", type=float, default=4.0, metavar="N", help="size of a weight file (default 4)"
@@ -65,26 +78,40 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _find_form(args: argparse.Namespace) -> _Form:
-    wants_layout = args.sequence_parallel or any(v is not None for v in (args.tp, args.dp, args.zero_stage))
     if args.to is None:
-        if wants_layout:
+        return _find_form_without_target(args)
+    to = args.to[0]
+    if _wants_layout(args):
+        raise ModelReferenceError(f"--tp, --dp, --zero-stage and --sequence-parallel have no meaning with --to {to}")
+    if to == "run":
+        if args.format == "checkpoint":
+            raise ModelReferenceError(
+                "--from checkpoint does not lead --to run; `hope train FILE --resume CHECKPOINT` does"
+            )
+        return _Form(1, _import)
+    if to not in _EXPORTS:
+        raise ModelReferenceError(f"unknown format {to!r}; use --to {', '.join(_EXPORTS)} DIR or --to run CONFIG")
+    if args.format not in (None, "checkpoint"):
+        raise ModelReferenceError(f"--from {args.format} does not lead --to {to}")
+    return _Form(1, _export_huggingface if to == "hf" else _export)
+
+
+def _find_form_without_target(args: argparse.Namespace) -> _Form:
+    if args.format in ("torch_dist", "deepspeed"):
+        return _Form(2, _read_back)
+    if args.format in (None, "checkpoint"):
+        if _wants_layout(args):
             return _Form(2, _reshard)
         if args.words[0] == "inspect":
             return _Form(2, _inspect)
-        raise ModelReferenceError(FORMS)
-    to = args.to[0]
-    if wants_layout:
-        raise ModelReferenceError(f"--tp, --dp, --zero-stage and --sequence-parallel have no meaning with --to {to}")
-    forms = {"hf": ("checkpoint", _export), "run": ("hf", _import)}
-    if to not in forms:
-        raise ModelReferenceError(f"unknown format {to!r}; use --to hf DIR or --to run CONFIG")
-    source_format, function = forms[to]
-    if args.format not in (None, source_format):
-        raise ModelReferenceError(f"--from {args.format} does not lead --to {to}")
-    return _Form(1, function)
+    raise ModelReferenceError(FORMS)
 
 
-def _export(args: argparse.Namespace) -> int:
+def _wants_layout(args: argparse.Namespace) -> bool:
+    return args.sequence_parallel or any(value is not None for value in (args.tp, args.dp, args.zero_stage))
+
+
+def _export_huggingface(args: argparse.Namespace) -> int:
     from data_pipeline.tokenizer import Tokenizer
     from hope_megatron.convert.huggingface import export_huggingface
     from hope_megatron.convert.source import find_checkpoint
@@ -100,37 +127,63 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
+def _export(args: argparse.Namespace) -> int:
+    from hope_megatron.convert.source import find_checkpoint
+    from hope_megatron.convert.torch_dist import write_torch_dist
+    from hope_megatron.convert.whole import read_whole
+
+    name, directory = args.to
+    whole = read_whole(find_checkpoint(args.words[0])).with_history(f"export to {name}")
+    num_elements = write_torch_dist(whole, Path(directory))
+    print(f"{directory}: {name}, of {whole.origin}")
+    print(f"checked: {num_elements:,} numbers read back, all equal")
+    return 0
+
+
+def _read_back(args: argparse.Namespace) -> int:
+    from hope_megatron.convert.rewrite import write_checkpoint
+    from hope_megatron.convert.torch_dist import read_torch_dist
+
+    whole = read_torch_dist(Path(args.words[0])).with_history(f"import from {args.format}")
+    layout = _layout(args, whole.layout) if _wants_layout(args) else whole.layout
+    _print_written(write_checkpoint(whole, layout, Path(args.words[1])), whole.origin)
+    return 0
+
+
 def _import(args: argparse.Namespace) -> int:
     from hope_megatron.cli.train import open_sources
     from hope_megatron.config import load_run_config
-    from hope_megatron.convert.from_huggingface import import_huggingface
+    from hope_megatron.convert.begin_run import begin_run
     from hope_megatron.training.provenance import provenance
     from hope_megatron.training.state import TrainingState
 
     config = load_run_config(args.to[1])
     train, _ = open_sources(config)
     beginning = {"progress": TrainingState().to_dict(), "data": train.state(0), "provenance": provenance()}
-    path = import_huggingface(Path(args.words[0]), config, beginning)
+    path = begin_run(Path(args.words[0]), args.format or "hf", config, beginning)
     print(f"{path}: the weights of {args.words[0]}; start with `hope train {args.to[1]}`")
     return 0
 
 
 def _reshard(args: argparse.Namespace) -> int:
-    from hope_megatron.convert.layout import Layout, default_data_parallel
+    from hope_megatron.convert.layout import Layout
     from hope_megatron.convert.rewrite import reshard
     from hope_megatron.convert.source import find_checkpoint
 
     source = find_checkpoint(args.words[0])
-    before = source.checkpoint.description["layout"]
-    tp = args.tp or before["tensor_parallel"]
-    dp = args.dp or default_data_parallel(before, tp)
-    zero_stage = before["zero_stage"] if args.zero_stage is None else args.zero_stage
-    written = reshard(source, Layout(tp, dp, zero_stage, args.sequence_parallel), Path(args.words[1]))
-    print(
-        f"{written.directory}: tensor parallel {tp}, data parallel {dp}, ZeRO {zero_stage}; {written.num_files} files"
-    )
-    print(f"checked: {written.num_elements:,} numbers read back, all equal to those of {source.path}")
+    layout = _layout(args, Layout.of(source.checkpoint.description["layout"]))
+    _print_written(reshard(source, layout, Path(args.words[1])), str(source.path))
     return 0
+
+
+def _layout(args: argparse.Namespace, before: Layout) -> Layout:
+    return before.changed(args.tp, args.dp, args.zero_stage, args.sequence_parallel)
+
+
+def _print_written(written: Rewritten, origin: str) -> None:
+    layout = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in written.layout.describe().items())
+    print(f"{written.directory}: {written.num_files} files for {layout}")
+    print(f"checked: {written.num_elements:,} numbers read back, all equal to those of {origin}")
 
 
 def _inspect(args: argparse.Namespace) -> int:

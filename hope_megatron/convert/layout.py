@@ -1,20 +1,13 @@
-"""Which elements each rank of a layout keeps: the pieces that its ZeRO stage would write."""
+"""The ranks of a checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from hope_megatron.config import RunConfig, resolve_run_config
 from hope_megatron.convert.errors import ConversionError
-from hope_megatron.convert.whole import WholeParameter
-from hope_megatron.optim.geometry import shard_segments
-from hope_megatron.optim.zero import Run, partition_runs, split_runs
-
-_ALIGNMENT = 2  # DeepSpeed's nccl_start_alignment_factor: partitions of a flat vector are multiples of this
 
 
 @dataclass(frozen=True)
@@ -30,6 +23,12 @@ class Layout:
     def world_size(self) -> int:
         """Ranks."""
         return self.tensor_parallel * self.data_parallel
+
+    @classmethod
+    def of(cls, description: Mapping[str, Any]) -> Layout:
+        """The layout that checkpoint.json describes."""
+        names = ("tensor_parallel", "data_parallel", "zero_stage", "sequence_parallel")
+        return cls(*(description[name] for name in names))
 
     def describe(self) -> dict[str, Any]:
         """As checkpoint.json says it."""
@@ -57,56 +56,27 @@ class Layout:
         changed.accumulation_steps(self.world_size)
         return changed
 
+    def changed(
+        self,
+        tensor_parallel: int | None = None,
+        data_parallel: int | None = None,
+        zero_stage: int | None = None,
+        sequence_parallel: bool = False,
+    ) -> Layout:
+        """Another layout; what is None stays as it is, and the number of ranks too unless `data_parallel` is given.
 
-def shard_shape(parameter: WholeParameter, tp_size: int) -> tuple[int, ...]:
-    """Shape of one tensor-parallel shard."""
-    shape, dim = list(parameter.shape), parameter.tags.partition_dim
-    if dim is not None:
-        segments = shard_segments(shape[dim], parameter.tags, tp_size, 0, parameter.name)
-        shape[dim] = sum(segment.length for segment in segments)
-    return tuple(shape)
-
-
-def place(parameters: Iterable[WholeParameter], layout: Layout) -> dict[str, tuple[Run, ...]]:
-    """Runs of every parameter's flattened shard over the data-parallel ranks.
-
-    They are the pieces that training in this layout writes, so that a rank finds what it needs in its own file.
-    """
-    shards = {p.name: (p, torch.Size(shard_shape(p, layout.tensor_parallel)).numel()) for p in parameters}
-    dp_size = layout.data_parallel
-    if layout.zero_stage == 0:
-        return {name: (Run(0, 0, 0, numel),) for name, (_, numel) in shards.items()}
-    if layout.zero_stage == 3:  # every parameter is cut into equal partitions
-        return {name: partition_runs(0, -(-numel // dp_size), numel, dp_size) for name, (_, numel) in shards.items()}
-    placed: dict[str, tuple[Run, ...]] = {}
-    for group in _groups(shards.values()):  # every group is one vector, cut into equal partitions
-        total, offset = sum(numel for _, numel in group), 0
-        partition = -(-total // (_ALIGNMENT * dp_size)) * _ALIGNMENT
-        for parameter, numel in group:
-            placed[parameter.name] = split_runs(offset, numel, partition, dp_size)
-            offset += numel
-    return placed
-
-
-def _groups(shards: Iterable[tuple[WholeParameter, int]]) -> list[list[tuple[WholeParameter, int]]]:
-    """Parameters as `build_param_groups` groups them."""
-    groups: dict[tuple[str, int, bool], list[tuple[WholeParameter, int]]] = {}
-    for parameter, numel in shards:
-        tags = parameter.tags
-        groups.setdefault((tags.role, tags.update_period_steps, tags.weight_decay), []).append((parameter, numel))
-    return list(groups.values())
-
-
-def default_data_parallel(old: dict[str, Any], tensor_parallel: int) -> int:
-    """Data-parallel size that keeps the number of ranks.
-
-    Raises:
-        ConversionError: the ranks cannot be divided so.
-    """
-    world_size = old["world_size"]
-    if world_size % tensor_parallel:
-        raise ConversionError(
-            f"the checkpoint's {world_size} ranks do not divide into tensor-parallel groups of {tensor_parallel}; "
-            "give --dp N for another number of ranks"
+        Raises:
+            ConversionError: the ranks cannot be divided so.
+        """
+        tp_size = tensor_parallel or self.tensor_parallel
+        if data_parallel is None and self.world_size % tp_size:
+            raise ConversionError(
+                f"the checkpoint's {self.world_size} ranks do not divide into tensor-parallel groups of {tp_size}; "
+                "give --dp N for another number of ranks"
+            )
+        return Layout(
+            tp_size,
+            data_parallel or self.world_size // tp_size,
+            self.zero_stage if zero_stage is None else zero_stage,
+            sequence_parallel,
         )
-    return world_size // tensor_parallel

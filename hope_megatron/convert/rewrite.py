@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from hope_megatron.convert.errors import ConversionError
-from hope_megatron.convert.layout import Layout, place, shard_shape
+from hope_megatron.convert.layout import Layout
 from hope_megatron.convert.output import fresh_directory
+from hope_megatron.convert.placement import place, shard_shape
 from hope_megatron.convert.source import CheckpointSource
 from hope_megatron.convert.whole import GENERATOR_PREFIX, WholeCheckpoint, compare_whole, read_whole
 from hope_megatron.engine.checkpoint_format import DESCRIPTION, FORMAT, rank_file_name, write_json, write_manifest
@@ -30,6 +31,7 @@ class Rewritten:
     """What `write_checkpoint` made and how it proved itself."""
 
     directory: Path
+    layout: Layout
     num_files: int
     num_elements: int
     """Elements compared with the source after writing."""
@@ -43,8 +45,8 @@ def reshard(source: CheckpointSource, layout: Layout, out_dir: Path) -> Rewritte
         ConfigError, ConversionError: as for `write_checkpoint`.
     """
     whole = read_whole(source)
-    before = source.checkpoint.description["layout"]
-    return write_checkpoint(whole.with_history("reshard", before=before, after=layout.describe()), layout, out_dir)
+    before, after = whole.layout.describe(), layout.describe()
+    return write_checkpoint(whole.with_history("reshard", before=before, after=after), layout, out_dir)
 
 
 def write_checkpoint(
@@ -72,7 +74,7 @@ def write_checkpoint(
         digests[DESCRIPTION] = write_json(directory / DESCRIPTION, description)
         write_manifest(directory, digests)
         num_elements = compare_whole(whole, read_whole(CheckpointSource(directory)))
-    return Rewritten(out_dir, len(digests), num_elements)
+    return Rewritten(out_dir, layout, len(digests), num_elements)
 
 
 def _ranks(layout: Layout) -> list[tuple[int, int, int]]:

@@ -15,12 +15,15 @@ from torch import Tensor
 
 from hope_megatron.config import RunConfig, resolve_run_config
 from hope_megatron.convert.errors import ConversionError
+from hope_megatron.convert.layout import Layout
 from hope_megatron.convert.source import PROBE_NAME, CheckpointSource
 from hope_megatron.engine.checkpoint_format import MASTER, Checkpoint
 from hope_megatron.engine.generators import fresh_generator_states
 from hope_megatron.optim import ParamTags
 
 GENERATOR_PREFIX = "generator/"
+CARRIED = ("progress", "data", "config", "provenance", "optimizer", "history")
+"""What checkpoint.json says beside the layout."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class WholeCheckpoint:
         parameters: by name, in the model's order.
         description: checkpoint.json without what a layout says: `progress`, `data`, `config`, `provenance`, `optimizer`,
             `history`.
+        layout: of the ranks that wrote it; those up to its data-parallel size have generators of their own.
         read: (parameter, state) -> the whole tensor, float32 on the host.
         generators: (dp_rank, tp_rank) -> states of that rank's random generators.
         extra_files: further files of the checkpoint, such as the probe.
@@ -53,6 +57,7 @@ class WholeCheckpoint:
     origin: str
     parameters: Mapping[str, WholeParameter]
     description: dict[str, Any]
+    layout: Layout
     read: Callable[[str, str], Tensor]
     generators: Callable[[int, int], dict[str, Tensor]]
     extra_files: tuple[Path, ...] = ()
@@ -90,13 +95,13 @@ def read_whole(source: CheckpointSource) -> WholeCheckpoint:
         )
         for name, record in checkpoint.parameters.items()
     }
-    kept = ("progress", "data", "config", "provenance", "optimizer", "history")
-    description = {key: checkpoint.description[key] for key in kept if key in checkpoint.description}
+    description = {key: checkpoint.description[key] for key in CARRIED if key in checkpoint.description}
     probe = source.path / PROBE_NAME
     return WholeCheckpoint(
         str(source.path),
         parameters,
         description,
+        Layout.of(checkpoint.description["layout"]),
         checkpoint.full_tensor,
         lambda dp_rank, tp_rank: _generators(checkpoint, dp_rank, tp_rank),
         (probe,) if probe.is_file() else (),

@@ -101,7 +101,7 @@ def test_a_wrong_result_is_found_and_undone(make_checkpoint: MakeCheckpoint, tmp
 def test_command(make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = make_checkpoint(), tmp_path / "out"
     assert main(["convert", str(source.path), "--tp", "4", "--zero-stage", "0", str(out)]) == 0
-    assert "tensor parallel 4, data parallel 1, ZeRO 0" in capsys.readouterr().out
+    assert "tensor parallel 4, data parallel 1, sequence parallel False, zero stage 0" in capsys.readouterr().out
     assert main(["convert", "inspect", str(out)]) == 0
     assert f"made by reshard of {source.path}" in capsys.readouterr().out
     assert main(["convert", str(source.path), "--tp", "3", str(tmp_path / "three")]) == 2

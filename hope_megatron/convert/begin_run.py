@@ -1,8 +1,8 @@
-"""An exported model as the starting point of a run: a checkpoint of step 0 with its weights, bit for bit."""
+"""The weights of another format as the starting point of a run: a checkpoint of step 0 with them, bit for bit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,9 @@ from hope_megatron.config import RunConfig
 from hope_megatron.convert.errors import ConversionError
 from hope_megatron.convert.huggingface import load_huggingface
 from hope_megatron.convert.layout import Layout
+from hope_megatron.convert.local_model import build_local_model
 from hope_megatron.convert.rewrite import write_checkpoint
+from hope_megatron.convert.torch_dist import torch_dist_weights
 from hope_megatron.convert.whole import WholeCheckpoint, WholeParameter
 from hope_megatron.engine.checkpoint_format import MASTER, list_checkpoints, step_directory_name
 from hope_megatron.engine.generators import fresh_generator_states
@@ -18,12 +20,13 @@ from hope_megatron.model import LanguageModel
 from hope_megatron.optim import build_optimizer, read_tags
 
 
-def import_huggingface(directory: Path, config: RunConfig, beginning: Mapping[str, Any]) -> Path:
+def begin_run(source: Path, format_name: str, config: RunConfig, beginning: Mapping[str, Any]) -> Path:
     """Write RUN/checkpoints/step-00000000, from which `hope train` then starts, in any parallel layout.
 
     Args:
-        directory: an exported model.
-        config: the run that is to start from it; its model must be the exported one.
+        source: a directory in a format whose weights can be read.
+        format_name: `hf`, `torch_dist` or `deepspeed`.
+        config: the run that is to start from it; its model must be the one that `source` holds.
         beginning: what training writes into a checkpoint, before the first step: `progress`, `data`, `provenance`.
 
     Returns:
@@ -32,26 +35,28 @@ def import_huggingface(directory: Path, config: RunConfig, beginning: Mapping[st
     Raises:
         ConversionError: the architectures differ, or the run has checkpoints already.
     """
-    loaded = load_huggingface(directory)
-    check_architecture(loaded.config.model_dump(), config.model.model_dump(), directory)
-    return begin_run(loaded.model, config, beginning, origin=str(directory), operation="import from hf")
-
-
-def begin_run(
-    model: LanguageModel, config: RunConfig, beginning: Mapping[str, Any], *, origin: str, operation: str
-) -> Path:
-    """Write the checkpoint of step 0 of a run that starts from the weights of `model`.
-
-    Raises:
-        ConversionError: the run has checkpoints already.
-    """
     checkpoints = config.run_dir / "checkpoints"
     if list_checkpoints(checkpoints):
         raise ConversionError(f"{config.run_dir} has checkpoints already; give the run another name")
-    whole = untrained_checkpoint(model, config, beginning, origin).with_history(operation)
-    parallel = config.parallel
-    layout = Layout(parallel.tensor_parallel, 1, parallel.zero_stage, parallel.sequence_parallel)
-    return write_checkpoint(whole, layout, checkpoints / step_directory_name(0)).directory
+    model = _READERS[format_name](source, config)
+    whole = untrained_checkpoint(model, config, beginning, str(source)).with_history(f"import from {format_name}")
+    return write_checkpoint(whole, whole.layout, checkpoints / step_directory_name(0)).directory
+
+
+def _from_huggingface(source: Path, config: RunConfig) -> LanguageModel:
+    loaded = load_huggingface(source)
+    check_architecture(loaded.config.model_dump(), config.model.model_dump(), source)
+    return loaded.model
+
+
+def _from_torch_dist(source: Path, config: RunConfig) -> LanguageModel:
+    return build_local_model(config.model, torch_dist_weights(source), source=str(source))
+
+
+_READERS: dict[str, Callable[[Path, RunConfig], LanguageModel]] = {
+    "hf": _from_huggingface,
+    "torch_dist": _from_torch_dist,
+}
 
 
 def untrained_checkpoint(
@@ -61,6 +66,7 @@ def untrained_checkpoint(
     named = dict(model.named_parameters())
     groups = build_optimizer(named.items(), config.optim).param_groups
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[config.training.precision]
+    parallel = config.parallel
     return WholeCheckpoint(
         origin=origin,
         parameters={
@@ -74,6 +80,7 @@ def untrained_checkpoint(
             "config": config.model_dump(mode="json"),
             "optimizer": {"name": config.optim.name, "groups": {group["name"]: {"step": 0} for group in groups}},
         },
+        layout=Layout(parallel.tensor_parallel, 1, parallel.zero_stage, parallel.sequence_parallel),
         read=lambda name, state: named[name].detach().float().cpu(),
         generators=lambda dp_rank, tp_rank: fresh_generator_states(config.training.seed, dp_rank),
     )
