@@ -8,14 +8,18 @@ Examples:
     hope convert DIR --to run CONFIG                       start the run of a run file from an exported model
     hope convert runs/NAME@500 --tp 2 --zero-stage 1 OUT   the checkpoint for another layout; --dp N for other ranks
     hope convert runs/NAME --to torch_dist DIR             Megatron-Core's distributed format, optimizer and all
-    hope convert DIR --from torch_dist OUT                 the way back: a checkpoint in the layout it had, or --tp ...
+    hope convert runs/NAME --to deepspeed DIR              DeepSpeed's universal checkpoint
+    hope convert DIR --from torch_dist OUT                 the way back (or deepspeed), in the layout it had or --tp ...
     hope convert DIR --from torch_dist --to run CONFIG     start a run from the weights alone, whoever wrote them
+    hope convert LLAMA --from hf-llama --to model FILE     the model section for a Llama checkpoint as Hope-Attention
+    hope convert LLAMA --from hf-llama --to run CONFIG     start a run from it: its MLPs are the levels' initial states
     hope convert inspect runs/NAME                         progress, layout, history, parameters and digests
 """
 
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -31,7 +35,7 @@ FORMS = (
     "`SOURCE --tp N --zero-stage S OUT`, or `inspect SOURCE`; see hope convert --help"
 )
 _EXPORTS = ("hf", "torch_dist", "deepspeed")
-_IMPORTS = ("hf", "torch_dist", "deepspeed")
+_IMPORTS = ("hf", "hf-llama", "torch_dist", "deepspeed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +87,10 @@ def _find_form(args: argparse.Namespace) -> _Form:
     to = args.to[0]
     if _wants_layout(args):
         raise ModelReferenceError(f"--tp, --dp, --zero-stage and --sequence-parallel have no meaning with --to {to}")
+    if to == "model":
+        if args.format != "hf-llama":
+            raise ModelReferenceError("--to model FILE goes with --from hf-llama")
+        return _Form(1, _write_model_section)
     if to == "run":
         if args.format == "checkpoint":
             raise ModelReferenceError(
@@ -90,7 +98,9 @@ def _find_form(args: argparse.Namespace) -> _Form:
             )
         return _Form(1, _import)
     if to not in _EXPORTS:
-        raise ModelReferenceError(f"unknown format {to!r}; use --to {', '.join(_EXPORTS)} DIR or --to run CONFIG")
+        raise ModelReferenceError(
+            f"unknown format {to!r}; use --to {', '.join(_EXPORTS)} DIR, --to run CONFIG or --to model FILE"
+        )
     if args.format not in (None, "checkpoint"):
         raise ModelReferenceError(f"--from {args.format} does not lead --to {to}")
     return _Form(1, _export_huggingface if to == "hf" else _export)
@@ -128,23 +138,27 @@ def _export_huggingface(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from hope_megatron.convert.deepspeed_universal import write_deepspeed
     from hope_megatron.convert.source import find_checkpoint
     from hope_megatron.convert.torch_dist import write_torch_dist
     from hope_megatron.convert.whole import read_whole
 
     name, directory = args.to
     whole = read_whole(find_checkpoint(args.words[0])).with_history(f"export to {name}")
-    num_elements = write_torch_dist(whole, Path(directory))
+    write = {"torch_dist": write_torch_dist, "deepspeed": write_deepspeed}[name]
+    num_elements = write(whole, Path(directory))
     print(f"{directory}: {name}, of {whole.origin}")
     print(f"checked: {num_elements:,} numbers read back, all equal")
     return 0
 
 
 def _read_back(args: argparse.Namespace) -> int:
+    from hope_megatron.convert.deepspeed_universal import read_deepspeed
     from hope_megatron.convert.rewrite import write_checkpoint
     from hope_megatron.convert.torch_dist import read_torch_dist
 
-    whole = read_torch_dist(Path(args.words[0])).with_history(f"import from {args.format}")
+    read = {"torch_dist": read_torch_dist, "deepspeed": read_deepspeed}[args.format]
+    whole = read(Path(args.words[0])).with_history(f"import from {args.format}")
     layout = _layout(args, whole.layout) if _wants_layout(args) else whole.layout
     _print_written(write_checkpoint(whole, layout, Path(args.words[1])), whole.origin)
     return 0
@@ -162,6 +176,18 @@ def _import(args: argparse.Namespace) -> int:
     beginning = {"progress": TrainingState().to_dict(), "data": train.state(0), "provenance": provenance()}
     path = begin_run(Path(args.words[0]), args.format or "hf", config, beginning)
     print(f"{path}: the weights of {args.words[0]}; start with `hope train {args.to[1]}`")
+    return 0
+
+
+def _write_model_section(args: argparse.Namespace) -> int:
+    from hope_megatron.config import dump_config
+    from hope_megatron.convert.llama import llama_model_config
+
+    config, path = llama_model_config(Path(args.words[0])), Path(args.to[1])
+    if path.exists():
+        raise ModelReferenceError(f"{path} exists; name another file, or move it away")
+    path.write_text("model:\n" + textwrap.indent(dump_config(config), "  "), encoding="utf-8")
+    print(f"{path}: the model section of a run file; levels may be added to its cms.levels")
     return 0
 
 

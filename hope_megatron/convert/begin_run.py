@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from hope_megatron.config import RunConfig
+from hope_megatron.convert.deepspeed_universal import deepspeed_weights
 from hope_megatron.convert.errors import ConversionError
 from hope_megatron.convert.huggingface import load_huggingface
 from hope_megatron.convert.layout import Layout
+from hope_megatron.convert.llama import check_against_transformers, import_llama
 from hope_megatron.convert.local_model import build_local_model
 from hope_megatron.convert.rewrite import write_checkpoint
 from hope_megatron.convert.torch_dist import torch_dist_weights
@@ -19,13 +22,15 @@ from hope_megatron.engine.generators import fresh_generator_states
 from hope_megatron.model import LanguageModel
 from hope_megatron.optim import build_optimizer, read_tags
 
+log = logging.getLogger(__name__)
+
 
 def begin_run(source: Path, format_name: str, config: RunConfig, beginning: Mapping[str, Any]) -> Path:
     """Write RUN/checkpoints/step-00000000, from which `hope train` then starts, in any parallel layout.
 
     Args:
         source: a directory in a format whose weights can be read.
-        format_name: `hf`, `torch_dist` or `deepspeed`.
+        format_name: `hf`, `hf-llama`, `torch_dist` or `deepspeed`.
         config: the run that is to start from it; its model must be the one that `source` holds.
         beginning: what training writes into a checkpoint, before the first step: `progress`, `data`, `provenance`.
 
@@ -53,9 +58,25 @@ def _from_torch_dist(source: Path, config: RunConfig) -> LanguageModel:
     return build_local_model(config.model, torch_dist_weights(source), source=str(source))
 
 
+def _from_deepspeed(source: Path, config: RunConfig) -> LanguageModel:
+    return build_local_model(config.model, deepspeed_weights(source), source=str(source))
+
+
+def _from_llama(source: Path, config: RunConfig) -> LanguageModel:
+    model = import_llama(source, config.model)
+    difference = check_against_transformers(model, source)
+    if difference is None:
+        log.warning("transformers is not installed: the logits were not compared with those of %s", source)
+    else:
+        log.info("checked: logits differ by at most %.1e from those of %s in transformers", difference, source)
+    return model
+
+
 _READERS: dict[str, Callable[[Path, RunConfig], LanguageModel]] = {
     "hf": _from_huggingface,
     "torch_dist": _from_torch_dist,
+    "deepspeed": _from_deepspeed,
+    "hf-llama": _from_llama,
 }
 
 

@@ -46,8 +46,7 @@ def place(parameters: Iterable[WholeParameter], layout: Layout) -> dict[str, tup
 
 def _groups(shards: Iterable[tuple[WholeParameter, int]]) -> list[list[tuple[WholeParameter, int]]]:
     """Parameters as `build_param_groups` groups them."""
-    groups: dict[tuple[str, int, bool], list[tuple[WholeParameter, int]]] = {}
+    groups: dict[str, list[tuple[WholeParameter, int]]] = {}
     for parameter, numel in shards:
-        tags = parameter.tags
-        groups.setdefault((tags.role, tags.update_period_steps, tags.weight_decay), []).append((parameter, numel))
+        groups.setdefault(parameter.tags.group_name, []).append((parameter, numel))
     return list(groups.values())

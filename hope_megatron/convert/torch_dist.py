@@ -121,6 +121,10 @@ _DESCRIBING: dict[tuple[str, str], Any] = {
         (dcp.metadata.__name__, name): getattr(dcp.metadata, name)
         for name in (*dcp.metadata.__all__, "_MEM_FORMAT_ENCODING")
     },
+    **{  # Megatron-Core keeps the plans of all ranks there
+        (dcp.planner.__name__, name): getattr(dcp.planner, name)
+        for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
+    },
     (dcp.filesystem.__name__, "_StorageInfo"): dcp.filesystem._StorageInfo,
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
