@@ -13,6 +13,8 @@ Examples:
     hope convert DIR --from torch_dist --to run CONFIG     start a run from the weights alone, whoever wrote them
     hope convert LLAMA --from hf-llama --to model FILE     the model section for a Llama checkpoint as Hope-Attention
     hope convert LLAMA --from hf-llama --to run CONFIG     start a run from it: its MLPs are the levels' initial states
+    hope convert average RUN@800 RUN@900 RUN@1000 OUT      mean of the weights; --weights 1,1,2 for another one
+    hope convert weights runs/NAME OUT                     the weights alone, without the optimizer's states
     hope convert inspect runs/NAME                         progress, layout, history, parameters and digests
 """
 
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
 
 FORMS = (
     "say `hope convert SOURCE --to hf DIR` (or torch_dist, deepspeed), `DIR --from FORMAT OUT`, `DIR --to run CONFIG`, "
-    "`SOURCE --tp N --zero-stage S OUT`, or `inspect SOURCE`; see hope convert --help"
+    "`SOURCE --tp N --zero-stage S OUT`, "
+    "`inspect SOURCE`, `average SOURCE SOURCE ... OUT` or `weights SOURCE OUT`; see hope convert --help"
 )
 _EXPORTS = ("hf", "torch_dist", "deepspeed")
 _IMPORTS = ("hf", "hf-llama", "torch_dist", "deepspeed")
@@ -40,7 +43,7 @@ _IMPORTS = ("hf", "hf-llama", "torch_dist", "deepspeed")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("words", nargs="+", metavar="SOURCE", help="[inspect] SOURCE [OUT]")
+    parser.add_argument("words", nargs="+", metavar="SOURCE", help="[inspect | average | weights] SOURCE ... [OUT]")
     parser.add_argument(
         "--from", dest="format", choices=("checkpoint", *_IMPORTS), help="what SOURCE is (default: one of ours)"
     )
@@ -50,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: the one the run was trained with")
     parser.add_argument(
         "--max-shard-gib", type=float, default=4.0, metavar="N", help="size of a weight file (default 4)"
+    )
+    parser.add_argument(
+        "--weights", metavar="W,W,...", help="of `average`: one number per checkpoint (default: all alike)"
     )
     layout = parser.add_argument_group("another layout")
     layout.add_argument("--tp", type=int, metavar="N", help="tensor-parallel ranks (default: as it is)")
@@ -110,6 +116,10 @@ def _find_form_without_target(args: argparse.Namespace) -> _Form:
     if args.format in ("torch_dist", "deepspeed"):
         return _Form(2, _read_back)
     if args.format in (None, "checkpoint"):
+        if args.words[0] == "weights":
+            return _Form(3, _weights)
+        if args.words[0] == "average":
+            return _Form(max(4, len(args.words)), _average)
         if _wants_layout(args):
             return _Form(2, _reshard)
         if args.words[0] == "inspect":
@@ -210,6 +220,43 @@ def _print_written(written: Rewritten, origin: str) -> None:
     layout = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in written.layout.describe().items())
     print(f"{written.directory}: {written.num_files} files for {layout}")
     print(f"checked: {written.num_elements:,} numbers read back, all equal to those of {origin}")
+
+
+def _weights(args: argparse.Namespace) -> int:
+    from hope_megatron.convert.rewrite import write_checkpoint
+    from hope_megatron.convert.source import find_checkpoint
+    from hope_megatron.convert.whole import read_whole
+
+    whole = read_whole(find_checkpoint(args.words[1])).weights_only().with_history("extraction of the weights")
+    layout = _layout(args, whole.layout) if _wants_layout(args) else whole.layout
+    _print_written(write_checkpoint(whole, layout, Path(args.words[2])), whole.origin)
+    return 0
+
+
+def _average(args: argparse.Namespace) -> int:
+    from hope_megatron.convert.average import average
+    from hope_megatron.convert.rewrite import write_checkpoint
+    from hope_megatron.convert.source import find_checkpoint
+    from hope_megatron.convert.whole import read_whole
+
+    *references, out = args.words[1:]
+    weights = _parse_weights(args.weights, len(references))
+    whole = average([read_whole(find_checkpoint(reference)) for reference in references], weights)
+    layout = _layout(args, whole.layout) if _wants_layout(args) else whole.layout
+    _print_written(write_checkpoint(whole, layout, Path(out)), whole.origin)
+    return 0
+
+
+def _parse_weights(text: str | None, count: int) -> list[float]:
+    if text is None:
+        return [1.0] * count
+    try:
+        weights = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ModelReferenceError(f"--weights {text!r} are no numbers; give for example --weights 1,1,2") from None
+    if len(weights) != count:
+        raise ModelReferenceError(f"--weights {text} are {len(weights)} numbers for {count} checkpoints")
+    return weights
 
 
 def _inspect(args: argparse.Namespace) -> int:

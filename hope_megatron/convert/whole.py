@@ -22,7 +22,7 @@ from hope_megatron.engine.generators import fresh_generator_states
 from hope_megatron.optim import ParamTags
 
 GENERATOR_PREFIX = "generator/"
-CARRIED = ("progress", "data", "config", "provenance", "optimizer", "history")
+CARRIED = ("progress", "data", "config", "provenance", "optimizer", "heldout_loss", "history")
 """What checkpoint.json says beside the layout."""
 
 

@@ -221,6 +221,11 @@ def faults(rank, world_size, directory):
         advance(engine, config, state, 1)
         checkpointer.save_now(describe(config, state))
     seen["kept"] = sorted(path.name for path in (base / "run").iterdir())
+    seen["stall"] = checkpointer.take_stall_s(), checkpointer.take_stall_s()
+    judged = Checkpointer(engine, base / "best", keep_last=1, keep_best=2)
+    for step, loss in enumerate((3.0, 1.0, 2.0, None, 5.0), start=1):
+        judged.save_now({**describe(config, TrainingState(step=step)), "heldout_loss": loss})
+    seen["best"] = sorted(path.name for path in (base / "best").iterdir())
     engine.control.gather(None)  # nobody damages a file that another still lists
 
     def attempt(action):
@@ -282,7 +287,9 @@ def flip(path, position=-5):
 def test_faults_are_caught_on_all_ranks(tmp_path):
     first, second = run_distributed(faults, 2, str(tmp_path), timeout_s=240)
     assert first["kept"] == ["step-00000004", "step-00000005", "step-00000006"]
+    assert first["best"] == ["step-00000002", "step-00000003", "step-00000005"]
     for seen in (first, second):
+        assert 0.0 == seen["stall"][1] < seen["stall"][0]
         assert seen["fell back to"] == 5
         assert seen["after"] == ["abandoned-step-00000006", "step-00000004", "step-00000005"]
         for part in ("every checkpoint", "step-00000006/rank-00001.safetensors is corrupt", "100 bytes", "is missing"):
