@@ -123,6 +123,11 @@ class Checkpointer:
         finally:
             self._stall_s += time.perf_counter() - started
 
+    @property
+    def saving(self) -> bool:
+        """Whether a save has begun and `poll` has not yet finished it."""
+        return self._pending is not None
+
     def take_stall_s(self) -> float:
         """Seconds that this rank's training has waited in `save` and `poll` since the last call of this method."""
         stall_s, self._stall_s = self._stall_s, 0.0

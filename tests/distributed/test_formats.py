@@ -52,11 +52,11 @@ def formats(rank, world_size, directory):
     from megatron.core import dist_checkpointing
     from safetensors.torch import load_file
 
-    from hope_megatron.convert.deepspeed_universal import write_deepspeed
+    from hope_megatron.convert.deepspeed_universal import read_deepspeed, write_deepspeed
     from hope_megatron.convert.rewrite import write_checkpoint
     from hope_megatron.convert.source import CheckpointSource
     from hope_megatron.convert.torch_dist import read_torch_dist, torch_dist_weights, write_torch_dist
-    from hope_megatron.convert.whole import read_whole
+    from hope_megatron.convert.whole import compare_whole, read_whole
     from hope_megatron.engine.checkpoint import Checkpointer
     from hope_megatron.engine.checkpoint_format import read_full_tensors
     from hope_megatron.engine.generators import seed_generators
@@ -72,7 +72,9 @@ def formats(rank, world_size, directory):
     if rank == 0:
         whole = read_whole(CheckpointSource(path))
         found["numbers"] = write_torch_dist(whole, base / "dist"), write_deepspeed(whole, base / "universal")
-        back = read_torch_dist(base / "dist")
+        back, also = read_torch_dist(base / "dist"), read_deepspeed(base / "universal")
+        assert compare_whole(back, also) == compare_whole(whole, back)
+        found["clocks and position"] = whole.description == back.description == also.description
         write_checkpoint(back, back.layout, base / "back")
         pairs = [
             (load_file(base / "back" / f), load_file(path / f))
@@ -123,7 +125,7 @@ def formats(rank, world_size, directory):
 def test_megatron_and_deepspeed_load_what_was_converted(tmp_path):
     first, second = run_distributed(formats, 2, str(tmp_path), timeout_s=240)
     assert first["numbers"][0] == first["numbers"][1] > 0
-    assert first["back bitwise"]
+    assert first["back bitwise"] and first["clocks and position"]
     for found in (first, second):
         assert found["Megatron-Core reads"] and found["Megatron-Core writes"]
         assert found["DeepSpeed reads, same ranks"]
