@@ -21,6 +21,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import logging
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -181,6 +182,9 @@ def _import(args: argparse.Namespace) -> int:
     from hope_megatron.training.provenance import provenance
     from hope_megatron.training.state import TrainingState
 
+    # The check of an import says what it compared.
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("hope_megatron.convert").setLevel(logging.INFO)
     config = load_run_config(args.to[1])
     train, _ = open_sources(config)
     beginning = {"progress": TrainingState().to_dict(), "data": train.state(0), "provenance": provenance()}

@@ -48,6 +48,7 @@ def average(checkpoints: Sequence[WholeCheckpoint], weights: Sequence[float]) ->
         return mean.float()
 
     parts = [[whole.origin, weight / total] for whole, weight in zip(checkpoints, weights)]
-    mean = replace(newest.weights_only(), origin="the average", read=read, extra_files=())
+    origins = ", ".join(whole.origin for whole in checkpoints)
+    mean = replace(newest.weights_only(), origin=origins, read=read, extra_files=())
     mean.description.pop("heldout_loss", None)
     return replace(mean.with_history("average", parts=parts), origin=f"the average of {len(checkpoints)} checkpoints")

@@ -41,7 +41,7 @@ def fresh_directory(out_dir: Path, replaceable: Callable[[Path], bool] = lambda 
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise ConversionError(
-            f"cannot write {out_dir}: {error.strerror}; make room, or name another directory"
+            f"cannot write {out_dir}: {error.strerror or error}; make room, or name another directory"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
