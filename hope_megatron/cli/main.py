@@ -38,7 +38,7 @@ COMMANDS = {
     "eval lm": Command("hope_megatron.cli.eval_lm", "tasks of lm-evaluation-harness on a model"),
     "eval memory": Command("hope_megatron.cli.eval_memory", "what a text does to a model's memories, as a picture"),
     "generate": Command("hope_megatron.cli.generate", "sample text from a checkpoint"),
-    "convert": Command("hope_megatron.cli.convert", "checkpoint to Hugging Face layout"),
+    "convert": Command("hope_megatron.cli.convert", "checkpoints into other layouts and formats, and back"),
 }
 
 

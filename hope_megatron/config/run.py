@@ -46,6 +46,8 @@ class RunConfig(Section):
                 "model.mup has learning-rate rules for adamw, muon, adamuon and m3, not for optim.name=sgd, whose updates shrink "
                 "with the gradients; choose one of those, or remove model.mup"
             )
+        if self.checkpoint.keep_best:
+            check_checkpoints_are_evaluated(self.checkpoint, self.training, self.data)
         if self.optim.warmup_steps > self.training.steps:
             raise ConfigError(
                 f"optim.warmup_steps={self.optim.warmup_steps} is longer than training.steps={self.training.steps}; lower it"
@@ -75,6 +77,19 @@ class RunConfig(Section):
     def accumulation_steps(self, world_size: int) -> int:
         """Forward-backward passes per optimizer step."""
         return self.training.global_batch_size // (self.data_parallel(world_size) * self.training.micro_batch_size)
+
+
+def check_checkpoints_are_evaluated(checkpoint: CheckpointConfig, training: TrainingConfig, data: DataConfig) -> None:
+    """Refuse to keep the best checkpoints where none has a held-out loss."""
+    if data.heldout is None:
+        raise ConfigError(
+            f"checkpoint.keep_best={checkpoint.keep_best} needs held-out data to judge by; set data.heldout, or keep_best=0"
+        )
+    if training.eval_every == 0 or checkpoint.every % training.eval_every:
+        raise ConfigError(
+            f"checkpoint.keep_best={checkpoint.keep_best}: checkpoints every {checkpoint.every} steps have no held-out loss "
+            f"with training.eval_every={training.eval_every}; set eval_every to {checkpoint.every} or a divisor of it"
+        )
 
 
 def check_parallel_fits_model(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig) -> None:

@@ -122,6 +122,8 @@ class CheckpointConfig(Section):
     """How many of the newest checkpoints stay."""
     keep_every: int | None = Field(default=None, gt=0)
     """Checkpoints at multiples of this many steps stay forever."""
+    keep_best: int = Field(default=0, ge=0)
+    """How many checkpoints with the lowest held-out loss stay, whatever their age; they are evaluated when they are saved."""
 
 
 class TrackingConfig(Section):

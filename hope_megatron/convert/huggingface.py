@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +22,7 @@ from hope_megatron.convert.fast_tokenizer import fast_tokenizer
 from hope_megatron.convert.local_model import build_local_model
 from hope_megatron.convert.model_card import model_card
 from hope_megatron.convert.modeling_files import AUTO_MAP, modeling_files
+from hope_megatron.convert.output import fresh_directory
 from hope_megatron.convert.source import CheckpointSource
 from hope_megatron.convert.weights import MAX_SHARD_BYTES, read_json, read_weights, write_weights
 from hope_megatron.model import LanguageModel
@@ -91,7 +88,7 @@ def export_huggingface(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model of {source.path} {config.vocab_size}; "
             f"give the one it was trained with"
         )
-    with _replacing(out_dir) as directory:
+    with fresh_directory(out_dir, is_huggingface_model) as directory:
         weight_bytes = write_weights(directory, source.tensors(), max_shard_bytes)
         _write_json(directory / CONFIG_NAME, _config_json(config, tokenizer, source.config.training.seq_length))
         _write_json(directory / "generation_config.json", _generation_json(tokenizer))
@@ -103,6 +100,9 @@ def export_huggingface(
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         card = model_card(source, out_dir.name, num_parameters, check)
         (directory / "README.md").write_text(card, encoding="utf-8")
+        mode = (directory / CONFIG_NAME).stat().st_mode  # safetensors makes files that only their owner may read
+        for path in directory.iterdir():
+            path.chmod(mode)
     return Export(out_dir, num_parameters, weight_bytes, check)
 
 
@@ -199,30 +199,3 @@ def _token_ids(tokenizer: TokenizerFile) -> dict[str, int]:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _replacing(out_dir: Path) -> Iterator[Path]:
-    """A fresh directory that takes the place of `out_dir` if the block succeeds, and vanishes if it does not."""
-    if out_dir.exists() and not (out_dir.is_dir() and (not any(out_dir.iterdir()) or is_huggingface_model(out_dir))):
-        raise ConversionError(f"{out_dir} exists and is no earlier export; name another directory, or move it away")
-    temporary = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        mode = (temporary / CONFIG_NAME).stat().st_mode  # safetensors makes files that only their owner may read
-        for path in temporary.iterdir():
-            path.chmod(mode)
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        old = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.old")
-        if out_dir.exists():
-            out_dir.rename(old)
-        temporary.rename(out_dir)
-        shutil.rmtree(old, ignore_errors=True)
-    except PermissionError as error:
-        raise ConversionError(
-            f"cannot write {out_dir}: {error.strerror}; name a directory that you may write to"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,13 +76,24 @@ class Checkpointer:
         directory: where the step directories lie; this run must hold its lock.
         keep_last: number of newest checkpoints that stay.
         keep_every: checkpoints at multiples of this many steps stay forever.
+        keep_best: number of checkpoints with the lowest `heldout_loss` in their description that stay.
     """
 
-    def __init__(self, engine: Engine, directory: Path, *, keep_last: int = 2, keep_every: int | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        directory: Path,
+        *,
+        keep_last: int = 2,
+        keep_every: int | None = None,
+        keep_best: int = 0,
+    ) -> None:
         self.engine = engine
         self.directory = directory
         self.keep_last = keep_last
         self.keep_every = keep_every
+        self.keep_best = keep_best
+        self._stall_s = 0.0
         self._control = engine.control
         self._rank = engine.mesh.rank
         self._pending: _PendingSave | None = None
@@ -105,6 +117,25 @@ class Checkpointer:
         Raises:
             CheckpointSaveError: if an earlier save failed, once too often.
         """
+        started = time.perf_counter()
+        try:
+            self._begin_save(description, extra_files)
+        finally:
+            self._stall_s += time.perf_counter() - started
+
+    @property
+    def saving(self) -> bool:
+        """Whether a save has begun and `poll` has not yet finished it."""
+        return self._pending is not None
+
+    def take_stall_s(self) -> float:
+        """Seconds that this rank's training has waited in `save` and `poll` since the last call of this method."""
+        stall_s, self._stall_s = self._stall_s, 0.0
+        return stall_s
+
+    def _begin_save(
+        self, description: Mapping[str, Any], extra_files: Mapping[str, Mapping[str, Tensor]] | None
+    ) -> None:
         self.wait()
         step = description["progress"]["step"]
         pending = self._pending = _PendingSave(step, self.directory / f"{_TEMPORARY}{step_directory_name(step)}")
@@ -134,6 +165,13 @@ class Checkpointer:
         pending = self._pending
         if pending is None:
             return None
+        started = time.perf_counter()
+        try:
+            return self._commit_if_written(pending)
+        finally:
+            self._stall_s += time.perf_counter() - started
+
+    def _commit_if_written(self, pending: _PendingSave) -> Path | None:
         running, failed = self._control.maximum([pending.running, pending.error is not None])
         if running:
             return None
@@ -226,9 +264,17 @@ class Checkpointer:
 
     def _apply_retention(self) -> None:
         sealed = [path for path in list_checkpoints(self.directory) if (path / MANIFEST).is_file()]
+        best = self._best(sealed)
         for path in sealed[self.keep_last :]:
-            if not self.keep_every or checkpoint_step(path) % self.keep_every:
+            if path not in best and (not self.keep_every or checkpoint_step(path) % self.keep_every):
                 _remove(path)
+
+    def _best(self, sealed: list[Path]) -> list[Path]:
+        """The checkpoints with the lowest held-out loss, of those that have one; of equal ones the newer."""
+        if not self.keep_best:
+            return []
+        losses = [(loss, i) for i, path in enumerate(sealed) if (loss := _heldout_loss(path)) is not None]
+        return [sealed[i] for _, i in sorted(losses)[: self.keep_best]]
 
     def _report_failure(self, pending: _PendingSave, errors: list[str]) -> None:
         self._failed_saves += 1
@@ -356,6 +402,14 @@ def _write_files(pending: _PendingSave, files: Mapping[str, Mapping[str, Tensor]
             pending.digests[name] = write_safetensors(pending.directory / name, tensors)
     except Exception as error:  # whatever it was, it surfaces at the next step on all ranks
         pending.error = error
+
+
+def _heldout_loss(path: Path) -> float | None:
+    try:
+        return Checkpoint(path).description.get("heldout_loss")
+    except CheckpointDamagedError as error:
+        log.warning("checkpoint %s has no readable held-out loss: %s", path.name, error)
+        return None
 
 
 def _make_fresh(directory: Path) -> None:

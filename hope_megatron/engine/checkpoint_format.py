@@ -26,6 +26,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from hope_megatron.engine.digested_file import DigestedFile, FileDigest, SafetensorsFile
 from hope_megatron.optim.geometry import full_shape, merge_shards, split_shards
 from hope_megatron.optim.tags import ParamTags
 
@@ -34,17 +35,6 @@ MANIFEST = "manifest.json"
 DESCRIPTION = "checkpoint.json"
 MASTER = "master"
 STEP_PREFIX = "step-"
-
-_DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 class CheckpointError(Exception):
@@ -55,14 +45,6 @@ class CheckpointError(Exception):
 
 class CheckpointDamagedError(CheckpointError):
     """A file of a checkpoint is missing or differs from its digest."""
-
-
-@dataclass(frozen=True)
-class FileDigest:
-    """What the manifest says of a file."""
-
-    sha256: str
-    size: int
 
 
 @dataclass(frozen=True)
@@ -108,39 +90,19 @@ def rank_file_name(rank: int) -> str:
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> FileDigest:
-    """Write host tensors in the safetensors format, flushed to disk, and digest the bytes on their way out.
-
-    The digest is of what was meant, not of what a later read returns, and the data pass through memory once.
-    """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    for name, tensor in tensors.items():
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    return _write_digested(path, [len(head).to_bytes(8, "little"), head], tensors.values())
-
-
-def _write_digested(path: Path, prologue: Iterable[bytes], tensors: Iterable[Tensor]) -> FileDigest:
-    digest, size = hashlib.sha256(), 0
-    with open(path, "wb") as file:
-        for chunk in prologue:
-            size += file.write(chunk)
-            digest.update(chunk)
-        for tensor in tensors:
-            data = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
-            size += file.write(data)
-            digest.update(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return FileDigest(digest.hexdigest(), size)
+    """Write host tensors in the safetensors format, flushed to disk, and digest the bytes on their way out."""
+    entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    with SafetensorsFile(path, entries, metadata) as file:
+        for name, tensor in tensors.items():
+            file.append(name, tensor)
+    return file.close()
 
 
 def write_json(path: Path, value: Any) -> FileDigest:
     """Write JSON, flushed to disk."""
-    return _write_digested(path, [(json.dumps(value, indent=1, sort_keys=True) + "\n").encode()], [])
+    with DigestedFile(path) as file:
+        file.write((json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+    return file.close()
 
 
 def write_manifest(directory: Path, files: Mapping[str, FileDigest]) -> None:

@@ -56,3 +56,13 @@ def restore_generators(states: dict[str, Tensor]) -> None:
     tracked = {name[len(_TRACKER) :]: state for name, state in states.items() if name.startswith(_TRACKER)}
     if tracked:
         get_cuda_rng_tracker().set_states(tracked)
+
+
+def fresh_generator_states(seed: int, dp_rank: int) -> dict[str, Tensor]:
+    """The states that `seed_generators` would begin with; this process's own generators stay as they are."""
+    before = generator_states()
+    try:
+        seed_generators(seed, dp_rank)
+        return generator_states()
+    finally:
+        restore_generators(before)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state
@@ -21,6 +21,7 @@ from hope_megatron.layers.memory_mixer import MemoryMixer
 from hope_megatron.layers.norm import RMSNorm
 from hope_megatron.layers.parameters import declare, normal
 from hope_megatron.layers.specs import layer_spec
+from hope_megatron.model.sharded_state import sharded_parameters
 from hope_megatron.model.state import ModelState
 
 IGNORE = -100
@@ -78,6 +79,10 @@ class LanguageModel(MegatronModule):
     def init_state(self, batch_size: int) -> ModelState:
         """The state of `batch_size` streams of which nothing has been read."""
         return ModelState(tuple(layer.init_state(batch_size) for layer in self.layers))
+
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """For Megatron-Core's distributed checkpointing: where this rank's shards lie in the whole parameters."""
+        return sharded_parameters(self, prefix)
 
     def forward(
         self,

@@ -21,6 +21,7 @@ def build_param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], opt
     count once.
     """
     found: dict[tuple[str, int, bool], list[nn.Parameter]] = {}
+    names: dict[tuple[str, int, bool], str] = {}
     seen: set[int] = set()
     for name, param in named_parameters:
         if not param.requires_grad or id(param) in seen:
@@ -28,15 +29,18 @@ def build_param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], opt
         seen.add(id(param))
         param.optim_name = name  # type: ignore[attr-defined]
         tags = read_tags(param, name, shard_shape(param))
-        found.setdefault((tags.role, tags.update_period_steps, not tags.weight_decay), []).append(param)
+        key = (tags.role, tags.update_period_steps, not tags.weight_decay)
+        found.setdefault(key, []).append(param)
+        names[key] = tags.group_name
     if not found:
         raise OptimError("no parameter to train: every parameter has requires_grad=False")
-    return [_group(*key, params, optim_cfg) for key, params in sorted(found.items(), key=lambda item: item[0])]
+    return [
+        _group(names[key], *key, params, optim_cfg) for key, params in sorted(found.items(), key=lambda item: item[0])
+    ]
 
 
-def _group(role: str, period: int, no_decay: bool, params: list[nn.Parameter], cfg: Any) -> dict[str, Any]:
+def _group(name: str, role: str, period: int, no_decay: bool, params: list[nn.Parameter], cfg: Any) -> dict[str, Any]:
     lr = cfg.vector_lr if role == "vector" and cfg.vector_lr is not None else cfg.lr
-    name = role + (f"/period_{period}" if period > 1 else "") + ("/no_decay" if no_decay else "")
     return {
         "params": params,
         "name": name,

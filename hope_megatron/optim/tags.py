@@ -40,6 +40,12 @@ class ParamTags:
     partition_stride: int = 1
     fused_parts: tuple[int, ...] = ()
 
+    @property
+    def group_name(self) -> str:
+        """Name of the parameter group that parameters with these tags are in."""
+        period = f"/period_{self.update_period_steps}" if self.update_period_steps > 1 else ""
+        return self.role + period + ("" if self.weight_decay else "/no_decay")
+
     def to_dict(self) -> dict[str, Any]:
         """A form for JSON; `from_dict` is the inverse."""
         return {**asdict(self), "fused_parts": list(self.fused_parts)}

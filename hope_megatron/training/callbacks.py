@@ -160,6 +160,8 @@ class MetricsRecord(Callback):
             "train/tokens": run.state.tokens,
             "train/samples": run.state.samples,
             **stats,
+            # of the saves since the last record; the one of this step follows
+            "checkpoint/stall_s": run.checkpointer.take_stall_s(),
             "speed/tokens_per_s": (run.state.tokens - tokens) / max(now - since, 1e-9),
             "time/data_stall_s": stall_us / 1e6,
             "time/wall_s": run.state.wall_s,
@@ -195,6 +197,7 @@ class Checkpointing(Callback):
             "data": run.train_source.state(run.state.samples),
             "config": run.config.model_dump(mode="json"),
             "provenance": run.provenance,
+            "heldout_loss": run.metrics.get("heldout/loss"),
         }
 
     @staticmethod

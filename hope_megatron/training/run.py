@@ -75,8 +75,13 @@ def run_training(
     _acquire(directory, engine.control, mesh, resume)
     progress = Progress(config.training.steps, config.training.tokens_per_step)
     configure_logging(mesh.rank, directory.log, progress)
+    keep = config.checkpoint
     checkpointer = Checkpointer(
-        engine, directory.checkpoints, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every
+        engine,
+        directory.checkpoints,
+        keep_last=keep.keep_last,
+        keep_every=keep.keep_every,
+        keep_best=keep.keep_best,
     )
     run = Run(config, engine, checkpointer, directory, train_source, heldout_source, provenance(), phases=phases)
     tracker = None

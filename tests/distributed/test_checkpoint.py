@@ -155,6 +155,58 @@ def test_checkpoint_loads_at_any_other_layout(tmp_path):
         assert tensor.shape == record.full_shape(2) and tensor.dtype == torch.float32
 
 
+def converted_layouts(rank, world_size, directory):
+    """Save under one layout, rewrite for another with one process, load that, and save what was loaded."""
+    from hope_megatron.convert.layout import Layout
+    from hope_megatron.convert.rewrite import reshard
+    from hope_megatron.convert.source import CheckpointSource
+    from hope_megatron.engine.checkpoint import Checkpointer
+    from hope_megatron.training.state import TrainingState
+
+    layouts = {
+        "tp2": (tiny_run_config(tp=2, sequence_parallel=True, zero_stage=1), Layout(2, 1, 1, True)),
+        "dp2-zero3": (tiny_run_config(zero_stage=3), Layout(1, 2, 3)),
+        "dp2-zero2": (tiny_run_config(zero_stage=2), Layout(1, 2, 2)),
+        "dp2-zero0": (tiny_run_config(zero_stage=0), Layout(1, 2, 0)),
+    }
+    base, results = Path(directory), {}
+    for source, targets in {"dp2-zero3": ("tp2", "dp2-zero0"), "tp2": ("dp2-zero3", "dp2-zero2")}.items():
+        config, state = layouts[source][0], TrainingState()
+        engine = build(config)
+        advance(engine, config, state, 4)
+        path = Checkpointer(engine, base / source).save_now(describe(config, state))
+        undisturbed = advance(engine, config, state, 3)
+        for target in targets:
+            config, layout = layouts[target]
+            converted = base / f"{source}-{target}"
+            if rank == 0:
+                reshard(CheckpointSource(path), layout, converted)
+            engine.control.gather(None)
+            engine, resumed = build(config), TrainingState()
+            checkpointer = Checkpointer(engine, base / f"{source}-{target}-again")
+            resumed.load_dict(checkpointer.load(converted).description["progress"])
+            again = checkpointer.save_now(describe(config, resumed))
+            results[source, target] = str(converted), str(again), undisturbed, advance(engine, config, resumed, 3)
+    return results
+
+
+@pytest.mark.distributed
+def test_converted_checkpoint_is_what_the_other_layout_writes_and_trains_on_alike(tmp_path):
+    from safetensors.torch import load_file
+
+    results = run_distributed(converted_layouts, 2, str(tmp_path), timeout_s=240)[0]
+    assert len(results) == 4
+    for case, (converted, again, expected, found) in results.items():
+        for file in ("rank-00000.safetensors", "rank-00001.safetensors"):
+            left, right = load_file(Path(converted) / file), load_file(Path(again) / file)
+            assert left.keys() == right.keys() and any(key.startswith("generator/") for key in left), case
+            assert all(torch.equal(left[key], right[key]) for key in left), case
+        losses, norms = torch.tensor(found, dtype=torch.float64).T
+        expected_losses, expected_norms = torch.tensor(expected, dtype=torch.float64).T
+        torch.testing.assert_close(losses, expected_losses, rtol=0, atol=1e-6, msg=f"{case}: {found} {expected}")
+        torch.testing.assert_close(norms, expected_norms, rtol=1e-6, atol=0, msg=f"{case}: {found} {expected}")
+
+
 def faults(rank, world_size, directory):
     """What happens to damaged checkpoints, foreign ones, and saves that fail."""
     from hope_megatron.engine.checkpoint import Checkpointer, CheckpointSaveError
@@ -171,6 +223,11 @@ def faults(rank, world_size, directory):
         advance(engine, config, state, 1)
         checkpointer.save_now(describe(config, state))
     seen["kept"] = sorted(path.name for path in (base / "run").iterdir())
+    seen["stall"] = checkpointer.take_stall_s(), checkpointer.take_stall_s()
+    judged = Checkpointer(engine, base / "best", keep_last=1, keep_best=2)
+    for step, loss in enumerate((3.0, 1.0, 2.0, None, 5.0), start=1):
+        judged.save_now({**describe(config, TrainingState(step=step)), "heldout_loss": loss})
+    seen["best"] = sorted(path.name for path in (base / "best").iterdir())
     engine.control.gather(None)  # nobody damages a file that another still lists
 
     def attempt(action):
@@ -232,7 +289,9 @@ def flip(path, position=-5):
 def test_faults_are_caught_on_all_ranks(tmp_path):
     first, second = run_distributed(faults, 2, str(tmp_path), timeout_s=240)
     assert first["kept"] == ["step-00000004", "step-00000005", "step-00000006"]
+    assert first["best"] == ["step-00000002", "step-00000003", "step-00000005"]
     for seen in (first, second):
+        assert 0.0 == seen["stall"][1] < seen["stall"][0]
         assert seen["fell back to"] == 5
         assert seen["after"] == ["abandoned-step-00000006", "step-00000004", "step-00000005"]
         for part in ("every checkpoint", "step-00000006/rank-00001.safetensors is corrupt", "100 bytes", "is missing"):

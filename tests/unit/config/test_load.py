@@ -179,6 +179,8 @@ def test_all_mistakes_are_listed(run_file):
     [
         (["parallel.tensor_parallel=3"], "model.num_heads=4"),
         (["parallel.zero_stage=0"], "precision=bf16"),
+        (["checkpoint.keep_best=1", "data.heldout=null"], "needs held-out data"),
+        (["checkpoint.keep_best=1", "data.heldout=held", "training.eval_every=7"], "checkpoint.keep_best=1"),
         (["training.seq_length=100"], "training.seq_length=100"),
         (["parallel.tensor_parallel=2", "parallel.sequence_parallel=true", "training.seq_length=15"], "=15"),
     ],

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from hope_megatron.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from hope_megatron.convert.layout import Layout
 from hope_megatron.convert.source import PROBE_NAME, CheckpointSource
 from hope_megatron.engine.checkpoint_format import (
     DESCRIPTION,
@@ -115,7 +116,14 @@ def _description(config: RunConfig, model: LanguageModel, digests: dict[str, Fil
         for tp_rank in range(TP):
             held = {name: parts[tp_rank].numel() for name, parts in shards.items() if tp_rank < len(parts)}
             pieces = [[name, *_cuts(numel)[dp_rank], ["master"]] for name, numel in held.items()]
-            files.append({"file": rank_file_name(dp_rank * TP + tp_rank), "tp_rank": tp_rank, "pieces": pieces})
+            files.append(
+                {
+                    "file": rank_file_name(dp_rank * TP + tp_rank),
+                    "tp_rank": tp_rank,
+                    "dp_rank": dp_rank,
+                    "pieces": pieces,
+                }
+            )
     parameters = [
         {
             "name": name,
@@ -129,7 +137,9 @@ def _description(config: RunConfig, model: LanguageModel, digests: dict[str, Fil
         "progress": {"step": STEP, "samples": 160, "tokens": 5120, "wall_s": 1.0},
         "config": config.model_dump(mode="json"),
         "provenance": {"commit": None, "versions": {"torch": torch.__version__}},
-        "layout": {"world_size": TP * DP, "tensor_parallel": TP},
+        "data": {"sample": 160},
+        "layout": Layout(TP, DP, 1, True).describe(),
+        "optimizer": {"name": config.optim.name, "groups": {}},
         "parameters": parameters,
         "files": files,
     }

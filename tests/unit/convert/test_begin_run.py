@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from data_pipeline.tokenizer import Tokenizer
+from hope_megatron.convert.begin_run import begin_run
 from hope_megatron.convert.errors import ConversionError
-from hope_megatron.convert.from_huggingface import import_huggingface
 from hope_megatron.convert.huggingface import export_huggingface
 from hope_megatron.convert.source import CheckpointSource, find_checkpoint
 
@@ -23,7 +23,7 @@ def test_weights_come_back_bit_for_bit(
     source = make_checkpoint()
     export_huggingface(source, tmp_path / "model", tokenizer)
     config = source.config.model_copy(update={"name": "again"})
-    path = import_huggingface(tmp_path / "model", config, BEGINNING)
+    path = begin_run(tmp_path / "model", "hf", config, BEGINNING)
     found = find_checkpoint(str(config.run_dir))
     assert found.path == path and found.checkpoint.step == 0
     expected = dict(source.tensors())
@@ -31,7 +31,7 @@ def test_weights_come_back_bit_for_bit(
     assert list(tensors) == list(expected)
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
     with pytest.raises(ConversionError, match="checkpoints already"):
-        import_huggingface(tmp_path / "model", config, BEGINNING)
+        begin_run(tmp_path / "model", "hf", config, BEGINNING)
 
 
 def test_another_architecture_is_refused(
@@ -42,5 +42,5 @@ def test_another_architecture_is_refused(
     model = source.config.model.model_copy(update={"num_layers": 3})
     config = source.config.model_copy(update={"name": "again", "model": model})
     with pytest.raises(ConversionError, match=r"model\.num_layers: 2 there, 3 in the run"):
-        import_huggingface(tmp_path / "model", config, BEGINNING)
+        begin_run(tmp_path / "model", "hf", config, BEGINNING)
     assert not config.run_dir.exists()

@@ -1,0 +1,176 @@
+"""Megatron-Core's distributed checkpoints (`torch_dist`): PyTorch's distributed checkpoint files with Megatron-Core's names.
+
+Weights are stored under their parameter names, which are the keys of `LanguageModel.sharded_state_dict()`; optimizer
+states as `optimizer.state.<state>.<parameter>`, as Megatron-Core's distributed optimizer names its own. Tensors are whole:
+either library's loader cuts what a rank needs. What these files have no place for lies in `hope/`.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from hope_megatron.convert.errors import ConversionError
+from hope_megatron.convert.output import fresh_directory
+from hope_megatron.convert.sidecar import has_sidecar, read_sidecar, write_sidecar
+from hope_megatron.convert.whole import WholeCheckpoint, compare_whole
+from hope_megatron.engine.checkpoint_format import MASTER
+
+_METADATA = ".metadata"
+_BACKEND = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+def key_of(parameter: str, state: str) -> str:
+    """The name of a tensor in these files."""
+    return parameter if state == MASTER else f"optimizer.state.{state}.{parameter}"
+
+
+def write_torch_dist(whole: WholeCheckpoint, out_dir: Path) -> int:
+    """Write a checkpoint in this format, one tensor in memory at a time, then read it back and compare every tensor.
+
+    Returns:
+        Numbers compared.
+
+    Raises:
+        ConversionError: `out_dir` is taken or cannot be written, or what was written differs; nothing is left then.
+    """
+    names = {key_of(p.name, state): (p.name, state) for p in whole.parameters.values() for state in p.states}
+    shapes = {key: torch.empty(whole.parameters[name].shape, device="meta") for key, (name, _) in names.items()}
+    with fresh_directory(out_dir, has_sidecar) as directory:
+        writer = dcp.FileSystemWriter(directory, sync_files=False)
+        with _quiet():
+            dcp.save(shapes, storage_writer=writer, planner=_OneByOne(whole, names), no_dist=True)
+        (directory / "metadata.json").write_text(json.dumps(_BACKEND) + "\n")
+        # What Megatron-Core calls the common state: plain numbers that its loader returns beside the tensors.
+        torch.save({"iteration": whole.description["progress"]["step"]}, directory / "common.pt")
+        write_sidecar(directory, whole)
+        return compare_whole(whole, read_torch_dist(directory))
+
+
+def read_torch_dist(directory: Path) -> WholeCheckpoint:
+    """A checkpoint that `write_torch_dist` made, its digests verified first.
+
+    Raises:
+        ConversionError: it is not one, or a file is missing or damaged.
+    """
+    if not has_sidecar(directory):
+        raise ConversionError(
+            f"{directory} was not written by `hope convert --to torch_dist`: its files do not say what model, clocks and "
+            "data position they belong to; start a run from its weights with --from torch_dist --to run CONFIG"
+        )
+
+    def open_reader() -> Callable[[str, str], Tensor]:
+        reader = _open(directory)
+        return lambda parameter, state: _read(reader, key_of(parameter, state))
+
+    return read_sidecar(directory, open_reader)
+
+
+def torch_dist_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """Weights by parameter name, whoever wrote them; optimizer states and whatever is no tensor are passed over.
+
+    Raises:
+        ConversionError: the directory is of another format.
+    """
+    reader = _open(directory)
+    for key, entry in reader.read_metadata().state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata) and not key.startswith("optimizer."):
+            yield key, _read(reader, key)
+
+
+class _OneByOne(DefaultSavePlanner):
+    """Plans with shapes alone; a tensor is read when its turn to be written has come."""
+
+    def __init__(self, whole: WholeCheckpoint, names: dict[str, tuple[str, str]]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._whole, self._names = whole, names
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self._whole.read(*self._names[index.fqn]).contiguous()
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """`.metadata` is a pickle: only the classes that describe tensors may come out of it, none of which does anything."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _DESCRIBING:
+            return _DESCRIBING[module, name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which has no business there")
+
+
+_DESCRIBING: dict[tuple[str, str], Any] = {
+    **{
+        (dcp.metadata.__name__, name): getattr(dcp.metadata, name)
+        for name in (*dcp.metadata.__all__, "_MEM_FORMAT_ENCODING")
+    },
+    **{  # Megatron-Core keeps the plans of all ranks there
+        (dcp.planner.__name__, name): getattr(dcp.planner, name)
+        for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
+    },
+    (dcp.filesystem.__name__, "_StorageInfo"): dcp.filesystem._StorageInfo,
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    ("pathlib", "PosixPath"): PurePosixPath,
+    ("pathlib._local", "PosixPath"): PurePosixPath,
+}
+
+
+class _Reader(dcp.FileSystemReader):
+    """PyTorch's reader; it loads tensors with weights_only=True itself."""
+
+    _metadata: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._metadata is None:
+            with open(Path(self.path) / _METADATA, "rb") as file:
+                self._metadata = _MetadataUnpickler(file).load()
+        return self._metadata
+
+
+def _open(directory: Path) -> _Reader:
+    reader = _Reader(directory)
+    try:
+        reader.read_metadata()
+    except OSError as error:
+        raise ConversionError(
+            f"{directory} is no torch_dist checkpoint: cannot read {_METADATA}: {error.strerror}"
+        ) from None
+    except Exception as error:  # a pickle can fail in any way
+        raise ConversionError(f"{directory / _METADATA} is refused, nothing was executed: {error}") from None
+    return reader
+
+
+def _read(reader: _Reader, key: str) -> Tensor:
+    entry = reader.read_metadata().state_dict_metadata.get(key)
+    if not isinstance(entry, TensorStorageMetadata):
+        raise ConversionError(f"{reader.path} lacks the tensor {key}; it is of another model")
+    target = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
+    with _quiet():
+        dcp.load(target, storage_reader=reader, no_dist=True)
+    return target[key]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """PyTorch warns that there is no process group, which is what was asked for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
