@@ -15,7 +15,6 @@ from hope_megatron.config.base import ConfigError, Section
 
 Mixer = Literal["memory", "attention"]
 
-_USUAL_MOMENTUM = 0.9  # bounds of rates hold up to this theta; a learned one may pass it
 _ETA_FACTORS = {"objective", "dgd_layers", "num_layers"}
 
 
@@ -76,7 +75,9 @@ class MemoryConfig(Section):
     momentum: Literal["none", "constant", "data"] = "none"
     """Momentum theta of the inner update: 0, a learned constant per head, or from the token."""
     momentum_init: float = Field(default=0.5, gt=0.0, lt=1.0)
-    """Initial theta."""
+    """Initial theta, below momentum_max."""
+    momentum_max: float = Field(default=0.9, gt=0.0, lt=1.0)
+    """Upper bound of the momentum's decay. A step of descent is 1 / (1 - momentum) times longer with it; near 1 it diverges."""
 
     input_scale: float = Field(default=3.0, gt=0.0)
     """Initial std of W2 times sqrt(d): of order 1 leaves SiLU of a unit key in its linear range."""
@@ -118,7 +119,7 @@ class MemoryConfig(Section):
         if self.objective == "l2" and self.num_layers == 2 and not self.erases:
             curvature = 2 * max(1.0, self.input_scale**2 / 4)  # a unit key's features: about input_scale^2 / 4
         limit = 2.0 / (self.chunk_tokens * curvature)
-        return limit * (1 - _USUAL_MOMENTUM) if self.objective == "l2" and self.momentum != "none" else limit
+        return limit * (1 - self.momentum_max) if self.objective == "l2" and self.momentum != "none" else limit
 
     @property
     def _why_limited(self) -> str:
@@ -175,6 +176,11 @@ class MemoryConfig(Section):
             raise ConfigError(
                 "memory.normalize_targets=false with own_targets=true feeds what a memory holds back into it, which was not "
                 "finite at the first step; set normalize_targets=true, or own_targets=false"
+            )
+        if self.momentum != "none" and self.momentum_init >= self.momentum_max:
+            raise ConfigError(
+                f"memory.momentum_init={self.momentum_init:g} is not below momentum_max={self.momentum_max:g}, which bounds it; "
+                "lower it, or raise momentum_max"
             )
         if self.eta_max > (limit := self.largest_stable_eta) * (1 + 1e-9):
             raise ConfigError(

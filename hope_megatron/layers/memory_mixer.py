@@ -60,6 +60,7 @@ def memory_rule(config: MemoryConfig) -> MemoryRule:
         read=config.read,
         read_skip=config.read_skip,
         eta_max=config.eta_max,
+        theta_max=config.momentum_max,
     )
 
 
@@ -175,7 +176,7 @@ def data_rates(memory: MemoryConfig) -> dict[str, float]:
     if memory.decay == "data":
         rates["alpha"] = _logit(memory.alpha_init)
     if memory.momentum == "data":
-        rates["theta"] = _logit(memory.momentum_init)
+        rates["theta"] = _logit(memory.momentum_init / memory.momentum_max)
     return rates
 
 
@@ -185,7 +186,7 @@ def constant_rates(memory: MemoryConfig) -> dict[str, float]:
     if memory.decay == "constant":
         rates["alpha"] = _logit(memory.alpha_init)
     if memory.momentum == "constant":
-        rates["theta"] = _logit(memory.momentum_init)
+        rates["theta"] = _logit(memory.momentum_init / memory.momentum_max)
     return rates
 
 

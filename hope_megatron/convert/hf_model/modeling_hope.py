@@ -66,11 +66,13 @@ class MemoryMixer(nn.Module):
         memory = model.memory
         self.heads, self.d = model.num_heads, model.head_dim
         width = self.heads * self.d
-        fields = set(MemoryRule.__dataclass_fields__) - {"self_chunk_tokens"}
+        fields = set(MemoryRule.__dataclass_fields__) - {"self_chunk_tokens", "theta_max"}
         adaptive = memory.adaptive_key or memory.adaptive_value or memory.adaptive_eta or memory.adaptive_alpha
         self_chunk = memory.self_chunk_tokens if adaptive else None
         self.rule = MemoryRule(
-            self_chunk_tokens=self_chunk or memory.chunk_tokens, **{name: getattr(memory, name) for name in fields}
+            self_chunk_tokens=self_chunk or memory.chunk_tokens,
+            theta_max=memory.momentum_max,
+            **{name: getattr(memory, name) for name in fields},
         )
         settings = {"alpha": memory.decay, "theta": memory.momentum}
         self.rate_names = ("eta", *(name for name, kind in settings.items() if kind == "data"))

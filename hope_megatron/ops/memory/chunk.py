@@ -9,6 +9,7 @@ and ns scalar memories, stacked memory-major in the batch dim of every product: 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -182,7 +183,7 @@ def _generate(x_k, x_v, eta, alpha, theta, rule: MemoryRule, group: Group) -> _I
         v=unit(v) if rule.normalize_values else v,
         eta=k.new_full(k.shape[:2], rule.eta_max) if eta is None else rule.eta_max * torch.sigmoid(eta),
         log_alpha=None if alpha is None else F.logsigmoid(alpha),
-        log_theta=None if theta is None else F.logsigmoid(theta),
+        log_theta=None if theta is None else F.logsigmoid(theta) + math.log(rule.theta_max),
     )
 
 

@@ -66,7 +66,7 @@ def _token(x_q, x_k, x_v, logits: RateLogits, rule: MemoryRule, state: MemorySta
     alpha = torch.ones_like(eta)
     if logits.alpha is not None:
         alpha = torch.sigmoid(logits.alpha + (next(gates) if rule.adaptive_alpha else 0.0))
-    theta = None if logits.theta is None else torch.sigmoid(logits.theta)
+    theta = None if logits.theta is None else rule.theta_max * torch.sigmoid(logits.theta)
 
     new, new_momentum = [], []
     for name in MemoryParams._fields:

@@ -48,6 +48,8 @@ class MemoryRule:
     """Whether y includes the skip connection q (two-layer memories)."""
     eta_max: float = 1.0
     """Upper bound of the inner learning rate; the rate itself where it has no logits."""
+    theta_max: float = 1.0
+    """Upper bound of the momentum's decay: theta = theta_max sigmoid(logit)."""
 
 
 class Bank(NamedTuple):

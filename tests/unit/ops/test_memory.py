@@ -116,6 +116,14 @@ def test_gated_delta_rule(momentum):
     assert_same(MemoryRule(8, 8, decay_erased=True), 21, momentum=momentum, warm=True)
 
 
+def test_bounded_momentum():
+    rule = MemoryRule(8, 8, objective="l2", eta_max=0.1, theta_max=0.7)
+    assert_same(rule, 21, momentum=True, warm=True)
+    params, inputs = make_params(rule), make_inputs(21, momentum=True)
+    without = memory_recurrent(*inputs, params, MemoryRule(8, 8, objective="l2", eta_max=0.1))[0]
+    assert not torch.allclose(memory_recurrent(*inputs, params, rule)[0], without)
+
+
 @pytest.mark.parametrize("T", [1, 7, 8, 63])
 def test_ragged_lengths(T):
     assert_same(HOPE, T, warm=True)
