@@ -21,6 +21,8 @@ class TrainingConfig(Section):
     """Sequences per optimizer step, over all ranks and accumulation steps."""
     micro_batch_size: int = Field(default=1, gt=0)
     """Sequences per rank and forward pass."""
+    truncate_tokens: int | None = Field(default=None, gt=0)
+    """Backpropagation through a sequence is cut every this many tokens, which bounds memory; None: never."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Compute precision; master weights, memory states and optimizer states are always fp32."""
     seed: int = Field(default=1234, ge=0)
