@@ -34,6 +34,7 @@ def tiny_run_config(
     precision: str = "fp32",
     output_dir: Path | str = "runs",
     hidden_size: int = 32,
+    cms: CMSConfig | None = None,
     training: Mapping[str, Any] | None = None,
     optim: Mapping[str, Any] | None = None,
     checkpoint: Mapping[str, Any] | None = None,
@@ -49,7 +50,8 @@ def tiny_run_config(
             hidden_size=hidden_size,
             num_heads=2,
             memory=MemoryConfig(chunk_tokens=8),
-            cms=CMSConfig(
+            cms=cms
+            or CMSConfig(
                 levels=(CMSLevelConfig(hidden_size=32), CMSLevelConfig(hidden_size=16, update_period_steps=2))
             ),
         ),
