@@ -45,7 +45,7 @@ def test_a_model_trained_without_clocks_learns_a_text_that_repeats(changes):
     static = score_heldout(trained_model(**changes), tokens, **kwargs)
     learning = score_heldout(trained_model(*CLOCKS, **changes), tokens, learn=True, **kwargs)
     assert abs(learning[:4] - static[:4]).max() < 1e-5
-    assert learning[-50:].mean() < 0.2 * static[-50:].mean()
+    assert learning[-50:].mean() < 0.7 * static[-50:].mean()
 
 
 @pytest.mark.parametrize("prompt_tokens", [1, 4, 5, 21])
