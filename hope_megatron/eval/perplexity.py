@@ -124,6 +124,7 @@ def score_heldout(
     if learn:
         segment = model.model_config.cms.inner_segment_tokens
         window_tokens = max(1, window_tokens // segment) * segment
+    learning = {"learn": True} if learn else {}  # a plain model need not know the word
     length = row_tokens(num_targets, context_tokens, batch_size)
     inputs, targets = _rows(tokens, length) if stride_tokens is None else _sliding_rows(tokens, length, stride_tokens)
     losses = np.zeros(inputs.shape)
@@ -136,7 +137,7 @@ def score_heldout(
             for column in range(0, inputs.shape[1], window_tokens):
                 piece = (slice(row, row + batch_size), slice(column, column + window_tokens))
                 x, y = (torch.from_numpy(ids[piece]).to(device) for ids in (inputs, targets))
-                output = model(x, targets=y, state=state, return_state=True, learn=learn)
+                output = model(x, targets=y, state=state, return_state=True, **learning)
                 state = output.state
                 losses[piece] = output.losses.double().cpu().numpy()
     finally:

@@ -142,8 +142,10 @@ def test_truncation_equals_the_reference(case, in_float64):
 def test_recomputing_changes_nothing(recompute, in_float64):
     gradients = []
     for kind in ("none", recompute):
-        model = build_model(CASES["learned"], dtype=torch.float64, recompute=kind)
-        tokens, targets = batch(CASES["learned"], 32)
+        memory = MemoryConfig(chunk_tokens=8, self_chunk_tokens=4, momentum="data")
+        config = CASES["learned"].model_copy(update={"memory": memory})
+        model = build_model(config, dtype=torch.float64, recompute=kind)
+        tokens, targets = batch(config, 32)
         losses = model(tokens, targets, learn=True).losses
         gradients.append(torch.autograd.grad(losses.sum(), list(model.parameters())))
     assert largest_error(gradients[1], gradients[0]) < 1e-10
