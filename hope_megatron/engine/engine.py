@@ -127,7 +127,9 @@ class Engine:
             raise NonFiniteError(f"the loss is NaN or infinite on rank {', '.join(map(str, ranks))}")
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
+    def evaluate(
+        self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None, *, learn: bool = True
+    ) -> Tensor:
         """Sum of losses and number of valid tokens of a batch, over the data-parallel ranks. A model with inner clocks
         learns in context, as it does in training.
 
@@ -135,12 +137,13 @@ class Engine:
             tokens: [B, T] int64, different on each data-parallel rank; all ranks call together.
             targets: [B, T] int64; -100 does not count.
             documents: see `LanguageModel.forward`.
+            learn: False reads with static levels, in one piece.
 
         Returns:
             [2] float64 on the device: sum of losses, number of valid tokens.
         """
         self.model.eval()
-        losses = self.model(tokens, targets, documents=documents, learn=self._learns).losses
+        losses = self.model(tokens, targets, documents=documents, learn=learn and self._learns).losses
         self.model.train()
         sums = torch.stack([losses.double().sum(), (targets != -100).sum().double()])
         dist.all_reduce(sums, group=self.mesh.dp_group)

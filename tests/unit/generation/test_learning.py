@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
 import torch
 
+from hope_megatron.cli.learning import prepare_learning
+from hope_megatron.cli.models import ModelReferenceError
 from hope_megatron.config import ConfigError, ParallelConfig
 from hope_megatron.config.load import override_inner_clocks
 from hope_megatron.engine.distributed import init_distributed
@@ -121,3 +124,15 @@ def test_state_is_bounded():
 def test_only_clocks_can_be_given_to_a_trained_model(override, message):
     with pytest.raises(ConfigError, match=message):
         override_inner_clocks(tiny_config(), [override])
+
+
+def test_the_command_learns_when_the_model_has_clocks_or_is_given_them():
+    ask = lambda model, learn=None, no_learn=False: prepare_learning(  # noqa: E731
+        argparse.Namespace(learn=learn, no_learn=no_learn), model
+    )
+    assert not ask(trained_model())
+    assert ask(trained_model(*CLOCKS)) and not ask(trained_model(*CLOCKS), no_learn=True)
+    with pytest.raises(ModelReferenceError, match="no CMS level of this model has a clock"):
+        ask(trained_model(), learn=[])
+    model = trained_model()
+    assert ask(model, learn=CLOCKS) and model.model_config.cms.levels[0].inner_chunk_tokens == 4

@@ -225,3 +225,17 @@ def test_a_model_without_clocks_is_refused():
     model = build_model(tiny_model(memory=MemoryConfig(chunk_tokens=8)))
     with pytest.raises(InContextError, match="no clock inside the context"):
         model(*random_batch(model.model_config), learn=True)
+
+
+def test_bfloat16_follows_float32():
+    """Steps far below the weights' own resolution are kept: the difference to the learnt weights is float32."""
+    tokens, targets = batch(CASES["learned"], 32)
+    models = [build_model(CASES["learned"], dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    outputs = [model(tokens, targets, learn=True, return_state=True) for model in models]
+    torch.testing.assert_close(outputs[1].losses, outputs[0].losses, rtol=0, atol=0.05)
+    for output in outputs:
+        output.losses.mean().backward()
+    found, expected = (torch.cat([p.grad.float().flatten() for p in model.parameters()]) for model in models)
+    assert (found - expected).norm() < 0.25 * expected.norm()  # 0.16 without learning
+    for levels in outputs[1].state.inner.layers:
+        assert all(level.delta.up.dtype == torch.float32 and level.delta.up.any() for level in levels)
