@@ -97,7 +97,7 @@ class SkippingStream(SampleStream):
         self.stream = stream
         self.skips = _merged(skips)
         self.seq_length = stream.seq_length
-        self.num_samples = stream.num_samples
+        self.num_samples, self.end_id = stream.num_samples, stream.end_id
         # for each skip, the number that the first sample behind it gets, and how far everything has moved up by then
         self._moves = list(itertools.accumulate((skip.count for skip in self.skips), initial=0))
         self._starts = [skip.first - moved for skip, moved in zip(self.skips, self._moves, strict=False)]

@@ -63,6 +63,7 @@ class MixtureStream(SampleStream):
                 raise SamplingError(f"the data sets of a mixture differ in {attribute}: {values}. Prepare them alike.")
         self.seq_length = self._streams[0].seq_length
         self.num_samples = sum(stream.num_samples for stream in self._streams)
+        self.end_id = self._streams[0].end_id
         self._cycles: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._lock = threading.Lock()
         self._phases: list[_Phase] = []

@@ -39,11 +39,13 @@ class SampleStream(ABC):
     Attributes:
         seq_length: tokens per sample that the model sees; samples are int64 [seq_length + 1].
         num_samples: samples per epoch.
+        end_id: the token that ends every document.
         fingerprint: SHA-256 over everything that decides the order and the content.
     """
 
     seq_length: int
     num_samples: int
+    end_id: int
 
     def __init__(self) -> None:
         self.fingerprint = hashlib.sha256(canonical_json(self.description)).hexdigest()

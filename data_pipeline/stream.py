@@ -100,7 +100,7 @@ class TokenStream(SampleStream):
         self.seed = seed
         self._shuffle = shuffle
         self._shuffle_shards = shuffle_shards
-        self._eos_id = manifest.eos_id
+        self.end_id = manifest.eos_id
         self._sizes = [shard.tokens + shard.documents for shard in manifest.shards]
         self.total_tokens = sum(self._sizes)
         self.num_samples = (self.total_tokens - 1) // seq_length
@@ -221,7 +221,7 @@ class TokenStream(SampleStream):
                 out[at : at + count] = NO_TOKEN
                 at += count
             else:
-                at += _copy(reader, local, out[at:], self._eos_id)
+                at += _copy(reader, local, out[at:], self.end_id)
             slot += 1
         if out.max() >= self.manifest.vocab_size:
             names = {span.shard for span in self._spans(order, start, wanted)}

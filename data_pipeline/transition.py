@@ -25,7 +25,7 @@ class TransitionedStream(SampleStream):
         self.history = history
         self.start = int(history[-1]["sample"])
         self.seq_length = stream.seq_length
-        self.num_samples = stream.num_samples
+        self.num_samples, self.end_id = stream.num_samples, stream.end_id
         super().__init__()
 
     @property

@@ -7,6 +7,8 @@ Examples:
     hope eval runs/NAME --context 32x           how far beyond the training length it extrapolates
     hope eval runs/NAME --stride 64             sliding rows: every token with a full context
     hope eval DIR --text FILE --context stream  an exported model on a text, state carried to its end
+    hope eval runs/NAME --context stream --learn cms.levels.0.inner_chunk_tokens=64 cms.levels.0.inner_rate=0.01
+                                                it goes on learning from what it reads
 
 Other evaluations: hope eval memory, hope eval lm.
 """
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hope_megatron.cli.eval_output import add_output_arguments, check_output, write_output
+from hope_megatron.cli.learning import add_learning_arguments, prepare_learning
 from hope_megatron.cli.models import MODEL_HELP, ModelReferenceError, OpenModel, open_model, prepare_process
 
 if TYPE_CHECKING:
@@ -53,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also unigram and bigram, counted on the run's (or these) shards",
     )
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: the one the model was trained with")
+    add_learning_arguments(parser)
     add_output_arguments(parser)
 
 
@@ -63,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
     opened = open_model(args.model, args.tokenizer)
     check_output(args, opened)
+    learn = prepare_learning(args, opened.model)
     tokens = heldout_tokens(opened, args.text, args.data, args.max_tokens)
     context_tokens = _context_tokens(args.context, opened.window_tokens)
     manifest = _baseline_manifest(args, opened)
@@ -73,9 +78,11 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         baseline_manifest=manifest,
         stride_tokens=args.stride,
+        learn=learn,
     )
     context = f"{context_tokens:,}" if context_tokens else "streamed"
     context += f", a row every {args.stride:,}" if args.stride else ""
+    context += ", learning in context" if learn else ""
     print(
         f"{opened.name}: {result['tokens']:,} tokens, {result['tokens_per_second']:,.0f} tokens/s, context: {context}\n"
     )
@@ -119,12 +126,14 @@ def evaluate(
     batch_size: int = 8,
     baseline_manifest: Path | None = None,
     stride_tokens: int | None = None,
+    learn: bool = False,
 ) -> dict[str, Any]:
     """Score a model, and baselines if asked for, on the same targets tokens[1:].
 
     Args:
         context_tokens, stride_tokens: see `score_heldout`.
         baseline_manifest: training shards to count the baselines on.
+        learn: the model learns in context.
 
     Returns:
         `scores` by model name (see `HeldoutScore.as_dict`), baselines first, and how they came about.
@@ -146,6 +155,7 @@ def evaluate(
         window_tokens=opened.window_tokens,
         batch_size=batch_size,
         stride_tokens=stride_tokens,
+        learn=learn,
     )
     seconds = time.monotonic() - started
     num_targets = len(tokens) - 1
@@ -157,6 +167,7 @@ def evaluate(
         "context_tokens": context_tokens,
         "stride_tokens": stride_tokens,
         "batch_size": batch_size,
+        "inner_clocks": opened.model.model_config.cms.model_dump(mode="json") if learn else None,
         "tokens_per_second": num_targets / seconds,
         "scores": {name: heldout_score(nats, size).as_dict() for name, nats in losses.items()},
         "loss_by_position": []

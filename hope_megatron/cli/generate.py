@@ -7,6 +7,7 @@ Examples:
     hope generate runs/NAME --file BOOK --prompt Q          read a file, then the question after it
     hope generate runs/NAME --file BOOK --state book.st     read a file and keep the state
     hope generate runs/NAME --state book.st --prompt Q      continue from there, as often as you like
+    hope generate runs/NAME --learn --state me.st           it goes on learning from what is read and written
     hope generate runs/NAME                                 interactive: each line is read, then continued
 """
 
@@ -17,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hope_megatron.cli.learning import add_learning_arguments, prepare_learning
 from hope_megatron.cli.models import MODEL_HELP, ModelReferenceError, OpenModel, open_model, prepare_process
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--state", type=Path, metavar="FILE", help="continue from this state if it exists, and save it back"
     )
+    add_learning_arguments(parser)
     parser.add_argument("--ignore-end", action="store_true", help="go on after the end-of-document token")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: the one the model was trained with")
 
@@ -99,15 +102,18 @@ class _Session:
         import torch
 
         from hope_megatron.generation.complete import new_document
+        from hope_megatron.generation.decoder import Decoder
+        from hope_megatron.generation.learning import LearningDecoder
         from hope_megatron.generation.state_file import load_state
 
         self.opened, self.options, self.args = opened, options, args
         self.rng = torch.Generator(next(opened.model.parameters()).device).manual_seed(args.seed)
         self.end_id = -1 if args.ignore_end else opened.tokenizer.eos_id
+        self.kind = LearningDecoder if prepare_learning(args, opened.model) else Decoder
         if args.state and args.state.exists():
-            self.decoder = load_state(args.state, opened.model)
+            self.decoder = load_state(args.state, opened.model, self.kind)
         else:
-            self.decoder = new_document(opened.model, opened.tokenizer)
+            self.decoder = new_document(opened.model, opened.tokenizer, kind=self.kind)
 
     def stream(self, prompt: str, echo: bool = True) -> None:
         """Continue the session's stream, printing text as soon as it is certain."""
@@ -137,6 +143,7 @@ class _Session:
             options=self.options,
             rng=self.rng,
             end_id=self.end_id,
+            kind=self.kind,
         )
         for number, text in enumerate(texts, start=1):
             _write(f"--- {number} of {len(texts)}\n{prompt}{text}\n")

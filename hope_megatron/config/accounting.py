@@ -53,6 +53,12 @@ def weight_table(model: ModelConfig) -> list[Weight]:
             Weight("cms", f"cms level {i} up", D * up_parts * h, layers, update_period_steps=period),
             Weight("cms", f"cms level {i} down", h * D, layers, update_period_steps=period),
         ]
+        if level.ticks and level.inner_rate_kind != "constant":
+            per_channel = level.inner_rate_kind == "per_channel"
+            size = h if per_channel else 1
+            rows.append(Weight("gates", f"cms level {i} inner rate", size, layers, False, per_channel, False, period))
+    if model.cms.connection == "independent":
+        rows.append(Weight("gates", "cms join", len(model.cms.levels) * D, layers, False, False, False))
     rows.append(Weight("norms", "final norm", D, matmul=False, sharded=False, matrix=False))
     if not model.tie_embeddings:
         rows.append(Weight("head", "head", model.padded_vocab_size * D, matrix=False))
@@ -184,6 +190,12 @@ def forward_flops(model: ModelConfig, seq_length: int) -> TokenFlops:
         memory_solve=2.0 * heads_of_memory * solve,
         memory_writes=2.0 * heads_of_memory * writes,
     )
+
+
+def in_context_flops(model: ModelConfig, seq_length: int) -> float:
+    """FLOPs per token of the inner gradients (eq. 71): a backward pass through the chunk, beside the outer one. 0 without
+    inner clocks. The update itself is one multiply-add per weight and chunk, and is not counted."""
+    return 2 * forward_flops(model, seq_length).total if model.cms.learns_in_context else 0.0
 
 
 def recompute_flops(model: ModelConfig, seq_length: int, recompute: str) -> float:

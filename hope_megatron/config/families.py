@@ -20,7 +20,8 @@ def matched_levels(model: ModelConfig, target: ModelConfig) -> list[dict[str, An
     per_width = (_at_scale(model, 2.0) - _at_scale(model, 1.0)) / total
     scale = 1 + (num_parameters(target) - num_parameters(model)) / (per_width * total)
     return [
-        {
+        level.model_dump(exclude_defaults=True)
+        | {
             "hidden_size": max(1, round(level.hidden_size * scale / _WIDTH_MULTIPLE)) * _WIDTH_MULTIPLE,
             "update_period_steps": level.update_period_steps,
         }

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from hope_megatron.config.accounting import (
     forward_flops,
+    in_context_flops,
     memory_banks,
     recompute_flops,
     weight_table,
@@ -93,7 +94,7 @@ def _kept_for_backward(config: RunConfig) -> tuple[float, float]:
     """(memory states, activations) in bytes per GPU."""
     model, parallel, training = config.model, config.parallel, config.training
     tp, number = parallel.tensor_parallel, compute_bytes(training)
-    tokens = training.micro_batch_size * training.seq_length
+    tokens = training.micro_batch_size * (training.truncate_tokens or training.seq_length)
     residual = model.hidden_size / (tp if parallel.sequence_parallel else 1)
     layers = [
         _layer_numbers(model, mixer, training.seq_length, number, tp, residual, training.recompute)
@@ -104,8 +105,26 @@ def _kept_for_backward(config: RunConfig) -> tuple[float, float]:
         # the input of every layer, and one layer at a time in full
         states, activations = (max(column) for column in zip(*layers, strict=True))
         activations += model.num_layers * number * residual
-    probabilities = FP32 * model.padded_vocab_size / tp
-    return tokens * states, tokens * (activations + probabilities + _norm_bytes(model, number, residual))
+    probabilities = FP32 * model.padded_vocab_size / tp * (2 if model.cms.learns_in_context else 1)
+    everywhere = activations + probabilities + _norm_bytes(model, number, residual)
+    return tokens * states, tokens * everywhere + _fast_copies(config) / tp
+
+
+def _fast_copies(config: RunConfig) -> float:
+    """Bytes of the fast copies of a micro-batch, over all tensor-parallel ranks: the state of a level, and the weights that
+    backward needs once per chunk of the span it reaches."""
+    model, training = config.model, config.training
+    span, number = training.truncate_tokens or training.seq_length, compute_bytes(training)
+    up_parts = 2 if model.cms.activation == "swiglu" else 1
+    total = 0.0
+    for level in model.cms.levels:
+        if level.ticks and level.inner_chunk_tokens:
+            weights = model.num_layers * model.hidden_size * (up_parts + 1) * level.hidden_size
+            states = 1 + (level.inner_momentum > 0) + (level.inner_chunk_tokens > model.cms.inner_segment_tokens)
+            states += 2 * (model.cms.connection == "nested")
+            chunks = max(1, span // level.inner_chunk_tokens)
+            total += weights * (FP32 * states + number * chunks)
+    return training.micro_batch_size * total
 
 
 def _layer_numbers(
@@ -202,6 +221,7 @@ def estimate(config: RunConfig, world_size: int, hardware: Hardware, utilization
     share = hardware.utilization if utilization is None else utilization
     seq_length = config.training.seq_length
     model_flops = 3 * forward_flops(config.model, seq_length).total
+    model_flops += in_context_flops(config.model, seq_length)
     all_flops = model_flops + recompute_flops(config.model, seq_length, config.training.recompute)
     rate = world_size * hardware.peak_flops * share / all_flops
     return Estimate(

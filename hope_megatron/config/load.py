@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,6 +68,33 @@ def resolve_run_config(data: Mapping[str, Any], overrides: Iterable[str] = (), *
     paths: dict[str, Any] = {name: _absolute(value) for name, value in config.data if isinstance(value, Path)}
     paths["mix_with"] = {name: _absolute(path) for name, path in config.data.mix_with.items()}
     return config.model_copy(update={"data": config.data.model_copy(update=paths)})
+
+
+_INNER_KEY = re.compile(
+    r"cms\.(connection|inner_decay_towards|levels\.\d+\.inner_(chunk_tokens|rate|momentum|weight_decay))"
+)
+
+
+def override_inner_clocks(model: ModelConfig, overrides: Iterable[str]) -> ModelConfig:
+    """The configuration of a trained model with other clocks inside the context.
+
+    Args:
+        overrides: `cms.levels.0.inner_rate=0.01` and the like; only what needs no other parameters.
+
+    Raises:
+        ConfigError: a key that would change parameters, or one line per mistake.
+    """
+    tree = _Tree("the model's configuration")
+    tree.merge({"model": model.model_dump(mode="json")}, "the model's configuration")
+    for path, value, text in map(_parse_override, overrides):
+        joins = path[-1] == "connection" and "independent" in (value, model.cms.connection)
+        if joins or not _INNER_KEY.fullmatch(dotted(path)):
+            raise ConfigError(
+                f"{text}: a trained model can be given inner clocks only: cms.levels.N.inner_chunk_tokens, inner_rate, "
+                "inner_momentum, inner_weight_decay, cms.inner_decay_towards, cms.connection=sequential or nested"
+            )
+        tree.set(("model", *path), value, text)
+    return _validate(ModelConfig, tree.data["model"], tree, ("model",))
 
 
 def dump_config(config: Section) -> str:

@@ -6,6 +6,7 @@ Equation numbers refer to "Nested Learning" (arXiv 2512.24695).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from typing import Any, Literal
 
@@ -210,14 +211,80 @@ class CMSLevelConfig(Section):
     update_period_steps: int = Field(default=1, gt=0)
     """The level's parameters change every this many optimizer steps, by the gradient averaged meanwhile."""
 
+    inner_chunk_tokens: int | None = Field(default=None, gt=0)
+    """In context: a fast copy of the level's matrices changes every this many tokens (eq. 71). None: never."""
+    inner_rate: float = Field(default=0.0, ge=0.0)
+    """In context: step size on the next-token loss, in nats summed over the chunk. 0 is the static level, bit for bit."""
+    inner_rate_kind: Literal["constant", "learned", "per_channel"] = "constant"
+    """inner_rate itself; or times a learned factor that starts at 1, one for the level or one per hidden channel."""
+    inner_momentum: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """In context: momentum of the step, from one update to the next."""
+    inner_weight_decay: float = Field(default=0.0, ge=0.0)
+    """In context: decoupled weight decay of the step; the fast copy loses inner_rate times this per update."""
+
+    @property
+    def ticks(self) -> bool:
+        """Whether the level learns in context."""
+        return self.inner_chunk_tokens is not None and self.inner_rate > 0
+
+    @model_validator(mode="after")
+    def _check(self) -> CMSLevelConfig:
+        if self.inner_rate > 0 and self.inner_chunk_tokens is None:
+            raise ConfigError(
+                f"a CMS level has inner_rate={self.inner_rate:g} but no inner_chunk_tokens, so it never ticks in context; "
+                "set inner_chunk_tokens, for example 64, or inner_rate=0"
+            )
+        if self.inner_rate * self.inner_weight_decay >= 1:
+            raise ConfigError(
+                f"inner_rate={self.inner_rate:g} times inner_weight_decay={self.inner_weight_decay:g} is 1 or more: an update "
+                "would forget everything and overshoot; lower one of them"
+            )
+        return self
+
 
 class CMSConfig(Section):
-    """The chain of MLPs in the place of the Transformer's MLP."""
+    """The MLPs in the place of the Transformer's MLP."""
 
     levels: tuple[CMSLevelConfig, ...] = Field(min_length=1)
     """Fastest first. One level with period 1 is an ordinary MLP."""
     activation: Literal["swiglu", "silu", "gelu"] = "swiglu"
     """Activation of every level."""
+    connection: Literal["sequential", "nested", "independent"] = "sequential"
+    """A chain (eq. 73); a chain in which a level's start is learnt in context by the next slower one (eq. 72); or levels that
+    see the same input, outputs joined by learned weights (eq. 74)."""
+    inner_decay_towards: Literal["start", "zero"] = "start"
+    """Where inner weight decay pulls a fast copy: to the weights it started from, or to 0 (literal; it forgets pretraining)."""
+
+    @property
+    def learns_in_context(self) -> bool:
+        """Whether any level has a clock inside the context."""
+        return any(level.ticks for level in self.levels)
+
+    @property
+    def inner_segment_tokens(self) -> int:
+        """Tokens between two ticks of the fastest clock; a model that learns in context reads this many at a time."""
+        return min(level.inner_chunk_tokens for level in self.levels if level.ticks and level.inner_chunk_tokens)
+
+    @model_validator(mode="after")
+    def _check(self) -> CMSConfig:
+        clocks = [(i, level.inner_chunk_tokens or 0) for i, level in enumerate(self.levels) if level.ticks]
+        for (i, fast), (j, slow) in itertools.pairwise(clocks):
+            if slow % fast:
+                raise ConfigError(
+                    f"cms.levels[{i}].inner_chunk_tokens={fast} does not divide cms.levels[{j}].inner_chunk_tokens={slow}; "
+                    "levels stand fastest first and each clock divides the next slower one"
+                )
+            if self.connection == "nested" and self.levels[j].inner_rate_kind == "per_channel":
+                raise ConfigError(
+                    f"cms.connection=nested steps the start of level {i} with the rate of level {j}, whose channels are others; "
+                    f"set cms.levels[{j}].inner_rate_kind to constant or learned"
+                )
+        if self.connection == "nested" and len(clocks) < 2:
+            raise ConfigError(
+                f"cms.connection=nested needs two levels with a clock in the context, found {len(clocks)}; set "
+                "inner_chunk_tokens and inner_rate on more levels, or connection=sequential"
+            )
+        return self
 
 
 class MupConfig(Section):

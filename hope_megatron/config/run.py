@@ -36,6 +36,13 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         check_parallel_fits_model(self.model, self.parallel, self.training)
+        check_inner_clocks(self.model, self.parallel, self.training)
+        windowed = self.training.truncate_tokens not in (None, self.training.seq_length)
+        if self.data.reset_at_documents and (windowed or self.model.cms.learns_in_context):
+            raise ConfigError(
+                "data.reset_at_documents=true reads every sequence in one piece, without a state to carry on; it does not go "
+                "with training.truncate_tokens or with inner clocks in the CMS. Set it to false, or leave those out"
+            )
         if self.parallel.zero_stage == 0 and self.training.precision == "bf16":
             raise ConfigError(
                 "parallel.zero_stage=0 with training.precision=bf16 computes a wrong gradient norm in DeepSpeed; "
@@ -113,4 +120,42 @@ def check_parallel_fits_model(model: ModelConfig, parallel: ParallelConfig, trai
             raise ConfigError(
                 f"training.seq_length={training.seq_length} is not a multiple of the memory chunk of {longest} tokens; "
                 f"use {training.seq_length // longest * longest} or {(training.seq_length // longest + 1) * longest}"
+            )
+
+
+def check_inner_clocks(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig) -> None:
+    """Refuse truncation and parallelism that do not fit the clocks inside the context."""
+    window = training.truncate_tokens or training.seq_length
+    if training.seq_length % window:
+        raise ConfigError(
+            f"training.truncate_tokens={window} does not divide training.seq_length={training.seq_length}; change one of them"
+        )
+    tp = parallel.tensor_parallel
+    if parallel.sequence_parallel and window % tp:
+        raise ConfigError(
+            f"training.truncate_tokens={window} is not divisible by parallel.tensor_parallel={tp}, which sequence "
+            f"parallelism needs; use a multiple of {tp}"
+        )
+    if not model.cms.learns_in_context:
+        return
+    if parallel.zero_stage == 3:
+        raise ConfigError(
+            "parallel.zero_stage=3 frees the weights that learning in context differentiates by; use zero_stage 1 or 2"
+        )
+    segment = model.cms.inner_segment_tokens
+    if parallel.sequence_parallel and segment % tp:
+        raise ConfigError(
+            f"the fastest inner_chunk_tokens={segment} is not divisible by parallel.tensor_parallel={tp}, which sequence "
+            f"parallelism needs; use a multiple of {tp}"
+        )
+    if window != training.seq_length and window % segment:
+        raise ConfigError(
+            f"training.truncate_tokens={window} is not a multiple of the fastest inner_chunk_tokens={segment}; change one of them"
+        )
+    for i, level in enumerate(model.cms.levels):
+        if level.ticks and level.inner_rate_kind != "constant" and window < 2 * (level.inner_chunk_tokens or 0):
+            raise ConfigError(
+                f"model.cms.levels[{i}].inner_rate_kind={level.inner_rate_kind} learns from the chunk after an update, but "
+                f"backpropagation spans only {window} tokens (training.seq_length, truncate_tokens) and a chunk "
+                f"{level.inner_chunk_tokens}; make it at least two chunks, or set inner_rate_kind=constant"
             )

@@ -22,6 +22,8 @@ class TrainingConfig(Section):
     """Sequences per optimizer step, over all ranks and accumulation steps."""
     micro_batch_size: int = Field(default=1, gt=0)
     """Sequences per rank and forward pass."""
+    truncate_tokens: int | None = Field(default=None, gt=0)
+    """Backpropagation through a sequence is cut every this many tokens, which bounds memory; None: never."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Compute precision; master weights, memory states and optimizer states are always fp32."""
     seed: int = Field(default=1234, ge=0)
@@ -84,6 +86,9 @@ class DataConfig(Section):
     """Weights of the sets; several phases change them at given token counts. Needed with mix_with."""
     prefetch_steps: int = Field(default=2, ge=0, le=256)
     """Batches of so many steps are read ahead by a thread of each process; 0 reads when the step asks."""
+    reset_at_documents: bool = False
+    """Read each document of a sequence as if it stood alone: memories begin at their learned initial state, and neither
+    convolution nor attention sees the document before."""
     on_corrupt: Literal["stop", "skip"] = "stop"
     """When the content of a training shard is not that of its digest: stop, or go on without loss on its tokens and record it."""
 

@@ -7,6 +7,7 @@ the directory into place: a crash at any moment leaves the old checkpoints, or t
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hope_megatron.config.model import ModelConfig
 from hope_megatron.engine.checkpoint_format import (
     DESCRIPTION,
     FORMAT,
@@ -373,7 +375,7 @@ def check_same_model(checkpoint: Checkpoint, model: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: listing the keys that differ.
     """
-    there, here = _flatten(checkpoint.config["model"]), _flatten(model)
+    there, here = _flatten(_completed(checkpoint.config["model"])), _flatten(model)
     keys = [key for key in sorted({*there, *here}) if key != "name" and there.get(key) != here.get(key)]
     if keys:
         lines = [f"model.{key}: {there.get(key)!r} in the checkpoint, {here.get(key)!r} in this run" for key in keys]
@@ -381,6 +383,11 @@ def check_same_model(checkpoint: Checkpoint, model: Mapping[str, Any]) -> None:
             f"{checkpoint.path} belongs to another model:\n  " + "\n  ".join(lines) + "\n"
             "Use the configuration it was written with, or give this run another name."
         )
+
+
+def _completed(model: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A saved configuration with the defaults of fields that did not exist then."""
+    return ModelConfig.model_validate_json(json.dumps(model), strict=True).model_dump(mode="json")
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -42,6 +42,7 @@ class Engine:
         self.model = model
         self.optimizer = optimizer
         self.accumulation_steps = config.accumulation_steps(mesh.world_size)
+        self._learns = config.model.cms.learns_in_context
         reduce_sequence_parallel_gradients(model, mesh.tp_group)
         self._deepspeed = initialize(model, optimizer, config, mesh)
         self.zero = self._deepspeed.optimizer
@@ -59,6 +60,9 @@ class Engine:
     ) -> Tensor:
         """Accumulate the gradient of one micro-batch's share of the mean loss over the global batch.
 
+        Under `training.truncate_tokens` the sequences are read window after window, each with a backward pass of its own and
+        the state carried on. A model with inner clocks learns in context as it reads.
+
         DeepSpeed averages gradients over data parallelism, so the sum of losses is multiplied by that size first: after
         `accumulation_steps` calls the gradient is that of (sum of losses over the global batch) / global_valid_tokens,
         however the valid tokens are spread.
@@ -73,11 +77,18 @@ class Engine:
             Sum of this micro-batch's losses, on the device, detached.
         """
         self._passes += 1
-        last = self._passes == self.accumulation_steps
-        self._deepspeed.set_gradient_accumulation_boundary(last)
-        loss_sum = self._deepspeed(tokens, targets, documents=documents).losses.sum()
-        self._deepspeed.backward(loss_sum * (self.mesh.dp_size / global_valid_tokens), scale_wrt_gas=False)
-        return loss_sum.detach()
+        window = self.config.training.truncate_tokens or tokens.size(1)
+        windows = list(zip(tokens.split(window, 1), targets.split(window, 1), strict=True))
+        state, total = None, torch.zeros((), device=self.mesh.device)
+        for i, (x, y) in enumerate(windows):
+            last = i == len(windows) - 1
+            self._deepspeed.set_gradient_accumulation_boundary(last and self._passes == self.accumulation_steps)
+            output = self._deepspeed(x, y, state, documents=documents, return_state=not last, learn=self._learns)
+            loss_sum = output.losses.sum()
+            self._deepspeed.backward(loss_sum * (self.mesh.dp_size / global_valid_tokens), scale_wrt_gas=False)
+            total += loss_sum.detach()
+            state = output.state.detach() if output.state is not None else None
+        return total
 
     def step(self, lr_multiplier: float = 1.0) -> float:
         """Clip and update with the accumulated gradients.
@@ -116,19 +127,23 @@ class Engine:
             raise NonFiniteError(f"the loss is NaN or infinite on rank {', '.join(map(str, ranks))}")
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
-        """Sum of losses and number of valid tokens of a batch, over the data-parallel ranks.
+    def evaluate(
+        self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None, *, learn: bool = True
+    ) -> Tensor:
+        """Sum of losses and number of valid tokens of a batch, over the data-parallel ranks. A model with inner clocks
+        learns in context, as it does in training.
 
         Args:
             tokens: [B, T] int64, different on each data-parallel rank; all ranks call together.
             targets: [B, T] int64; -100 does not count.
             documents: see `LanguageModel.forward`.
+            learn: False reads with static levels, in one piece.
 
         Returns:
             [2] float64 on the device: sum of losses, number of valid tokens.
         """
         self.model.eval()
-        losses = self.model(tokens, targets, documents=documents).losses
+        losses = self.model(tokens, targets, documents=documents, learn=learn and self._learns).losses
         self.model.train()
         sums = torch.stack([losses.double().sum(), (targets != -100).sum().double()])
         dist.all_reduce(sums, group=self.mesh.dp_group)

@@ -88,6 +88,7 @@ def score_heldout(
     window_tokens: int,
     batch_size: int = 8,
     stride_tokens: int | None = None,
+    learn: bool = False,
 ) -> np.ndarray:
     """Loss of every target of a token stream.
 
@@ -100,6 +101,7 @@ def score_heldout(
         batch_size: rows per forward pass.
         stride_tokens: rows of `context_tokens` begin this many tokens after one another, and all but the first score only
             their last `stride_tokens` targets: the others are context. None: rows do not overlap.
+        learn: the model learns in context as it reads a row; windows are then whole segments of its fastest inner clock.
 
     Returns:
         [n] float64, nats of targets tokens[1:], in order.
@@ -119,6 +121,10 @@ def score_heldout(
             f"a stride of {stride_tokens} tokens with a context of {context_tokens}: sliding needs a context of so many "
             "tokens, and a stride between 1 and that"
         )
+    if learn:
+        segment = model.model_config.cms.inner_segment_tokens
+        window_tokens = max(1, window_tokens // segment) * segment
+    learning = {"learn": True} if learn else {}  # a plain model need not know the word
     length = row_tokens(num_targets, context_tokens, batch_size)
     inputs, targets = _rows(tokens, length) if stride_tokens is None else _sliding_rows(tokens, length, stride_tokens)
     losses = np.zeros(inputs.shape)
@@ -131,7 +137,7 @@ def score_heldout(
             for column in range(0, inputs.shape[1], window_tokens):
                 piece = (slice(row, row + batch_size), slice(column, column + window_tokens))
                 x, y = (torch.from_numpy(ids[piece]).to(device) for ids in (inputs, targets))
-                output = model(x, targets=y, state=state, return_state=True)
+                output = model(x, targets=y, state=state, return_state=True, **learning)
                 state = output.state
                 losses[piece] = output.losses.double().cpu().numpy()
     finally:

@@ -24,9 +24,11 @@ class TextTokenizer(Protocol):
         """Text of token ids."""
 
 
-def new_document(model: LanguageModel, tokenizer: TextTokenizer, batch_size: int = 1) -> Decoder:
+def new_document(
+    model: LanguageModel, tokenizer: TextTokenizer, batch_size: int = 1, kind: type[Decoder] = Decoder
+) -> Decoder:
     """Streams at the beginning of a document: in training an end mark stands before each."""
-    decoder = Decoder(model, batch_size)
+    decoder = kind(model, batch_size)
     decoder.append(torch.full((batch_size, 1), tokenizer.eos_id))
     return decoder
 
@@ -41,18 +43,20 @@ def complete(
     options: SamplingOptions,
     rng: torch.Generator,
     end_id: int | None = None,
+    kind: type[Decoder] = Decoder,
 ) -> list[str]:
     """Continue a prompt `num_samples` times, as one batch.
 
     Args:
         rng: source of the draws, on the model's device.
         end_id: token that ends a continuation and is not part of it; None: the end of a document, -1: nothing does.
+        kind: LearningDecoder for a model that learns in context.
 
     Returns:
         The continuations, without the prompt.
     """
     end_id = tokenizer.eos_id if end_id is None else end_id
-    decoder = new_document(model, tokenizer, num_samples)
+    decoder = new_document(model, tokenizer, num_samples, kind)
     decoder.append(torch.from_numpy(tokenizer.encode(prompt)).expand(num_samples, -1))
     rows: list[list[int]] = [[] for _ in range(num_samples)]
     running = set(range(num_samples))

@@ -6,14 +6,18 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
+from hope_megatron.config.model import CMSLevelConfig
 from hope_megatron.generation.decoder import Decoder
 from hope_megatron.generation.errors import GenerationError
 from hope_megatron.model import LanguageModel, ModelState
+from hope_megatron.model.in_context import InContextError, initial_inner_state
 
 FORMAT = "hope-state-v1"
 _STATE_PREFIX = "state."
@@ -45,11 +49,14 @@ def save_state(path: Path, decoder: Decoder) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load_state(path: Path, model: LanguageModel) -> Decoder:
+def load_state(path: Path, model: LanguageModel, kind: type[Decoder] = Decoder) -> Decoder:
     """The decoder as it was saved, over the same model.
 
+    Args:
+        kind: LearningDecoder to go on learning in context. A plain decoder uses what was learnt, and learns no more.
+
     Raises:
-        GenerationError: the file is missing or damaged, or belongs to another model.
+        GenerationError: the file is missing or damaged, belongs to another model, or was learnt by other clocks.
     """
     if not path.is_file():
         raise GenerationError(f"the state file {path} does not exist")
@@ -70,13 +77,35 @@ def load_state(path: Path, model: LanguageModel) -> Decoder:
     state = None
     if tensors:
         flat = {name.removeprefix(_STATE_PREFIX): tensor for name, tensor in tensors.items()}
-        state = ModelState.from_tensors(flat, like=model.init_state(pending.size(0))).to(device)
-    return Decoder(model, pending.size(0), state=state, pending=pending.to(device), seen=seen.to(device))
+        state = _state_from(flat, model, pending.size(0), path).to(device)
+    return kind(model, pending.size(0), state=state, pending=pending.to(device), seen=seen.to(device))
+
+
+def _state_from(tensors: dict[str, Tensor], model: LanguageModel, batch_size: int, path: Path) -> ModelState:
+    like = model.init_state(batch_size)
+    if any(name.startswith("inner.") for name in tensors):
+        try:
+            like = like._replace(inner=initial_inner_state(model, batch_size))
+        except InContextError:
+            raise GenerationError(
+                f"{path} was learnt in context; give the model its clocks with --learn KEY=VALUE"
+            ) from None
+    fits = like.tensors().items()
+    if {name: t.shape for name, t in fits if name.startswith("inner.")} != {
+        name: t.shape for name, t in tensors.items() if name.startswith("inner.")
+    }:
+        raise GenerationError(
+            f"{path} was learnt in context by other clocks; give --learn the keys it was made with, or begin a new state file"
+        )
+    return ModelState.from_tensors(tensors, like=like)
 
 
 def model_identity(model: LanguageModel) -> str:
     """A digest of the configuration and of the first 4 KiB of every parameter: cheap, and any step changes it."""
-    digest = hashlib.sha256(json.dumps(model.model_config.model_dump(mode="json"), sort_keys=True).encode())
+    clocks = {name for name in CMSLevelConfig.model_fields if name.startswith("inner_")}  # may change under a state
+    changing: Any = {"cms": {"connection": True, "inner_decay_towards": True, "levels": {"__all__": clocks}}}
+    config = model.model_config.model_dump(mode="json", exclude=changing)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
         head = parameter.detach().reshape(-1)[:1024].float().cpu().contiguous()

@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from hope_megatron.config.model import ModelConfig
+from hope_megatron.layers.continuum_mlp import FastLevels
 from hope_megatron.layers.norm import RMSNorm
 
 
@@ -40,7 +41,10 @@ class HopeLayer(MegatronModule):
         """The mixer's state for `batch_size` new streams."""
         return self.mixer.init_state(batch_size)
 
-    def forward(self, x: Tensor, state: Any = None, documents: Tensor | None = None) -> tuple[Tensor, Any]:
-        """x [T, B, D], or [T/tp, B, D] under sequence parallelism; documents as for the mixers, [B, T]."""
+    def forward(
+        self, x: Tensor, state: Any = None, documents: Tensor | None = None, fast: FastLevels | None = None
+    ) -> tuple[Tensor, Any]:
+        """x [T, B, D], or [T/tp, B, D] under sequence parallelism; documents as for the mixers, [B, T]; `fast` as for
+        ContinuumMLP."""
         y, state = self.mixer(self.norm(x), state, documents)
-        return self.mlp(x + y), state
+        return self.mlp(x + y, fast), state

@@ -1,22 +1,45 @@
-"""The continuum memory system (eqs. 70-74): a chain of residual MLPs, each with a clock of its own.
+"""The continuum memory system (eqs. 70-74): residual MLPs, each with a clock of its own, or two.
 
-On this clock (optimizer steps) a level differs from an ordinary MLP only by the tag `update_period_steps` on its
-parameters, which the optimizer obeys.
+On the outer clock (optimizer steps) a level differs from an ordinary MLP only by the tag `update_period_steps` on its
+parameters, which the optimizer obeys. On the inner clock (tokens) it is given fast copies of its matrices, one per context,
+at each call; who makes them is `inner_update.py` and `model/in_context.py`.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from hope_megatron.config.model import CMSLevelConfig, ModelConfig
-from hope_megatron.layers.linear import column_parallel, enter_parallel_region, row_parallel
+from hope_megatron.layers.linear import (
+    column_parallel,
+    enter_parallel_region,
+    leave_parallel_region,
+    linear_per_context,
+    ones,
+    row_parallel,
+    zeros,
+)
 from hope_megatron.layers.norm import RMSNorm
-from hope_megatron.layers.parameters import normal
+from hope_megatron.layers.parameters import declare, normal
+
+
+class FastWeights(NamedTuple):
+    """A level's two matrices, one copy per context: this rank's shard, laid out as the layer's own."""
+
+    up: Tensor  # [B, (2 if swiglu) h, D]
+    down: Tensor  # [B, D, h]
+
+
+FastLevels = tuple[FastWeights | None, ...]
+"""Of one layer, by level; None for a level that is static."""
 
 
 class CMSLevel(MegatronModule):
@@ -25,16 +48,16 @@ class CMSLevel(MegatronModule):
     def __init__(self, config: TransformerConfig, model: ModelConfig, level: CMSLevelConfig):
         super().__init__(config)
         self.activation = model.cms.activation
-        blocks = 2 if self.activation == "swiglu" else 1
+        self.blocks = 2 if self.activation == "swiglu" else 1
         self.norm = RMSNorm(
             model.hidden_size, model.norm_epsilon, sum_over_tp=config.sequence_parallel, dtype=config.params_dtype
         )
         self.up = column_parallel(
             model.hidden_size,
-            blocks * level.hidden_size,
+            self.blocks * level.hidden_size,
             config,
             normal(model.hidden_init_std),
-            blocks=blocks,
+            blocks=self.blocks,
             fused_apart=True,
         )
         self.down = row_parallel(
@@ -43,27 +66,69 @@ class CMSLevel(MegatronModule):
             config,
             normal(model.hidden_init_std / math.sqrt(2 * model.num_layers)),
         )
+        self.log_rate = _log_rate(level, config.params_dtype)
         for parameter in self.parameters():
             parameter.update_period_steps = level.update_period_steps
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.up(enter_parallel_region(self.norm(x), self.config))[0]
+    def forward(self, x: Tensor, fast: FastWeights | None = None) -> Tensor:
+        """x [T, B, D] or its sequence shard; `fast` takes the place of the level's matrices."""
+        return x + self.branch(x, fast)
+
+    def branch(self, x: Tensor, fast: FastWeights | None = None) -> Tensor:
+        """MLP(norm(x))."""
+        x = enter_parallel_region(self.norm(x), self.config)
+        hidden = self.up(x)[0] if fast is None else linear_per_context(x, fast.up)
         if self.activation == "swiglu":
             gate, hidden = hidden.chunk(2, dim=-1)
             hidden = F.silu(gate) * hidden
         else:
             hidden = F.silu(hidden) if self.activation == "silu" else F.gelu(hidden)
-        return x + self.down(hidden)[0]
+        if fast is None:
+            return self.down(hidden)[0]
+        return leave_parallel_region(linear_per_context(hidden, fast.down), self.config)
+
+    def rate_factors(self) -> tuple[Tensor, Tensor] | None:
+        """What the level has learnt about its inner rate, to be multiplied with steps of `up` and `down`; None if nothing."""
+        if self.log_rate is None:
+            return None
+        factor = self.log_rate.exp()
+        if factor.numel() == 1:
+            return factor, factor
+        return factor.repeat(self.blocks).unsqueeze(1), factor  # a hidden channel is a row of up, a column of down
+
+
+def _log_rate(level: CMSLevelConfig, dtype: torch.dtype) -> nn.Parameter | None:
+    """Log of the learned factor of a level's inner rate: [1], or this rank's channels."""
+    if not level.ticks or level.inner_rate_kind == "constant":
+        return None
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    if level.inner_rate_kind == "learned":
+        # each rank sees the steps of its own shard
+        return declare(nn.Parameter(torch.empty(1, dtype=dtype)), zeros, sum_over_tp=tp > 1)
+    return declare(nn.Parameter(torch.empty(level.hidden_size // tp, dtype=dtype)), zeros, shard_dim=0)
 
 
 class ContinuumMLP(MegatronModule):
-    """The chain of levels, fastest first (eq. 70)."""
+    """The levels, fastest first (eq. 70): a chain, or side by side (eq. 74)."""
 
     def __init__(self, config: TransformerConfig, model: ModelConfig):
         super().__init__(config)
         self.levels = nn.ModuleList(CMSLevel(config, model, level) for level in model.cms.levels)
+        self.join = None
+        if model.cms.connection == "independent":
+            weight = nn.Parameter(torch.empty(len(self.levels), model.hidden_size, dtype=config.params_dtype))
+            self.join = declare(weight, ones, sum_over_tp=config.sequence_parallel)
 
-    def forward(self, x: Tensor) -> Tensor:
-        for level in self.levels:
-            x = level(x)
+    def forward(self, x: Tensor, fast: FastLevels | None = None) -> Tensor:
+        """x [T, B, D] or its sequence shard.
+
+        Args:
+            fast: weights that take the place of the levels' own, where a level has learnt in context.
+        """
+        fast = fast or (None,) * len(self.levels)
+        if self.join is not None:
+            branches = (level.branch(x, weights) for level, weights in zip(self.levels, fast, strict=True))
+            return x + sum(weight * y for weight, y in zip(self.join, branches, strict=True))
+        for level, weights in zip(self.levels, fast, strict=True):
+            x = level(x, weights)
         return x

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -18,7 +21,25 @@ def enter_parallel_region(x: Tensor, config: TransformerConfig) -> Tensor:
     sequence parallelism. Backward sums over tensor-parallel ranks, once for all of them."""
     if config.sequence_parallel:
         return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True)
-    return copy_to_tensor_model_parallel_region(x)
+    x = copy_to_tensor_model_parallel_region(x)
+    if x.requires_grad:
+        x.register_hook(
+            torch.Tensor.contiguous
+        )  # Megatron-Core's sum in backward gets lost where the gradient is strided
+    return x
+
+
+def leave_parallel_region(y: Tensor, config: TransformerConfig) -> Tensor:
+    """Output [T, B, D] of this rank's part of a row-parallel product: summed over tensor-parallel ranks, and scattered along
+    the sequence under sequence parallelism."""
+    if config.sequence_parallel:
+        return reduce_scatter_to_sequence_parallel_region(y)
+    return reduce_from_tensor_model_parallel_region(y.contiguous())  # its sum of a strided tensor would get lost
+
+
+def linear_per_context(x: Tensor, weight: Tensor) -> Tensor:
+    """y = x W^T with a matrix of its own for each context: x [T, B, in], weight [B, out, in] -> [T, B, out]."""
+    return torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
 
 
 class _GatheredColumnParallelLinear(ColumnParallelLinear):
@@ -91,3 +112,4 @@ def row_parallel(input_size: int, output_size: int, config: TransformerConfig, i
 
 
 zeros = constant(0.0)
+ones = constant(1.0)

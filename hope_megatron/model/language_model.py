@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hope_megatron.config.model import ModelConfig
+from hope_megatron.layers.continuum_mlp import FastLevels
 from hope_megatron.layers.linear import column_parallel, enter_parallel_region
 from hope_megatron.layers.memory_mixer import MemoryMixer
 from hope_megatron.layers.norm import RMSNorm
 from hope_megatron.layers.parameters import declare, normal
 from hope_megatron.layers.specs import layer_spec
+from hope_megatron.model.in_context import FastModel, fast_weights, read_and_learn
 from hope_megatron.model.sharded_state import sharded_parameters
 from hope_megatron.model.state import ModelState
 
@@ -92,6 +94,8 @@ class LanguageModel(MegatronModule):
         *,
         documents: Tensor | None = None,
         return_state: bool = False,
+        learn: bool = False,
+        fast: FastModel | None = None,
     ) -> ModelOutput:
         """Read a piece of each stream.
 
@@ -100,28 +104,58 @@ class LanguageModel(MegatronModule):
             targets: [B, T] int64, the next tokens, or IGNORE. With targets the result holds losses, without them logits.
             state: where the streams stand; None begins new ones.
             documents: number of the document that each token belongs to, [B, T] integers. Each document is then read as if
-                it stood alone. Neither with `state` nor with `return_state`.
+                it stood alone. Neither with `state` nor with `return_state` nor with `learn`.
             return_state: also return where they stand now.
+            learn: let the inner clocks tick on the way; see `read_and_learn`. Otherwise what the state has learnt is used,
+                and stays as it is.
+            fast: what `fast_weights` made of the state, for callers that read many pieces at the same weights.
 
         Under sequence parallelism T must be divisible by the tensor-parallel size.
         """
-        if documents is not None and (state is not None or return_state):
-            raise ValueError("documents that are read apart leave no state to go on from, and take none")
-        x = self._embed(tokens)
-        states = []
-        for layer, layer_state in zip(self.layers, state.layers if state else [None] * len(self.layers)):
-            if self.recompute == "layer" and torch.is_grad_enabled():
-                x, layer_state = checkpoint(layer, x, layer_state, documents, use_reentrant=False)
-            else:
-                x, layer_state = layer(x, layer_state, documents)
-            states.append(layer_state if return_state else None)
-        logits = self._head(self.norm(x))
-        end = ModelState(tuple(states)) if return_state else None
+        if documents is not None and (state is not None or return_state or learn):
+            raise ValueError("documents that are read apart leave no state to go on or to learn from, and take none")
+        if learn:
+            assert targets is not None, "learning in context needs targets"
+            losses, state = read_and_learn(self, tokens, targets, state, return_state=return_state)
+            return ModelOutput(losses, None, state)
+        inner = state.inner if state else None
+        fast = fast_weights(self, inner) if fast is None else fast
+        logits, states = self.read(tokens, state.layers if state else None, fast, documents)
+        end = ModelState(states, inner) if return_state else None
         if targets is None:
             logits = gather_from_tensor_model_parallel_region(logits.float())
             return ModelOutput(None, logits[..., : self.model_config.vocab_size].transpose(0, 1), end)
+        return ModelOutput(self.losses(logits, targets), None, end)
+
+    def read(
+        self,
+        tokens: Tensor,
+        states: tuple[Any, ...] | None,
+        fast: FastModel | None,
+        documents: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """This rank's logits [T, B, padded_vocab / tp] of tokens [B, T], and the mixers' states after them.
+
+        Args:
+            states: those of the mixers, by layer.
+            fast: weights in the place of the CMS levels' own, by layer and level.
+            documents: as for `forward`.
+        """
+        x = self._embed(tokens)
+        ends = []
+        nothing: tuple[FastLevels | None, ...] = (None,) * len(self.layers)
+        for layer, layer_state, weights in zip(self.layers, states or nothing, fast or nothing, strict=True):
+            if self.recompute == "layer" and torch.is_grad_enabled():
+                x, layer_state = checkpoint(layer, x, layer_state, documents, weights, use_reentrant=False)
+            else:
+                x, layer_state = layer(x, layer_state, documents, weights)
+            ends.append(layer_state)
+        return self._head(self.norm(x)), tuple(ends)
+
+    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Losses [B, T] float32 of `read`'s logits, which are used up: Megatron-Core overwrites them."""
         losses = vocab_parallel_cross_entropy(logits.float(), targets.t().contiguous()).t()
-        return ModelOutput(losses * (targets != IGNORE), None, end)
+        return losses * (targets != IGNORE)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """[B, T] -> [T, B, D], or [T/tp, B, D] under sequence parallelism."""

@@ -1,4 +1,4 @@
-"""The state of a model's streams: what each layer's mixer remembers."""
+"""The state of a model's streams: what each layer's mixer remembers, and what its levels have learnt in context."""
 
 from __future__ import annotations
 
@@ -8,11 +8,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hope_megatron.layers.inner_update import LevelState
+
+
+class InnerState(NamedTuple):
+    """What streams have learnt in context: by layer and level, None for static levels. Constant in size."""
+
+    layers: tuple[tuple[LevelState | None, ...], ...]
+    position: int
+    """Tokens read while learning; all streams stand at the same one."""
+
 
 class ModelState(NamedTuple):
     """One state per layer. A constant number of bytes for memory mixers; growing with the stream for attention."""
 
     layers: tuple[Any, ...]
+    inner: InnerState | None = None
+    """None: nothing was learnt, every level is static."""
 
     def detach(self) -> ModelState:
         """Cut the autograd graph: truncated backpropagation through the stream."""

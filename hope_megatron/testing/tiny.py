@@ -36,6 +36,7 @@ def tiny_run_config(
     output_dir: Path | str = "runs",
     hidden_size: int = 32,
     mup_base_width: int | None = None,
+    cms: CMSConfig | None = None,
     training: Mapping[str, Any] | None = None,
     optim: Mapping[str, Any] | None = None,
     checkpoint: Mapping[str, Any] | None = None,
@@ -52,7 +53,8 @@ def tiny_run_config(
             num_heads=2,
             memory=MemoryConfig(chunk_tokens=8),
             mup=MupConfig(base_width=mup_base_width) if mup_base_width else None,
-            cms=CMSConfig(
+            cms=cms
+            or CMSConfig(
                 levels=(CMSLevelConfig(hidden_size=32), CMSLevelConfig(hidden_size=16, update_period_steps=2))
             ),
         ),
@@ -83,6 +85,7 @@ class RepeatingSource:
 
     def __init__(self, seed: int = 0, seq_length: int = SEQ_LENGTH, num_samples: int = 1000) -> None:
         self.seed, self.seq_length, self.num_samples = seed, seq_length, num_samples
+        self.end_id = 0
 
     def sample(self, number: int) -> np.ndarray:
         """int64 [seq_length + 1]."""

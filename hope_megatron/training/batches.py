@@ -30,6 +30,8 @@ class SampleSource(Protocol):
     """Tokens per sample that the model sees; a sample has one more, the last target."""
     num_samples: int
     """Samples per epoch."""
+    end_id: int
+    """Token that ends every document; used with data.reset_at_documents."""
 
     def sample(self, number: int) -> np.ndarray:
         """Sample `number`: int64 [seq_length + 1]. Negative ids are no input and no target."""
@@ -73,6 +75,7 @@ class BatchReader:
         self._global_batch_size = config.training.global_batch_size
         self._micro_batch_size = config.training.micro_batch_size
         self._depth = config.data.prefetch_steps
+        self._end_id = source.end_id if config.data.reset_at_documents else None
         self._pending: collections.deque[tuple[int, Future[np.ndarray]]] = collections.deque()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batch-reader")
 
@@ -94,6 +97,10 @@ class BatchReader:
         self.stall_s += time.perf_counter() - started
         size = self._micro_batch_size
         return [_to_device(rows[i : i + size], self._mesh.device) for i in range(0, len(rows), size)]
+
+    def documents(self, tokens: Tensor) -> Tensor | None:
+        """Documents of a micro-batch [B, T] if they are read apart, else None."""
+        return None if self._end_id is None else document_numbers(tokens, self._end_id)
 
     def _submit(self, first: int) -> None:
         numbers = rank_samples(first, self._global_batch_size, self._mesh.dp_rank, self._mesh.dp_size)
@@ -119,6 +126,12 @@ class BatchReader:
 
 def _read(source: SampleSource, numbers: range) -> np.ndarray:
     return np.stack([source.sample(number) for number in numbers])
+
+
+def document_numbers(tokens: Tensor, end_id: int) -> Tensor:
+    """Number of the document of every token within its sequence, [B, T] int64; an end mark belongs to what it ends."""
+    ends = (tokens == end_id).long()
+    return ends.cumsum(1) - ends
 
 
 def heldout_batches(

@@ -73,7 +73,8 @@ class HeldoutEvaluation(Callback):
         batches = heldout_batches(
             source, training.eval_sequences, training.micro_batch_size, mesh.dp_rank, mesh.dp_size, mesh.device
         )
-        run.metrics["heldout/loss"] = evaluate(run.engine, batches)
+        end_id = source.end_id if run.config.data.reset_at_documents else None
+        run.metrics["heldout/loss"] = evaluate(run.engine, batches, end_id)
 
 
 class MemoryHealth(Callback):
@@ -94,7 +95,7 @@ class MemoryHealth(Callback):
             batch_size, mesh = run.config.training.global_batch_size, run.engine.mesh
             first = rank_samples(run.state.samples - batch_size, batch_size, mesh.dp_rank, mesh.dp_size).start
             tokens, targets = micro_batches(run.train_source, range(first, first + 1), 1, mesh.device)[0]
-            run.metrics |= measure_memories(run.engine.model, lambda: run.engine.evaluate(tokens, targets))
+            run.metrics |= measure_memories(run.engine.model, lambda: run.engine.evaluate(tokens, targets, learn=False))
 
     @staticmethod
     def _moves_due_level(run: Run, step: int) -> bool:

@@ -10,7 +10,7 @@ import torch
 from hope_megatron.config.run import RunConfig
 from hope_megatron.engine.engine import Engine
 from hope_megatron.optim import lr_at
-from hope_megatron.training.batches import IGNORE, BatchReader
+from hope_megatron.training.batches import IGNORE, BatchReader, document_numbers
 from hope_megatron.training.state import TrainingState
 
 
@@ -43,7 +43,7 @@ def train_step(engine: Engine, reader: BatchReader, state: TrainingState, config
 
     loss_sum = torch.zeros((), device=mesh.device)
     for tokens, targets in batches:
-        loss_sum += engine.forward_backward(tokens, targets, valid)
+        loss_sum += engine.forward_backward(tokens, targets, valid, reader.documents(tokens))
     engine.check_finite(loss_sum)
 
     multiplier = learning_rate_multiplier(state.step, config)
@@ -62,10 +62,14 @@ def learning_rate_multiplier(step: int, config: RunConfig) -> float:
     return lr_at(step, SimpleNamespace(**config.optim.model_dump(), total_steps=config.training.steps))
 
 
-def evaluate(engine: Engine, batches) -> float:
-    """Mean loss in nats per token over batches of (tokens, targets), as `heldout_batches` gives them."""
+def evaluate(engine: Engine, batches, end_id: int | None = None) -> float:
+    """Mean loss in nats per token over batches of (tokens, targets), as `heldout_batches` gives them.
+
+    end_id: read documents, which end with this token, apart.
+    """
     sums = torch.zeros(2, dtype=torch.float64, device=engine.mesh.device)
     for tokens, targets in batches:
-        sums += engine.evaluate(tokens, targets)
+        documents = None if end_id is None else document_numbers(tokens, end_id)
+        sums += engine.evaluate(tokens, targets, documents)
     loss_sum, num_tokens = sums.tolist()
     return loss_sum / num_tokens

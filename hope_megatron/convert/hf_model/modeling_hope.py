@@ -156,34 +156,46 @@ class AttentionMixer(nn.Module):
 
 
 class CMSLevel(nn.Module):
-    """x + MLP(norm(x))."""
+    """x + MLP(norm(x)), static: the clock inside the context is hope_megatron's, its learned rate is kept beside."""
 
-    def __init__(self, model: SimpleNamespace, hidden_size: int) -> None:
+    def __init__(self, model: SimpleNamespace, level: dict[str, Any]) -> None:
         super().__init__()
+        hidden_size, kind = level["hidden_size"], level.get("inner_rate_kind", "constant")
         self.activation = model.cms.activation
         blocks = 2 if self.activation == "swiglu" else 1
         self.norm = RMSNorm(model.hidden_size, model.norm_epsilon)
         self.up = nn.Linear(model.hidden_size, blocks * hidden_size, bias=False)
         self.down = nn.Linear(hidden_size, model.hidden_size, bias=False)
+        ticks = level.get("inner_chunk_tokens") is not None and level.get("inner_rate", 0.0) > 0
+        size = {"constant": 0, "learned": 1, "per_channel": hidden_size}[kind]
+        self.log_rate = nn.Parameter(torch.zeros(size)) if ticks and size else None
 
     def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+    def branch(self, x: Tensor) -> Tensor:
+        """MLP(norm(x))."""
         hidden = self.up(self.norm(x))
         if self.activation == "swiglu":
             gate, hidden = hidden.chunk(2, dim=-1)
             hidden = F.silu(gate) * hidden
         else:
             hidden = F.silu(hidden) if self.activation == "silu" else F.gelu(hidden)
-        return x + self.down(hidden)
+        return self.down(hidden)
 
 
 class ContinuumMLP(nn.Module):
-    """The continuum memory system: a chain of levels."""
+    """The continuum memory system: a chain of levels, or levels side by side."""
 
     def __init__(self, model: SimpleNamespace) -> None:
         super().__init__()
-        self.levels = nn.ModuleList(CMSLevel(model, level["hidden_size"]) for level in model.cms.levels)
+        self.levels = nn.ModuleList(CMSLevel(model, level) for level in model.cms.levels)
+        independent = getattr(model.cms, "connection", "sequential") == "independent"
+        self.join = nn.Parameter(torch.ones(len(self.levels), model.hidden_size)) if independent else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.join is not None:
+            return x + sum(weight * level.branch(x) for weight, level in zip(self.join, self.levels))
         for level in self.levels:
             x = level(x)
         return x

@@ -9,6 +9,7 @@ and ns scalar memories, stacked memory-major in the batch dim of every product: 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -62,12 +63,12 @@ def memory_chunked(
     rates = [None if r is None else r.transpose(1, 2).reshape(B * H, T).to(dtype) for r in logits]
 
     tensors = [unit(flat[0]), *flat[1:], *rates]
+    scan = _scan
     if supports(rule, groups, tensors):
-        y, groups = _fused(tensors, rule, groups, state.position, recompute, segment_tokens)
+        scan = functools.partial(_fused, recompute=recompute, segment_tokens=segment_tokens)
     elif recompute and torch.is_grad_enabled():
-        y, groups = _recomputed(tensors, rule, groups, state.position, segment_tokens)
-    else:
-        y, groups = _scan(tensors, rule, groups, state.position)
+        scan = functools.partial(_recomputed, segment_tokens=segment_tokens)
+    y, groups = _between_borders(scan, tensors, rule, groups, state.position)
     return y.view(B, H, T, d).transpose(1, 2).to(q.dtype), join_state(groups, B, state.position + T)
 
 
@@ -81,37 +82,32 @@ def _scan(tensors, rule: MemoryRule, groups: tuple[Group, ...], position: int) -
     return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], groups
 
 
-def _recomputed(tensors, rule: MemoryRule, groups, position: int, segment_tokens: int | None):
-    """`_scan` in bounded memory, from the first border of a period on."""
+def _between_borders(scan, tensors, rule: MemoryRule, groups, position: int) -> tuple[Tensor, tuple[Group, ...]]:
+    """`scan` for whole periods, which is all that it can; `_scan` before the first border and after the last one."""
     period, T = period_tokens(rule), tensors[0].size(1)
     head = min(T, -position % period)
-    if head:
-        first, tensors = zip(*((None, None) if x is None else x.split([head, T - head], 1) for x in tensors))
-        y_head, groups = _scan(first, rule, groups, position)
-        if head == T:
-            return y_head, groups
-    length = segment_tokens or default_segment_tokens(T - head, period, groups)
-    y, groups = bounded_scan(_scan, list(tensors), rule, groups, position + head, -(-length // period) * period)
-    return torch.cat([y_head, y], 1) if head else y, groups
-
-
-def _fused(tensors, rule: MemoryRule, groups, position: int, recompute: bool, segment_tokens: int | None):
-    """Whole chunks by fused.py; the token loop's rest before the first border and after the last one by `_scan`."""
-    C, T = rule.chunk_tokens, tensors[0].size(1)
-    head = min(T, -position % C)
-    lengths = [head, (T - head) // C * C, (T - head) % C]
+    lengths = [head, (T - head) // period * period, (T - head) % period]
+    pieces = zip(*((None, None, None) if x is None else x.split(lengths, 1) for x in tensors))
     outputs = []
-    for i, piece in enumerate(zip(*(x.split(lengths, 1) if x is not None else [None] * 3 for x in tensors))):
-        if lengths[i] == 0:
-            continue
-        if i == 1:
-            y, group = fused_scan(list(piece[:5]), rule, groups[0], recompute=recompute, segment_tokens=segment_tokens)
-            groups = (group,)
-        else:
-            y, groups = _scan(piece, rule, groups, position)
-        position += lengths[i]
-        outputs.append(y)
+    for length, piece, way in zip(lengths, pieces, (_scan, scan, _scan)):
+        if length:
+            y, groups = way(piece, rule, groups, position)
+            position += length
+            outputs.append(y)
     return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], groups
+
+
+def _fused(tensors, rule: MemoryRule, groups, position: int, *, recompute: bool, segment_tokens: int | None):
+    """Whole chunks by fused.py."""
+    y, group = fused_scan(list(tensors[:5]), rule, groups[0], recompute=recompute, segment_tokens=segment_tokens)
+    return y, (group,)
+
+
+def _recomputed(tensors, rule: MemoryRule, groups, position: int, *, segment_tokens: int | None):
+    """`_scan` of whole periods in bounded memory."""
+    period = period_tokens(rule)
+    length = segment_tokens or default_segment_tokens(tensors[0].size(1), period, groups)
+    return bounded_scan(_scan, list(tensors), rule, groups, position, -(-length // period) * period)
 
 
 def period_tokens(rule: MemoryRule) -> int:

@@ -88,8 +88,9 @@ class _FusedScan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_y: Tensor, *d_weights: Tensor):
         rule, d_w = ctx.rule, Weights(*d_weights)
-        inputs, d_ys = _chunks(ctx.saved_tensors[:5], rule.chunk_tokens), d_y.split(rule.chunk_tokens, 1)
-        kept, segment = ctx.saved_tensors[5:], ctx.segment_chunks or len(inputs)
+        saved = ctx.saved_tensors  # once: under activation checkpointing every look unpacks anew
+        inputs, d_ys = _chunks(saved[:5], rule.chunk_tokens), d_y.split(rule.chunk_tokens, 1)
+        kept, segment = saved[5:], ctx.segment_chunks or len(inputs)
         gradients = []
         for first in reversed(range(0, len(inputs), segment)):
             chunks = range(first, min(first + segment, len(inputs)))

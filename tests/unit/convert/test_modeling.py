@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from data_pipeline.tokenizer import Tokenizer
-from hope_megatron.config import AttentionConfig, MemoryConfig, ModelConfig, ParallelConfig
+from hope_megatron.config import AttentionConfig, CMSConfig, CMSLevelConfig, MemoryConfig, ModelConfig, ParallelConfig
 from hope_megatron.convert.huggingface import export_huggingface
 from hope_megatron.convert.modeling_files import modeling_files
 from hope_megatron.convert.source import CheckpointSource
@@ -34,6 +34,15 @@ VARIANTS = {
     "titans": {"memory": MemoryConfig(chunk_tokens=8, hidden_size=12, own_targets=False, **STATIC)},
     "deltanet": {"memory": MemoryConfig(chunk_tokens=8, num_layers=1, decay="none", own_targets=False, **STATIC)},
     "attention": {"layer_pattern": ("attention",), "head_size": 6},
+    "levels side by side, learned inner rate": {
+        "cms": CMSConfig(
+            levels=(
+                CMSLevelConfig(hidden_size=16, inner_chunk_tokens=4, inner_rate=0.1, inner_rate_kind="per_channel"),
+                CMSLevelConfig(hidden_size=8),
+            ),
+            connection="independent",
+        )
+    },
     "window": {
         "layer_pattern": ("memory", "attention"),
         "attention": AttentionConfig(num_kv_heads=1, window_tokens=5, rope_base=500.0),

@@ -10,7 +10,7 @@ import torch
 
 from hope_megatron.config import load_model_config
 from hope_megatron.config.accounting import num_parameters, weight_table
-from hope_megatron.config.model import AttentionConfig, MemoryConfig
+from hope_megatron.config.model import AttentionConfig, CMSConfig, CMSLevelConfig, MemoryConfig
 from hope_megatron.config.parallel import ParallelConfig
 from hope_megatron.config.presets import config_names, family_names
 from hope_megatron.engine.distributed import init_distributed, shutdown_distributed
@@ -26,6 +26,15 @@ VARIANTS = {
     "partly_adaptive": tiny_model(memory=MemoryConfig(adaptive_key=False, adaptive_alpha=False)),
     "matrix": tiny_model(memory=MemoryConfig(num_layers=1, dgd_layers="all", conv_width=1, **STATIC)),
     "untied": tiny_model(tie_embeddings=False),
+    "inner_rates": tiny_model(
+        cms=CMSConfig(
+            levels=(
+                CMSLevelConfig(hidden_size=24, inner_chunk_tokens=4, inner_rate=0.1, inner_rate_kind="per_channel"),
+                CMSLevelConfig(hidden_size=16, inner_chunk_tokens=8, inner_rate=0.1, inner_rate_kind="learned"),
+            )
+        )
+    ),
+    "independent": tiny_model(cms=CMSConfig(levels=(CMSLevelConfig(hidden_size=8),) * 3, connection="independent")),
     "grouped_attention": tiny_model(layer_pattern=("attention", "memory"), attention=AttentionConfig(num_kv_heads=1)),
 }
 

@@ -249,6 +249,20 @@ def test_the_written_out_backward_is_that_of_autograd(changes, warm, recompute, 
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("T", [16, 21])
+@pytest.mark.parametrize("rule", [HOPE, MemoryRule(4, 8), MemoryRule(8, 8, objective="l2", eta_max=0.1)], ids=str)
+def test_a_recomputed_piece_leaves_the_state_of_a_plain_one(rule, T):
+    """Also where it ends inside a chunk."""
+    params, inputs, more = make_params(rule), make_inputs(T), make_inputs(9)
+    for x in leaves(params):
+        x.requires_grad_()
+    plain = memory_chunked(*inputs, params, rule)[1]
+    recomputed = memory_chunked(*inputs, params, rule, recompute=True, segment_tokens=8)[1]
+    assert recomputed.position == plain.position
+    expected, found = (memory_chunked(*more, params, rule, state)[0] for state in (plain, recomputed))
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("momentum", [False, True])
 @pytest.mark.parametrize("chunk, self_chunk, warm", [(8, 8, False), (4, 16, True), (8, 8, True)])
 @pytest.mark.parametrize("segment_tokens", [None, 16, 1000])

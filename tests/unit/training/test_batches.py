@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from hope_megatron.testing.tiny import SEQ_LENGTH, RepeatingSource, tiny_run_config
-from hope_megatron.training.batches import IGNORE, BatchReader, heldout_batches, micro_batches, rank_samples
+from hope_megatron.training.batches import (
+    IGNORE,
+    BatchReader,
+    document_numbers,
+    heldout_batches,
+    micro_batches,
+    rank_samples,
+)
 
 CPU = torch.device("cpu")
 
@@ -125,3 +132,14 @@ def test_heldout_sequences_count_once_and_ranks_stay_in_step(num_sequences, batc
 def test_heldout_never_exceeds_what_is_there():
     source = RepeatingSource(num_samples=3)
     assert sum((targets != IGNORE).sum() for _, targets in heldout_batches(source, 100, 2, 0, 1, CPU)) == 3 * SEQ_LENGTH
+
+
+def test_documents_end_with_their_mark():
+    """And they are numbered only where they are to be read apart."""
+    tokens = torch.tensor([[5, 0, 7, 8, 0, 0, 9], [0, 1, 2, 3, 4, 5, 6]])
+    assert document_numbers(tokens, 0).tolist() == [[0, 0, 1, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]]
+    assert reader_of(RepeatingSource()).documents(tokens) is None
+    config = tiny_run_config()
+    data = config.data.model_copy(update={"reset_at_documents": True})
+    with BatchReader(RepeatingSource(), config.model_copy(update={"data": data}), None) as reader:
+        assert torch.equal(reader.documents(tokens), document_numbers(tokens, 0))
