@@ -26,7 +26,7 @@ _NAMES = ("mem", "k", "v", "eta", "alpha")
 def supports(rule: MemoryRule, groups: tuple[Group, ...], tensors: list[Tensor | None]) -> bool:
     """Whether this rule and these memories are those written out here. tensors: q, k, v, eta, alpha, theta."""
     _, _, _, eta, alpha, theta = tensors
-    rates_fit = eta is not None and alpha is not None and theta is None
+    rates_fit = eta is not None and alpha is not None and theta is None and rule.eta_max > 0
     memories_fit = len(groups) == 1 and groups[0].names == _NAMES and groups[0].start.w_in is not None
     targets_fit = rule.own_targets and rule.objective == "dot" and rule.normalize_values and rule.normalize_targets
     rule_fits = rule.dgd_layers == "all" and not rule.decay_erased and rule.read == "causal"

@@ -307,6 +307,10 @@ def test_inner_gradients_match_autograd(objective, scalar):
     torch.testing.assert_close(((error @ bank.w_out) * dsilu(z)).mT @ k, grad_in)
 
 
+def test_silent_rates_have_gradients():
+    assert_same(MemoryRule(8, 8, eta_max=0.0), 21)
+
+
 def test_silent_rates_leave_the_initial_state():
     rule = MemoryRule(8, 8, eta_max=0.0)
     params = make_params(rule)
