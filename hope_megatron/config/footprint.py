@@ -193,7 +193,7 @@ def _written_out(memory: MemoryConfig) -> bool:
     """Whether ops/memory/fused.py trains these memories, with a tape of its own; see `supports` there."""
     adaptive = (memory.adaptive_key, memory.adaptive_value, memory.adaptive_eta, memory.adaptive_alpha)
     memories_fit = memory.num_layers == 2 and all(adaptive) and memory.chunk_tokens == memory.self_chunk
-    rates_fit = memory.eta == "data" and memory.decay != "none" and memory.momentum == "none"
+    rates_fit = memory.eta == "data" and memory.eta_max > 0 and memory.decay != "none" and memory.momentum == "none"
     targets_fit = memory.own_targets and memory.objective == "dot" and memory.normalize_values
     rule_fits = memory.dgd_layers == "all" and not memory.decay_erased and memory.read == "causal"
     return memories_fit and rates_fit and targets_fit and memory.normalize_targets and rule_fits
