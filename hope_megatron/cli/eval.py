@@ -8,7 +8,7 @@ Examples:
     hope eval runs/NAME --stride 64             sliding rows: every token with a full context
     hope eval DIR --text FILE --context stream  an exported model on a text, state carried to its end
 
-Other evaluations: hope eval memory, hope eval lm.
+Other evaluations: hope eval memory, hope eval lm, hope eval suite.
 """
 
 from __future__ import annotations
