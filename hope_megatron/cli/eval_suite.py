@@ -4,6 +4,7 @@ Examples:
 
     hope eval suite languages                               formal languages: in and beyond the training length
     hope eval suite mad --families hope titans deltanet     some of the families
+    hope eval suite ablations                               HOPE without one part at a time
     hope eval suite recall --quick                          minutes instead of hours, to see that it works
     hope eval suite mad --json mad.json --png mad.png       interrupted? the same command goes on
 
@@ -21,6 +22,7 @@ SUITES = {
     "languages": "formal languages: parity, (aa)*, (abab)*, a^n b^n, a^n b^n c^n, shuffle-2",
     "recall": "copying and associative recall",
     "mad": "MAD: compression, in-context and fuzzy recall, selective copying, memorization",
+    "ablations": "HOPE without one of its parts at a time, on text and on recall",
 }
 
 
@@ -28,13 +30,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     listed = "; ".join(f"{name}: {text}" for name, text in SUITES.items())
     parser.add_argument("name", choices=SUITES, metavar="NAME", help=listed)
-    parser.add_argument("--families", nargs="+", metavar="NAME", help="hope, transformer_pp, or of configs/families")
+    parser.add_argument(
+        "--families",
+        nargs="+",
+        metavar="NAME",
+        help="hope, transformer_pp, or of configs/families; or some of a suite's own rows",
+    )
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="some of the suite's tasks (default: all)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each cell (default 3)")
     parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps of each training")
-    parser.add_argument("--lr", type=float, metavar="RATE", help="peak learning rate (default 3e-3)")
+    parser.add_argument("--lr", type=float, metavar="RATE", help="peak learning rate (default 3e-3; languages 1e-2)")
     parser.add_argument("--optimizer", choices=["adamw", "m3", "muon"], default="adamw", help="default adamw")
     parser.add_argument("--chunk-tokens", type=int, metavar="C", help="tokens per chunk of every memory")
+    parser.add_argument("--width", type=int, metavar="D", help="model width")
+    parser.add_argument("--layers", type=int, metavar="N", help="layers (default 2)")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", metavar="T", help="languages, recall, mad: longest trained length"
+    )
     parser.add_argument("--quick", action="store_true", help="smaller tasks and models, fewer steps")
     parser.add_argument(
         "--threads", type=int, default=1, metavar="N", help="CPU threads (default 1: the models are small)"
@@ -63,6 +75,9 @@ def run(args: argparse.Namespace) -> int:
         lr=args.lr,
         optimizer=args.optimizer,
         chunk_tokens=args.chunk_tokens,
+        width=args.width,
+        layers=args.layers,
+        lengths=tuple(args.lengths) if args.lengths else None,
         quick=args.quick,
     )
     suite = build_suite(args.name, options)
@@ -79,10 +94,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for option in ("seeds", "steps", "chunk_tokens", "threads"):
+    for option in ("seeds", "steps", "chunk_tokens", "width", "layers", "threads"):
         value = getattr(args, option)
         if value is not None and value < 1:
             raise ModelReferenceError(f"--{option.replace('_', '-')} {value} must be at least 1")
+    if args.lengths and min(args.lengths) < 16:
+        raise ModelReferenceError(f"--lengths {min(args.lengths)}: give lengths of at least 16")
     if args.lr is not None and args.lr <= 0:
         raise ModelReferenceError(f"--lr {args.lr} must be positive")
 

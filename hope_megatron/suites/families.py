@@ -15,7 +15,7 @@ from hope_megatron.suites.task import Task
 
 def languages(options: SuiteOptions) -> Suite:
     """Formal languages, at chunks of one token."""
-    longest = 12 if options.quick else 40
+    longest = max(options.lengths or (12 if options.quick else 40,))
     return _family_suite(
         "languages",
         "Formal languages",
@@ -24,6 +24,7 @@ def languages(options: SuiteOptions) -> Suite:
         width=16 if options.quick else 32,
         chunk_tokens=1,
         steps=150 if options.quick else 1000,
+        lr=1e-2,
         quantity="share of strings without a mistake",
         paper="HOPE solves all six at 100 % in the training length and in the longer bin.",
         notes="Every memory is written and read token by token (chunk_tokens 1): what a write depends on must be there "
@@ -36,7 +37,7 @@ def recall(options: SuiteOptions) -> Suite:
     return _family_suite(
         "recall",
         "Copying and associative recall",
-        recall_tasks(longest=8 if options.quick else 16, pairs=4 if options.quick else 8),
+        recall_tasks(longest=max(options.lengths or (8 if options.quick else 16,)), pairs=4 if options.quick else 8),
         options,
         width=32 if options.quick else 64,
         chunk_tokens=8,
@@ -49,7 +50,7 @@ def mad(options: SuiteOptions) -> Suite:
     return _family_suite(
         "mad",
         "MAD",
-        mad_tasks(32 if options.quick else 64),
+        mad_tasks(max(options.lengths or (32 if options.quick else 64,))),
         options,
         width=32 if options.quick else 64,
         chunk_tokens=16,
@@ -69,17 +70,18 @@ def _family_suite(
     width: int,
     chunk_tokens: int,
     steps: int,
+    lr: float = 3e-3,
     quantity: str = "share of answers that are right",
     paper: str = "",
     notes: str = "",
 ) -> Suite:
     by_name = {task.name: task for task in tasks}
     families = check_families(options.families or DEFAULT_FAMILIES)
-    chunk = options.chunk_tokens or chunk_tokens
-    fitting = FitOptions(steps=options.steps or steps, lr=options.lr or 3e-3, optimizer=options.optimizer)
+    chunk, width, layers = options.chunk_tokens or chunk_tokens, options.width or width, options.layers or 2
+    fitting = FitOptions(steps=options.steps or steps, lr=options.lr or lr, optimizer=options.optimizer)
 
     def config(task: Task, family: str) -> ModelConfig:
-        hope = small_hope(task.vocab_size, width=width, layers=2, heads=2, chunk_tokens=chunk)
+        hope = small_hope(task.vocab_size, width=width, layers=layers, heads=2, chunk_tokens=chunk)
         return family_model(family, hope)
 
     def run(cell: Cell) -> Scores:
@@ -96,7 +98,7 @@ def _family_suite(
         settings={
             "quick": options.quick,
             "width": width,
-            "layers": 2,
+            "layers": layers,
             "heads": 2,
             "chunk_tokens": chunk,
             "steps": fitting.steps,

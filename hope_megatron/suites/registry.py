@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hope_megatron.suites import families
+from hope_megatron.suites import ablations, families
 from hope_megatron.suites.errors import SuiteError
 from hope_megatron.suites.suite import Suite, SuiteOptions
 
@@ -12,6 +12,7 @@ _BUILDERS: dict[str, Callable[[SuiteOptions], Suite]] = {
     "languages": families.languages,
     "recall": families.recall,
     "mad": families.mad,
+    "ablations": ablations.build,
 }
 
 

@@ -68,8 +68,8 @@ def plot_suite(results: Results, path: Path) -> None:
         _panel(axes, results, task)
     for axes in list(grid.flat)[len(suite.tasks) :]:
         axes.set_axis_off()
-    better = "higher" if suite.higher_is_better else "lower"
-    figure.suptitle(f"{suite.title}: {suite.quantity} ({better} is better)", color=INK, fontsize=10, x=0.01, ha="left")
+    better = {True: " (higher is better)", False: " (lower is better)", None: ""}[suite.higher_is_better]
+    figure.suptitle(f"{suite.title}: {suite.quantity}{better}", color=INK, fontsize=9, x=0.01, ha="left")
     save_figure(figure, path)
 
 

@@ -26,6 +26,8 @@ class SuiteOptions:
     lr: float | None = None
     optimizer: str = "adamw"
     chunk_tokens: int | None = None
+    width: int | None = None
+    layers: int | None = None
     quick: bool = False
     lengths: tuple[int, ...] | None = None
     data: tuple[Path, ...] = ()
@@ -53,7 +55,8 @@ class Suite:
     """Everything that the scores depend on; cells of other settings are never mixed."""
     run: Callable[[Cell], Scores]
     quantity: str = "share of answers that are right"
-    higher_is_better: bool = True
+    higher_is_better: bool | None = True
+    """None where the tasks differ in it."""
     paper: str = ""
     """What the paper reports of this test."""
     notes: str = ""

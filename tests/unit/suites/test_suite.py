@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from hope_megatron.config.accounting import num_parameters
+from hope_megatron.suites.ablations import WHOLE, ablations
 from hope_megatron.suites.errors import SuiteError
 from hope_megatron.suites.fit import FitOptions, fit_task, score
-from hope_megatron.suites.models import family_choices, family_model, small_hope
+from hope_megatron.suites.models import changed, family_choices, family_model, matched, small_hope
 from hope_megatron.suites.recall import draw_recall
 from hope_megatron.suites.registry import build_suite
 from hope_megatron.suites.report import plot_suite, suite_markdown
@@ -87,3 +88,15 @@ def test_a_real_suite_from_end_to_end(tmp_path):
     assert "| 2-12" in text and "retnet" in text and "in the longer bin" in text
     plot_suite(results, tmp_path / "l.png")
     assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("momentum", ["none", "data"])
+def test_every_ablation_is_a_valid_model_of_equal_size(momentum):
+    whole = changed(
+        small_hope(256, width=64, layers=2, heads=2, chunk_tokens=16), {**WHOLE, "memory": {"momentum": momentum}}
+    )
+    for name, changes in ablations(whole).items():
+        model = matched(changed(whole, changes), whole)
+        assert abs(num_parameters(model) / num_parameters(whole) - 1) < 0.02, name
+        if name not in ("whole", "w/o momentum"):
+            assert model.memory != whole.memory or len(model.cms.levels) == 1
