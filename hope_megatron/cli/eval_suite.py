@@ -4,6 +4,7 @@ Examples:
 
     hope eval suite languages                               formal languages: in and beyond the training length
     hope eval suite mad --families hope titans deltanet     some of the families
+    hope eval suite needles RUN --lengths 1024 16384 65536  a trained run, streamed in constant memory
     hope eval suite ablations                               HOPE without one part at a time
     hope eval suite recall --quick                          minutes instead of hours, to see that it works
     hope eval suite mad --json mad.json --png mad.png       interrupted? the same command goes on
@@ -16,12 +17,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hope_megatron.cli.models import ModelReferenceError, prepare_process
+from hope_megatron.cli.models import MODEL_HELP, ModelReferenceError, open_model, prepare_process
 
 SUITES = {
     "languages": "formal languages: parity, (aa)*, (abab)*, a^n b^n, a^n b^n c^n, shuffle-2",
     "recall": "copying and associative recall",
     "mad": "MAD: compression, in-context and fuzzy recall, selective copying, memorization",
+    "needles": "needles in a haystack by length: models trained here, or RUN",
     "ablations": "HOPE without one of its parts at a time, on text and on recall",
 }
 
@@ -30,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     listed = "; ".join(f"{name}: {text}" for name, text in SUITES.items())
     parser.add_argument("name", choices=SUITES, metavar="NAME", help=listed)
+    parser.add_argument(
+        "model", nargs="?", metavar="RUN", help=f"needles: {MODEL_HELP}; default: train small ones here"
+    )
     parser.add_argument(
         "--families",
         nargs="+",
@@ -80,7 +85,13 @@ def run(args: argparse.Namespace) -> int:
         lengths=tuple(args.lengths) if args.lengths else None,
         quick=args.quick,
     )
-    suite = build_suite(args.name, options)
+    if args.model:
+        from hope_megatron.suites.needle_text import build
+
+        opened = open_model(args.model)
+        suite = build(opened.model, opened.tokenizer.encode, opened.name, opened.window_tokens, options)
+    else:
+        suite = build_suite(args.name, options)
     json_file, markdown_file, png_file = _outputs(args)
     results = run_suite(suite, json_file, provenance(), tell=lambda line: print(line, flush=True))
     results.save()
@@ -94,6 +105,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
+    if args.model and args.name != "needles":
+        raise ModelReferenceError(f"suite {args.name} trains its models; only needles takes a RUN ({args.model})")
     for option in ("seeds", "steps", "chunk_tokens", "width", "layers", "threads"):
         value = getattr(args, option)
         if value is not None and value < 1:

@@ -1,13 +1,14 @@
-"""Suites that train every family on synthetic tasks: formal languages, recall, MAD."""
+"""Suites that train every family on synthetic tasks: formal languages, recall, MAD, needles."""
 
 from __future__ import annotations
 
 from hope_megatron.config.accounting import num_parameters
 from hope_megatron.config.model import ModelConfig
-from hope_megatron.suites.fit import FitOptions, fit_task, score
+from hope_megatron.suites.fit import TEST_SEQUENCES, FitOptions, fit_task, score
 from hope_megatron.suites.languages import language_tasks
 from hope_megatron.suites.mad import mad_tasks
 from hope_megatron.suites.models import DEFAULT_FAMILIES, check_families, family_model, small_hope
+from hope_megatron.suites.needles import needle_tasks
 from hope_megatron.suites.recall import recall_tasks
 from hope_megatron.suites.suite import Cell, Scores, Suite, SuiteOptions, chosen
 from hope_megatron.suites.task import Task
@@ -61,6 +62,24 @@ def mad(options: SuiteOptions) -> Suite:
     )
 
 
+def needles(options: SuiteOptions) -> Suite:
+    """Needles among filler tokens, asked at and beyond the trained length."""
+    lengths = options.lengths or ((64, 128) if options.quick else (128, 512, 2048, 8192))
+    return _family_suite(
+        "needles",
+        "Needles in a haystack, models trained from scratch",
+        needle_tasks(lengths),
+        options,
+        width=32 if options.quick else 64,
+        chunk_tokens=16,
+        steps=150 if options.quick else 1500,
+        quantity="share of questions answered without a mistake, by length",
+        paper="HOPE leads the attention-free families on RULER's needles.",
+        notes=f"Trained at {lengths[0]} tokens; longer ones are streamed with the state carried on.",
+        test_tokens=1 << 18,
+    )
+
+
 def _family_suite(
     name: str,
     title: str,
@@ -74,6 +93,7 @@ def _family_suite(
     quantity: str = "share of answers that are right",
     paper: str = "",
     notes: str = "",
+    test_tokens: int | None = None,
 ) -> Suite:
     by_name = {task.name: task for task in tasks}
     families = check_families(options.families or DEFAULT_FAMILIES)
@@ -84,10 +104,16 @@ def _family_suite(
         hope = small_hope(task.vocab_size, width=width, layers=layers, heads=2, chunk_tokens=chunk)
         return family_model(family, hope)
 
+    def _test_sequences(bin_name: str) -> int:
+        """As many as `test_tokens` allow at the bin's length; at least 16."""
+        if test_tokens is None:
+            return TEST_SEQUENCES
+        return max(16, min(TEST_SEQUENCES, test_tokens // int(bin_name.split()[0].replace(",", ""))))
+
     def run(cell: Cell) -> Scores:
         task = by_name[cell.task]
         model, _ = fit_task(config(task, cell.subject), task, fitting, cell.seed)
-        return {name: score(model, task, name) for name in task.bins}
+        return {name: score(model, task, name, _test_sequences(name)) for name in task.bins}
 
     return Suite(
         name=name,

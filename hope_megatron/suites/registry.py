@@ -12,6 +12,7 @@ _BUILDERS: dict[str, Callable[[SuiteOptions], Suite]] = {
     "languages": families.languages,
     "recall": families.recall,
     "mad": families.mad,
+    "needles": families.needles,
     "ablations": ablations.build,
 }
 

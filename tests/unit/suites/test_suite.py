@@ -97,6 +97,6 @@ def test_every_ablation_is_a_valid_model_of_equal_size(momentum):
     )
     for name, changes in ablations(whole).items():
         model = matched(changed(whole, changes), whole)
-        assert abs(num_parameters(model) / num_parameters(whole) - 1) < 0.02, name
+        assert abs(num_parameters(model) / num_parameters(whole) - 1) < 0.04, name
         if name not in ("whole", "w/o momentum"):
             assert model.memory != whole.memory or len(model.cms.levels) == 1
