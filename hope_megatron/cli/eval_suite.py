@@ -25,6 +25,7 @@ SUITES = {
     "mad": "MAD: compression, in-context and fuzzy recall, selective copying, memorization",
     "needles": "needles in a haystack by length: models trained here, or RUN",
     "ablations": "HOPE without one of its parts at a time, on text and on recall",
+    "classes": "classes that arrive in groups: in context, fine-tuned, EWC",
 }
 
 
@@ -51,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, metavar="N", help="layers (default 2)")
     parser.add_argument(
         "--lengths", type=int, nargs="+", metavar="T", help="languages, recall, mad: longest trained length"
+    )
+    parser.add_argument(
+        "--data", type=Path, nargs="+", default=[], metavar="PATH", help="classes: CLINC, Banking77, DBpedia files"
     )
     parser.add_argument("--quick", action="store_true", help="smaller tasks and models, fewer steps")
     parser.add_argument(
@@ -83,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
         width=args.width,
         layers=args.layers,
         lengths=tuple(args.lengths) if args.lengths else None,
+        data=tuple(args.data),
         quick=args.quick,
     )
     if args.model:

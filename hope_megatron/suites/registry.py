@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hope_megatron.suites import ablations, families
+from hope_megatron.suites import ablations, families, incremental
 from hope_megatron.suites.errors import SuiteError
 from hope_megatron.suites.suite import Suite, SuiteOptions
 
@@ -14,6 +14,7 @@ _BUILDERS: dict[str, Callable[[SuiteOptions], Suite]] = {
     "mad": families.mad,
     "needles": families.needles,
     "ablations": ablations.build,
+    "classes": incremental.build,
 }
 
 
