@@ -6,6 +6,8 @@ Examples:
     hope eval suite mad --families hope titans deltanet     some of the families
     hope eval suite needles RUN --lengths 1024 16384 65536  a trained run, streamed in constant memory
     hope eval suite ablations                               HOPE without one part at a time
+    hope eval suite classes --data banking77 data_full.json your copies of the published files
+    hope eval suite domains --data laws/ novels/ code/      your text, one domain after the other
     hope eval suite recall --quick                          minutes instead of hours, to see that it works
     hope eval suite mad --json mad.json --png mad.png       interrupted? the same command goes on
 
@@ -26,6 +28,7 @@ SUITES = {
     "needles": "needles in a haystack by length: models trained here, or RUN",
     "ablations": "HOPE without one of its parts at a time, on text and on recall",
     "classes": "classes that arrive in groups: in context, fine-tuned, EWC",
+    "domains": "continual pretraining over domains of text, by number of CMS levels",
 }
 
 
@@ -54,7 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lengths", type=int, nargs="+", metavar="T", help="languages, recall, mad: longest trained length"
     )
     parser.add_argument(
-        "--data", type=Path, nargs="+", default=[], metavar="PATH", help="classes: CLINC, Banking77, DBpedia files"
+        "--data",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="classes: CLINC, Banking77, DBpedia files; domains: text",
     )
     parser.add_argument("--quick", action="store_true", help="smaller tasks and models, fewer steps")
     parser.add_argument(

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from hope_megatron.config.accounting import num_parameters
 from hope_megatron.config.families import matched_levels
 from hope_megatron.config.load import read_mapping
 from hope_megatron.config.model import CMSConfig, CMSLevelConfig, ModelConfig
@@ -83,8 +84,21 @@ def family_model(family: str, hope: ModelConfig) -> ModelConfig:
 
 
 def matched(model: ModelConfig, target: ModelConfig) -> ModelConfig:
-    """The model with CMS widths that give it as many parameters as `target`."""
-    return changed(model, {"cms": {"levels": matched_levels(model, target)}})
+    """The model with CMS widths that give it as many parameters as `target`, to within one unit of width.
+
+    `matched_levels` rounds to what tensor parallelism divides, too coarse at this size; the fastest level takes up the rest.
+    """
+    model = changed(model, {"cms": {"levels": matched_levels(model, target)}})
+    wider = _first_level(model, 1)
+    per_unit = num_parameters(wider) - num_parameters(model)
+    return _first_level(model, round((num_parameters(target) - num_parameters(model)) / per_unit))
+
+
+def _first_level(model: ModelConfig, units: int) -> ModelConfig:
+    """The fastest level wider by some units."""
+    first, *rest = model.model_dump()["cms"]["levels"]
+    levels = [{**first, "hidden_size": max(1, first["hidden_size"] + units)}, *rest]
+    return changed(model, {"cms": {"levels": levels}})
 
 
 def changed(model: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hope_megatron.suites import ablations, families, incremental
+from hope_megatron.suites import ablations, domains, families, incremental
 from hope_megatron.suites.errors import SuiteError
 from hope_megatron.suites.suite import Suite, SuiteOptions
 
@@ -15,6 +15,7 @@ _BUILDERS: dict[str, Callable[[SuiteOptions], Suite]] = {
     "needles": families.needles,
     "ablations": ablations.build,
     "classes": incremental.build,
+    "domains": domains.build,
 }
 
 

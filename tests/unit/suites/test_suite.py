@@ -23,7 +23,7 @@ from hope_megatron.suites.task import IGNORE, Batch, Task
 def test_families_have_as_many_parameters_as_hope(family):
     hope = small_hope(128, width=64, layers=2, heads=2, chunk_tokens=8)
     model = family_model(family, hope)
-    assert abs(num_parameters(model) / num_parameters(hope) - 1) < 0.04
+    assert abs(num_parameters(model) / num_parameters(hope) - 1) < 0.01
     if "memory" in model.mixers:
         assert model.memory.objective == "dot" or model.memory.eta_max * 8 <= 2.0
 
@@ -97,6 +97,6 @@ def test_every_ablation_is_a_valid_model_of_equal_size(momentum):
     )
     for name, changes in ablations(whole).items():
         model = matched(changed(whole, changes), whole)
-        assert abs(num_parameters(model) / num_parameters(whole) - 1) < 0.04, name
+        assert abs(num_parameters(model) / num_parameters(whole) - 1) < 0.01, name
         if name not in ("whole", "w/o momentum"):
             assert model.memory != whole.memory or len(model.cms.levels) == 1
