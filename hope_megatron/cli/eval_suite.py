@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         from hope_megatron.suites.needle_text import build
 
         opened = open_model(args.model)
-        suite = build(opened.model, opened.tokenizer.encode, opened.name, opened.window_tokens, options)
+        suite = build(opened.model, opened.tokenizer.encode, opened.name, opened.title, opened.window_tokens, options)
     else:
         suite = build_suite(args.name, options)
     json_file, markdown_file, png_file = _outputs(args)

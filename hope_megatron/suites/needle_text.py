@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -129,11 +130,21 @@ def haystack(question: Question, length: int, encode: Encode, rng: np.random.Gen
     return Batch(stream[None, :-1].astype(np.int64), targets[None])
 
 
-def build(model: LanguageModel, encode: Encode, name: str, trained_tokens: int, options: SuiteOptions) -> Suite:
-    """Needles of every kind and length for one model."""
+def build(
+    model: LanguageModel, encode: Encode, name: str, title: str, trained_tokens: int, options: SuiteOptions
+) -> Suite:
+    """Needles of every kind and length for one model.
+
+    Args:
+        encode: text to token ids.
+        name, title: where the model is, and what to call it.
+        trained_tokens: sequence length in training.
+        options: `tasks` chooses kinds of needles.
+    """
     lengths = options.lengths or ((256, 512) if options.quick else DEFAULT_LENGTHS)
     device = next(model.parameters()).device
 
+    @cache
     def ask(kind: str, length: int, seed: int, hide: bool) -> tuple[float, float]:
         """Share of right answers and nats per answer token. The same questions and depths with and without needles."""
         rows = []
@@ -147,21 +158,22 @@ def build(model: LanguageModel, encode: Encode, name: str, trained_tokens: int, 
     def run(cell: Cell) -> Scores:
         scores = {}
         for length in lengths:
-            right, nats = ask(cell.task, length, cell.seed, True)
-            scores[f"{length:,} right"] = right
-            scores[f"{length:,} nats gained"] = ask(cell.task, length, cell.seed, False)[1] - nats
+            right, nats = ask(cell.subject, length, cell.seed, True)
+            gained = cell.task == "nats gained"
+            scores[f"{length:,}"] = ask(cell.subject, length, cell.seed, False)[1] - nats if gained else right
         return scores
 
     return Suite(
         name="needles",
-        title=f"Needles in a haystack: {name}",
-        tasks=chosen("task", options.tasks, tuple(KINDS)),
-        subjects=(name,),
+        title=f"Needles in a haystack: {title}",
+        tasks=("answers right", "nats gained"),
+        subjects=chosen("kind of needle", options.tasks, tuple(KINDS)),
         seeds=options.seeds,
         settings={"model": name, "trained_tokens": trained_tokens, "lengths": list(lengths), "samples": SAMPLES},
         run=run,
-        quantity="share of answers right to the last token, by length in tokens; and nats per answer token gained by the needle",
+        quantity="share of answers right to the last token, and nats per answer token gained by the needle, by length in tokens",
         higher_is_better=None,
+        subject_kind="needle",
         paper="HOPE leads the attention-free families on RULER's needles.",
         notes=f"{SAMPLES} haystacks per seed, streamed in pieces; trained on {trained_tokens:,} tokens.",
     )

@@ -1,36 +1,70 @@
-"""A suite's table in Markdown and its picture."""
+"""A suite's tables in Markdown, and the same tables as a picture."""
 
 from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
-from hope_megatron.eval.report import INK, MUTED, markdown_table, save_figure
+from hope_megatron.eval.report import INK, markdown_table, save_figure
 from hope_megatron.suites.suite import Cell, Results
 
-_COLUMNS = 3  # panels side by side
+_PANELS_ACROSS = 3
+_CHARACTER_INCHES = 0.068  # of the picture's small print
 
 
-def spread(results: Results, task: str, subject: str, column: str) -> tuple[float, float, int] | None:
-    """Mean, sample standard deviation (0 for one seed) and number of seeds; None before the first seed."""
+class Spread(NamedTuple):
+    """One figure over seeds."""
+
+    mean: float
+    deviation: float
+    """Sample standard deviation; 0 for one seed."""
+    seeds: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.deviation:.3f}" if self.seeds > 1 else f"{self.mean:.3f}"
+
+
+class Table(NamedTuple):
+    """A task's figures: rows of subjects, columns of scores; None before the first seed."""
+
+    columns: list[str]
+    rows: dict[str, list[Spread | None]]
+
+
+def spread(results: Results, cell: tuple[str, str], column: str) -> Spread | None:
+    """A score of (task, subject) over the seeds there are."""
     found = [
         value
         for seed in range(results.suite.seeds)
-        if (value := results.scores.get(Cell(task, subject, seed), {}).get(column)) is not None
+        if (value := results.scores.get(Cell(*cell, seed), {}).get(column)) is not None
     ]
     if not found:
         return None
-    return statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else 0.0, len(found)
+    return Spread(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else 0.0, len(found))
 
 
-def columns(results: Results, task: str) -> list[str]:
-    """The names of a task's scores, in the order in which cells have them."""
+def table(results: Results, task: str) -> Table:
+    """A task's figures. Scores named "X after Y" become a matrix: rows of what was learnt last, columns of what is asked."""
     names: dict[str, None] = {}
     for cell, scores in results.scores.items():
         if cell.task == task:
             names.update(dict.fromkeys(scores))
-    return list(names)
+    if not any(" after " in name for name in names):
+        rows = {s: [spread(results, (task, s), name) for name in names] for s in results.suite.subjects}
+        return Table(list(names), rows)
+    pairs = [name.split(" after ") for name in names if " after " in name]
+    asked, learnt = (list(dict.fromkeys(part)) for part in zip(*pairs))
+    rest = [name for name in names if " after " not in name]
+    rows = {}
+    for subject in results.suite.subjects:
+        for phase in learnt:
+            found = [spread(results, (task, subject), f"{name} after {phase}") for name in asked]
+            at_end = [spread(results, (task, subject), name) if phase == learnt[-1] else None for name in rest]
+            rows[f"{subject}, after {phase}"] = found + at_end
+    return Table(asked + rest, rows)
 
 
 def suite_markdown(results: Results) -> str:
@@ -41,11 +75,9 @@ def suite_markdown(results: Results) -> str:
         parts.append(f"The paper: {suite.paper}")
     parts.append(f"Ours: {suite.quantity}; mean ± standard deviation over seeds. {suite.notes}".rstrip())
     for task in suite.tasks:
-        names = columns(results, task)
-        rows = [
-            [subject, *(_cell(spread(results, task, subject, name)) for name in names)] for subject in suite.subjects
-        ]
-        parts.append(f"**{task}**\n\n" + markdown_table(["model", *names], rows))
+        columns, rows = table(results, task)
+        cells = [[name, *("-" if x is None else str(x) for x in row)] for name, row in rows.items()]
+        parts.append(f"**{task}**\n\n" + markdown_table([suite.subject_kind, *columns], cells))
     if suite.parameters:
         parts.append("Parameters: " + ", ".join(f"{name} {count:,}" for name, count in suite.parameters.items()) + ".")
     parts.append("Settings: " + ", ".join(f"{key} {value}" for key, value in suite.settings.items()) + ".")
@@ -53,59 +85,50 @@ def suite_markdown(results: Results) -> str:
 
 
 def plot_suite(results: Results, path: Path) -> None:
-    """A panel per task: a group of bars for each subject, one bar per score, whiskers for the spread."""
+    """A panel per task: the table with its cells coloured, shares from 0 to 1, everything else by the panel's own range."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     suite = results.suite
-    across = min(_COLUMNS, len(suite.tasks))
-    down = math.ceil(len(suite.tasks) / across)
-    height = 1.3 + 0.34 * len(suite.subjects)
-    figure = Figure(figsize=(4.6 * across, height * down + 0.6), layout="constrained")
+    tables = {task: table(results, task) for task in suite.tasks}
+    across = min(_PANELS_ACROSS, len(tables))
+    down = math.ceil(len(tables) / across)
+    width = sum(_width(t) for t in list(tables.values())[:across])
+    height = down * (0.9 + 0.27 * max(len(t.rows) for t in tables.values()))
+    title = textwrap.fill(f"{suite.title}: {suite.quantity}", int(width / _CHARACTER_INCHES / 1.2))
+    figure = Figure(figsize=(width, height + 0.25 + 0.2 * title.count("\n")), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(down, across, squeeze=False)
-    for axes, task in zip(grid.flat, suite.tasks):
-        _panel(axes, results, task)
-    for axes in list(grid.flat)[len(suite.tasks) :]:
+    for axes, (task, figures) in zip(grid.flat, tables.items()):
+        _panel(axes, task, figures, share=suite.higher_is_better is True)
+    for axes in list(grid.flat)[len(tables) :]:
         axes.set_axis_off()
-    better = {True: " (higher is better)", False: " (lower is better)", None: ""}[suite.higher_is_better]
-    figure.suptitle(f"{suite.title}: {suite.quantity}{better}", color=INK, fontsize=9, x=0.01, ha="left")
+    figure.suptitle(title, color=INK, fontsize=9, x=0.01, ha="left")
     save_figure(figure, path)
 
 
-def _panel(axes, results: Results, task: str) -> None:
-    import matplotlib
-
-    names, subjects = columns(results, task), results.suite.subjects
-    thickness = 0.8 / max(1, len(names))
-    colours = matplotlib.colormaps["viridis"]
-    for i, name in enumerate(names):
-        found = [spread(results, task, subject, name) for subject in subjects]
-        places = [j + (i - (len(names) - 1) / 2) * thickness for j in range(len(subjects))]
-        axes.barh(
-            places,
-            [x[0] if x else 0.0 for x in found],
-            xerr=[x[1] if x else 0.0 for x in found],
-            height=thickness * 0.9,
-            color=colours(0.15 + 0.7 * i / max(1, len(names) - 1)),
-            ecolor=MUTED,
-            label=name,
-        )
-    axes.set_yticks(range(len(subjects)), subjects, fontsize=8)
-    axes.invert_yaxis()
-    if results.suite.higher_is_better:
-        axes.set_xlim(0, 1.02)
-    axes.set_title(task, loc="left", fontsize=9, color=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(axis="x", labelsize=8)
-    if len(names) > 1:
-        axes.legend(
-            fontsize=6, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=min(4, len(names))
-        )
+def _width(figures: Table) -> float:
+    """Inches of a panel: its row names and its columns."""
+    return (
+        0.4
+        + _CHARACTER_INCHES * max(map(len, figures.rows))
+        + sum(max(0.95, 0.08 * len(name)) for name in figures.columns)
+    )
 
 
-def _cell(found: tuple[float, float, int] | None) -> str:
-    if found is None:
-        return "-"
-    mean, deviation, count = found
-    return f"{mean:.3f} ± {deviation:.3f}" if count > 1 else f"{mean:.3f}"
+def _panel(axes, task: str, figures: Table, *, share: bool) -> None:
+    means = [[math.nan if x is None else x.mean for x in row] for row in figures.rows.values()]
+    known = [x for row in means for x in row if not math.isnan(x)] or [0.0]
+    low, high = (0.0, 1.0) if share else (min(known), max(known))
+    axes.imshow(means, aspect="auto", cmap="viridis", vmin=low, vmax=max(high, low + 1e-9), alpha=0.85)
+    for y, row in enumerate(figures.rows.values()):
+        for x, value in enumerate(row):
+            if value is not None:
+                bright = value.mean > (low + high) / 2
+                text = f"{value.mean:.2f}" + (f" ±{value.deviation:.2f}" if value.seeds > 1 else "")
+                axes.text(x, y, text, ha="center", va="center", fontsize=7, color=INK if bright else "white")
+    axes.set_xticks(range(len(figures.columns)), figures.columns, fontsize=7)
+    axes.set_yticks(range(len(figures.rows)), list(figures.rows), fontsize=7)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(task, loc="left", fontsize=8, color=INK)

@@ -57,6 +57,8 @@ class Suite:
     quantity: str = "share of answers that are right"
     higher_is_better: bool | None = True
     """None where the tasks differ in it."""
+    subject_kind: str = "model"
+    """What the rows of the tables are."""
     paper: str = ""
     """What the paper reports of this test."""
     notes: str = ""
@@ -92,7 +94,10 @@ class Results:
             return
         try:
             stored = json.loads(self.path.read_text(encoding="utf-8"))
-            if stored["suite"] == self.suite.name and stored["settings"] == _plain(self.suite.settings):
+            sizes, stored_sizes = self.suite.parameters, stored["parameters"]
+            same_sizes = all(sizes[name] == stored_sizes[name] for name in sizes.keys() & stored_sizes)
+            same = stored["suite"] == self.suite.name and stored["settings"] == _plain(self.suite.settings)
+            if same and same_sizes:
                 for row in stored["cells"]:
                     cell = Cell(row["task"], row["subject"], row["seed"])
                     self.scores[cell], self.seconds[cell] = row["scores"], row["seconds"]
@@ -102,8 +107,8 @@ class Results:
                 f"{self.path} cannot be read as results of a suite ({error}); give another --json"
             ) from None
         raise SuiteError(
-            f"{self.path} holds suite {stored['suite']} with settings {stored['settings']}, not {self.suite.name} with "
-            f"{_plain(self.suite.settings)}; give another --json, or delete it"
+            f"{self.path} holds suite {stored['suite']} with settings {stored['settings']} and parameters {stored_sizes}, not "
+            f"{self.suite.name} with {_plain(self.suite.settings)} and {dict(sizes)}; give another --json, or delete it"
         )
 
     def save(self) -> None:

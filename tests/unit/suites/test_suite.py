@@ -14,7 +14,7 @@ from hope_megatron.suites.fit import FitOptions, fit_task, score
 from hope_megatron.suites.models import changed, family_choices, family_model, matched, small_hope
 from hope_megatron.suites.recall import draw_recall
 from hope_megatron.suites.registry import build_suite
-from hope_megatron.suites.report import plot_suite, suite_markdown
+from hope_megatron.suites.report import plot_suite, suite_markdown, table
 from hope_megatron.suites.suite import Cell, Results, Suite, SuiteOptions, run_suite
 from hope_megatron.suites.task import IGNORE, Batch, Task
 
@@ -53,6 +53,15 @@ def test_an_interrupted_suite_goes_on(tmp_path):
     results = run_suite(fake_suite(calls), path, {}, tell=lambda line: None)
     assert calls == [Cell("t", "a", 0), Cell("t", "b", 0), Cell("t", "a", 1), Cell("t", "a", 1), Cell("t", "b", 1)]
     assert "0.250 ± 0.354" in suite_markdown(results)  # seeds 0 and 1: 0 and 0.5
+
+
+def test_scores_after_phases_become_a_matrix():
+    scores = {"x after x": 1.0, "y after x": 2.0, "x after y": 3.0, "y after y": 4.0, "lost": 2.0}
+    suite = Suite("s", "t", ("t",), ("a",), 1, {}, lambda cell: scores)
+    columns, rows = table(run_suite(suite, None, {}, tell=lambda line: None), "t")
+    assert columns == ["x", "y", "lost"]
+    means = {name: [value and value.mean for value in row] for name, row in rows.items()}
+    assert means == {"a, after x": [1.0, 2.0, None], "a, after y": [3.0, 4.0, 2.0]}
 
 
 def test_results_of_other_settings_are_refused(tmp_path):
