@@ -72,7 +72,6 @@ def build(options: SuiteOptions) -> Suite:
         run=run,
         quantity="nats per held-out byte of each domain after each; forgetting: what earlier domains lost since they were learnt",
         higher_is_better=False,
-        paper="a CMS with more levels forgets less of what it learnt first.",
         notes="Every level beyond the first changes its weights only every 4, then every 16 steps; parameters are equal.",
         parameters={name: num_parameters(configs[name]) for name in subjects},
     )

@@ -85,7 +85,7 @@ def suite_markdown(results: Results) -> str:
 
 
 def plot_suite(results: Results, path: Path) -> None:
-    """A panel per task: the table with its cells coloured, shares from 0 to 1, everything else by the panel's own range."""
+    """A panel per task: the table with its cells coloured, shares from 0 to 1, everything else by its column's own range."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -117,16 +117,18 @@ def _width(figures: Table) -> float:
 
 
 def _panel(axes, task: str, figures: Table, *, share: bool) -> None:
-    means = [[math.nan if x is None else x.mean for x in row] for row in figures.rows.values()]
-    known = [x for row in means for x in row if not math.isnan(x)] or [0.0]
-    low, high = (0.0, 1.0) if share else (min(known), max(known))
-    axes.imshow(means, aspect="auto", cmap="viridis", vmin=low, vmax=max(high, low + 1e-9), alpha=0.85)
-    for y, row in enumerate(figures.rows.values()):
-        for x, value in enumerate(row):
-            if value is not None:
-                bright = value.mean > (low + high) / 2
+    levels = [[math.nan] * len(figures.columns) for _ in figures.rows]  # 0 to 1, for the colours
+    for x in range(len(figures.columns)):
+        means = [found.mean for row in figures.rows.values() if (found := row[x]) is not None]
+        low, high = (0.0, 1.0) if share or not means else (min(means), max(means))
+        for y, row in enumerate(figures.rows.values()):
+            if (value := row[x]) is not None:
+                levels[y][x] = (value.mean - low) / (high - low) if high > low else 0.5
                 text = f"{value.mean:.2f}" + (f" ±{value.deviation:.2f}" if value.seeds > 1 else "")
-                axes.text(x, y, text, ha="center", va="center", fontsize=7, color=INK if bright else "white")
+                axes.text(
+                    x, y, text, ha="center", va="center", fontsize=7, color=INK if levels[y][x] > 0.5 else "white"
+                )
+    axes.imshow(levels, aspect="auto", cmap="viridis", vmin=0, vmax=1, alpha=0.85)
     axes.set_xticks(range(len(figures.columns)), figures.columns, fontsize=7)
     axes.set_yticks(range(len(figures.rows)), list(figures.rows), fontsize=7)
     axes.tick_params(length=0)

@@ -77,6 +77,14 @@ def test_streaming_gives_what_the_whole_gives():
     torch.testing.assert_close(whole.nats, loss.detach(), atol=1e-4, rtol=1e-5)
 
 
+def test_the_state_of_a_stream_has_one_size_at_any_length():
+    init_distributed(ParallelConfig())
+    model = build_model(tiny_model(), seed=0).eval()
+    with torch.no_grad():
+        sizes = {n: model(torch.ones(1, n, dtype=torch.int64), return_state=True).state.num_bytes() for n in (16, 256)}
+    assert sizes[16] == sizes[256]
+
+
 def test_needles_of_a_model():
     init_distributed(ParallelConfig())
     model = build_model(tiny_model(vocab_size=256), seed=0)
