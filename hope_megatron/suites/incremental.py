@@ -46,7 +46,7 @@ def build(options: SuiteOptions) -> Suite:
     }
     num_groups, shots = (3, 4) if options.quick else (5, 8)
     base_steps = options.steps or (100 if options.quick else 1500)
-    group_steps = max(1, base_steps // 15)
+    group_steps = max(1, base_steps // 10)
     chunk, width = options.chunk_tokens or 16, options.width or (32 if options.quick else 64)
     layers = options.layers or 2
     families = check_families(options.families or ("hope", "transformer_pp"))
@@ -77,7 +77,7 @@ def build(options: SuiteOptions) -> Suite:
         _, groups = split_classes(labelled, num_groups)
         if method == "in context":
             return _scores(learn_in_context(model, labelled, groups, shots, cell.seed))
-        tuning = FitOptions(steps=group_steps, batch_size=16, lr=fitting.lr / 3, optimizer=fitting.optimizer)
+        tuning = FitOptions(steps=group_steps, batch_size=16, lr=fitting.lr, optimizer=fitting.optimizer)
         strength = EWC_STRENGTH if method == "EWC" else 0.0
         return _scores(learn_in_weights(model, labelled, groups, shots, tuning, strength, cell.seed))
 

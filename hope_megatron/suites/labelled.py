@@ -56,7 +56,7 @@ def load_labelled(path: Path) -> Labelled:
 
 
 def synthetic_labelled(num_classes: int, seed: int = 0) -> Labelled:
-    """Classes with four words of their own; a sentence has two of them among four words that all classes share."""
+    """Classes with four words of their own; a sentence has three of them and two words that all classes share."""
     rng = np.random.default_rng((77, seed))
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     words = sorted({"".join(rng.choice(letters, 6)) for _ in range(4 * num_classes + 40)})
@@ -64,7 +64,7 @@ def synthetic_labelled(num_classes: int, seed: int = 0) -> Labelled:
     shared, own = words[:40], np.array(words[40 : 40 + 4 * num_classes]).reshape(num_classes, 4)
 
     def sentence(label: int) -> str:
-        told = [*rng.choice(shared, 4), *rng.choice(own[label], 2, replace=False)]
+        told = [*rng.choice(shared, 2), *rng.choice(own[label], 3, replace=False)]
         return " ".join(rng.permutation(told))
 
     splits = [[(sentence(c), f"class {c:03}") for c in range(num_classes) for _ in range(20)] for _ in range(2)]
