@@ -37,6 +37,9 @@ COMMANDS = {
     "eval": Command("hope_megatron.cli.eval", "held-out loss and perplexity of a checkpoint"),
     "eval lm": Command("hope_megatron.cli.eval_lm", "tasks of lm-evaluation-harness on a model"),
     "eval memory": Command("hope_megatron.cli.eval_memory", "what a text does to a model's memories, as a picture"),
+    "eval suite": Command(
+        "hope_megatron.cli.eval_suite", "the paper's tests: small models of each family, trained here"
+    ),
     "generate": Command("hope_megatron.cli.generate", "sample text from a checkpoint"),
     "convert": Command("hope_megatron.cli.convert", "checkpoints into other layouts and formats, and back"),
 }

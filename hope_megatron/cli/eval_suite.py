@@ -1,0 +1,139 @@
+"""The paper's tests: small models of each family, trained here at equal parameters and steps, beside the published claims.
+
+Examples:
+
+    hope eval suite languages                               formal languages: in and beyond the training length
+    hope eval suite mad --families hope titans deltanet     some of the families
+    hope eval suite needles RUN --lengths 1024 16384 65536  a trained run, streamed in constant memory
+    hope eval suite ablations                               HOPE without one part at a time
+    hope eval suite classes --data banking77 data_full.json your copies of the published files
+    hope eval suite domains --data laws/ novels/ code/      your text, one domain after the other
+    hope eval suite recall --quick                          minutes instead of hours, to see that it works
+    hope eval suite mad --json mad.json --png mad.png       interrupted? the same command goes on
+
+Finished trainings are kept in the JSON file; the same command again goes on with the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from hope_megatron.cli.models import MODEL_HELP, ModelReferenceError, open_model, prepare_process
+
+SUITES = {
+    "languages": "formal languages: parity, (aa)*, (abab)*, a^n b^n, a^n b^n c^n, shuffle-2",
+    "recall": "copying and associative recall",
+    "mad": "MAD: compression, in-context and fuzzy recall, selective copying, memorization",
+    "needles": "needles in a haystack by length: models trained here, or RUN",
+    "ablations": "HOPE without one of its parts at a time, on text and on recall",
+    "classes": "classes that arrive in groups: in context, fine-tuned, EWC",
+    "domains": "continual pretraining over domains of text, by number of CMS levels",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    listed = "; ".join(f"{name}: {text}" for name, text in SUITES.items())
+    parser.add_argument("name", choices=SUITES, metavar="NAME", help=listed)
+    parser.add_argument(
+        "model", nargs="?", metavar="RUN", help=f"needles: {MODEL_HELP}; default: train small ones here"
+    )
+    parser.add_argument(
+        "--families",
+        nargs="+",
+        metavar="NAME",
+        help="hope, transformer_pp, or of configs/families; or some of a suite's own rows",
+    )
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="some of the suite's tasks (default: all)")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each cell (default 3)")
+    parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps of each training")
+    parser.add_argument("--lr", type=float, metavar="RATE", help="peak learning rate (default 3e-3; languages 1e-2)")
+    parser.add_argument("--optimizer", choices=["adamw", "m3", "muon"], default="adamw", help="default adamw")
+    parser.add_argument("--chunk-tokens", type=int, metavar="C", help="tokens per chunk of every memory")
+    parser.add_argument("--width", type=int, metavar="D", help="model width")
+    parser.add_argument("--layers", type=int, metavar="N", help="layers (default 2)")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", metavar="T", help="languages, recall, mad: longest trained length"
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="classes: CLINC, Banking77, DBpedia files; domains: text",
+    )
+    parser.add_argument("--quick", action="store_true", help="smaller tasks and models, fewer steps")
+    parser.add_argument(
+        "--threads", type=int, default=1, metavar="N", help="CPU threads (default 1: the models are small)"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="DIR/NAME.json, DIR/NAME.md and DIR/NAME.png")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep finished cells here, and go on from them")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run what is missing, print the tables."""
+    _check(args)
+    prepare_process(args.threads)
+    from hope_megatron.eval.report import write_text
+    from hope_megatron.suites.registry import build_suite
+    from hope_megatron.suites.report import plot_suite, suite_markdown
+    from hope_megatron.suites.suite import SuiteOptions, run_suite
+    from hope_megatron.training.provenance import provenance
+
+    options = SuiteOptions(
+        families=tuple(args.families) if args.families else None,
+        tasks=tuple(args.tasks) if args.tasks else None,
+        seeds=args.seeds,
+        steps=args.steps,
+        lr=args.lr,
+        optimizer=args.optimizer,
+        chunk_tokens=args.chunk_tokens,
+        width=args.width,
+        layers=args.layers,
+        lengths=tuple(args.lengths) if args.lengths else None,
+        data=tuple(args.data),
+        quick=args.quick,
+    )
+    if args.model:
+        from hope_megatron.suites.needle_text import build
+
+        opened = open_model(args.model)
+        suite = build(opened.model, opened.tokenizer.encode, opened.name, opened.title, opened.window_tokens, options)
+    else:
+        suite = build_suite(args.name, options)
+    json_file, markdown_file, png_file = _outputs(args)
+    results = run_suite(suite, json_file, provenance(), tell=lambda line: print(line, flush=True))
+    results.save()
+    text = suite_markdown(results)
+    print(f"\n{text}")
+    if markdown_file:
+        write_text(markdown_file, text)
+    if png_file:
+        plot_suite(results, png_file)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.model and args.name != "needles":
+        raise ModelReferenceError(f"suite {args.name} trains its models; only needles takes a RUN ({args.model})")
+    for option in ("seeds", "steps", "chunk_tokens", "width", "layers", "threads"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise ModelReferenceError(f"--{option.replace('_', '-')} {value} must be at least 1")
+    if args.lengths and min(args.lengths) < 16:
+        raise ModelReferenceError(f"--lengths {min(args.lengths)}: give lengths of at least 16")
+    if args.lr is not None and args.lr <= 0:
+        raise ModelReferenceError(f"--lr {args.lr} must be positive")
+
+
+def _outputs(args: argparse.Namespace) -> tuple[Path | None, Path | None, Path | None]:
+    """JSON, Markdown, PNG: what was named, else what --out says."""
+    given = (args.json, args.markdown, args.png)
+    if args.out is None:
+        return given
+    defaults = (args.out / f"{args.name}.{suffix}" for suffix in ("json", "md", "png"))
+    return tuple(path or default for path, default in zip(given, defaults))  # type: ignore[return-value]

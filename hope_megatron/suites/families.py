@@ -1,0 +1,141 @@
+"""Suites that train every family on synthetic tasks: formal languages, recall, MAD, needles."""
+
+from __future__ import annotations
+
+from hope_megatron.config.accounting import num_parameters
+from hope_megatron.config.model import ModelConfig
+from hope_megatron.suites.fit import TEST_SEQUENCES, FitOptions, fit_task, score
+from hope_megatron.suites.languages import language_tasks
+from hope_megatron.suites.mad import mad_tasks
+from hope_megatron.suites.models import DEFAULT_FAMILIES, check_families, family_model, small_hope
+from hope_megatron.suites.needles import needle_tasks
+from hope_megatron.suites.recall import recall_tasks
+from hope_megatron.suites.suite import Cell, Scores, Suite, SuiteOptions, chosen
+from hope_megatron.suites.task import Task
+
+
+def languages(options: SuiteOptions) -> Suite:
+    """Formal languages, at chunks of one token."""
+    longest = max(options.lengths or (12 if options.quick else 40,))
+    return _family_suite(
+        "languages",
+        "Formal languages",
+        language_tasks(longest),
+        options,
+        width=16 if options.quick else 32,
+        chunk_tokens=1,
+        steps=150 if options.quick else 1000,
+        lr=1e-2,
+        quantity="share of strings without a mistake",
+        paper="HOPE solves all six at 100 % in the training length and in the longer bin.",
+        notes="Every memory is written and read token by token (chunk_tokens 1): what a write depends on must be there "
+        "before the next token.",
+    )
+
+
+def recall(options: SuiteOptions) -> Suite:
+    """Copying and associative recall, in and beyond the trained size."""
+    return _family_suite(
+        "recall",
+        "Copying and associative recall",
+        recall_tasks(longest=max(options.lengths or (8 if options.quick else 16,)), pairs=4 if options.quick else 8),
+        options,
+        width=32 if options.quick else 64,
+        chunk_tokens=8,
+        steps=150 if options.quick else 1500,
+    )
+
+
+def mad(options: SuiteOptions) -> Suite:
+    """The five tasks of the MAD suite."""
+    return _family_suite(
+        "mad",
+        "MAD",
+        mad_tasks(max(options.lengths or (32 if options.quick else 64,))),
+        options,
+        width=32 if options.quick else 64,
+        chunk_tokens=16,
+        steps=150 if options.quick else 1500,
+        paper="HOPE leads the attention-free families on compression, in-context recall, fuzzy recall, selective copying "
+        "and memorization.",
+        notes="Sequences are shorter and vocabularies smaller than in MAD itself; compression is asked by position.",
+    )
+
+
+def needles(options: SuiteOptions) -> Suite:
+    """Needles among filler tokens, asked at and beyond the trained length."""
+    lengths = options.lengths or ((64, 128) if options.quick else (128, 512, 2048, 8192))
+    return _family_suite(
+        "needles",
+        "Needles in a haystack, models trained from scratch",
+        needle_tasks(lengths),
+        options,
+        width=32 if options.quick else 64,
+        chunk_tokens=16,
+        steps=150 if options.quick else 1500,
+        quantity="share of questions answered without a mistake, by length",
+        paper="HOPE leads the attention-free families on RULER's needles.",
+        notes=f"Trained at {lengths[0]} tokens; longer ones are streamed with the state carried on.",
+        test_tokens=1 << 18,
+    )
+
+
+def _family_suite(
+    name: str,
+    title: str,
+    tasks: list[Task],
+    options: SuiteOptions,
+    *,
+    width: int,
+    chunk_tokens: int,
+    steps: int,
+    lr: float = 3e-3,
+    quantity: str = "share of answers that are right",
+    paper: str = "",
+    notes: str = "",
+    test_tokens: int | None = None,
+) -> Suite:
+    by_name = {task.name: task for task in tasks}
+    families = check_families(options.families or DEFAULT_FAMILIES)
+    chunk, width, layers = options.chunk_tokens or chunk_tokens, options.width or width, options.layers or 2
+    fitting = FitOptions(steps=options.steps or steps, lr=options.lr or lr, optimizer=options.optimizer)
+
+    def config(task: Task, family: str) -> ModelConfig:
+        hope = small_hope(task.vocab_size, width=width, layers=layers, heads=2, chunk_tokens=chunk)
+        return family_model(family, hope)
+
+    def _test_sequences(bin_name: str) -> int:
+        """As many as `test_tokens` allow at the bin's length; at least 16."""
+        if test_tokens is None:
+            return TEST_SEQUENCES
+        return max(16, min(TEST_SEQUENCES, test_tokens // int(bin_name.split()[0].replace(",", ""))))
+
+    def run(cell: Cell) -> Scores:
+        task = by_name[cell.task]
+        model, _ = fit_task(config(task, cell.subject), task, fitting, cell.seed)
+        return {name: score(model, task, name, _test_sequences(name)) for name in task.bins}
+
+    return Suite(
+        name=name,
+        title=title,
+        tasks=chosen("task", options.tasks, tuple(by_name)),
+        subjects=families,
+        seeds=options.seeds,
+        settings={
+            "quick": options.quick,
+            "width": width,
+            "layers": layers,
+            "heads": 2,
+            "chunk_tokens": chunk,
+            "steps": fitting.steps,
+            "batch_size": fitting.batch_size,
+            "lr": fitting.lr,
+            "optimizer": fitting.optimizer,
+            "bins": {task.name: list(task.bins) for task in tasks},
+        },
+        run=run,
+        quantity=quantity,
+        paper=paper,
+        notes=notes,
+        parameters={family: num_parameters(config(tasks[0], family)) for family in families},
+    )

@@ -1,0 +1,114 @@
+"""Small models of every family with as many parameters as HOPE at the same size."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from hope_megatron.config.accounting import num_parameters
+from hope_megatron.config.families import matched_levels
+from hope_megatron.config.load import read_mapping
+from hope_megatron.config.model import CMSConfig, CMSLevelConfig, ModelConfig
+from hope_megatron.config.presets import config_names, find_config
+from hope_megatron.suites.errors import SuiteError
+
+# The two families that configs/families has no file for: the one it starts from, and the one that is a preset.
+_BUILT_IN: dict[str, dict[str, Any]] = {
+    "hope": {},
+    "transformer_pp": {"layer_pattern": ["attention"], "cms": {"levels": [{"hidden_size": 64}]}},
+}
+DEFAULT_FAMILIES = ("hope", "titans", "deltanet", "gated_deltanet", "retnet", "transformer_pp")
+
+
+def family_choices() -> list[str]:
+    """Every family there is."""
+    return [*_BUILT_IN, *config_names("families")]
+
+
+def check_families(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names, if all are families.
+
+    Raises:
+        SuiteError: names the nearest family.
+    """
+    known = family_choices()
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise SuiteError(f"no family {name!r}; {hint}Known: {', '.join(known)}")
+    return names
+
+
+def small_hope(vocab_size: int, *, width: int, layers: int, heads: int, chunk_tokens: int) -> ModelConfig:
+    """HOPE with two CMS levels as wide as the model, of which the second changes every 4 steps (as in `hope_tiny`).
+
+    Args:
+        vocab_size: padded to a multiple of 16.
+        width: model width D.
+        layers: layers.
+        heads: heads of D / heads.
+        chunk_tokens: tokens whose inner gradients are taken at one state.
+    """
+    levels = (CMSLevelConfig(hidden_size=width), CMSLevelConfig(hidden_size=width, update_period_steps=4))
+    base = ModelConfig(
+        name="hope",
+        vocab_size=vocab_size,
+        vocab_multiple=16,
+        num_layers=layers,
+        hidden_size=width,
+        num_heads=heads,
+        cms=CMSConfig(levels=levels),
+    )
+    return changed(base, {"memory": {"chunk_tokens": chunk_tokens}})
+
+
+def family_model(family: str, hope: ModelConfig) -> ModelConfig:
+    """A family at the size of `hope`: its settings, HOPE's chunk length, CMS widths that match the parameters.
+
+    Inner steps on L2 are bounded by 2 / chunk_tokens; the family's rate is scaled so that rate times chunk stays as it is.
+    """
+    check_families((family,))
+    settings = _BUILT_IN[family] if family in _BUILT_IN else read_mapping(find_config(family, "families"))
+    if family == "hope":
+        return hope
+    memory = dict(settings.get("memory", {}))
+    chunk = hope.memory.chunk_tokens
+    if "chunk_tokens" in memory:
+        if "eta_max" in memory:
+            memory["eta_max"] = memory["eta_max"] * memory["chunk_tokens"] / chunk
+        memory["chunk_tokens"] = chunk
+    model = changed(hope, {**settings, "memory": memory, "name": family})
+    return matched(model, hope)
+
+
+def matched(model: ModelConfig, target: ModelConfig) -> ModelConfig:
+    """The model with CMS widths that give it as many parameters as `target`, to within one unit of width.
+
+    `matched_levels` rounds to what tensor parallelism divides, too coarse at this size; the fastest level takes up the rest.
+    """
+    model = changed(model, {"cms": {"levels": matched_levels(model, target)}})
+    wider = _first_level(model, 1)
+    per_unit = num_parameters(wider) - num_parameters(model)
+    return _first_level(model, round((num_parameters(target) - num_parameters(model)) / per_unit))
+
+
+def _first_level(model: ModelConfig, units: int) -> ModelConfig:
+    """The fastest level wider by some units."""
+    first, *rest = model.model_dump()["cms"]["levels"]
+    levels = [{**first, "hidden_size": max(1, first["hidden_size"] + units)}, *rest]
+    return changed(model, {"cms": {"levels": levels}})
+
+
+def changed(model: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
+    """The model with nested changes, validated: mappings merge, everything else replaces."""
+    return ModelConfig.model_validate(_merge(model.model_dump(), changes))
+
+
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if nested else value
+    return merged

@@ -1,0 +1,136 @@
+"""A suite's tables in Markdown, and the same tables as a picture."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+from hope_megatron.eval.report import INK, markdown_table, save_figure
+from hope_megatron.suites.suite import Cell, Results
+
+_PANELS_ACROSS = 3
+_CHARACTER_INCHES = 0.068  # of the picture's small print
+
+
+class Spread(NamedTuple):
+    """One figure over seeds."""
+
+    mean: float
+    deviation: float
+    """Sample standard deviation; 0 for one seed."""
+    seeds: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.deviation:.3f}" if self.seeds > 1 else f"{self.mean:.3f}"
+
+
+class Table(NamedTuple):
+    """A task's figures: rows of subjects, columns of scores; None before the first seed."""
+
+    columns: list[str]
+    rows: dict[str, list[Spread | None]]
+
+
+def spread(results: Results, cell: tuple[str, str], column: str) -> Spread | None:
+    """A score of (task, subject) over the seeds there are."""
+    found = [
+        value
+        for seed in range(results.suite.seeds)
+        if (value := results.scores.get(Cell(*cell, seed), {}).get(column)) is not None
+    ]
+    if not found:
+        return None
+    return Spread(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else 0.0, len(found))
+
+
+def table(results: Results, task: str) -> Table:
+    """A task's figures. Scores named "X after Y" become a matrix: rows of what was learnt last, columns of what is asked."""
+    names: dict[str, None] = {}
+    for cell, scores in results.scores.items():
+        if cell.task == task:
+            names.update(dict.fromkeys(scores))
+    if not any(" after " in name for name in names):
+        rows = {s: [spread(results, (task, s), name) for name in names] for s in results.suite.subjects}
+        return Table(list(names), rows)
+    pairs = [name.split(" after ") for name in names if " after " in name]
+    asked, learnt = (list(dict.fromkeys(part)) for part in zip(*pairs))
+    rest = [name for name in names if " after " not in name]
+    rows = {}
+    for subject in results.suite.subjects:
+        for phase in learnt:
+            found = [spread(results, (task, subject), f"{name} after {phase}") for name in asked]
+            at_end = [spread(results, (task, subject), name) if phase == learnt[-1] else None for name in rest]
+            rows[f"{subject}, after {phase}"] = found + at_end
+    return Table(asked + rest, rows)
+
+
+def suite_markdown(results: Results) -> str:
+    """Title, what the paper says, a table per task, how it was run."""
+    suite = results.suite
+    parts = [f"# {suite.title}"]
+    if suite.paper:
+        parts.append(f"The paper: {suite.paper}")
+    parts.append(f"Ours: {suite.quantity}; mean ± standard deviation over seeds. {suite.notes}".rstrip())
+    for task in suite.tasks:
+        columns, rows = table(results, task)
+        cells = [[name, *("-" if x is None else str(x) for x in row)] for name, row in rows.items()]
+        parts.append(f"**{task}**\n\n" + markdown_table([suite.subject_kind, *columns], cells))
+    if suite.parameters:
+        parts.append("Parameters: " + ", ".join(f"{name} {count:,}" for name, count in suite.parameters.items()) + ".")
+    parts.append("Settings: " + ", ".join(f"{key} {value}" for key, value in suite.settings.items()) + ".")
+    return "\n\n".join(parts) + "\n"
+
+
+def plot_suite(results: Results, path: Path) -> None:
+    """A panel per task: the table with its cells coloured, shares from 0 to 1, everything else by its column's own range."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    suite = results.suite
+    tables = {task: table(results, task) for task in suite.tasks}
+    across = min(_PANELS_ACROSS, len(tables))
+    down = math.ceil(len(tables) / across)
+    width = sum(_width(t) for t in list(tables.values())[:across])
+    height = down * (0.9 + 0.27 * max(len(t.rows) for t in tables.values()))
+    title = textwrap.fill(f"{suite.title}: {suite.quantity}", int(width / _CHARACTER_INCHES / 1.2))
+    figure = Figure(figsize=(width, height + 0.25 + 0.2 * title.count("\n")), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(down, across, squeeze=False)
+    for axes, (task, figures) in zip(grid.flat, tables.items()):
+        _panel(axes, task, figures, share=suite.higher_is_better is True)
+    for axes in list(grid.flat)[len(tables) :]:
+        axes.set_axis_off()
+    figure.suptitle(title, color=INK, fontsize=9, x=0.01, ha="left")
+    save_figure(figure, path)
+
+
+def _width(figures: Table) -> float:
+    """Inches of a panel: its row names and its columns."""
+    return (
+        0.4
+        + _CHARACTER_INCHES * max(map(len, figures.rows))
+        + sum(max(0.95, 0.08 * len(name)) for name in figures.columns)
+    )
+
+
+def _panel(axes, task: str, figures: Table, *, share: bool) -> None:
+    levels = [[math.nan] * len(figures.columns) for _ in figures.rows]  # 0 to 1, for the colours
+    for x in range(len(figures.columns)):
+        means = [found.mean for row in figures.rows.values() if (found := row[x]) is not None]
+        low, high = (0.0, 1.0) if share or not means else (min(means), max(means))
+        for y, row in enumerate(figures.rows.values()):
+            if (value := row[x]) is not None:
+                levels[y][x] = (value.mean - low) / (high - low) if high > low else 0.5
+                text = f"{value.mean:.2f}" + (f" ±{value.deviation:.2f}" if value.seeds > 1 else "")
+                axes.text(
+                    x, y, text, ha="center", va="center", fontsize=7, color=INK if levels[y][x] > 0.5 else "white"
+                )
+    axes.imshow(levels, aspect="auto", cmap="viridis", vmin=0, vmax=1, alpha=0.85)
+    axes.set_xticks(range(len(figures.columns)), figures.columns, fontsize=7)
+    axes.set_yticks(range(len(figures.rows)), list(figures.rows), fontsize=7)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(task, loc="left", fontsize=8, color=INK)

@@ -1,0 +1,175 @@
+"""A suite: cells of task, subject and seed, each with scores; run one after the other, kept as they finish."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hope_megatron.eval.report import write_json
+from hope_megatron.suites.errors import SuiteError
+
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class SuiteOptions:
+    """What a user may change about a suite; None leaves the suite's own choice."""
+
+    families: tuple[str, ...] | None = None
+    tasks: tuple[str, ...] | None = None
+    seeds: int = 3
+    steps: int | None = None
+    lr: float | None = None
+    optimizer: str = "adamw"
+    chunk_tokens: int | None = None
+    width: int | None = None
+    layers: int | None = None
+    quick: bool = False
+    lengths: tuple[int, ...] | None = None
+    data: tuple[Path, ...] = ()
+
+
+class Cell(NamedTuple):
+    """One training and its scores."""
+
+    task: str
+    subject: str
+    """What is compared: a family, an ablation, a method."""
+    seed: int
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A table to fill."""
+
+    name: str
+    title: str
+    tasks: tuple[str, ...]
+    subjects: tuple[str, ...]
+    seeds: int
+    settings: Mapping[str, Any]
+    """Everything that the scores depend on; cells of other settings are never mixed."""
+    run: Callable[[Cell], Scores]
+    quantity: str = "share of answers that are right"
+    higher_is_better: bool | None = True
+    """None where the tasks differ in it."""
+    subject_kind: str = "model"
+    """What the rows of the tables are."""
+    paper: str = ""
+    """What the paper reports of this test."""
+    notes: str = ""
+    """How it was run here, and where that differs."""
+    parameters: Mapping[str, int] = field(default_factory=dict)
+    """Parameters of each subject's model, in the first task."""
+
+    def cells(self) -> Iterator[Cell]:
+        """Seed by seed, so that an interrupted suite has whole tables of the seeds it got to."""
+        for seed in range(self.seeds):
+            for task in self.tasks:
+                for subject in self.subjects:
+                    yield Cell(task, subject, seed)
+
+
+@dataclass
+class Results:
+    """Finished cells, kept in a file that is replaced after each one."""
+
+    suite: Suite
+    path: Path | None = None
+    scores: dict[Cell, Scores] = field(default_factory=dict)
+    seconds: dict[Cell, float] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self) -> None:
+        """Take up what the file has.
+
+        Raises:
+            SuiteError: if it is of another suite or of other settings.
+        """
+        if self.path is None or not self.path.exists():
+            return
+        try:
+            stored = json.loads(self.path.read_text(encoding="utf-8"))
+            sizes, stored_sizes = self.suite.parameters, stored["parameters"]
+            same_sizes = all(sizes[name] == stored_sizes[name] for name in sizes.keys() & stored_sizes)
+            same = stored["suite"] == self.suite.name and stored["settings"] == _plain(self.suite.settings)
+            if same and same_sizes:
+                for row in stored["cells"]:
+                    cell = Cell(row["task"], row["subject"], row["seed"])
+                    self.scores[cell], self.seconds[cell] = row["scores"], row["seconds"]
+                return
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SuiteError(
+                f"{self.path} cannot be read as results of a suite ({error}); give another --json"
+            ) from None
+        raise SuiteError(
+            f"{self.path} holds suite {stored['suite']} with settings {stored['settings']} and parameters {stored_sizes}, not "
+            f"{self.suite.name} with {_plain(self.suite.settings)} and {dict(sizes)}; give another --json, or delete it"
+        )
+
+    def save(self) -> None:
+        """Replace the file."""
+        if self.path is not None:
+            write_json(self.path, self.as_dict())
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        cells = [
+            {**cell._asdict(), "scores": scores, "seconds": self.seconds[cell]} for cell, scores in self.scores.items()
+        ]
+        return {
+            "suite": self.suite.name,
+            "settings": _plain(self.suite.settings),
+            "quantity": self.suite.quantity,
+            "parameters": dict(self.suite.parameters),
+            "provenance": dict(self.provenance),
+            "cells": cells,
+        }
+
+
+def run_suite(
+    suite: Suite, path: Path | None, provenance: Mapping[str, Any], tell: Callable[[str], None] = print
+) -> Results:
+    """Run the cells that are not there yet.
+
+    Args:
+        path: where finished cells are kept; None keeps them in memory alone.
+        provenance: commit, versions and machine, for the record.
+        tell: gets a line for each finished cell.
+    """
+    results = Results(suite, path, provenance=provenance)
+    results.load()
+    cells = list(suite.cells())
+    for number, cell in enumerate(cells, 1):
+        if cell in results.scores:
+            continue
+        started = time.monotonic()
+        results.scores[cell] = suite.run(cell)
+        results.seconds[cell] = round(time.monotonic() - started, 1)
+        results.save()
+        shown = ", ".join(f"{name}: {value:.3g}" for name, value in results.scores[cell].items())
+        tell(
+            f"[{number}/{len(cells)}] {cell.task}, {cell.subject}, seed {cell.seed}: {shown} ({results.seconds[cell]} s)"
+        )
+    return results
+
+
+def chosen(kind: str, wanted: tuple[str, ...] | None, known: tuple[str, ...]) -> tuple[str, ...]:
+    """The wanted names, or all of them.
+
+    Raises:
+        SuiteError: if one is unknown.
+    """
+    for name in wanted or ():
+        if name not in known:
+            raise SuiteError(f"no {kind} {name!r} in this suite; use some of: {', '.join(known)}")
+    return wanted or known
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(dict(settings), default=str))

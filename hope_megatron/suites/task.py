@@ -1,0 +1,55 @@
+"""A task: batches of tokens and targets drawn by length, or by whatever its bins stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+IGNORE = -100  # target of positions that are not asked
+PAD = 0  # token behind the end of a shorter sequence
+
+
+class Batch(NamedTuple):
+    """What a model reads and what it is asked."""
+
+    tokens: np.ndarray  # [B, T] int64
+    targets: np.ndarray  # [B, T] int64, IGNORE where nothing is asked
+
+
+Draw = Callable[[str, int, np.random.Generator], Batch]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something to be learnt, and how it is asked."""
+
+    name: str
+    vocab_size: int
+    """Token ids and answers share one vocabulary."""
+    bins: tuple[str, ...]
+    """What is asked of a trained model, one score each. Training draws from the first."""
+    draw: Draw
+    """(bin, sequences, random numbers) -> batch."""
+    metric: Literal["sequences", "answers", "loss"] = "answers"
+    """Share of sequences without a mistake, share of right answers, or nats per answer."""
+
+    def train_batch(self, size: int, seed: int, step: int) -> Batch:
+        """The batch of a training step: a function of seed and step."""
+        return self.draw(self.bins[0], size, np.random.default_rng((seed, step)))
+
+    def test_batch(self, name: str, size: int) -> Batch:
+        """The sequences every model of this task is asked in a bin; other random numbers than any training step's."""
+        return self.draw(name, size, np.random.default_rng((10**9, 7, self.bins.index(name))))
+
+
+def pad_batch(rows: list[tuple[list[int], list[int]]]) -> Batch:
+    """Tokens and targets of sequences of different length, side by side."""
+    length = max(len(tokens) for tokens, _ in rows)
+    batch = Batch(np.full((len(rows), length), PAD), np.full((len(rows), length), IGNORE))
+    for i, (tokens, targets) in enumerate(rows):
+        batch.tokens[i, : len(tokens)] = tokens
+        batch.targets[i, : len(targets)] = targets
+    return batch

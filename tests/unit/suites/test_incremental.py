@@ -1,0 +1,150 @@
+"""Class-incremental learning: the published layouts, the stand-in, and each method's own property."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from hope_megatron.suites import incremental
+from hope_megatron.suites.errors import SuiteError
+from hope_megatron.suites.fit import FitOptions, batch_loss, fit, small_model
+from hope_megatron.suites.incremental import ASK, LABEL, WORD, episodes, forgetting, repeat_state, split_classes
+from hope_megatron.suites.labelled import load_labelled, synthetic_labelled, word_ids
+from hope_megatron.suites.models import family_model, small_hope
+from hope_megatron.suites.registry import build_suite
+from hope_megatron.suites.suite import SuiteOptions, run_suite
+from hope_megatron.suites.task import IGNORE
+
+
+def test_published_layouts(tmp_path):
+    clinc = tmp_path / "data_full.json"
+    rows = [["what is my balance", "balance"], ["send money", "transfer"]]
+    clinc.write_text(json.dumps({"train": rows, "val": [], "test": rows, "oos_train": [["hm", "oos"]], "oos_test": []}))
+    assert load_labelled(clinc).classes == ["balance", "transfer"]  # nothing out of scope
+
+    banking, dbpedia = tmp_path / "banking77", tmp_path / "dbpedia"
+    for directory in (banking, dbpedia):
+        directory.mkdir()
+    for split in ("train", "test"):
+        (banking / f"{split}.csv").write_text('text,category\n"Where, then, is my card?",card_arrival\nTop up,top_up\n')
+        (dbpedia / f"{split}.csv").write_text('1,"E. D. Abbott Ltd"," A ""coach"" builder"\n2,Someone," An artist"\n')
+    (dbpedia / "classes.txt").write_text("Company\nArtist\n")
+    loaded = load_labelled(banking)
+    assert loaded.classes == ["card_arrival", "top_up"] and loaded.name == "banking77"
+    assert np.array_equal(loaded.train["card_arrival"][0], word_ids("where then is my card"))
+    assert load_labelled(dbpedia).classes == ["Artist", "Company"]
+
+    (dbpedia / "test.csv").write_text("what,ever\n")
+    with pytest.raises(SuiteError, match="neither a header"):
+        load_labelled(dbpedia)
+    with pytest.raises(SuiteError, match=r"data_full\.json"):
+        load_labelled(tmp_path)
+    clinc.write_text('{"train": [["a", "b"]]}')
+    with pytest.raises(SuiteError, match="test"):
+        load_labelled(clinc)
+
+
+def test_the_stand_in_can_be_told_apart_by_words_alone():
+    """Words that occur in one class of the training split decide every test sentence; nothing else would."""
+    labelled = synthetic_labelled(12)
+    assert len(labelled.classes) == 12
+    words = {name: set(np.concatenate(labelled.train[name]).tolist()) for name in labelled.classes}
+    own = {c: {w for w in words[c] if sum(w in other for other in words.values()) == 1} for c in words}
+    right = total = 0
+    for name in labelled.classes:
+        for sentence in labelled.test[name]:
+            votes = {c: sum(w in own[c] for w in sentence.tolist()) for c in own}
+            right, total = right + (max(votes, key=votes.__getitem__) == name), total + 1
+    assert right / total > 0.9
+    again = synthetic_labelled(12)
+    assert all(np.array_equal(a, b) for c in labelled.classes for a, b in zip(labelled.train[c], again.train[c]))
+
+
+def test_episodes_ask_the_label_that_they_tell():
+    labelled = synthetic_labelled(12)
+    base, groups = split_classes(labelled, 3)
+    assert sorted([*base, *groups[0], *groups[1], *groups[2]]) == labelled.classes and [len(g) for g in groups] == [
+        2,
+        2,
+        2,
+    ]
+    batch = episodes(labelled, base, 2, 4, 5, np.random.default_rng(0))
+    of_sentence = {tuple(s.tolist()): name for name in base for s in labelled.train[name]}
+    for tokens, targets in zip(batch.tokens.tolist(), batch.targets.tolist()):
+        sentence, labels = [], {}
+        for i, token in enumerate(tokens):
+            if token == ASK:
+                assert targets[i] == tokens[i + 1] >= LABEL
+                assert labels.setdefault(of_sentence[tuple(sentence)], targets[i]) == targets[i]
+                sentence = []
+            else:
+                assert targets[i] == IGNORE
+                if WORD <= token < LABEL:
+                    sentence.append(token - WORD)
+        assert len(labels) == 2 and len(set(labels.values())) == 2
+    with pytest.raises(SuiteError, match="at least 14"):
+        split_classes(labelled, 7)
+
+
+def test_forgetting_is_what_was_lost():
+    assert forgetting([[0.9], [0.5, 0.8], [0.1, 0.6, 1.0]]) == pytest.approx(((0.9 - 0.1) + (0.8 - 0.6)) / 2)
+
+
+@pytest.mark.parametrize("family", ["hope", "transformer_pp"])
+def test_a_repeated_state_goes_on_like_the_stream(family):
+    model = small_model(family_model(family, small_hope(61, width=32, layers=2, heads=2, chunk_tokens=4)), 0).eval()
+    tokens = torch.randint(61, (3, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        state = model(tokens[:1, :6], return_state=True).state
+        repeated = model(tokens[:, 6:], state=repeat_state(model, state, 3)).logits
+        for i in range(3):
+            alone = model(tokens[i : i + 1, 6:], state=state).logits
+            torch.testing.assert_close(repeated[i : i + 1], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_ewc_holds_what_an_earlier_group_needs():
+    labelled = synthetic_labelled(8)
+    _, (first, second) = split_classes(labelled, 2)
+    labels = {name: i for i, name in enumerate([*first, *second])}
+    config = family_model("deltanet", small_hope(LABEL + 8, width=16, layers=1, heads=2, chunk_tokens=8))
+    left = {}
+    for strength in (0.0, 1e4):
+        model, rng = small_model(config, 0), np.random.default_rng(0)
+        anchors = incremental._fisher(
+            model, lambda rng=rng: incremental._single_sentences(labelled, labels, first, 2, 1, rng)
+        )
+        penalty = partial(incremental._ewc_penalty, anchors, strength)
+        draw = partial(incremental._single_sentences, labelled, labels, second, 2, 4)
+        fit(
+            model,
+            lambda step, draw=draw: draw(np.random.default_rng(step)),
+            FitOptions(steps=12, lr=3e-3),
+            penalty=penalty,
+        )
+        left[strength] = incremental._ewc_penalty(anchors, 2.0).item()
+    assert 0 < left[1e4] < 0.5 * left[0.0]
+
+
+def test_fisher_of_one_sentence_is_its_squared_gradient():
+    labelled = synthetic_labelled(4)
+    model = small_model(small_hope(LABEL + 4, width=16, layers=1, heads=2, chunk_tokens=8), 0)
+    batch = incremental._single_sentences(labelled, {"class 000": 0}, ["class 000"], 1, 1, np.random.default_rng(0))
+    anchors = incremental._fisher(model, lambda: batch, samples=2)
+    batch_loss(model, batch).backward()
+    assert len(anchors) == len(list(model.parameters()))
+    for parameter, _, square in anchors:
+        expected = parameter.grad**2 if parameter.grad is not None else torch.zeros_like(parameter)
+        torch.testing.assert_close(square, expected, atol=1e-7, rtol=1e-4)
+
+
+def test_the_suite_from_end_to_end():
+    options = SuiteOptions(families=("hope",), seeds=1, steps=3, quick=True)
+    results = run_suite(build_suite("classes", options), None, {}, tell=lambda line: None)
+    assert {cell.subject for cell in results.scores} == {"hope: in context", "hope: fine-tuned", "hope: EWC"}
+    for scores in results.scores.values():
+        assert list(scores) == ["after 1", "after 2", "after 3", "forgetting"]
+        assert all(0 <= scores[f"after {i}"] <= 1 for i in (1, 2, 3))

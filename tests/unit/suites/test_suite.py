@@ -1,0 +1,111 @@
+"""A suite from end to end at its smallest: cells, resuming, tables, picture; families with equal parameters."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from hope_megatron.config.accounting import num_parameters
+from hope_megatron.suites.ablations import WHOLE, ablations
+from hope_megatron.suites.errors import SuiteError
+from hope_megatron.suites.fit import FitOptions, fit_task, score
+from hope_megatron.suites.models import changed, family_choices, family_model, matched, small_hope
+from hope_megatron.suites.recall import draw_recall
+from hope_megatron.suites.registry import build_suite
+from hope_megatron.suites.report import plot_suite, suite_markdown, table
+from hope_megatron.suites.suite import Cell, Results, Suite, SuiteOptions, run_suite
+from hope_megatron.suites.task import IGNORE, Batch, Task
+
+
+@pytest.mark.parametrize("family", family_choices())
+def test_families_have_as_many_parameters_as_hope(family):
+    hope = small_hope(128, width=64, layers=2, heads=2, chunk_tokens=8)
+    model = family_model(family, hope)
+    assert abs(num_parameters(model) / num_parameters(hope) - 1) < 0.01
+    if "memory" in model.mixers:
+        assert model.memory.objective == "dot" or model.memory.eta_max * 8 <= 2.0
+
+
+def test_an_unknown_family_or_task_is_named():
+    with pytest.raises(SuiteError, match="did you mean titans"):
+        build_suite("recall", SuiteOptions(families=("titan",)))
+    with pytest.raises(SuiteError, match="associative recall"):
+        build_suite("recall", SuiteOptions(tasks=("associativ",)))
+
+
+def fake_suite(calls: list[Cell], steps: int = 3) -> Suite:
+    def run(cell: Cell) -> dict[str, float]:
+        calls.append(cell)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return {"short": cell.seed / 2, "long": 0.25}
+
+    return Suite("s", "A suite", ("t",), ("a", "b"), 2, {"steps": steps}, run)
+
+
+def test_an_interrupted_suite_goes_on(tmp_path):
+    path, calls = tmp_path / "s.json", []
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(fake_suite(calls), path, {}, tell=lambda line: None)
+    assert len(json.loads(path.read_text())["cells"]) == 2
+    results = run_suite(fake_suite(calls), path, {}, tell=lambda line: None)
+    assert calls == [Cell("t", "a", 0), Cell("t", "b", 0), Cell("t", "a", 1), Cell("t", "a", 1), Cell("t", "b", 1)]
+    assert "0.250 ± 0.354" in suite_markdown(results)  # seeds 0 and 1: 0 and 0.5
+
+
+def test_scores_after_phases_become_a_matrix():
+    scores = {"x after x": 1.0, "y after x": 2.0, "x after y": 3.0, "y after y": 4.0, "lost": 2.0}
+    suite = Suite("s", "t", ("t",), ("a",), 1, {}, lambda cell: scores)
+    columns, rows = table(run_suite(suite, None, {}, tell=lambda line: None), "t")
+    assert columns == ["x", "y", "lost"]
+    means = {name: [value and value.mean for value in row] for name, row in rows.items()}
+    assert means == {"a, after x": [1.0, 2.0, None], "a, after y": [3.0, 4.0, 2.0]}
+
+
+def test_results_of_other_settings_are_refused(tmp_path):
+    path = tmp_path / "s.json"
+    Results(fake_suite([]), path).save()
+    with pytest.raises(SuiteError, match="'steps': 3"):
+        Results(fake_suite([], steps=4), path).load()
+    path.write_text("[]")
+    with pytest.raises(SuiteError, match="give another --json"):
+        Results(fake_suite([]), path).load()
+
+
+def test_a_model_learns_and_is_asked():
+    """The value of the only key: learnt within 300 steps, and asked of sequences never seen."""
+    task = Task("one pair", 129, ("1 pairs",), draw_recall)
+    hope = small_hope(129, width=32, layers=1, heads=2, chunk_tokens=4)
+    config = family_model("deltanet", hope)
+    model, _ = fit_task(config, task, FitOptions(steps=300, lr=1e-2), seed=0, test_sequences=32)
+    assert score(model, task, "1 pairs") > 0.9
+
+    def draw_wrong(*args) -> Batch:
+        tokens, targets = draw_recall(*args)
+        return Batch(tokens, np.where(targets == IGNORE, IGNORE, targets - 1))
+
+    assert score(model, Task("wrong", 129, ("1 pairs",), draw_wrong), "1 pairs") < 0.1
+
+
+def test_a_real_suite_from_end_to_end(tmp_path):
+    options = SuiteOptions(families=("hope", "retnet"), tasks=("a^n b^n",), seeds=1, steps=2, quick=True)
+    results = run_suite(build_suite("languages", options), tmp_path / "l.json", {}, tell=lambda line: None)
+    assert set(results.scores) == {Cell("a^n b^n", "hope", 0), Cell("a^n b^n", "retnet", 0)}
+    text = suite_markdown(results)
+    assert "| 2-12" in text and "retnet" in text and "in the longer bin" in text
+    plot_suite(results, tmp_path / "l.png")
+    assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("momentum", ["none", "data"])
+def test_every_ablation_is_a_valid_model_of_equal_size(momentum):
+    whole = changed(
+        small_hope(256, width=64, layers=2, heads=2, chunk_tokens=16), {**WHOLE, "memory": {"momentum": momentum}}
+    )
+    for name, changes in ablations(whole).items():
+        model = matched(changed(whole, changes), whole)
+        assert abs(num_parameters(model) / num_parameters(whole) - 1) < 0.01, name
+        if name not in ("whole", "w/o momentum"):
+            assert model.memory != whole.memory or len(model.cms.levels) == 1
