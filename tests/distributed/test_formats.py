@@ -24,9 +24,11 @@ def build(config):
 
 
 def advance(engine, config, state, num_steps):
+    from hope_megatron.training.batches import BatchReader
     from hope_megatron.training.step import train_step
 
-    results = [train_step(engine, RepeatingSource(), state, config) for _ in range(num_steps)]
+    with BatchReader(RepeatingSource(), config, engine.mesh) as reader:
+        results = [train_step(engine, reader, state, config) for _ in range(num_steps)]
     return [(result.loss, result.grad_norm) for result in results]
 
 

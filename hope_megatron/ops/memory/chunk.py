@@ -111,8 +111,9 @@ def _recomputed(tensors, rule: MemoryRule, groups, position: int, *, segment_tok
 
 
 def period_tokens(rule: MemoryRule) -> int:
-    """The longer of the two chunk lengths; the shorter one divides it."""
-    return max(rule.chunk_tokens, rule.self_chunk_tokens)
+    """The longer of the chunk lengths that there are; the shorter one divides it."""
+    adaptive = rule.adaptive_key or rule.adaptive_value or rule.adaptive_eta or rule.adaptive_alpha
+    return max(rule.chunk_tokens, rule.self_chunk_tokens) if adaptive else rule.chunk_tokens
 
 
 def _pieces(tensors: list[Tensor | None], position: int, chunk: int) -> list[tuple[Tensor | None, ...]]:

@@ -116,6 +116,10 @@ def test_gated_delta_rule(momentum):
     assert_same(MemoryRule(8, 8, decay_erased=True), 21, momentum=momentum, warm=True)
 
 
+def test_a_static_memory_has_one_chunk_length():
+    assert_same(MemoryRule(4, 16, **STATIC), 21)
+
+
 def test_bounded_momentum():
     rule = MemoryRule(8, 8, objective="l2", eta_max=0.1, theta_max=0.7)
     assert_same(rule, 21, momentum=True, warm=True)
