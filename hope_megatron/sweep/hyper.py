@@ -93,10 +93,13 @@ def fit_tuning(tuned: Sequence[Tuned], *, count: int, level: float, seed: int) -
 
 
 def grid_steps_moved(tuned: Sequence[Tuned]) -> float:
-    """How far the optimum moves over the sizes, in steps of the grid: within one, a small size's rate transfers to a large one."""
+    """How far the optimum moves over the sizes, in steps of the grid: within one, a small size's rate transfers to a large one.
+
+    NaN with fewer than two minima that count: then nothing is known.
+    """
     minima = [np.log(point.valley.minimum[0]) for point in tuned if not point.valley.problem]
     steps = [np.diff(np.unique(np.log(point.valley.x))).mean() for point in tuned]
-    return float(np.ptp(minima) / np.mean(steps)) if minima else float("nan")
+    return float(np.ptp(minima) / np.mean(steps)) if len(minima) > 1 else float("nan")
 
 
 def _fit_law(n: Array, d: Array, c: Array, best: Array) -> TuningLaw:
