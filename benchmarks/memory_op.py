@@ -46,7 +46,8 @@ def main() -> None:
         for length in args.lengths:
             for chunk in args.chunks if length == args.lengths[0] else [64]:
                 results["rows"] += measure_operator(args, dtype, length, chunk)
-            results["rows"] += measure_others(args, dtype, length)
+            if not args.alone:
+                results["rows"] += measure_others(args, dtype, length)
         print_table(
             ["what", "L", "chunk", "fwd tok/s", "fwd+bwd tok/s", "GFLOP/s", "of bmm"],
             [
@@ -70,6 +71,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--alone", action="store_true", help="HOPE only: long attention takes minutes")
     parser.add_argument("--activations", action="store_true", help="measure memory instead of time")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--png", metavar="FILE", help="picture of the activations, or of tokens/s against length")
