@@ -23,6 +23,9 @@ LAUNCH_TIME_VARIABLE = "HOPE_LAUNCH_TIME"
 """Unix time at which the start of the workers began: the job's allocation, or the launcher's own start."""
 
 
+_STOP_FILE = "stop-signal"
+
+
 class LaunchError(Exception):
     """The processes could not be started, or not as asked."""
 
@@ -128,11 +131,23 @@ class Failure:
     message: str
 
 
-def report_ready(rank: int) -> None:
-    """Tell the launcher that this worker handles signals itself from now on."""
+def report_ready(rank: int) -> int:
+    """Tell the launcher that this worker handles signals itself from now on.
+
+    Returns:
+        The stop signal that came before, for which no worker was ready; 0 if none did.
+    """
     directory = os.environ.get(LAUNCH_DIR_VARIABLE)
-    if directory:
-        _write(Path(directory) / f"worker-{rank}.pid", str(os.getpid()))
+    if not directory:
+        return 0
+    _write(Path(directory) / f"worker-{rank}.pid", str(os.getpid()))
+    early = Path(directory) / _STOP_FILE  # looked at after the line above, and written before the launcher looks for it
+    return int(early.read_text()) if early.exists() else 0
+
+
+def record_stop_signal(directory: Path, number: int) -> None:
+    """Leave a stop signal to the workers that are not ready for it yet."""
+    _write(directory / _STOP_FILE, str(number))
 
 
 def report_failure(rank: int, error: BaseException) -> bool:

@@ -27,6 +27,7 @@ from launch.environment import (
     process_environment,
     read_failures,
     read_worker_pids,
+    record_stop_signal,
 )
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -59,7 +60,10 @@ def run_local(
             LAUNCH_TIME_VARIABLE: str(time.time()),
         }
         with _environment(environment), _SignalForwarding(Path(directory)) as signals:
-            exit_code = _run_agent(list(argv), nproc, port)
+            try:
+                exit_code = _run_agent(list(argv), nproc, port)
+            except (KeyboardInterrupt, _Interrupted):
+                exit_code = 130
         if signals.received is not None:
             return 128 + signals.received
         if exit_code:
@@ -109,8 +113,6 @@ def _run_agent(argv: list[str], nproc: int, port: int | None) -> int:
     except ChildFailedError as error:
         first = min(error.failures.values(), key=lambda failure: failure.timestamp)
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
-    except (KeyboardInterrupt, _Interrupted):
-        return 130
     return 0
 
 
@@ -127,8 +129,8 @@ def _print_failure(directory: Path) -> None:
         print(f"{cause.message}error: rank {cause.rank} failed as shown above", file=sys.stderr)
 
 
-class _Interrupted(Exception):
-    """A signal arrived before the workers could handle one: end them."""
+class _Interrupted(BaseException):
+    """A signal arrived before the workers could handle one: end them. It must pass whatever torch catches."""
 
 
 class _SignalForwarding:
@@ -147,6 +149,7 @@ class _SignalForwarding:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        record_stop_signal(self.directory, number)
         workers = read_worker_pids(self.directory)
         again = self.received is not None and number == signal.SIGINT
         self.received = number

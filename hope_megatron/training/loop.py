@@ -90,7 +90,7 @@ def train(run: Run, callbacks: Sequence[Callback]) -> Outcome:
         CheckpointSaveError: when several saves in a row have failed.
     """
     with StopRequest() as stop, BatchReader(run.train_source, run.config, run.engine.mesh) as run.reader:
-        report_ready(run.engine.mesh.rank)
+        stop.signal_number = report_ready(run.engine.mesh.rank) or stop.signal_number
         for callback in callbacks:
             callback.start(run)
         while not run.is_last_step:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from launch.environment import (
     process_start_time,
     read_failures,
     read_worker_pids,
+    record_stop_signal,
     report_failure,
     report_ready,
     start_up_text,
@@ -49,6 +51,14 @@ def test_reports_reach_the_launcher_in_order(monkeypatch, tmp_path):
     first, second = read_failures(tmp_path)
     assert (first.rank, first.is_user_error, first.message) == (1, True, "two\nlines")
     assert second.rank == 0 and not second.is_user_error and "ValueError: later" in second.message
+
+
+def test_a_signal_before_workers_are_ready_is_left_to_them(monkeypatch, tmp_path):
+    monkeypatch.setenv(LAUNCH_DIR_VARIABLE, str(tmp_path))
+    assert report_ready(0) == 0
+    record_stop_signal(tmp_path, signal.SIGINT)
+    assert report_ready(1) == signal.SIGINT
+    assert len(read_worker_pids(tmp_path)) == 2
 
 
 def test_without_a_launcher_nothing_is_reported(monkeypatch):
