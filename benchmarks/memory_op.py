@@ -249,7 +249,7 @@ def plot_activations(found: list[dict], path: str) -> None:
         ("recomputing", "recomputing"),
         ("inputs_and_outputs", "inputs and outputs alone"),
     ):
-        axes.loglog([r["length"] for r in found], [r[key] / 2**20 for r in found], "o-", label=name)
+        axes.plot([r["length"] for r in found], [r[key] / 2**20 for r in found], "o-", label=name)
     _save(figure, axes, path)
 
 
@@ -259,7 +259,7 @@ def plot_speed(rows: list[dict], path: str) -> None:
     figure, axes = _axes("tokens", "tokens/s, forward + backward", rows)
     for what in dict.fromkeys(r["what"] for r in rows):
         points = [(r["length"], r["both"]) for r in rows if r["what"] == what]
-        axes.loglog(*zip(*points), "o-", label=what)
+        axes.plot(*zip(*points), "o-", label=what)
     _save(figure, axes, path)
 
 
@@ -271,14 +271,14 @@ def _axes(x_label: str, y_label: str, rows: list[dict]):
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     lengths = sorted({r["length"] for r in rows})
-    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.set(xlabel=x_label, ylabel=y_label, xscale="log", yscale="log")
     axes.set_xticks(lengths, [f"{n // 1024}K" if n >= 1024 else str(n) for n in lengths])
+    axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
     return figure, axes
 
 
 def _save(figure, axes, path: str) -> None:
-    axes.set_xticks([], minor=True)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
     print(f"wrote {path}")
