@@ -48,12 +48,20 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def seconds(run: Callable[[], Any], *, repeats: int, device: str = "cpu", warmup: int = 1) -> list[float]:
-    """Wall time of each of `repeats` runs after `warmup` others."""
+def seconds(
+    run: Callable[[], Any],
+    *,
+    repeats: int,
+    device: str = "cpu",
+    warmup: int = 1,
+    before: Callable[[], Any] = lambda: None,
+) -> list[float]:
+    """Wall time of each of `repeats` runs after `warmup` others. before: called ahead of every run, outside its time."""
     import torch
 
     times = []
     for i in range(warmup + repeats):
+        before()
         if device == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()

@@ -3,6 +3,7 @@
     python benchmarks/memory_op.py                        B1 L1024, 4 heads of 64, chunks 16 to 256
     python benchmarks/memory_op.py --lengths 1024 65536   cost per token against length
     python benchmarks/memory_op.py --activations          bytes kept for backward against length (--png FILE)
+    python benchmarks/memory_op.py --processes 2          heads split over processes too, as tensor parallelism does it
     python benchmarks/memory_op.py --device cuda --dtype bfloat16 --batch 8 --heads 16 --lengths 4096
 
 Side by side in one run: the chunk form of HOPE (five memories), with and without recomputing, the token loop, softmax
@@ -17,7 +18,9 @@ machine's rate is that of torch.bmm on products of the operator's own size.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
+import multiprocessing
 from collections.abc import Callable
 
 from common import machine, print_table, seconds, spread, write_json
@@ -46,6 +49,8 @@ def main() -> None:
         for length in args.lengths:
             for chunk in args.chunks if length == args.lengths[0] else [64]:
                 results["rows"] += measure_operator(args, dtype, length, chunk)
+                if args.processes > 1:
+                    results["rows"].append(measure_processes(args, dtype, length, chunk))
             if not args.alone:
                 results["rows"] += measure_others(args, dtype, length)
         print_table(
@@ -70,12 +75,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="also N processes that share heads and threads"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--alone", action="store_true", help="HOPE only: long attention takes minutes")
     parser.add_argument("--activations", action="store_true", help="measure memory instead of time")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--png", metavar="FILE", help="picture of the activations, or of tokens/s against length")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.heads % args.processes or args.threads % args.processes:
+        parser.error(f"--processes {args.processes} must divide --heads {args.heads} and --threads {args.threads}")
+    if args.processes > 1 and args.device != "cpu":
+        parser.error("--processes is for the CPU: processes on one GPU take turns")
+    return args
 
 
 def model_of(args: argparse.Namespace, chunk: int) -> ModelConfig:
@@ -105,12 +118,13 @@ def parameters(args: argparse.Namespace) -> MemoryParams:
     return MemoryParams(bank(1, args.width), bank(2, args.width), bank(2, 1))
 
 
-def bmm_rate(args: argparse.Namespace, chunk: int, length: int) -> float:
+def bmm_rate(args: argparse.Namespace, chunk: int, length: int, before: Callable = lambda: None) -> float:
     """FLOP/s of torch.bmm on [5 B H, C, d] x [5 B H, d, d] in float32, the precision of the operator."""
     n = 5 * args.batch * args.heads
     a = torch.randn(n, min(chunk, length), args.width, device=args.device)
     b = torch.randn(n, args.width, args.width, device=args.device)
-    times = seconds(lambda: [torch.bmm(a, b) for _ in range(50)], repeats=args.repeats, device=args.device, warmup=2)
+    products = lambda: [torch.bmm(a, b) for _ in range(50)]  # noqa: E731
+    times = seconds(products, repeats=args.repeats, device=args.device, warmup=2, before=before)
     return 50 * 2 * a.numel() * args.width / min(times)
 
 
@@ -164,6 +178,50 @@ def measure_operator(args, dtype, length: int, chunk: int) -> list[dict]:
         )
         for name, r in (("HOPE", False), ("HOPE, recomputing", True))
     ]
+
+
+def measure_processes(args, dtype, length: int, chunk: int) -> dict:
+    """HOPE with its heads and threads split over processes. Nothing inside the operator crosses heads; a run takes as long
+    as its slowest process. torch.bmm is measured in the same processes at the same time."""
+    context, share = multiprocessing.get_context("spawn"), copy.copy(args)
+    share.heads, share.threads = args.heads // args.processes, args.threads // args.processes
+    barrier, found = context.Barrier(args.processes), context.Queue()
+    workers = [
+        context.Process(target=_share, args=(share, dtype, length, chunk, barrier, found))
+        for _ in range(args.processes)
+    ]
+    for worker in workers:
+        worker.start()
+    forward, both, rates = zip(*(found.get() for _ in workers))
+    for worker in workers:
+        worker.join()
+    slowest = [[max(times) for times in zip(*of_all)] for of_all in (forward, both)]
+    tokens, flops = args.batch * length, 2 * args.heads * sum(memory_macs(model_of(args, chunk), length))
+    fwd, all_ = (tokens / min(times) for times in slowest)
+    return {
+        "what": f"HOPE, {args.processes} processes",
+        "length": length,
+        "chunk": chunk,
+        "forward": fwd,
+        "both": all_,
+        "forward_s": spread(slowest[0]),
+        "both_s": spread(slowest[1]),
+        "gflops": 3 * flops * all_ / 1e9,
+        "share": 3 * flops * all_ / sum(rates),
+    }
+
+
+def _share(args, dtype, length: int, chunk: int, barrier, found) -> None:
+    """One process of `measure_processes`."""
+    torch.set_num_threads(args.threads)
+    params, rule = parameters(args), memory_rule(model_of(args, chunk).memory)
+    qkv, rates = inputs(args, dtype, length)
+    run = lambda: memory_chunked(*qkv, rates, params, rule)[0]  # noqa: E731
+    repeats = max(2, min(args.repeats, 65536 // length))
+    with torch.no_grad():
+        forward = seconds(run, repeats=repeats, before=barrier.wait)
+    both = seconds(lambda: run().sum().backward(), repeats=repeats, before=barrier.wait)
+    found.put((forward, both, bmm_rate(args, chunk, length, barrier.wait)))
 
 
 def measure_others(args, dtype, length: int) -> list[dict]:

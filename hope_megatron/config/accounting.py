@@ -215,7 +215,7 @@ def memory_macs(model: ModelConfig, seq_length: int) -> tuple[float, float, floa
     per chunk.
     """
     memory, d, h = model.memory, model.head_dim, model.memory_hidden
-    deep, momentum = memory.num_layers == 2, memory.momentum != "none"
+    deep, momentum, anchored = memory.num_layers == 2, memory.momentum != "none", memory.keeps_initial
     hidden = h if deep else d  # fan-in of the output layer
     banks = memory_banks(model)
 
@@ -258,6 +258,7 @@ def memory_macs(model: ModelConfig, seq_length: int) -> tuple[float, float, floa
             writes += weight * (1 + momentum)  # the state after the chunk
             if dgd:
                 solve += count * C * fan_out + weight * (not known)  # inverse times right-hand side, W k for all keys
+                solve += weight * anchored  # and the initial W k
                 solve += weight + count * C * (fan_in + fan_out) if momentum else 0
     return reads, solve, writes
 
@@ -279,5 +280,5 @@ def _causal_read_macs(model: ModelConfig, C: int) -> float:
         layers = [(d, d, memory.dgd_layers != "none")]
     for fan_in, fan_out, dgd in layers:
         passes = 1 + (momentum and dgd)
-        macs += fan_in * fan_out * (1 + momentum) + C * fan_in + passes * C * fan_out
+        macs += fan_in * fan_out * (1 + momentum + memory.keeps_initial) + C * fan_in + passes * C * fan_out
     return macs

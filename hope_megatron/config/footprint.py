@@ -182,7 +182,8 @@ def _memory_bytes(model: ModelConfig, seq_length: int) -> tuple[float, float]:
     )
     if _written_out(memory):
         # counted on the tape of ops/memory/fused_forward.py; the last few are columns
-        return FP32 * states, FP32 * (33 * d + 46 * h + 16 * C + 25)
+        anchor = (4 * d + 6 * h + 2) * memory.keeps_initial
+        return FP32 * states, FP32 * (33 * d + 46 * h + 16 * C + 25 + anchor)
     numbers = d + 12 * d * vector_memories + 7 * C * (1 + memory.adaptive)
     if deep:
         numbers += 17 * h * vector_memories + 20 * h * (memories - vector_memories) + 6 * C * memories

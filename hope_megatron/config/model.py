@@ -67,12 +67,15 @@ class MemoryConfig(Section):
     (objective l2, or no DGD on some layer), it is the largest rate that is known to be stable."""
     eta: Literal["data", "fixed"] = "data"
     """Inner learning rate: from the token, or eta_max always (linear attention)."""
-    eta_init: float = Field(default=0.5, gt=0.0, lt=1.0)
-    """Initial inner learning rate as a fraction of eta_max."""
+    eta_init: float = Field(default=0.1, gt=0.0, lt=1.0)
+    """Initial inner learning rate as a fraction of eta_max. At 0.5 the memories wrote over each other and text was learnt slower."""
     decay: Literal["data", "constant", "retnet", "none"] = "data"
     """Retention alpha: from the token, a learned constant per head, RetNet's fixed 1 - 2^(-5 - head), or 1."""
     alpha_init: float = Field(default=0.999, gt=0.0, lt=1.0)
     """Initial retention per token."""
+    decay_to: Literal["zero", "initial"] = "initial"
+    """What retention forgets towards: the learned initial state, W_0 + (W - W_0) alpha, or nothing, W alpha (eq. 88 literally),
+    which fades W_0 too, so that contexts longer than the trained ones are read with memories that were never trained."""
     momentum: Literal["none", "constant", "data"] = "none"
     """Momentum theta of the inner update: 0, a learned constant per head, or from the token."""
     momentum_init: float = Field(default=0.5, gt=0.0, lt=1.0)
@@ -98,6 +101,11 @@ class MemoryConfig(Section):
     def adaptive(self) -> bool:
         """Whether any of the four self-memories exists."""
         return self.adaptive_key or self.adaptive_value or self.adaptive_eta or self.adaptive_alpha
+
+    @property
+    def keeps_initial(self) -> bool:
+        """Whether there is a retention and it spares the learned initial state."""
+        return self.decay != "none" and self.decay_to == "initial"
 
     @property
     def erases(self) -> bool:

@@ -49,6 +49,7 @@ def memory_rule(config: MemoryConfig) -> MemoryRule:
         objective=config.objective,
         dgd_layers=config.dgd_layers,
         decay_erased=config.decay_erased,
+        decay_to=config.decay_to,
         own_targets=config.own_targets,
         dot_target=config.dot_target,
         adaptive_key=config.adaptive_key,

@@ -105,7 +105,7 @@ def _join(parts: tuple[Tensor | None, ...]) -> Tensor | None:
 
 def _flatten(groups: tuple[Group, ...]) -> list[Tensor]:
     """The tensors of groups at a border, where `start` will be replaced by `now`."""
-    trees = [tree for group in groups for tree in (group.now, group.speed) if tree is not None]
+    trees = [tree for group in groups for tree in (group.now, group.speed, group.anchor) if tree is not None]
     return [x for tree in trees for x in tree if x is not None]
 
 
@@ -119,11 +119,14 @@ def _rebuild(tensors: list[Tensor], groups: tuple[Group, ...]) -> tuple[Group, .
     rebuilt = []
     for group in groups:
         now = weights(group.now)
-        rebuilt.append(group._replace(now=now, start=now, speed=weights(group.speed)))
+        speed, anchor = weights(group.speed), weights(group.anchor)
+        rebuilt.append(group._replace(now=now, start=now, speed=speed, anchor=anchor))
     return tuple(rebuilt)
 
 
 def _shape_of(groups: tuple[Group, ...]) -> tuple[Group, ...]:
     """The structure of groups without their tensors, so that keeping it keeps no memory."""
     mark = lambda tree: None if tree is None else Weights(*(None if x is None else True for x in tree))  # noqa: E731
-    return tuple(g._replace(now=mark(g.now), start=mark(g.now), speed=mark(g.speed)) for g in groups)
+    return tuple(
+        g._replace(now=mark(g.now), start=mark(g.now), speed=mark(g.speed), anchor=mark(g.anchor)) for g in groups
+    )

@@ -56,9 +56,10 @@ def memory_chunked(
     """
     B, T, H, d = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if state is None:
-        state = initial_state(params, B, momentum=logits.theta is not None, dtype=dtype)
-    groups = split_state(state, rule)
+    fresh = initial_state(params, B, momentum=logits.theta is not None, dtype=dtype)
+    state = fresh if state is None else state
+    anchored = logits.alpha is not None and rule.decay_to == "initial"
+    groups = split_state(state, rule, fresh.now if anchored else None)
     flat = [x.transpose(1, 2).reshape(B * H, T, d).to(dtype) for x in (q, k, v)]
     rates = [None if r is None else r.transpose(1, 2).reshape(B * H, T).to(dtype) for r in logits]
 
@@ -236,8 +237,10 @@ class _Write:
     ) -> _Layer | None:
         if gradient is None:
             return None
-        speed = None if self.group.speed is None else getattr(self.group.speed, name)
-        return _Layer.solve(keys, gradient, getattr(self.group.now, name), speed, inverse, self.tables.repeat(n), held)
+        now, speed, anchor = (
+            tree and getattr(tree, name) for tree in (self.group.now, self.group.speed, self.group.anchor)
+        )
+        return _Layer.solve(keys, gradient, now, speed, anchor, inverse, self.tables.repeat(n), held)
 
     def read(self, q: Tensor) -> Tensor:
         """M_mem(q_t): at every token as written so far (dual form), or at the chunk's start. q [N, C, d] unit."""
@@ -290,6 +293,7 @@ def _errors(k: Tensor, v: Tensor, phi: Tensor, rule: MemoryRule, group: Group) -
 class _Layer(NamedTuple):
     """Writes of a chunk into one layer: W_t = gamma_t W_0 + m_t0 S_0 - sum_s (Gamma_ts erase_s + m_ts drive_s) keys_s^T.
 
+    With an anchor A, (1 - gamma_t) A besides.
     Without momentum m = Gamma, and `drive` holds erase + drive together. Leading dim [N n].
     """
 
@@ -298,32 +302,39 @@ class _Layer(NamedTuple):
     erase: Tensor | None  # beta W_{t-1} k_t under DGD and momentum
     w: Tensor  # W_0, [N n, o, x]
     s: Tensor | None  # S_0
+    anchor: Tensor | None  # A
     tables: ChunkTables
 
     @classmethod
-    def solve(cls, keys, gradient, w, s, inverse: Tensor | None, tables: ChunkTables, held: Tensor | None) -> _Layer:
+    def solve(
+        cls, keys, gradient, w, s, anchor, inverse: Tensor | None, tables: ChunkTables, held: Tensor | None
+    ) -> _Layer:
         """Solve for the rows. gradient: g; inverse: None without DGD; held: keys W_0^T if it is known already."""
         drive = tables.eta * gradient
         if inverse is None:
-            return cls(keys, drive, None, w, s, tables)
+            return cls(keys, drive, None, w, s, anchor, tables)
         held = tables.erase_gamma_prev * (torch.bmm(keys, w.mT) if held is None else held)
+        if anchor is not None:
+            held = held + (tables.erase - tables.erase_gamma_prev) * torch.bmm(keys, anchor.mT)
         if tables.momentum is None:
-            return cls(keys, torch.bmm(inverse, held + drive), None, w, s, tables)
+            return cls(keys, torch.bmm(inverse, held + drive), None, w, s, anchor, tables)
         moving = tables.momentum.m0_prev * torch.bmm(keys, s.mT)
         moving = moving - torch.bmm(tables.momentum.m_prev * gram(keys), drive)
-        return cls(keys, drive, torch.bmm(inverse, held + tables.erase * moving), w, s, tables)
+        return cls(keys, drive, torch.bmm(inverse, held + tables.erase * moving), w, s, anchor, tables)
 
     def first_of(self, n: int, tables: ChunkTables) -> _Layer:
         """The first memory of a stack of n, with tables that are not repeated."""
         if n == 1:
             return self
         pick = lambda x: None if x is None else x.unflatten(0, (-1, n)).select(1, 0)  # noqa: E731
-        return _Layer(*(pick(x) for x in self[:5]), tables)
+        return _Layer(*(pick(x) for x in self[:6]), tables)
 
     def read(self, x: Tensor) -> Tensor:
         """W_t x_t for every token of the chunk: [N, C, x] -> [N, C, o]."""
         tables, scores = self.tables, torch.bmm(x, self.keys.mT)
         y = tables.gamma * torch.bmm(x, self.w.mT)
+        if self.anchor is not None:
+            y = y + (1 - tables.gamma) * torch.bmm(x, self.anchor.mT)
         if tables.momentum is None:
             return y - torch.bmm(tables.Gamma * scores, self.drive)
         y = y + tables.momentum.m0 * torch.bmm(x, self.s.mT) - torch.bmm(tables.momentum.m * scores, self.drive)
@@ -331,12 +342,14 @@ class _Layer(NamedTuple):
 
     def end(self) -> tuple[Tensor, Tensor | None]:
         """Weights and momentum after the chunk's last token."""
-        tables = self.tables
+        tables, kept = self.tables, self.tables.gamma_end * self.w
+        if self.anchor is not None:
+            kept = kept + (1 - tables.gamma_end) * self.anchor
         if tables.momentum is None:
-            return tables.gamma_end * self.w - torch.bmm((tables.Gamma_end * self.drive).mT, self.keys), None
+            return kept - torch.bmm((tables.Gamma_end * self.drive).mT, self.keys), None
         m = tables.momentum
         rows = m.m_end * self.drive if self.erase is None else m.m_end * self.drive + tables.Gamma_end * self.erase
-        w = tables.gamma_end * self.w + m.m0_end * self.s - torch.bmm(rows.mT, self.keys)
+        w = kept + m.m0_end * self.s - torch.bmm(rows.mT, self.keys)
         return w, m.theta_all * self.s - torch.bmm((m.theta_end * self.drive).mT, self.keys)
 
 

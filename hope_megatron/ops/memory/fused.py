@@ -51,7 +51,8 @@ def fused_scan(
     if recompute:
         tokens = segment_tokens or default_segment_tokens(T, rule.chunk_tokens, (group,))
         segment_chunks = -(-tokens // rule.chunk_tokens)
-    y, *weights = _FusedScan.apply(rule, segment_chunks, *tensors, *_memory_major(group.now, N))
+    anchor = (None, None, None) if group.anchor is None else _memory_major(group.anchor, N)
+    y, *weights = _FusedScan.apply(rule, segment_chunks, *tensors, *_memory_major(group.now, N), *anchor)
     now = _head_major(Weights(*weights), N)
     return y, group._replace(now=now, start=now)
 
@@ -68,20 +69,22 @@ def _head_major(w: Weights, N: int) -> Weights:
 
 class _FusedScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rule, segment_chunks, q, x_k, x_v, eta, alpha, w_in, w_vector, w_scalar):
-        w, keeps = Weights(w_in, w_vector, w_scalar), any(ctx.needs_input_grad)
+    def forward(ctx: Any, rule, segment_chunks, q, x_k, x_v, eta, alpha, w_in, w_vector, w_scalar, *anchors):
+        w, anchor, keeps = Weights(w_in, w_vector, w_scalar), _anchor(anchors), any(ctx.needs_input_grad)
         outputs: list[Tensor] = []
-        kept: list[Tensor] = []  # weights at segment borders if chunks are recomputed, else the tape of every chunk
+        kept: list[
+            Tensor | None
+        ] = []  # weights at segment borders if chunks are recomputed, else the tape of every chunk
         for i, x in enumerate(_chunks([q, x_k, x_v, eta, alpha], rule.chunk_tokens)):
             if keeps and segment_chunks is not None and i % segment_chunks == 0:
                 kept += w
-            y, tape = read(write(*x, w, rule), rule)
-            w = end(tape)
+            y, tape = read(write(*x, w, anchor, rule), anchor, rule)
+            w = end(tape, anchor)
             outputs.append(y)
             if keeps and segment_chunks is None:
                 kept += _flatten(tape)
         ctx.rule, ctx.segment_chunks = rule, segment_chunks
-        ctx.save_for_backward(q, x_k, x_v, eta, alpha, *kept)
+        ctx.save_for_backward(q, x_k, x_v, eta, alpha, *anchors, *kept)
         return torch.cat(outputs, 1), *w
 
     @staticmethod
@@ -90,7 +93,8 @@ class _FusedScan(torch.autograd.Function):
         rule, d_w = ctx.rule, Weights(*d_weights)
         saved = ctx.saved_tensors  # once: under activation checkpointing every look unpacks anew
         inputs, d_ys = _chunks(saved[:5], rule.chunk_tokens), d_y.split(rule.chunk_tokens, 1)
-        kept, segment = saved[5:], ctx.segment_chunks or len(inputs)
+        anchor, kept, segment = _anchor(saved[5:8]), saved[8:], ctx.segment_chunks or len(inputs)
+        d_anchor = None if anchor is None else Weights(*map(torch.zeros_like, anchor))
         gradients = []
         for first in reversed(range(0, len(inputs), segment)):
             chunks = range(first, min(first + segment, len(inputs)))
@@ -98,32 +102,36 @@ class _FusedScan(torch.autograd.Function):
                 tapes = _unflatten(kept)
             else:
                 w = Weights(*kept[3 * (first // segment) :][:3])
-                tapes = _tapes([inputs[i] for i in chunks], w, rule)
+                tapes = _tapes([inputs[i] for i in chunks], w, anchor, rule)
             for i in reversed(chunks):
-                d_inputs, d_w = ChunkBackward(tapes.pop(), rule).run(d_ys[i], d_w)
+                d_inputs, d_w = ChunkBackward(tapes.pop(), anchor, d_anchor, rule).run(d_ys[i], d_w)
                 gradients.append(d_inputs)
         joined = [torch.cat(column, 1) for column in zip(*reversed(gradients))]
-        return None, None, *joined, *d_w
+        return None, None, *joined, *d_w, *(d_anchor or (None, None, None))
+
+
+def _anchor(tensors) -> Weights | None:
+    return None if tensors[0] is None else Weights(*tensors)
 
 
 def _chunks(tensors, chunk: int) -> list[tuple[Tensor, ...]]:
     return list(zip(*(x.split(chunk, 1) for x in tensors)))
 
 
-def _flatten(tape: Tape) -> list[Tensor]:
+def _flatten(tape: Tape) -> list[Tensor | None]:
     return [*tape.w, *tape[1:]]
 
 
-def _unflatten(tensors: tuple[Tensor, ...]) -> list[Tape]:
+def _unflatten(tensors: tuple[Tensor | None, ...]) -> list[Tape]:
     size = len(Tape._fields) + len(Weights._fields) - 1
     starts = range(0, len(tensors), size)
     return [Tape(Weights(*tensors[i : i + 3]), *tensors[i + 3 : i + size]) for i in starts]
 
 
-def _tapes(inputs: list[tuple[Tensor, ...]], w: Weights, rule: MemoryRule) -> list[Tape]:
+def _tapes(inputs: list[tuple[Tensor, ...]], w: Weights, anchor: Weights | None, rule: MemoryRule) -> list[Tape]:
     """Run a segment again for what its backward needs."""
     tapes: list[Tape] = []
     for x in inputs:
-        w = end(tapes[-1]) if tapes else w
-        tapes.append(read(write(*x, w, rule), rule)[1])
+        w = end(tapes[-1], anchor) if tapes else w
+        tapes.append(read(write(*x, w, anchor, rule), anchor, rule)[1])
     return tapes

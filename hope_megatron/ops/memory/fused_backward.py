@@ -13,10 +13,13 @@ _silu_backward = torch.ops.aten.silu_backward
 
 
 class ChunkBackward:
-    """Walks one chunk backwards; gradients accumulate in attributes named like the tape's fields. `run` is called once."""
+    """Walks one chunk backwards; gradients accumulate in attributes named like the tape's fields. `run` is called once.
 
-    def __init__(self, tape: Tape, rule: MemoryRule):
-        self.tape, self.rule = tape, rule
+    anchor: what retention forgets towards, None: zero. d_anchor: its gradient, to which this chunk's is added in place.
+    """
+
+    def __init__(self, tape: Tape, anchor: Weights | None, d_anchor: Weights | None, rule: MemoryRule):
+        self.tape, self.anchor, self.d_anchor, self.rule = tape, anchor, d_anchor, rule
         self.N, self.C = tape.log_alpha.shape
         self.erase_gamma = tape.eta * tape.gamma_prev
 
@@ -43,6 +46,10 @@ class ChunkBackward:
         self.d_w_scalar, self.d_rows_scalar, _ = self._end_of(
             d.w_scalar, t.w.w_scalar, t.rows_scalar, keys[1], out=d_keys[1]
         )
+        if self.anchor is not None:
+            for a, d_a, d_layer in zip(self.anchor, self.d_anchor, d):
+                by_head(d_a, N).addcmul_(by_head(d_layer.contiguous(), N), 1 - t.gamma[:, -1:])
+                self.d_gamma_end -= _dots(d_layer, a, N)
 
     def _end_of(self, d: Tensor, w: Tensor, rows: Tensor, keys: Tensor, *, out=None):
         """W_C = gamma_C W_0 - (Gamma_C rows)^T keys: gradients of W_0, of the rows and of the keys."""
@@ -50,7 +57,7 @@ class ChunkBackward:
         reach, gamma_end = -t.Gamma[:, -1, :, None], t.gamma[:, -1:]
         back = by_head(torch.bmm(keys, d.mT), N)
         self.d_Gamma_end -= (back * by_head(rows, N)).sum((0, -1))
-        self.d_gamma_end += torch.bmm(d.reshape(len(d), 1, -1), w.reshape(len(w), -1, 1)).view(-1, N).sum(0)
+        self.d_gamma_end += _dots(d, w, N)
         reached = (by_head(rows, N) * reach).flatten(0, 1)
         d_w = (by_head(d.contiguous(), N) * gamma_end).flatten(0, 1)
         return d_w, back.mul_(reach).flatten(0, 1), torch.bmm(reached, d, out=out)
@@ -65,6 +72,11 @@ class ChunkBackward:
         d_scores, self.d_Gamma = self._decayed(d_y, t.rows_vector[:N], t.scores_out, self.d_rows_vector[:N])
         d_phi_q.baddbmm_(d_scores, t.keys[:N])
         d_keys.baddbmm_(d_scores.mT, t.phi_q)
+        if self.anchor is not None:
+            d_initial = d_y - d_held_q
+            d_gamma -= (d_y * t.initial_q).sum(-1)
+            d_phi_q.baddbmm_(d_initial, self.anchor.w_vector[:N])
+            self.d_anchor.w_vector[:N].baddbmm_(d_initial.mT, t.phi_q)
 
         d_hidden = _silu_backward(d_phi_q, t.hidden)
         self.d_z_x = torch.empty_like(t.z_x)
@@ -73,6 +85,11 @@ class ChunkBackward:
         d_scores, d_Gamma = self._decayed(d_hidden, t.rows_in[:N], t.scores, self.d_rows_in[:N])
         self.d_Gamma += d_Gamma
         self.d_q = torch.bmm(d_scores, t.kv[:N])
+        if self.anchor is not None:
+            d_initial = d_hidden - self.d_z_x[:N]
+            self.d_gamma -= (d_hidden * t.initial_x).sum(-1)
+            self.d_q.baddbmm_(d_initial, self.anchor.w_in[:N])
+            self.d_anchor.w_in[:N].baddbmm_(d_initial.mT, t.x[:N])
         if self.rule.read_skip:
             self.d_q += d_y
         self.d_k = torch.bmm(d_scores.mT, t.x[:N])
@@ -105,9 +122,11 @@ class ChunkBackward:
         self.d_Gamma_prev = d_decay.mul_(t.eta)
 
     def _rows(self) -> None:
-        """r = eta gradient + erase_gamma held, of the three kinds of layer."""
+        """r = eta gradient + erase_gamma held + erase_lost initial, of the three kinds of layer."""
         t, N = self.tape, self.N
         found, self.d_erase_gamma = [], torch.zeros_like(self.d_eta)
+        if self.anchor is not None:
+            self._initial_rows()
         for d_r, gradient, held in (
             (self.d_r_in, t.drive, t.z_k),
             (self.d_r_vector, t.error, t.held),
@@ -118,6 +137,25 @@ class ChunkBackward:
             self.d_erase_gamma += (d_r * by_head(held, N)).sum((0, -1))
             found += [(d_r * t.eta).flatten(0, 1), (d_r * self.erase_gamma).flatten(0, 1)]
         self.d_drive, self.d_z_k, self.d_error, self.d_held, self.d_error_scalar, self.d_held_scalar = found
+
+    def _initial_rows(self) -> None:
+        """What the anchor adds to r: erase_lost = eta (1 - gamma_prev) times A keys."""
+        t, N, n = self.tape, self.N, 3 * self.N
+        erase_lost, self.d_erase_lost = t.eta - self.erase_gamma, torch.zeros_like(self.d_eta)
+        found = []
+        for d_r, initial in (
+            (self.d_r_in, t.initial_in),
+            (self.d_r_vector, t.initial_vector),
+            (self.d_r_scalar, t.initial_scalar),
+        ):
+            d_r = by_head(d_r, N)
+            self.d_erase_lost += (d_r * by_head(initial, N)).sum((0, -1))
+            found.append((d_r * erase_lost).flatten(0, 1))
+        self.d_k_n.baddbmm_(found[0], self.anchor.w_in)
+        self.d_keys[:n].baddbmm_(found[1], self.anchor.w_vector)
+        self.d_keys[n:].addcmul_(found[2], self.anchor.w_scalar)
+        for d_a, d_initial, keys in zip(self.d_anchor, found, (t.k_n, t.keys[:n], t.keys[n:])):
+            d_a.baddbmm_(d_initial.mT, keys)
 
     def _hidden_layers(self) -> None:
         """drive = delta silu'(z_k); delta = W^T error; held = W keys."""
@@ -158,6 +196,9 @@ class ChunkBackward:
         t, eta, gamma = self.tape, self.tape.eta.squeeze(-1), self.tape.gamma.squeeze(-1)
         d_eta = self.d_eta.addcmul_(self.d_erase_gamma, t.gamma_prev.squeeze(-1))
         d_gamma, d_Gamma = self.d_gamma, self.d_Gamma
+        if self.anchor is not None:
+            d_eta.addcmul_(self.d_erase_lost, 1 - t.gamma_prev.squeeze(-1))
+            self.d_erase_gamma -= self.d_erase_lost
         d_gamma[:, :-1] += (self.d_erase_gamma * eta)[:, 1:]
         d_gamma[:, -1] += self.d_gamma_end
         d_Gamma[:, :-1] += self.d_Gamma_prev[:, 1:]
@@ -183,6 +224,11 @@ class ChunkBackward:
         d_q, d_k, d_v, d_k_eta, d_k_alpha = by_head(d_x, N)
         d_logits = self.d_logits.squeeze(-1)
         return d_q.add_(self.d_q), d_k.add_(d_k_eta).add_(d_k_alpha), d_v, d_logits[:N], d_logits[N:]
+
+
+def _dots(a: Tensor, b: Tensor, N: int) -> Tensor:
+    """Inner product of two stacks of matrices, summed over the memories: [n N, ., .] -> [N]."""
+    return torch.bmm(a.reshape(len(a), 1, -1), b.reshape(len(b), -1, 1)).view(-1, N).sum(0)
 
 
 def _unit_backward(d: Tensor, y: Tensor, scale: Tensor) -> Tensor:

@@ -58,10 +58,16 @@ class Tape(NamedTuple):
     phi_q: Tensor | None = None  # its silu
     scores_out: Tensor | None = None  # phi_q keys^T, [N, C, C]
     held_q: Tensor | None = None  # W_0 phi_q, [N, C, d]
+    # What the learned initial state A answers where W_0 answers z_k, held, held_scalar, z_x of q and held_q: with an anchor only.
+    initial_in: Tensor | None = None
+    initial_vector: Tensor | None = None
+    initial_scalar: Tensor | None = None
+    initial_x: Tensor | None = None
+    initial_q: Tensor | None = None
 
 
-def write(q, x_k, x_v, eta_logit, alpha_logit, w: Weights, rule: MemoryRule) -> Tape:
-    """What a chunk writes. Arguments as of `fused_scan`, of one chunk."""
+def write(q, x_k, x_v, eta_logit, alpha_logit, w: Weights, anchor: Weights | None, rule: MemoryRule) -> Tape:
+    """What a chunk writes. Arguments as of `fused_scan`, of one chunk. anchor: what retention forgets towards, None: zero."""
     N, C, _ = q.shape
     x = torch.cat([q, x_k, x_v, x_k, x_k])
     z_x = torch.bmm(x, w.w_in.mT)
@@ -86,11 +92,16 @@ def write(q, x_k, x_v, eta_logit, alpha_logit, w: Weights, rule: MemoryRule) -> 
     torch.mul(error_scalar, w.w_scalar, out=delta[3 * N :])
     drive = torch.ops.aten.silu_backward(delta, z_k)
     held, held_scalar = torch.bmm(keys[: 3 * N], w.w_vector.mT), torch.bmm(keys[3 * N :], w.w_scalar.mT)
-    grams, inverse, rows = _solve(k, keys, eta, *decay[2:], (drive, error, error_scalar), (z_k, held, held_scalar))
-    return Tape(
+    initial = (None, None, None)
+    if anchor is not None:
+        initial = tuple(torch.bmm(x, a.mT) for x, a in zip((k_n, keys[: 3 * N], keys[3 * N :]), anchor))
+    gradients = (drive, error, error_scalar)
+    grams, inverse, rows = _solve(k, keys, eta, *decay[2:], gradients, (z_k, held, held_scalar), initial)
+    tape = Tape(
         w, x, z_x, phi_x, kv, kv_scale, eta, log_alpha, *decay, k_n, v_n, z_k, z_v, phi_v, keys, keys_scale,
         target, target_scale, error, error_scalar, delta, drive, held, held_scalar, grams, inverse, *rows,
     )  # fmt: skip
+    return tape._replace(initial_in=initial[0], initial_vector=initial[1], initial_scalar=initial[2])
 
 
 def _decay(log_alpha: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -111,18 +122,21 @@ def _errors(k: Tensor, v_n: Tensor, phi_v: Tensor, w: Weights, rule: MemoryRule)
     return error, torch.bmm(phi_v[3 * N :], w.w_scalar.mT).tanh_().neg_(), target, scale
 
 
-def _solve(k: Tensor, keys: Tensor, eta: Tensor, gamma_prev: Tensor, Gamma_prev: Tensor, gradients, held):
-    """Grams, inverses, and the rows (I + L)^-1 (eta gradient + eta gamma_prev held) of the three kinds of layer."""
+def _solve(k: Tensor, keys: Tensor, eta: Tensor, gamma_prev: Tensor, Gamma_prev: Tensor, gradients, held, initial):
+    """Grams, inverses, and the rows of the three kinds of layer:
+    (I + L)^-1 eta (gradient + gamma_prev held + (1 - gamma_prev) initial)."""
     N, C, _ = k.shape
     grams = keys.new_empty(6 * N, C, C)
     torch.bmm(k, k.mT, out=grams[:N])
     torch.bmm(keys, keys.mT, out=grams[N:])
     inverse = unit_lower_inverse((by_head(grams, N) * (eta * Gamma_prev)).flatten(0, 1))
-    erase_gamma = eta * gamma_prev
-    rows = [
-        torch.bmm(own, (by_head(g, N) * eta).addcmul_(by_head(h, N), erase_gamma).flatten(0, 1))
-        for own, g, h in zip(inverses(inverse, N), gradients, held)
-    ]
+    erase_gamma, erase_lost = eta * gamma_prev, eta * (1 - gamma_prev)
+    rows = []
+    for own, g, h, a in zip(inverses(inverse, N), gradients, held, initial):
+        right = (by_head(g, N) * eta).addcmul_(by_head(h, N), erase_gamma)
+        if a is not None:
+            right.addcmul_(by_head(a, N), erase_lost)
+        rows.append(torch.bmm(own, right.flatten(0, 1)))
     return grams, inverse, rows
 
 
@@ -131,21 +145,29 @@ def inverses(inverse: Tensor, N: int) -> tuple[Tensor, Tensor, Tensor]:
     return repeat(inverse[:N], 5), inverse[N : 4 * N], inverse[4 * N :]
 
 
-def read(tape: Tape, rule: MemoryRule) -> tuple[Tensor, Tape]:
+def read(tape: Tape, anchor: Weights | None, rule: MemoryRule) -> tuple[Tensor, Tape]:
     """y_t = M_t(q_t) [N, C, d], and the tape with what its backward needs."""
     N = tape.eta.size(0)
     q, k, gamma = tape.x[:N], tape.kv[:N], tape.gamma
     scores = torch.bmm(q, k.mT)
     hidden = (gamma * tape.z_x[:N]).baddbmm_(tape.Gamma * scores, tape.rows_in[:N], alpha=-1)
+    initial_x = initial_q = None
+    if anchor is not None:
+        initial_x = torch.bmm(q, anchor.w_in[:N].mT)
+        hidden.addcmul_(initial_x, 1 - gamma)
     phi_q = F.silu(hidden)
     scores_out = torch.bmm(phi_q, tape.keys[:N].mT)
     held_q = torch.bmm(phi_q, tape.w.w_vector[:N].mT)
     y = torch.addcmul(q, gamma, held_q) if rule.read_skip else gamma * held_q
     y.baddbmm_(tape.Gamma * scores_out, tape.rows_vector[:N], alpha=-1)
-    return y, tape._replace(scores=scores, hidden=hidden, phi_q=phi_q, scores_out=scores_out, held_q=held_q)
+    if anchor is not None:
+        initial_q = torch.bmm(phi_q, anchor.w_vector[:N].mT)
+        y.addcmul_(initial_q, 1 - gamma)
+    tape = tape._replace(scores=scores, hidden=hidden, phi_q=phi_q, scores_out=scores_out, held_q=held_q)
+    return y, tape._replace(initial_x=initial_x, initial_q=initial_q)
 
 
-def end(tape: Tape) -> Weights:
+def end(tape: Tape, anchor: Weights | None) -> Weights:
     """The weights after the chunk's last token."""
     N = tape.eta.size(0)
     gamma_end, Gamma_end = tape.gamma[:, -1:], tape.Gamma[:, -1, :, None]
@@ -156,6 +178,9 @@ def end(tape: Tape) -> Weights:
     )
     reached = [(by_head(rows, N) * Gamma_end).flatten(0, 1) for _, rows, _ in layers]
     decayed = [(by_head(w, N) * gamma_end).flatten(0, 1) for w, _, _ in layers]
+    if anchor is not None:
+        for w, a in zip(decayed, anchor):
+            by_head(w, N).addcmul_(by_head(a, N), 1 - gamma_end)
     return Weights(*(w.baddbmm_(r.mT, keys, alpha=-1) for w, r, (_, _, keys) in zip(decayed, reached, layers)))
 
 

@@ -27,6 +27,7 @@ class Group(NamedTuple):
     speed: Weights | None
     names: tuple[str, ...]  # of "mem", "k", "v", "eta", "alpha": vector memories first
     nv: int
+    anchor: Weights | None = None  # what retention forgets towards, of the shapes of `now`; None: zero
 
     @property
     def n(self) -> int:
@@ -66,15 +67,18 @@ class Group(NamedTuple):
         return torch.bmm(x, w.mT)
 
 
-def split_state(state: MemoryState, rule: MemoryRule) -> tuple[Group, ...]:
-    """One group of all memories if they share their borders, else the self-memories and M_mem."""
+def split_state(state: MemoryState, rule: MemoryRule, anchor: MemoryParams | None) -> tuple[Group, ...]:
+    """One group of all memories if they share their borders, else the self-memories and M_mem.
+
+    anchor: what retention forgets towards, [B, H, n, ...]; None: zero.
+    """
     vector = [name for name, there in (("k", rule.adaptive_key), ("v", rule.adaptive_value)) if there]
     scalar = [name for name, there in (("eta", rule.adaptive_eta), ("alpha", rule.adaptive_alpha)) if there]
     if not vector and not scalar:
-        return (_group(state, ["mem"], []),)
+        return (_group(state, anchor, ["mem"], []),)
     if rule.chunk_tokens == rule.self_chunk_tokens:
-        return (_group(state, ["mem", *vector], scalar),)
-    return (_group(state, vector, scalar), _group(state, ["mem"], []))
+        return (_group(state, anchor, ["mem", *vector], scalar),)
+    return (_group(state, anchor, vector, scalar), _group(state, anchor, ["mem"], []))
 
 
 def join_state(groups: tuple[Group, ...], batch_size: int, position: int) -> MemoryState:
@@ -87,7 +91,7 @@ def join_state(groups: tuple[Group, ...], batch_size: int, position: int) -> Mem
     return MemoryState(now, now if start is None else start, momentum, position)
 
 
-def _group(state: MemoryState, vector: list[str], scalar: list[str]) -> Group:
+def _group(state: MemoryState, anchor: MemoryParams | None, vector: list[str], scalar: list[str]) -> Group:
     def weights(params: MemoryParams) -> Weights:
         vectors = [params.mem] if "mem" in vector else []
         vectors += [params.vector] if params.vector is not None and vector != ["mem"] else []
@@ -100,9 +104,8 @@ def _group(state: MemoryState, vector: list[str], scalar: list[str]) -> Group:
 
     now = weights(state.now)
     start = now if state.start is state.now else weights(state.start)
-    return Group(
-        now, start, None if state.momentum is None else weights(state.momentum), (*vector, *scalar), len(vector)
-    )
+    speed = None if state.momentum is None else weights(state.momentum)
+    return Group(now, start, speed, (*vector, *scalar), len(vector), None if anchor is None else weights(anchor))
 
 
 def _stack(banks: list[Tensor | None]) -> Tensor | None:

@@ -31,18 +31,20 @@ def memory_recurrent(
     state: MemoryState | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """See `memory_chunked`: the same arguments, the same results."""
-    if state is None:
-        state = initial_state(params, q.size(0), momentum=logits.theta is not None, dtype=q.dtype)
+    fresh = initial_state(params, q.size(0), momentum=logits.theta is not None, dtype=q.dtype)
+    state = fresh if state is None else state
     outputs = []
     for t in range(q.size(1)):
         x_q, x_k, x_v = (x[:, t, :, None, None, :] for x in (q, k, v))  # [B, H, 1, 1, d]: one memory, one token
         rates = RateLogits(*(None if r is None else r[:, t] for r in logits))
-        y, state = _token(x_q, x_k, x_v, rates, rule, state)
+        y, state = _token(x_q, x_k, x_v, rates, rule, state, fresh.now)
         outputs.append(y.squeeze(3).squeeze(2))
     return torch.stack(outputs, 1), state
 
 
-def _token(x_q, x_k, x_v, logits: RateLogits, rule: MemoryRule, state: MemoryState) -> tuple[Tensor, MemoryState]:
+def _token(
+    x_q, x_k, x_v, logits: RateLogits, rule: MemoryRule, state: MemoryState, initial: MemoryParams
+) -> tuple[Tensor, MemoryState]:
     now, start, momentum, position = state
     if position % rule.self_chunk_tokens == 0:
         start = start._replace(vector=now.vector, scalar=now.scalar)
@@ -75,6 +77,8 @@ def _token(x_q, x_k, x_v, logits: RateLogits, rule: MemoryRule, state: MemorySta
             new.append(None), new_momentum.append(None)
             continue
         bank, speed = _write(bank, first, speed, k, v, eta, alpha, theta, rule, scalar=name == "scalar")
+        if rule.decay_to == "initial":
+            bank = _add(bank, getattr(initial, name), 1 - alpha[..., None, None, None])
         new.append(bank), new_momentum.append(speed)
     now = MemoryParams(*new)
 
@@ -110,6 +114,12 @@ def _write(bank: Bank, start: Bank, speed: Bank | None, k, v, eta, alpha, theta,
         bank.w_in, speed and speed.w_in, k, delta, eta, alpha, theta, erase if rule.dgd_layers != "none" else None
     )
     return Bank(w_in, w_out), speed and Bank(s_in, s_out)
+
+
+def _add(bank: Bank, other: Bank, factor: Tensor) -> Bank:
+    """bank + factor other."""
+    w_in = None if bank.w_in is None else bank.w_in + factor * other.w_in
+    return Bank(w_in, bank.w_out + factor * other.w_out)
 
 
 def _update(w: Tensor, s: Tensor | None, key: Tensor, gradient: Tensor, eta, alpha, theta, erase: Tensor | None):

@@ -29,6 +29,8 @@ class MemoryRule:
     """Layers with the Delta Gradient Descent term (eq. 88). "all": the output layer too, keyed by its unit features."""
     decay_erased: bool = False
     """Whether retention also scales what DGD erases: W alpha (I - eta k k^T), the gated delta rule, instead of eq. 88."""
+    decay_to: Literal["zero", "initial"] = "zero"
+    """What retention forgets towards: W alpha, or W_0 + (W - W_0) alpha, which keeps the learned initial state W_0."""
     own_targets: bool = True
     """Targets are M(v) of each memory, or v. Scalar memories always write their own: v has no scalar part."""
     dot_target: Literal["residual", "full"] = "residual"

@@ -126,6 +126,7 @@ def test_recompute_is_the_memories_or_a_forward_without_the_head():
         ["self_chunk_tokens=8"],
         ["self_chunk_tokens=64"],
         ["read=chunk_start"],
+        ["decay_to=zero"],
         ["hidden_size=24"],
         ["momentum=data", "self_chunk_tokens=16"],
         ["momentum=constant", "dgd_layers=input", "eta_max=0.01"],

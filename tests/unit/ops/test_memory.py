@@ -232,7 +232,17 @@ def test_stream_in_pieces_equals_one_piece():
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("warm", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"dot_target": "full"}, {"read_skip": True, "eta_max": 0.3}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dot_target": "full"},
+        {"read_skip": True, "eta_max": 0.3},
+        {"decay_to": "initial"},
+        {"decay_to": "initial", "read_skip": True},
+    ],
+    ids=str,
+)
 def test_the_written_out_backward_is_that_of_autograd(changes, warm, recompute, monkeypatch):
     rule = MemoryRule(chunk_tokens=16, self_chunk_tokens=16, **changes)
     params = make_params(rule)
@@ -270,8 +280,9 @@ def test_a_recomputed_piece_leaves_the_state_of_a_plain_one(rule, T):
 @pytest.mark.parametrize("momentum", [False, True])
 @pytest.mark.parametrize("chunk, self_chunk, warm", [(8, 8, False), (4, 16, True), (8, 8, True)])
 @pytest.mark.parametrize("segment_tokens", [None, 16, 1000])
-def test_recomputing_changes_no_gradient(momentum, chunk, self_chunk, warm, segment_tokens):
-    rule = MemoryRule(chunk, self_chunk)
+@pytest.mark.parametrize("decay_to", ["zero", "initial"])
+def test_recomputing_changes_no_gradient(decay_to, momentum, chunk, self_chunk, warm, segment_tokens):
+    rule = MemoryRule(chunk, self_chunk, decay_to=decay_to)
     params = make_params(rule)
     q, k, v, logits = make_inputs(77, momentum=momentum)
     state = memory_recurrent(*make_inputs(11, momentum=momentum), params, rule)[1] if warm else None
@@ -350,3 +361,33 @@ def test_delta_rule_of_a_matrix_memory_is_deltanet():
         old = torch.einsum("bhvk,bhk->bhv", state, key)
         state = state + beta[:, t, :, None, None] * (value - old)[..., None] * key[..., None, :]
         torch.testing.assert_close(y[:, t], torch.einsum("bhvk,bhk->bhv", state, query))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"dgd_layers": "none", "eta_max": 0.05},
+        {"decay_erased": True},
+        {"self_chunk_tokens": 4},
+        {"read": "chunk_start", "objective": "l2", "eta_max": 0.05},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_retention_towards_the_initial_state(settings, momentum, layers):
+    settings = {"chunk_tokens": 8, "self_chunk_tokens": 8, "decay_to": "initial"} | settings
+    rule = MemoryRule(**(settings | STATIC if layers == 1 else settings))
+    assert_same(rule, 21, layers=layers, momentum=momentum, warm=True)
+
+
+@pytest.mark.parametrize("decay_to, kept", [("zero", False), ("initial", True)])
+def test_what_stays_when_nothing_is_written(decay_to, kept):
+    """Without writes a stream of any length leaves the learned initial state alone, or fades it away."""
+    rule = MemoryRule(8, 8, eta_max=0.0, decay_to=decay_to)
+    params = make_params(rule)
+    end = memory_chunked(*make_inputs(64), params, rule)[1]
+    for reached, first in zip(leaves(end.now), leaves(params)):
+        assert torch.allclose(reached, first.expand_as(reached), rtol=1e-12, atol=1e-14) == kept
+        assert kept or reached.norm() < 0.1 * first.expand_as(reached).norm()

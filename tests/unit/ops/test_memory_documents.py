@@ -15,7 +15,12 @@ from hope_megatron.ops.short_conv import short_conv
 B, H, T, d, h = 2, 2, 41, 6, 5
 cuts = st.lists(st.integers(1, T - 1), max_size=6, unique=True).map(sorted)
 rules = st.sampled_from(
-    [MemoryRule(8, 8), MemoryRule(4, 8), MemoryRule(8, 8, objective="l2", dgd_layers="input", eta_max=0.02)]
+    [
+        MemoryRule(8, 8),
+        MemoryRule(8, 8, decay_to="initial"),
+        MemoryRule(4, 8),
+        MemoryRule(8, 8, objective="l2", dgd_layers="input", eta_max=0.02),
+    ]
 )
 
 
