@@ -68,7 +68,7 @@ class MemoryConfig(Section):
     eta: Literal["data", "fixed"] = "data"
     """Inner learning rate: from the token, or eta_max always (linear attention)."""
     eta_init: float = Field(default=0.1, gt=0.0, lt=1.0)
-    """Initial inner learning rate as a fraction of eta_max. At 0.5 the memories wrote over each other and text was learnt slower."""
+    """Initial inner learning rate as a fraction of eta_max. At 0.5 text is learnt worse than without any writes."""
     decay: Literal["data", "constant", "retnet", "none"] = "data"
     """Retention alpha: from the token, a learned constant per head, RetNet's fixed 1 - 2^(-5 - head), or 1."""
     alpha_init: float = Field(default=0.999, gt=0.0, lt=1.0)
