@@ -69,7 +69,7 @@ def test_a_domain_that_contradicts_the_first_is_learnt_over_it():
     """In one domain a is followed by b, in the other by c: learning the second must cost the first."""
     tasks = [domain_task(name, lambda text=text: (text * 400,), 16) for name, text in (("b", b"ab"), ("c", b"ac"))]
     config = cms_models(small_hope(256, width=16, layers=1, heads=2, chunk_tokens=8))["1 level"]
-    scores = learn_in_sequence(config, tasks, FitOptions(steps=30, batch_size=4, lr=3e-2), 0)
+    scores = learn_in_sequence(config, tasks, FitOptions(steps=60, batch_size=4, lr=3e-2), 0)
     assert scores["b after b"] < 0.5 and scores["c after c"] < 0.5
     assert (
         scores["forgetting"] == pytest.approx(scores["b after c"] - scores["b after b"]) and scores["forgetting"] > 0.5
