@@ -18,11 +18,13 @@ from data_pipeline.files import exclusive, read_json, write_json
 from data_pipeline.manifest import TOKENIZER_NAME, Manifest
 from data_pipeline.prepare import (
     FORMAT,
+    PROGRESS_NAME,
     SPLITS,
     SUMMARY_NAME,
     TRAIN,
     PrepareReport,
     manifest_paths,
+    refuse_foreign_files,
     remove_result,
     save_split,
     slice_name,
@@ -31,6 +33,8 @@ from data_pipeline.shards import ShardReader, ShardWriter
 from data_pipeline.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+
+MERGING_NAME = ".merging.json"  # there while a merge runs: what a killed one left is its own, to be replaced
 
 
 def merge(out_dir: str | Path, *, overwrite: bool = False) -> PrepareReport:
@@ -41,7 +45,8 @@ def merge(out_dir: str | Path, *, overwrite: bool = False) -> PrepareReport:
         overwrite: replace an earlier result. The slices stay.
 
     Raises:
-        OutputError: slices are missing, unfinished, or made with different settings.
+        OutputError: slices are missing, unfinished, or made with different settings; or the directory holds shards, or an
+            unfinished preparation, that no merge has written.
         ShardError: a shard of a slice is damaged.
     """
     directory = Path(out_dir)
@@ -61,10 +66,24 @@ def merge(out_dir: str | Path, *, overwrite: bool = False) -> PrepareReport:
             if {key: found.get(key) for key in identity} != identity:
                 raise OutputError(f"{directory} holds another result. Replace it with overwrite=True (--overwrite).")
             return replace(PrepareReport(**found["report"]), manifests=manifest_paths(directory))
+        merging = directory / MERGING_NAME
+        if not (overwrite or merging.exists()):
+            _refuse_what_is_not_ours(directory)
+        write_json(merging, identity)
         remove_result(directory)
         report = _Merge(directory, slices).run()
         write_json(summary, {**identity, "report": asdict(report)})
+        merging.unlink()
         return replace(report, manifests=manifest_paths(directory))
+
+
+def _refuse_what_is_not_ours(directory: Path) -> None:
+    if (directory / PROGRESS_NAME).exists():
+        raise OutputError(
+            f"{directory} holds a preparation in one piece that was not finished. Finish it (the same hope data prepare "
+            f"again), or replace it with overwrite=True (--overwrite)."
+        )
+    refuse_foreign_files(directory)
 
 
 def _load_slices(directory: Path) -> list[dict[str, Any]]:

@@ -177,6 +177,16 @@ def remove_result(directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
 
 
+def refuse_foreign_files(directory: Path) -> None:
+    """Raise OutputError if the splits of a directory hold shards that nobody there can have written."""
+    for split in (directory / name for name in SPLITS):
+        if (split / MANIFEST_NAME).exists() or any(split.glob("shard-*.tar")):
+            raise OutputError(
+                f"{split} holds shards of another origin. Choose another directory, or replace them with "
+                f"overwrite=True (--overwrite)."
+            )
+
+
 def in_held_out(sha256: bytes, fraction: float) -> bool:
     """The split of a document depends on its text alone: more data or another order never moves it."""
     return int.from_bytes(sha256[:8], "big") < int(fraction * 2**64)
@@ -287,7 +297,7 @@ class _Preparation:
     def _open(self) -> None:
         state = self._read(PROGRESS_NAME)
         if state is None:
-            self._refuse_foreign_files()
+            refuse_foreign_files(self._directory)
             state = {"counts": {}, "seen": [0, 0], "writers": {}}
         self._counts = _Counts(**state["counts"])
         self._counts.rejected = Counter(self._counts.rejected)
@@ -311,14 +321,6 @@ class _Preparation:
             log.info("continuing after %d documents", self._counts.documents_in)
         else:
             self._commit()  # from here on, what lies in the directory is known to be ours
-
-    def _refuse_foreign_files(self) -> None:
-        for split in (self._directory / name for name in SPLITS):
-            if (split / MANIFEST_NAME).exists() or any(split.glob("shard-*.tar")):
-                raise OutputError(
-                    f"{split} holds shards of another origin. Choose another directory, or replace them with "
-                    f"overwrite=True (--overwrite)."
-                )
 
     def _commit(self) -> None:
         state = {

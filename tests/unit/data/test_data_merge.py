@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,34 @@ def test_merging_again_gives_the_same_bytes(tmp_path: Path, corpus: Path, tokeni
     assert merge(tmp_path / "out") == first
     assert merge(tmp_path / "out", overwrite=True) == first
     assert digests() == before
-    (tmp_path / "out" / "prepare.json").unlink()  # as if the first merge had been killed before its end
-    (tmp_path / "out" / "train" / "manifest.json").unlink()
-    assert merge(tmp_path / "out") == first and digests() == before
+
+
+def test_a_killed_merge_is_done_again(tmp_path: Path, corpus: Path, tokenizer: Tokenizer, monkeypatch) -> None:
+    prepare_slices(corpus, tokenizer, tmp_path / "one", 3)
+    prepare_slices(corpus, tokenizer, tmp_path / "two", 3)
+    first = merge(tmp_path / "one")
+    monkeypatch.setattr("data_pipeline.merge.save_split", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        merge(tmp_path / "two")
+    monkeypatch.undo()
+    again = merge(tmp_path / "two")
+    assert replace(again, manifests=first.manifests) == first
+    shards = [sorted(path.read_bytes() for path in (tmp_path / d / "train").iterdir()) for d in ("one", "two")]
+    assert shards[0] == shards[1]
+
+
+@pytest.mark.parametrize("name", ["train/shard-000099.tar", "heldout/manifest.json", ".progress.json"])
+def test_what_no_merge_wrote_is_not_replaced(tmp_path: Path, corpus: Path, tokenizer: Tokenizer, name: str) -> None:
+    out = tmp_path / "out"
+    prepare_slices(corpus, tokenizer, out, 2)
+    foreign = out / name
+    foreign.parent.mkdir(exist_ok=True)
+    foreign.write_bytes(b"somebody's work")
+    with pytest.raises(OutputError, match=r"another origin|not finished"):
+        merge(out)
+    assert foreign.read_bytes() == b"somebody's work"
+    merge(out, overwrite=True)
+    assert not foreign.exists() or foreign.read_bytes() != b"somebody's work"
 
 
 def test_incomplete_or_mixed_slices_are_refused(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> None:
