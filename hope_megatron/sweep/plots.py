@@ -70,8 +70,10 @@ def plot_frontier(families: Sequence[FamilyAnalysis], target_flops: float, out: 
     if not families:
         return False
     figure, panels = _panels(3)
-    for number, family in enumerate(families):
+    expected = [
         _draw_frontier(panels, family, target_flops, _COLOURS[number % len(_COLOURS)])
+        for number, family in enumerate(families)
+    ]
     for axes, title, label in zip(panels, ("loss", "size", "tokens"), (_LOSS, "parameters", "tokens"), strict=True):
         _finish(axes, f"optimal {title}", _FLOPS, label)
         axes.axvline(target_flops, color="#999999", linestyle=":", linewidth=1)
@@ -88,15 +90,15 @@ def plot_frontier(families: Sequence[FamilyAnalysis], target_flops: float, out: 
             fontsize=7,
             color="#777777",
         )
-    panels[1].set_yscale("log")
-    panels[2].set_yscale("log")
+    _look_at_runs(panels, families, expected)
     panels[0].legend(frameon=False, fontsize=8)
     if panels[2].get_legend_handles_labels()[1]:
         panels[2].legend(frameon=False, fontsize=8)
     return _save(figure, out)
 
 
-def _draw_frontier(panels: Sequence[Axes], family: FamilyAnalysis, target_flops: float, colour: str) -> None:
+def _draw_frontier(panels: Sequence[Axes], family: FamilyAnalysis, target_flops: float, colour: str) -> float:
+    """Draw one family; returns the lowest loss that its law expects."""
     assert family.law is not None
     _, _, c, loss = columns(family.runs)
     grid = np.geomspace(c.min(), max(target_flops, c.max()), 60)
@@ -111,10 +113,7 @@ def _draw_frontier(panels: Sequence[Axes], family: FamilyAnalysis, target_flops:
             linewidth=1.8,
             label=f"{family.family}, approach 3" if name == "loss" else None,
         )
-        limits = axes.get_ylim()
         axes.fill_between(grid, low, high, color=colour, alpha=0.15, linewidth=0)
-        if not np.isfinite(lines).all():  # some resamples have no optimum: their band would dwarf everything else
-            axes.set_ylim(limits)
     panels[0].plot(c, loss, "o", color=colour, markersize=3, alpha=0.6)
     for frontier, style, label in ((family.isoflop, "--", "approach 2"), (family.envelope, ":", "approach 1")):
         if frontier is not None:
@@ -122,6 +121,19 @@ def _draw_frontier(panels: Sequence[Axes], family: FamilyAnalysis, target_flops:
             panels[2].plot(grid, frontier.point.tokens(grid), style, color=colour, linewidth=1.2)
             if label not in panels[2].get_legend_handles_labels()[1]:
                 panels[2].plot([], [], style, color="#555555", linewidth=1.2, label=label)
+    return float(np.nanmin(_optima(law.point, family, grid, "loss")))
+
+
+def _look_at_runs(panels: Sequence[Axes], families: Sequence[FamilyAnalysis], expected: Sequence[float]) -> None:
+    """Axes that hold the runs, the lowest expected losses, and sizes to a factor of 10 beyond those that ran: a band without an
+    end would dwarf everything."""
+    losses = np.concatenate([columns(family.runs)[3] for family in families])
+    low, high = min([losses.min(), *expected]), losses.max()
+    panels[0].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    for axes, name in zip(panels[1:], ("parameters", "tokens"), strict=True):
+        measured = [getattr(run, name) for family in families for run in family.runs]
+        axes.set_yscale("log")
+        axes.set_ylim(min(measured) / 3, 10 * max(measured))
 
 
 def _optima(law: LossLaw, family: FamilyAnalysis, grid: Array, name: str) -> list[float]:
