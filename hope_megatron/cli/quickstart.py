@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from hope_megatron.cli.models import open_model, prepare_process
@@ -101,9 +103,21 @@ class Quickstart:
     sources: list[str]
     facts: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    interrupted: bool = False
 
     def run(self) -> None:
         """All phases in order."""
+        previous = signal.signal(signal.SIGINT, self._interrupt)
+        try:
+            self._run()
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.interrupted = True
+        raise KeyboardInterrupt
+
+    def _run(self) -> None:
         started = time.monotonic()
         with self._phase(1, "corpus"):
             self._corpus()
@@ -128,6 +142,8 @@ class Quickstart:
         print(f"\n[{number}/7] {name}", flush=True)
         started = time.monotonic()
         yield
+        if self.interrupted:  # an exception that arrives inside a C extension or an import can get lost there
+            raise KeyboardInterrupt
         self.seconds[name] = time.monotonic() - started
         print(f"      {self.seconds[name]:.1f} s", flush=True)
 
