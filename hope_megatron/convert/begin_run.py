@@ -9,11 +9,12 @@ from typing import Any
 
 from hope_megatron.config import RunConfig
 from hope_megatron.convert.deepspeed_universal import deepspeed_weights
+from hope_megatron.convert.deepspeed_zero import is_zero_checkpoint, zero_shards
 from hope_megatron.convert.errors import ConversionError
 from hope_megatron.convert.huggingface import load_huggingface
 from hope_megatron.convert.layout import Layout
 from hope_megatron.convert.llama import check_against_transformers, import_llama
-from hope_megatron.convert.local_model import build_local_model
+from hope_megatron.convert.local_model import build_from_shards, build_local_model
 from hope_megatron.convert.rewrite import write_checkpoint
 from hope_megatron.convert.torch_dist import torch_dist_weights
 from hope_megatron.convert.whole import WholeCheckpoint, WholeParameter
@@ -59,6 +60,8 @@ def _from_torch_dist(source: Path, config: RunConfig) -> LanguageModel:
 
 
 def _from_deepspeed(source: Path, config: RunConfig) -> LanguageModel:
+    if is_zero_checkpoint(source):
+        return build_from_shards(config.model, zero_shards(source), source=str(source))
     return build_local_model(config.model, deepspeed_weights(source), source=str(source))
 
 

@@ -11,16 +11,15 @@ makes nothing but tensors and plain containers of them.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hope_megatron.convert.errors import ConversionError
 from hope_megatron.convert.output import fresh_directory
+from hope_megatron.convert.pickles import load_tensors
 from hope_megatron.convert.sidecar import has_sidecar, read_sidecar, write_sidecar
 from hope_megatron.convert.whole import WholeCheckpoint, compare_whole
 from hope_megatron.engine.checkpoint_format import MASTER
@@ -107,8 +106,8 @@ def _zero_folder(directory: Path) -> Path:
         tag = (directory / LATEST).read_text().strip()
     except OSError:
         raise ConversionError(
-            f"{directory} has no {LATEST}: no universal checkpoint; make one of a ZeRO checkpoint with DeepSpeed's "
-            "ds_to_universal.py"
+            f"{directory} has neither {LATEST} nor latest: no checkpoint of DeepSpeed; name the directory that was given "
+            "to save_checkpoint"
         ) from None
     folder = directory / tag / "zero"
     if Path(tag).name != tag or not folder.is_dir():
@@ -117,16 +116,7 @@ def _zero_folder(directory: Path) -> Path:
 
 
 def _read(path: Path) -> Tensor:
-    try:
-        value: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ConversionError(f"cannot read {path}: {error.strerror}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        first_line = str(error).splitlines()[0]
-        raise ConversionError(
-            f"{path} is refused, nothing was executed: only tensors and plain containers are unpickled "
-            f"(torch.load with weights_only=True): {first_line}"
-        ) from None
+    value = load_tensors(path)
     tensor = value.get("param") if isinstance(value, dict) else value
     if not isinstance(tensor, Tensor):
         raise ConversionError(f"{path} holds no tensor 'param'")

@@ -12,6 +12,7 @@ from hope_megatron.config.parallel import ParallelConfig
 from hope_megatron.convert.errors import ConversionError
 from hope_megatron.engine.distributed import init_distributed
 from hope_megatron.model import LanguageModel, build_model
+from hope_megatron.optim import merge_shards, read_tags
 
 
 def build_local_model(config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], source: str) -> LanguageModel:
@@ -25,11 +26,32 @@ def build_local_model(config: ModelConfig, tensors: Iterable[tuple[str, Tensor]]
     Raises:
         ConversionError: a tensor is missing, left over, or of another shape.
     """
+    model, device = _build(config)
+    load_weights(model, tensors, source)
+    return model.to(device).eval()
+
+
+def build_from_shards(config: ModelConfig, tensors: Iterable[tuple[str, list[Tensor]]], source: str) -> LanguageModel:
+    """The same from the shards of all tensor-parallel ranks, which the model's tags put together."""
+    model, device = _build(config)
+    parameters = dict(model.named_parameters())
+
+    def merge(name: str, shards: list[Tensor]) -> Tensor:
+        if name not in parameters:
+            return shards[0]  # load_weights says what is wrong
+        tags = read_tags(parameters[name], name, parameters[name].shape)
+        if tags.partition_dim is None and any(not torch.equal(shard, shards[0]) for shard in shards):
+            raise ConversionError(f"{source}: tensor-parallel ranks differ in {name}, which they should share")
+        return merge_shards(shards, tags)
+
+    load_weights(model, ((name, merge(name, shards)) for name, shards in tensors), source)
+    return model.to(device).eval()
+
+
+def _build(config: ModelConfig) -> tuple[LanguageModel, torch.device]:
     parallel = ParallelConfig()
     mesh = init_distributed(parallel, num_threads=torch.get_num_threads())
-    model = build_model(config, parallel, dtype=torch.float32)
-    load_weights(model, tensors, source)
-    return model.to(mesh.device).eval()
+    return build_model(config, parallel, dtype=torch.float32), mesh.device
 
 
 def load_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], source: str) -> None:

@@ -64,7 +64,7 @@ def test_a_pickle_that_acts_is_refused(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (tmp_path / "ds/latest_universal").write_text("tag")
     torch.save({"param": _Bomb(tmp_path / "boom")}, folder / "fp32.pt")
-    with pytest.raises(ConversionError, match="refused, nothing was executed: only tensors"):
+    with pytest.raises(ConversionError, match=r"fp32\.pt is refused, nothing was executed: .* names posix\.mkdir"):
         list(deepspeed_weights(tmp_path / "ds"))
     (folder / "fp32.pt").write_bytes(pickle.dumps(_Bomb(tmp_path / "boom")))
     with pytest.raises(ConversionError, match="refused, nothing was executed"):
@@ -73,7 +73,7 @@ def test_a_pickle_that_acts_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_no_universal_checkpoint_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match=r"ds_to_universal\.py"):
+    with pytest.raises(ConversionError, match="no checkpoint of DeepSpeed"):
         list(deepspeed_weights(tmp_path))
     (tmp_path / "latest_universal").write_text("../elsewhere")
     with pytest.raises(ConversionError, match=r"names '\.\./elsewhere'"):
