@@ -29,6 +29,7 @@ from hope_megatron.engine.build import build_engine
 from hope_megatron.engine.checkpoint import Checkpointer
 from hope_megatron.engine.distributed import init_distributed
 from hope_megatron.testing.tiny import RepeatingSource
+from hope_megatron.training.batches import BatchReader
 from hope_megatron.training.state import TrainingState
 from hope_megatron.training.step import train_step
 
@@ -61,11 +62,12 @@ def measure(model_name: str, num_saves: int, num_steps: int, seq_length: int, di
         data=DataConfig(train=Path("train"), tokenizer=Path("tokenizer.model")),
     )
     engine, state = build_engine(config, init_distributed(config.parallel)), TrainingState()
-    source, checkpointer = RepeatingSource(seq_length=seq_length), Checkpointer(engine, directory)
+    checkpointer = Checkpointer(engine, directory)
+    reader = BatchReader(RepeatingSource(seq_length=seq_length), config, engine.mesh)
 
     def step() -> float:
         started = time.perf_counter()
-        train_step(engine, source, state, config)
+        train_step(engine, reader, state, config)
         return time.perf_counter() - started
 
     def description() -> dict[str, Any]:
@@ -90,13 +92,16 @@ def measure(model_name: str, num_saves: int, num_steps: int, seq_length: int, di
     started = time.perf_counter()
     checkpointer.load(path)
     load_s = time.perf_counter() - started
+    reader.close()
+    step_s, stall_s = statistics.median(alone), statistics.median(stalls[1:] or stalls)
     return {
         "parameters": float(engine.num_parameters),
         "checkpoint_mb": megabytes,
-        "step_s": statistics.median(alone),
+        "step_s": step_s,
         "step_beside_writer_s": statistics.median(beside),
         "stall_first_save_s": stalls[0],
-        "stall_s": statistics.median(stalls[1:] or stalls),
+        "stall_s": stall_s,
+        "stall_in_steps": stall_s / step_s,
         "write_mb_per_s": megabytes / statistics.median(writes),
         "load_mb_per_s": megabytes / load_s,
     }
