@@ -6,13 +6,14 @@
     python benchmarks/memory_op.py --processes 2          heads split over processes too, as tensor parallelism does it
     python benchmarks/memory_op.py --device cuda --dtype bfloat16 --batch 8 --heads 16 --lengths 4096
 
-Side by side in one run: the chunk form of HOPE (five memories), with and without recomputing, the token loop, softmax
-attention of the same width (torch's scaled_dot_product_attention on given q, k, v), and titans-pytorch's NeuralMemory
-when it is installed. That one updates one memory where HOPE updates five. By default it takes every inner gradient of
-a sequence at the initial weights, so that no chunk sees what another wrote; with "sequential" (its batch_size set to
-the chunk) gradients are taken at the chunk's first state, as HOPE's are. FLOPs are the closed form of
-hope_megatron.config.accounting, which the test suite holds against PyTorch's counter; recomputing is not counted. The
-machine's rate is that of torch.bmm on products of the operator's own size.
+Side by side in one run: the chunk form of HOPE (five memories), with and without recomputing, and on a CPU without its
+compiled kernel too; the token loop; softmax attention of the same width (torch's scaled_dot_product_attention on given
+q, k, v); and titans-pytorch's NeuralMemory when it is installed. That one updates one memory where HOPE updates five. By
+default it takes every inner gradient of a sequence at the initial weights, so that no chunk sees what another wrote;
+with "sequential" (its batch_size set to the chunk) gradients are taken at the chunk's first state, as HOPE's are. FLOPs
+are the closed form of hope_megatron.config.accounting, which the test suite holds against PyTorch's counter: recomputing
+is not counted, and what the compiled kernel skips above the diagonals of its tables is. The machine's rate is that of
+torch.bmm on products of the operator's own size.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from hope_megatron.config.accounting import memory_macs
 from hope_megatron.config.model import CMSConfig, CMSLevelConfig, MemoryConfig, ModelConfig
 from hope_megatron.layers.memory_mixer import memory_rule
 from hope_megatron.ops.memory import Bank, MemoryParams, RateLogits, memory_chunked, memory_recurrent
+from hope_megatron.ops.memory.fused import kernels
 
 
 def main() -> None:
@@ -79,7 +81,7 @@ def parse() -> argparse.Namespace:
         "--processes", type=int, default=1, metavar="N", help="also N processes that share heads and threads"
     )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--alone", action="store_true", help="HOPE only: long attention takes minutes")
+    parser.add_argument("--alone", action="store_true", help="HOPE only, as it runs by default")
     parser.add_argument("--activations", action="store_true", help="measure memory instead of time")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--png", metavar="FILE", help="picture of the activations, or of tokens/s against length")
@@ -148,7 +150,7 @@ def row(
             x.grad = None
         run().sum().backward()
 
-    repeats = max(2, min(args.repeats, 65536 // length))
+    repeats = max(4, min(args.repeats, 65536 // length))
     tokens = args.batch * length
     fwd = seconds(forward, repeats=repeats, device=args.device)
     all_ = seconds(both, repeats=repeats, device=args.device)
@@ -166,18 +168,17 @@ def measure_operator(args, dtype, length: int, chunk: int) -> list[dict]:
     qkv, rates = inputs(args, dtype, length)
     flops = 2 * args.heads * sum(memory_macs(model, length))
     leaves = [*qkv, rates.eta, rates.alpha, *(w for bank in params for w in bank)]
-    return [
-        row(
-            args,
-            name,
-            length,
-            chunk,
-            lambda r=r: memory_chunked(*qkv, rates, params, rule, recompute=r)[0],
-            leaves,
-            flops,
-        )
-        for name, r in (("HOPE", False), ("HOPE, recomputing", True))
-    ]
+
+    def hope(what: str, recompute: bool) -> dict:
+        run = lambda: memory_chunked(*qkv, rates, params, rule, recompute=recompute)[0]  # noqa: E731
+        return row(args, what, length, chunk, run, leaves, flops)
+
+    rows = [hope("HOPE", False), hope("HOPE, recomputing", True)]
+    if args.device in kernels and length == args.lengths[0] and not args.alone:
+        kernel = kernels.pop(args.device)
+        rows.append(hope("HOPE, PyTorch's operators", False))
+        kernels[args.device] = kernel
+    return rows
 
 
 def measure_processes(args, dtype, length: int, chunk: int) -> dict:
@@ -243,7 +244,7 @@ def measure_others(args, dtype, length: int) -> list[dict]:
             heads_first,
         )
     )
-    if importlib.util.find_spec("titans_pytorch"):
+    if length == args.lengths[0] and importlib.util.find_spec("titans_pytorch"):
         for expansion in (1.0, 4.0):
             rows += [titans_row(args, length, 64, expansion, sequential) for sequential in (True, False)]
     return rows

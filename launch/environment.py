@@ -57,6 +57,8 @@ def process_environment(num_threads: int = 1) -> dict[str, str]:
         # OpenMP threads that spin while they wait slow several torch processes on few cores down 4 to 6 times.
         "OMP_WAIT_POLICY": "passive",
         "OMP_NUM_THREADS": str(num_threads),
+        # PyTorch takes large tensors in huge pages, where the kernel allows a program to ask for them.
+        "THP_MEM_ALLOC_ENABLE": "1",
         # MLflow's client must give up on a dead server, not retry for minutes.
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
