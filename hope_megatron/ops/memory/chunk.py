@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hope_megatron.ops.memory.bounded import bounded_scan, default_segment_tokens
-from hope_megatron.ops.memory.fused import fused_scan, supports
+from hope_megatron.ops.memory.fused import fused_scan, kernel_for, supports
 from hope_megatron.ops.memory.inner import dsilu, unit
 from hope_megatron.ops.memory.layout import Group, Weights, join_state, split_state
 from hope_megatron.ops.memory.tables import ChunkTables, chunk_tables, delta_inverse, gram
@@ -60,12 +60,16 @@ def memory_chunked(
     state = fresh if state is None else state
     anchored = logits.alpha is not None and rule.decay_to == "initial"
     groups = split_state(state, rule, fresh.now if anchored else None)
-    flat = [x.transpose(1, 2).reshape(B * H, T, d).to(dtype) for x in (q, k, v)]
-    rates = [None if r is None else r.transpose(1, 2).reshape(B * H, T).to(dtype) for r in logits]
+    tensors = [unit(q.to(dtype)), k.to(dtype), v.to(dtype), *(None if r is None else r.to(dtype) for r in logits)]
+    written_out = supports(rule, groups, tensors)
+    between_borders = state.position % period_tokens(rule) == 0 and T % period_tokens(rule) == 0
+    if written_out and between_borders and (kernel := kernel_for(tensors, groups[0])):
+        y, group = kernel.scan(tensors[:5], rule, groups[0], recompute=recompute, segment_tokens=segment_tokens)
+        return y.to(q.dtype), join_state((group,), B, state.position + T)
 
-    tensors = [unit(flat[0]), *flat[1:], *rates]
+    tensors = [None if x is None else x.transpose(1, 2).flatten(0, 1) for x in tensors]
     scan = _scan
-    if supports(rule, groups, tensors):
+    if written_out:
         scan = functools.partial(_fused, recompute=recompute, segment_tokens=segment_tokens)
     elif recompute and torch.is_grad_enabled():
         scan = functools.partial(_recomputed, segment_tokens=segment_tokens)

@@ -29,11 +29,17 @@ class Kernel(NamedTuple):
     """Compiled code for the same rule on one kind of device."""
 
     fits: Callable[[list[Tensor], Group], bool]
-    scan: Callable[..., tuple[Tensor, Group]]  # as `fused_scan`
+    scan: Callable[..., tuple[Tensor, Group]]  # as `fused_scan`, on [B, T, H, d] and [B, T, H]
 
 
 kernels: dict[str, Kernel] = {}
 """By device type. Kernels enter themselves; a model exported to Hugging Face has none, and PyTorch's operators do."""
+
+
+def kernel_for(tensors: list[Tensor], group: Group) -> Kernel | None:
+    """The kernel that can take these, if there is one."""
+    kernel = kernels.get(tensors[0].device.type)
+    return kernel if kernel is not None and kernel.fits(tensors, group) else None
 
 
 def supports(rule: MemoryRule, groups: tuple[Group, ...], tensors: list[Tensor | None]) -> bool:
@@ -59,9 +65,10 @@ def fused_scan(
     Returns:
         y [N, T, d], and the group after the last token.
     """
-    kernel = kernels.get(tensors[0].device.type)
-    if kernel is not None and kernel.fits(tensors, group):
-        return kernel.scan(tensors, rule, group, recompute=recompute, segment_tokens=segment_tokens)
+    if kernel := kernel_for(tensors, group):
+        one_head = [x.unsqueeze(2) for x in tensors]
+        y, group = kernel.scan(one_head, rule, group, recompute=recompute, segment_tokens=segment_tokens)
+        return y.squeeze(2), group
     N, T, _ = tensors[0].shape
     segment_chunks = None
     if recompute:

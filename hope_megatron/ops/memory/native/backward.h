@@ -14,11 +14,6 @@ static inline void unit_backward(const float* d_y, const float* y, float scale, 
   }
 }
 
-struct Gradients {
-  float *q, *x_k, *x_v;  // [C, d]
-  float *eta, *alpha;    // of the logits, [C]
-};
-
 class ChunkBackward {
  public:
   ChunkBackward(const Shape& s, Arena& arena, const Chunk& t) : s(s), t(t), C(s.chunk), d(s.d), h(s.h), wide(t.wide), ld(t.ld), n(kVector * s.d) {
@@ -37,8 +32,8 @@ class ChunkBackward {
     scratch = arena.take(int64_t(std::max(wide, n)) * std::max(d, ld));
   }
 
-  // d_y [C, d]; d_w: gradient of the weights after the chunk on entry, of those before it on return; d_anchor is added to.
-  void run(const float* d_y, const Weights& w, const Weights* anchor, const Weights& d_w, const Weights* d_anchor, const Gradients& out) {
+  // d_y [C, d]; out: gradients of the inputs; d_w: gradient of the weights after the chunk on entry, of those before it on return; d_anchor is added to.
+  void run(const float* d_y, const Weights& w, const Weights* anchor, const Weights& d_w, const Weights* d_anchor, const Inputs& out) {
     std::fill(d_Gamma - ld, d_Gamma + C * ld, 0.0f);
     for (float* x : {d_eta, d_gamma, d_erase_gamma, d_erase_lost}) std::fill(x, x + C, 0.0f);
     end(w, anchor, d_w, d_anchor);
@@ -97,7 +92,7 @@ class ChunkBackward {
     }
   }
 
-  void read(const float* d_y, const Weights& w, const Weights* anchor, const Weights& d_w, const Weights* d_anchor, const Gradients& out) {
+  void read(const float* d_y, const Weights& w, const Weights* anchor, const Weights& d_w, const Weights* d_anchor, const Inputs& out) {
     scale_rows(d_part, d_y, t.gamma, d);
     for (int i = 0; i < C; ++i) d_gamma[i] += dot(d_y + i * d, t.held_q + i * d, d);
     mm(Into::Set, C, h, d, d_part, d, w.vector(0), h, d_hidden, h);
@@ -290,7 +285,7 @@ class ChunkBackward {
   }
 
   // eta, and the decays down to log alpha.
-  void rates(const Gradients& out) {
+  void rates(const Inputs& out) {
     for (int i = 0; i < C; ++i) {
       const float lost = s.anchored ? d_erase_lost[i] : 0;
       d_eta[i] += d_erase_gamma[i] * t.gamma_prev[i] + lost * (1 - t.gamma_prev[i]);
@@ -314,7 +309,7 @@ class ChunkBackward {
   }
 
   // What the memories made of the inputs.
-  void inputs(const Weights& w, const Weights& d_w, const Gradients& out) {
+  void inputs(const Weights& w, const Weights& d_w, const Inputs& out) {
     for (int m = 1; m < kVector; ++m) {
       const float* d_own = d_raw + (m - 1) * C * d;
       mm(Into::Set, C, h, d, d_own, d, w.vector(m), h, d_z_x + m * h, wide);

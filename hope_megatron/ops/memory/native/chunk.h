@@ -16,12 +16,16 @@ constexpr int kMemories = 5, kVector = 3, kScalar = 2;
 constexpr float kEpsilonSquared = 1e-12f;  // of inner.py's EPSILON
 
 struct Shape {
-  int32_t streams, tokens, d, h, chunk, segment_chunks, threads;
+  int32_t sequences, heads, tokens, d, h, chunk, segment_chunks, threads;
   int32_t residual, read_skip, anchored;
   float eta_max;
 
   int chunks() const { return tokens / chunk; }
-  int64_t token(int64_t stream, int i) const { return stream * tokens + int64_t(i) * chunk; }
+  int streams() const { return sequences * heads; }
+  // Where the first token of a stream's chunk i lies among the rows of [B, T, H]; its next token lies `heads` rows further.
+  int64_t row(int64_t stream, int i) const {
+    return (stream / heads * tokens + int64_t(i) * chunk) * heads + stream % heads;
+  }
   int wide() const { return kMemories * h; }
   int ld() const { return (chunk + 15) / 16 * 16; }
   int64_t weights() const { return int64_t(kMemories + kVector) * h * d + kScalar * h; }
@@ -69,10 +73,28 @@ class Arena {
   int64_t size_ = 0, used_ = 0;
 };
 
+// The inputs of a chunk, gathered from [B, T, H, d] and [B, T, H]; or gradients, to be scattered there.
 struct Inputs {
-  const float *q, *x_k, *x_v;  // [C, d]; q of unit length
-  const float *eta, *alpha;    // logits, [C]
+  float *q, *x_k, *x_v;  // [C, d]; q of unit length
+  float *eta, *alpha;    // logits, [C]
+
+  Inputs(const Shape& s, Arena& arena)
+      : q(arena.take(s.chunk * s.d)), x_k(arena.take(s.chunk * s.d)), x_v(arena.take(s.chunk * s.d)),
+        eta(arena.take(s.chunk)), alpha(arena.take(s.chunk)) {}
 };
+
+// [C, width] from every `heads`-th row, starting with row `first`.
+static inline void gather(const Shape& s, const float* from, int64_t first, int width, float* to) {
+  for (int t = 0; t < s.chunk; ++t) {
+    const float* row = from + (first + int64_t(t) * s.heads) * width;
+    std::copy(row, row + width, to + t * width);
+  }
+}
+
+static inline void scatter(const Shape& s, const float* from, float* to, int64_t first, int width) {
+  for (int t = 0; t < s.chunk; ++t)
+    std::copy(from + t * width, from + (t + 1) * width, to + (first + int64_t(t) * s.heads) * width);
+}
 
 // 1 / |x| as `unit` has it; x is scaled in place.
 static inline float make_unit(float* x, int n) {
@@ -83,7 +105,7 @@ static inline float make_unit(float* x, int n) {
 
 class Chunk {
  public:
-  Chunk(const Shape& s, Arena& arena) : s(s), C(s.chunk), d(s.d), h(s.h), wide(s.wide()), ld(s.ld()) {
+  Chunk(const Shape& s, Arena& arena) : in(s, arena), s(s), C(s.chunk), d(s.d), h(s.h), wide(s.wide()), ld(s.ld()) {
     const auto per_hidden = [&] { return arena.take(int64_t(C) * wide); };
     const auto per_output = [&] { return arena.take(int64_t(C) * kVector * d); };
     const auto per_token = [&] { return arena.take(C); };
@@ -109,9 +131,8 @@ class Chunk {
     scratch = arena.take(widest * std::max(d, ld));
   }
 
-  // What the chunk writes into the weights `w`, as they stand at its start. anchor: what retention forgets towards.
-  void write(const Inputs& x, const Weights& w, const Weights* anchor) {
-    in = x;
+  // What the chunk (`in`) writes into the weights `w`, as they stand at its start. anchor: what retention forgets towards.
+  void write(const Weights& w, const Weights* anchor) {
     generate(w);
     decay();
     features(w);
@@ -187,9 +208,9 @@ class Chunk {
         store(decayed + t * ld + j, load(gamma_row(t) + j) * load(table + t * ld + j));
   }
 
+  Inputs in;
   const Shape s;
   const int C, d, h, wide, ld;
-  Inputs in{};
   // [C, 5 h]; z_k and z_v follow each other, and so do k and v
   float *z_x, *phi_x, *z_k, *z_v, *keys, *phi_v, *delta, *drive, *rows_in, *reached, *initial_in;
   float *kv, *kv_scale, *keys_scale, *target_scale;                      // [2 C, d], [2 C], [C, 5], [C, 3]

@@ -30,7 +30,10 @@ class _Shape(ctypes.Structure):
     """`Shape` of chunk.h."""
 
     _fields_ = (
-        *[(name, ctypes.c_int32) for name in ("streams", "tokens", "d", "h", "chunk", "segment_chunks", "threads")],
+        *[
+            (name, ctypes.c_int32)
+            for name in ("sequences", "heads", "tokens", "d", "h", "chunk", "segment_chunks", "threads")
+        ],
         *[(name, ctypes.c_int32) for name in ("residual", "read_skip", "anchored")],
         ("eta_max", ctypes.c_float),
     )
@@ -46,14 +49,24 @@ def fits(tensors: list[Tensor], group: Group) -> bool:
 def native_scan(
     tensors: list[Tensor], rule: MemoryRule, group: Group, *, recompute: bool, segment_tokens: int | None
 ) -> tuple[Tensor, Group]:
-    """As `fused_scan`. recompute: keep weights every segment, else every 32 tokens or every chunk."""
-    N, T, _ = tensors[0].shape
+    """As `fused_scan`, on tensors as memory_chunked takes them: nothing is transposed.
+
+    Args:
+        tensors: unit q, x_k, x_v [B, T, H, d], logits of eta and alpha [B, T, H]; T a multiple of the chunk.
+        recompute: keep weights every segment, else every 32 tokens or every chunk.
+        segment_tokens: see chunk.py.
+
+    Returns:
+        y [B, T, H, d], and the group after the last token.
+    """
+    B, T, H, _ = tensors[0].shape
     tokens = _KEPT_EVERY_TOKENS
     if recompute:
         tokens = segment_tokens or default_segment_tokens(T, rule.chunk_tokens, (group,))
     segment_chunks = max(1, tokens // rule.chunk_tokens)
-    anchor = None if group.anchor is None else _pack(group.anchor, N)
-    y, packed = _NativeScan.apply(rule, segment_chunks, group.now.w_in.shape[1], *tensors, _pack(group.now, N), anchor)
+    anchor = None if group.anchor is None else _pack(group.anchor, B * H)
+    packed = _pack(group.now, B * H)
+    y, packed = _NativeScan.apply(rule, segment_chunks, group.now.w_in.shape[1], *tensors, packed, anchor)
     now = _unpack(packed, group.now)
     return y, group._replace(now=now, start=now)
 
@@ -72,9 +85,9 @@ class _NativeScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rule: MemoryRule, segment_chunks: int, h: int, *tensors: Tensor | None):
         *inputs, w, anchor = (None if x is None else x.contiguous() for x in tensors)
-        (N, T, d), kept = inputs[0].shape, None
+        (B, T, H, d), kept = inputs[0].shape, None
         shape = _Shape(
-            N, T, d, h, rule.chunk_tokens, segment_chunks, 1,
+            B, H, T, d, h, rule.chunk_tokens, segment_chunks, 1,
             rule.dot_target == "residual", rule.read_skip, anchor is not None, rule.eta_max,
         )  # fmt: skip
         w, y = w.clone(), torch.empty_like(inputs[0])
