@@ -9,6 +9,7 @@ Examples:
     hope convert runs/NAME@500 --tp 2 --zero-stage 1 OUT   the checkpoint for another layout; --dp N for other ranks
     hope convert runs/NAME --to torch_dist DIR             Megatron-Core's distributed format, optimizer and all
     hope convert runs/NAME --to deepspeed DIR              DeepSpeed's universal checkpoint
+    hope convert runs/NAME --tp 2 --to deepspeed DIR       or, with a layout, the files of its own save_checkpoint
     hope convert DIR --from torch_dist OUT                 the way back (or deepspeed), in the layout it had or --tp ...
     hope convert DIR --from torch_dist --to run CONFIG     start a run from the weights alone, whoever wrote them
     hope convert LLAMA --from hf-llama --to model FILE     the model section for a Llama checkpoint as Hope-Attention
@@ -30,8 +31,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from hope_megatron.cli.models import ModelReferenceError, prepare_process
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from data_pipeline.tokenizer import Tokenizer
     from hope_megatron.convert.layout import Layout
     from hope_megatron.convert.rewrite import Rewritten
+    from hope_megatron.convert.source import CheckpointSource
 
 FORMS = (
     "say `hope convert SOURCE --to hf DIR` (or torch_dist, deepspeed), `DIR --from FORMAT OUT`, `DIR --to run CONFIG`, "
@@ -92,7 +97,7 @@ def _find_form(args: argparse.Namespace) -> _Form:
     if args.to is None:
         return _find_form_without_target(args)
     to = args.to[0]
-    if _wants_layout(args):
+    if _wants_layout(args) and to != "deepspeed":
         raise ModelReferenceError(f"--tp, --dp, --zero-stage and --sequence-parallel have no meaning with --to {to}")
     if to == "model":
         if args.format != "hf-llama":
@@ -110,6 +115,8 @@ def _find_form(args: argparse.Namespace) -> _Form:
         )
     if args.format not in (None, "checkpoint"):
         raise ModelReferenceError(f"--from {args.format} does not lead --to {to}")
+    if to == "deepspeed" and _wants_layout(args):
+        return _Form(1, _export_native)
     return _Form(1, _export_huggingface if to == "hf" else _export)
 
 
@@ -139,8 +146,13 @@ def _export_huggingface(args: argparse.Namespace) -> int:
 
     source = find_checkpoint(args.words[0])
     tokenizer = Tokenizer.load(args.tokenizer or source.config.data.tokenizer)
-    max_shard_bytes = int(args.max_shard_gib * 2**30)
-    export = export_huggingface(source, Path(args.to[1]), tokenizer, max_shard_bytes=max_shard_bytes)
+    export = export_huggingface(
+        source,
+        Path(args.to[1]),
+        tokenizer,
+        heldout=_heldout_sequence(source, tokenizer) if source.probe is None else None,
+        max_shard_bytes=int(args.max_shard_gib * 2**30),
+    )
     print(
         f"{export.directory}: {export.num_parameters:,} parameters, {export.weight_bytes / 2**20:,.1f} MiB of weights"
     )
@@ -148,23 +160,51 @@ def _export_huggingface(args: argparse.Namespace) -> int:
     return 0
 
 
+def _heldout_sequence(source: CheckpointSource, tokenizer: Tokenizer) -> Tensor | None:
+    """[1, T] of the run's held-out tokens; None if it has none, or they are no longer where they were."""
+    import torch
+
+    from hope_megatron.cli.heldout import manifest_tokens
+
+    manifest = source.config.data.heldout
+    if manifest is None or not manifest.exists():
+        return None
+    tokens = manifest_tokens(manifest, tokenizer, source.config.training.seq_length)
+    return torch.from_numpy(tokens[:-1]).unsqueeze(0)
+
+
 def _export(args: argparse.Namespace) -> int:
-    from hope_megatron.convert.deepspeed_universal import write_deepspeed
+    from hope_megatron.convert.deepspeed_universal import write_universal
     from hope_megatron.convert.source import find_checkpoint
     from hope_megatron.convert.torch_dist import write_torch_dist
     from hope_megatron.convert.whole import read_whole
 
     name, directory = args.to
     whole = read_whole(find_checkpoint(args.words[0])).with_history(f"export to {name}")
-    write = {"torch_dist": write_torch_dist, "deepspeed": write_deepspeed}[name]
-    num_elements = write(whole, Path(directory))
-    print(f"{directory}: {name}, of {whole.origin}")
-    print(f"checked: {num_elements:,} numbers read back, all equal")
+    write = {"torch_dist": write_torch_dist, "deepspeed": write_universal}[name]
+    _print_exported(f"{directory}: {name}, of {whole.origin}", write(whole, Path(directory)))
     return 0
 
 
+def _export_native(args: argparse.Namespace) -> int:
+    from hope_megatron.convert.deepspeed_native import write_native
+    from hope_megatron.convert.source import find_checkpoint
+    from hope_megatron.convert.whole import read_whole
+
+    name, directory = args.to
+    whole = read_whole(find_checkpoint(args.words[0])).with_history(f"export to {name}")
+    layout = _layout(args, whole.layout)
+    num_elements = write_native(whole, layout, Path(directory))
+    _print_exported(f"{directory}: {name} for {_in_words(layout)}, of {whole.origin}", num_elements)
+    return 0
+
+
+def _print_exported(what: str, num_elements: int) -> None:
+    print(f"{what}\nchecked: {num_elements:,} numbers read back, all equal")
+
+
 def _read_back(args: argparse.Namespace) -> int:
-    from hope_megatron.convert.deepspeed_universal import read_deepspeed
+    from hope_megatron.convert.deepspeed_native import read_deepspeed
     from hope_megatron.convert.rewrite import write_checkpoint
     from hope_megatron.convert.torch_dist import read_torch_dist
 
@@ -221,9 +261,12 @@ def _layout(args: argparse.Namespace, before: Layout) -> Layout:
 
 
 def _print_written(written: Rewritten, origin: str) -> None:
-    layout = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in written.layout.describe().items())
-    print(f"{written.directory}: {written.num_files} files for {layout}")
+    print(f"{written.directory}: {written.num_files} files for {_in_words(written.layout)}")
     print(f"checked: {written.num_elements:,} numbers read back, all equal to those of {origin}")
+
+
+def _in_words(layout: Layout) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in layout.describe().items())
 
 
 def _weights(args: argparse.Namespace) -> int:
@@ -272,6 +315,8 @@ def _inspect(args: argparse.Namespace) -> int:
     size = sum(digest.size for digest in checkpoint.digests.values())
     checkpoint.verify()
     print(f"{source.path}: complete, {len(checkpoint.digests)} files, {size / 2**20:,.1f} MiB, all digests right")
+    for name in checkpoint.foreign_files():
+        print(f"foreign: {name} is not in the manifest, and is never read")
     print(f"run {config.name}, step {progress['step']:,} of {config.training.steps:,}, {progress['tokens']:,} tokens")
     print("written by " + ", ".join(f"{name} {value}" for name, value in layout.items()))
     print(f"commit {checkpoint.description['provenance']['commit'] or 'unknown'}")

@@ -4,6 +4,7 @@ Examples:
 
     hope eval lm runs/NAME --tasks paper                  WikiText and the eight tasks of the paper's average
     hope eval lm runs/NAME --tasks piqa boolq --nproc 2   each process answers a part of the questions
+    hope eval lm runs/NAME --tasks paper --data DATA      their data from files, DATA/piqa/validation.jsonl and so on
     hope eval lm DIR --tasks mine --include TASKS         tasks of one's own: YAML files in the directory TASKS
 
 Needs the package lm-eval (pip install 'hope_megatron[eval]'). Task data come from local files or the Hugging Face cache.
@@ -26,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("model", help=MODEL_HELP)
     parser.add_argument("--tasks", nargs="+", required=True, metavar="NAME", help="tasks; paper: those of the paper")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="files of the paper's tasks, such as DIR/piqa/validation.jsonl"
+    )
     parser.add_argument("--include", type=Path, metavar="DIR", help="a directory with YAML files of further tasks")
     parser.add_argument(
         "--num-fewshot", type=int, metavar="N", help="examples before each question (default: the task's)"
@@ -47,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
         raise ModelReferenceError("lm-evaluation-harness is not installed; pip install 'hope_megatron[eval]'")
     if args.include is not None and not args.include.is_dir():
         raise ModelReferenceError(f"--include {args.include} is no directory; name the one that holds the YAML files")
+    if args.data is not None and not args.data.is_dir():
+        raise ModelReferenceError(f"--data {args.data} is no directory; name the one with a folder for each task")
     if args.nproc == 1 or is_worker():
         return _work(args) if is_worker() else _evaluate(args, num_threads=None)
     from launch.local import run_local
@@ -57,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 def _argv(args: argparse.Namespace) -> list[str]:
     """The arguments again, for a worker."""
     argv = [args.model, "--tasks", *args.tasks]
-    for name in ("include", "num_fewshot", "limit", "batch_size", "tokenizer", "json", "markdown", "png"):
+    for name in ("include", "data", "num_fewshot", "limit", "batch_size", "tokenizer", "json", "markdown", "png"):
         value = getattr(args, name)
         if value is not None:
             argv += [f"--{name.replace('_', '-')}", str(value)]
@@ -94,6 +100,7 @@ def _evaluate(args: argparse.Namespace, num_threads: int | None) -> int:
         model,
         tasks,
         task_directory=None if args.include is None else str(args.include),
+        data_dir=args.data,
         num_fewshot=args.num_fewshot,
         limit=args.limit,
         say=print if model.rank == 0 else lambda _: None,

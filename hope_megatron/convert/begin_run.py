@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hope_megatron.config import RunConfig
-from hope_megatron.convert.deepspeed_universal import deepspeed_weights
+from hope_megatron.convert.deepspeed_universal import universal_weights
 from hope_megatron.convert.deepspeed_zero import is_zero_checkpoint, zero_shards
 from hope_megatron.convert.errors import ConversionError
 from hope_megatron.convert.huggingface import load_huggingface
@@ -18,10 +18,11 @@ from hope_megatron.convert.local_model import build_from_shards, build_local_mod
 from hope_megatron.convert.rewrite import write_checkpoint
 from hope_megatron.convert.torch_dist import torch_dist_weights
 from hope_megatron.convert.whole import WholeCheckpoint, WholeParameter
+from hope_megatron.engine.build import build_run_optimizer
 from hope_megatron.engine.checkpoint_format import MASTER, list_checkpoints, step_directory_name
 from hope_megatron.engine.generators import fresh_generator_states
 from hope_megatron.model import LanguageModel
-from hope_megatron.optim import build_optimizer, read_tags
+from hope_megatron.optim import read_tags
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def _from_torch_dist(source: Path, config: RunConfig) -> LanguageModel:
 def _from_deepspeed(source: Path, config: RunConfig) -> LanguageModel:
     if is_zero_checkpoint(source):
         return build_from_shards(config.model, zero_shards(source), source=str(source))
-    return build_local_model(config.model, deepspeed_weights(source), source=str(source))
+    return build_local_model(config.model, universal_weights(source), source=str(source))
 
 
 def _from_llama(source: Path, config: RunConfig) -> LanguageModel:
@@ -88,7 +89,7 @@ def untrained_checkpoint(
 ) -> WholeCheckpoint:
     """The weights of `model`, built on one tensor-parallel rank, and an optimizer that has not made a step."""
     named = dict(model.named_parameters())
-    groups = build_optimizer(named.items(), config.optim).param_groups
+    groups = build_run_optimizer(model, config).param_groups
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[config.training.precision]
     parallel = config.parallel
     return WholeCheckpoint(

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from hope_megatron.convert.errors import ConversionError
+from hope_megatron.convert.outline import outline_of
 from hope_megatron.convert.output import fresh_directory
 from hope_megatron.convert.pickles import load_tensors
-from hope_megatron.convert.sidecar import has_sidecar, read_sidecar, write_sidecar
+from hope_megatron.convert.sidecar import Parameters, has_sidecar, read_sidecar, write_sidecar
 from hope_megatron.convert.whole import WholeCheckpoint, compare_whole
 from hope_megatron.engine.checkpoint_format import MASTER
 
@@ -30,7 +31,7 @@ _FORMAT_VERSION = "0.17.0"
 """DeepSpeed refuses global state without a version; this is the oldest whose reader was tried."""
 
 
-def write_deepspeed(whole: WholeCheckpoint, out_dir: Path) -> int:
+def write_universal(whole: WholeCheckpoint, out_dir: Path) -> int:
     """Write a checkpoint in this format, one tensor in memory at a time, then read it back and compare every tensor.
 
     Returns:
@@ -41,7 +42,7 @@ def write_deepspeed(whole: WholeCheckpoint, out_dir: Path) -> int:
     """
     step = whole.description["progress"]["step"]
     tag = f"global_step{step}_universal"
-    groups = whole.description["optimizer"]["groups"]
+    groups, group_of = whole.description["optimizer"]["groups"], outline_of(whole).group_of
     with fresh_directory(out_dir, has_sidecar) as directory:
         for parameter in whole.parameters.values():
             folder = directory / tag / "zero" / parameter.name
@@ -52,7 +53,7 @@ def write_deepspeed(whole: WholeCheckpoint, out_dir: Path) -> int:
                 tensor = whole.read(parameter.name, state).contiguous()
                 torch.save({"param": tensor, **cut}, folder / f"{FP32 if state == MASTER else state}.pt")
             if parameter.states != (MASTER,):
-                torch.save(groups[tags.group_name]["step"], folder / "step.pt")
+                torch.save(groups[group_of[parameter.name]]["step"], folder / "step.pt")
         # Learning rates and the like belong to the run that loads this, so the groups are empty.
         global_state = {"ds_version": _FORMAT_VERSION, "param_groups": [{"params": []} for _ in groups]}
         torch.save(global_state, directory / tag / "zero" / "optimizer_state.pt")
@@ -69,11 +70,11 @@ def write_deepspeed(whole: WholeCheckpoint, out_dir: Path) -> int:
             torch.save(counters, directory / tag / name)
         (directory / LATEST).write_text(tag)
         write_sidecar(directory, whole)
-        return compare_whole(whole, read_deepspeed(directory))
+        return compare_whole(whole, read_universal(directory))
 
 
-def read_deepspeed(directory: Path) -> WholeCheckpoint:
-    """A checkpoint that `write_deepspeed` made, its digests verified first.
+def read_universal(directory: Path) -> WholeCheckpoint:
+    """A checkpoint that `write_universal` made, its digests verified first.
 
     Raises:
         ConversionError: it is not one, or a file is missing or damaged.
@@ -84,14 +85,14 @@ def read_deepspeed(directory: Path) -> WholeCheckpoint:
             "data position they belong to; start a run from its weights with --from deepspeed --to run CONFIG"
         )
 
-    def open_reader() -> Callable[[str, str], Tensor]:
+    def open_reader(_: Parameters) -> Callable[[str, str], Tensor]:
         zero = _zero_folder(directory)
         return lambda parameter, state: _read(zero / parameter / f"{FP32 if state == MASTER else state}.pt")
 
     return read_sidecar(directory, open_reader)
 
 
-def deepspeed_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
+def universal_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
     """Float32 weights of a universal checkpoint by parameter name, whoever wrote it.
 
     Raises:

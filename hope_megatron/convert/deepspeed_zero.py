@@ -1,8 +1,8 @@
-"""Weights from the directory that DeepSpeed's `engine.save_checkpoint` leaves under ZeRO 1, 2 or 3.
+"""Tensors from the directory that DeepSpeed's `engine.save_checkpoint` leaves under ZeRO 1, 2 or 3.
 
-    DIR/latest                                              names the tag
-    DIR/TAG/*mp_rank_<tp>_model_states.pt                   names and shapes of the parameters
-    DIR/TAG/*zero_pp_rank_<dp>_mp_rank_<tp>_optim_states.pt float32 weights, cut over the data-parallel ranks
+    DIR/latest                                               names the tag
+    DIR/TAG/*mp_rank_<tp>_model_states.pt                    names and shapes of the parameters
+    DIR/TAG/*zero_pp_rank_<dp>_mp_rank_<tp>_optim_states.pt  float32 weights and optimizer states, cut over the dp ranks
 
 DeepSpeed's own reader (zero_to_fp32.py) unpickles whatever it finds and knows no tensor parallelism. Here DeepSpeed is not
 imported: its classes in these files become harmless ones of ours. Tensors stay on disk until their turn.
@@ -11,7 +11,8 @@ imported: its classes in these files become harmless ones of ours. Tensors stay 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from hope_megatron.convert.deepspeed_universal import LATEST as LATEST_UNIVERSAL
 from hope_megatron.convert.errors import ConversionError
 from hope_megatron.convert.pickles import load_tensors
+from hope_megatron.engine.checkpoint_format import MASTER
 
 LATEST = "latest"
 _OPTIM_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -46,28 +48,92 @@ _STAND_INS = (
 )
 
 
-def is_zero_checkpoint(directory: Path) -> bool:
-    """Whether DeepSpeed itself saved something there, and nobody made a universal checkpoint of it."""
-    return (directory / LATEST).is_file() and not (directory / LATEST_UNIVERSAL).exists()
-
-
-def zero_shards(directory: Path) -> Iterator[tuple[str, list[Tensor]]]:
-    """(name, float32 shards of all tensor-parallel ranks) of every parameter, in the order of DeepSpeed's groups.
+class ZeroDirectory:
+    """The files of all ranks, opened.
 
     Raises:
         ConversionError: files are missing, do not fit together, or hold more than tensors.
     """
-    files = _optim_files(directory)
-    tp_size = len({tp_rank for _, tp_rank in files})
-    dp_size = len(files) // tp_size
-    if files.keys() != {(dp_rank, tp_rank) for dp_rank in range(dp_size) for tp_rank in range(tp_size)}:
-        raise ConversionError(f"{directory} lacks files of some ranks; it has those of {sorted(files)} (data, tensor)")
-    ranks = [_tp_rank_weights([files[dp_rank, tp] for dp_rank in range(dp_size)], tp) for tp in range(tp_size)]
-    for entries in zip(*ranks, strict=True):
-        names = {name for name, _ in entries}
-        if len(names) > 1:
-            raise ConversionError(f"{directory}: tensor-parallel ranks hold different parameters: {sorted(names)}")
-        yield names.pop(), [tensor for _, tensor in entries]
+
+    def __init__(self, directory: Path) -> None:
+        files = _optim_files(directory)
+        tp_size = len({tp_rank for _, tp_rank in files})
+        dp_size = len(files) // tp_size
+        if files.keys() != {(dp_rank, tp_rank) for dp_rank in range(dp_size) for tp_rank in range(tp_size)}:
+            raise ConversionError(
+                f"{directory} lacks files of some ranks; it has those of {sorted(files)} (data, tensor)"
+            )
+        self.directory = directory
+        self._ranks = [_open_rank([files[dp_rank, tp] for dp_rank in range(dp_size)], tp) for tp in range(tp_size)]
+        for rank in self._ranks[1:]:
+            if rank.places.keys() != self._ranks[0].places.keys():
+                others = sorted(rank.places.keys() ^ self._ranks[0].places.keys())
+                raise ConversionError(f"{directory}: tensor-parallel ranks hold different parameters: {others}")
+
+    @property
+    def names(self) -> list[str]:
+        """Parameters, in the order of DeepSpeed's groups."""
+        return list(self._ranks[0].places)
+
+    def shards(self, name: str, state: str = MASTER) -> list[Tensor]:
+        """The float32 weights or an optimizer state of a parameter, of all tensor-parallel ranks.
+
+        Raises:
+            ConversionError: it is not there.
+        """
+        try:
+            return [rank.read(name, state) for rank in self._ranks]
+        except (KeyError, IndexError, RuntimeError) as error:
+            raise ConversionError(f"{self.directory}: no {state} of {name} can be put together: {error}") from None
+
+
+def is_zero_checkpoint(directory: Path) -> bool:
+    """Whether files of DeepSpeed's ranks lie there, and nobody made a universal checkpoint of them."""
+    return (directory / LATEST).is_file() and not (directory / LATEST_UNIVERSAL).exists()
+
+
+def zero_shards(directory: Path) -> Iterator[tuple[str, list[Tensor]]]:
+    """(name, float32 shards of all tensor-parallel ranks) of every parameter, whoever wrote them.
+
+    Raises:
+        ConversionError: as for `ZeroDirectory`.
+    """
+    opened = ZeroDirectory(directory)
+    for name in opened.names:
+        yield name, opened.shards(name)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter's shard begins: in the vectors of a group laid end to end (ZeRO 1, 2), in each of them (ZeRO 3)."""
+
+    vector: int
+    offset: int
+    shape: torch.Size
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """One tensor-parallel rank: the vectors of its data-parallel ranks, and what lies where in them."""
+
+    weights: list[Sequence[Tensor]]
+    states: list[Mapping[int, Mapping[str, Any]]]
+    places: dict[str, _Place]
+    equal_partitions: bool
+    """Whether every parameter is cut into equal parts (ZeRO 3), and not the vectors."""
+
+    def read(self, name: str, state: str) -> Tensor:
+        place = self.places[name]
+        numel, vectors = place.shape.numel(), self._vectors(place.vector, state)
+        if self.equal_partitions:
+            part = -(-numel // len(vectors))
+            return torch.cat([_take([vector], place.offset, part) for vector in vectors])[:numel].view(place.shape)
+        return _take(vectors, place.offset, numel).view(place.shape)
+
+    def _vectors(self, index: int, state: str) -> list[Tensor]:
+        if state == MASTER:
+            return [weights[index] for weights in self.weights]
+        return [states[index][state] for states in self.states]
 
 
 def _optim_files(directory: Path) -> dict[tuple[int, int], Path]:
@@ -75,10 +141,13 @@ def _optim_files(directory: Path) -> dict[tuple[int, int], Path]:
     tag = (directory / LATEST).read_text().strip()
     if Path(tag).name != tag or not (directory / tag).is_dir():
         raise ConversionError(f"{directory / LATEST} names {tag!r}, which is no folder beside it")
-    found = {}
-    for path in (directory / tag).iterdir():
+    found: dict[tuple[int, int], Path] = {}
+    for path in sorted((directory / tag).iterdir()):
         if match := _OPTIM_FILE.fullmatch(path.name):
-            found[int(match[1]), int(match[2])] = path
+            rank = int(match[1]), int(match[2])
+            if rank in found:
+                raise ConversionError(f"{found[rank]} and {path.name} beside it are of one rank; keep one set of files")
+            found[rank] = path
     if not found:
         raise ConversionError(
             f"{directory / tag} has no *zero_pp_rank_*_optim_states.pt: not saved under ZeRO 1, 2 or 3, or a part of it"
@@ -86,10 +155,11 @@ def _optim_files(directory: Path) -> dict[tuple[int, int], Path]:
     return found
 
 
-def _tp_rank_weights(paths: Sequence[Path], tp_rank: int) -> Iterator[tuple[str, Tensor]]:
-    """Names and shards of one tensor-parallel rank from the files of its data-parallel ranks."""
-    states = [_section(path, "optimizer_state_dict") for path in paths]
-    stage, count = states[0].get("zero_stage"), states[0].get("partition_count")
+def _open_rank(paths: Sequence[Path], tp_rank: int) -> _Rank:
+    """The files of one tensor-parallel rank."""
+    saved = [_section(path, "optimizer_state_dict") for path in paths]
+    # DeepSpeed's wrapper for bf16 with float32 gradients under ZeRO 1 (bf16_optimizer.py:629) does not say the stage.
+    stage, count = saved[0].get("zero_stage", 1), saved[0].get("partition_count")
     saved_by = max(count) if isinstance(count, list) else count
     if stage not in (1, 2, 3) or saved_by != len(paths):
         raise ConversionError(
@@ -97,10 +167,16 @@ def _tp_rank_weights(paths: Sequence[Path], tp_rank: int) -> Iterator[tuple[str,
         )
     prefix = "zero_pp_rank_0_" if stage == 3 else ""
     shapes = _section(paths[0].with_name(f"{prefix}mp_rank_{tp_rank:02d}_model_states.pt"), "param_shapes")
-    read = _equal_partitions if stage == 3 else _flat_vectors
     try:
-        yield from read(states, shapes)
-    except (KeyError, IndexError, ValueError, RuntimeError) as error:
+        if stage == 3:
+            weights = [rank["fp32_flat_groups"] for rank in saved]
+            states = [rank["optimizer_state_dict"]["state"] for rank in saved]
+            return _Rank(weights, states, _places_in_partitions(weights, shapes), True)
+        weights = [rank["single_partition_of_fp32_groups"] for rank in saved]
+        # elastic checkpoints keep a list of states there, one for each group
+        states = [_as_state(rank["base_optimizer_state"]) for rank in saved]
+        return _Rank(weights, states, _places_in_vectors(weights, shapes, saved[0]), False)
+    except (KeyError, IndexError, ValueError, TypeError) as error:
         raise ConversionError(f"{paths[0].parent}: the files do not fit together: {error}") from None
 
 
@@ -111,28 +187,38 @@ def _section(path: Path, key: str) -> Any:
     return content[key]
 
 
-def _flat_vectors(states: list[dict[str, Any]], shapes: list[dict[str, torch.Size]]) -> Iterator[tuple[str, Tensor]]:
+def _as_state(saved: Any) -> Mapping[int, Mapping[str, Any]]:
+    return saved["state"] if isinstance(saved, dict) else dict(enumerate(saved))
+
+
+def _places_in_vectors(
+    weights: list[Sequence[Tensor]], shapes: list[dict[str, torch.Size]], saved: Mapping[str, Any]
+) -> dict[str, _Place]:
     """ZeRO 1 and 2: every group is one vector of its parameters, cut over the ranks."""
-    paddings = states[0].get("param_alignment_paddings") or [[0] * len(group) for group in shapes]
+    paddings = saved.get("param_alignment_paddings") or [[0] * len(group) for group in shapes]
+    places: dict[str, _Place] = {}
     for index, group in enumerate(shapes):
-        vector, offset = [state["single_partition_of_fp32_groups"][index] for state in states], 0
+        offset = 0
         for (name, shape), padding in zip(group.items(), paddings[index], strict=True):
-            yield name, _take(vector, offset, shape.numel()).view(shape)
+            places[name] = _Place(index, offset, shape)
             offset += shape.numel() + padding
-        _check_used_up(offset, vector, 2 * len(states))
+        _check_used_up(offset, [rank[index] for rank in weights], 2 * len(weights))
+    return places
 
 
-def _equal_partitions(
-    states: list[dict[str, Any]], shapes: list[dict[str, torch.Size]]
-) -> Iterator[tuple[str, Tensor]]:
-    """ZeRO 3: every parameter is cut into equal parts; a rank's lie one after the other, in sub-groups of any size."""
-    vectors, offset = [state["fp32_flat_groups"] for state in states], 0
+def _places_in_partitions(weights: list[Sequence[Tensor]], shapes: list[dict[str, torch.Size]]) -> dict[str, _Place]:
+    """ZeRO 3: every parameter is cut into equal parts; a rank's lie one after the other in vectors of several."""
+    places: dict[str, _Place] = {}
+    vector = offset = 0
     for name, shape in ((name, shape) for group in shapes for name, shape in group.items()):
-        numel = -(-shape.numel() // len(states))
-        whole = torch.cat([_take(vector, offset, numel) for vector in vectors])
-        yield name, whole[: shape.numel()].view(shape)
-        offset += numel
-    _check_used_up(offset, vectors[0], 1)
+        if offset == weights[0][vector].numel():
+            vector, offset = vector + 1, 0
+        places[name] = _Place(vector, offset, shape)
+        offset += -(-shape.numel() // len(weights))
+        if offset > weights[0][vector].numel():
+            raise ValueError(f"{name} ends at {offset} of a vector of {weights[0][vector].numel()} numbers")
+    _check_used_up(offset, weights[0][vector:], 1)
+    return places
 
 
 def _take(pieces: Sequence[Tensor], start: int, numel: int) -> Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pydantic import ValidationError
+from torch import Tensor
 
 from hope_megatron.config.messages import explain
 from hope_megatron.config.model import ModelConfig
@@ -67,7 +68,12 @@ class HuggingFaceModel:
 
 
 def export_huggingface(
-    source: CheckpointSource, out_dir: Path, tokenizer: TokenizerFile, *, max_shard_bytes: int = MAX_SHARD_BYTES
+    source: CheckpointSource,
+    out_dir: Path,
+    tokenizer: TokenizerFile,
+    *,
+    heldout: Tensor | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Export:
     """Write a checkpoint, from any tensor-parallel and data-parallel layout, as a Hugging Face model directory.
 
@@ -75,6 +81,7 @@ def export_huggingface(
         source: the checkpoint; its digests are verified while it is read.
         out_dir: made new. An earlier export there is replaced; anything else is refused.
         tokenizer: the one the model was trained with.
+        heldout: [1, T] held-out tokens for the check of a checkpoint that has no probe.
         max_shard_bytes: size at which a new weight file is begun.
 
     Raises:
@@ -96,7 +103,7 @@ def export_huggingface(
         for name, text in modeling_files().items():
             (directory / name).write_text(text, encoding="utf-8")
         model = load_huggingface(directory).model
-        check = check_against_training(model, source)
+        check = check_against_training(model, source, heldout)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         card = model_card(source, out_dir.name, num_parameters, check)
         (directory / "README.md").write_text(card, encoding="utf-8")

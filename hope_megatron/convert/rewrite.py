@@ -16,6 +16,7 @@ import torch
 
 from hope_megatron.convert.errors import ConversionError
 from hope_megatron.convert.layout import Layout
+from hope_megatron.convert.outline import outline_of
 from hope_megatron.convert.output import fresh_directory
 from hope_megatron.convert.placement import place, shard_shape
 from hope_megatron.convert.source import CheckpointSource
@@ -66,7 +67,7 @@ def write_checkpoint(
     """
     config = layout.apply(whole.config)
     with fresh_directory(out_dir, replaceable) as directory:
-        runs = place(whole.parameters.values(), layout)
+        runs = place(whole.parameters, outline_of(whole).members, layout)
         digests = _write_ranks(whole, layout, runs, directory)
         for extra in whole.extra_files:
             digests[extra.name] = _copy(extra, directory / extra.name)

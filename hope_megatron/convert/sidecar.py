@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ from hope_megatron.convert.errors import ConversionError
 from hope_megatron.convert.layout import Layout
 from hope_megatron.convert.source import PROBE_NAME
 from hope_megatron.convert.whole import WholeCheckpoint, WholeParameter
-from hope_megatron.engine.checkpoint_format import DESCRIPTION, MANIFEST, write_json
+from hope_megatron.engine.checkpoint_format import DESCRIPTION, MANIFEST, foreign_files, write_json
 from hope_megatron.engine.generators import fresh_generator_states
 from hope_megatron.optim import ParamTags
+
+log = logging.getLogger(__name__)
+
+Parameters = Mapping[str, WholeParameter]
 
 FOLDER = "hope"
 GENERATORS = "generators.safetensors"
@@ -66,12 +71,13 @@ def has_sidecar(directory: Path) -> bool:
     return (directory / FOLDER / MANIFEST).is_file()
 
 
-def read_sidecar(directory: Path, open_reader: Callable[[], Callable[[str, str], Tensor]]) -> WholeCheckpoint:
+def read_sidecar(directory: Path, open_reader: Callable[[Parameters], Callable[[str, str], Tensor]]) -> WholeCheckpoint:
     """A checkpoint from an export of ours, whose tensors a format's reader gives.
 
     Args:
         directory: the export.
-        open_reader: called once every digest has been found right; returns (parameter, state) -> tensor.
+        open_reader: called with the parameters once every digest has been found right; returns (parameter, state) ->
+            tensor.
 
     Raises:
         ConversionError: a file is missing or differs from its digest; names it.
@@ -100,7 +106,9 @@ def read_sidecar(directory: Path, open_reader: Callable[[], Callable[[str, str],
 
     probe = folder / PROBE_NAME
     extra_files = (probe,) if probe.is_file() else ()
-    return WholeCheckpoint(str(directory), parameters, description, layout, open_reader(), generators, extra_files)
+    return WholeCheckpoint(
+        str(directory), parameters, description, layout, open_reader(parameters), generators, extra_files
+    )
 
 
 def _verify(directory: Path) -> None:
@@ -110,6 +118,8 @@ def _verify(directory: Path) -> None:
         raise ConversionError(f"{directory / FOLDER / MANIFEST} cannot be read: {error}; export it again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ConversionError(f"{directory / FOLDER / MANIFEST} is not of the format {FORMAT}; export it again")
+    for name in foreign_files(directory, {f"{FOLDER}/{MANIFEST}", *manifest["files"]}):
+        log.warning("%s is not in the manifest: it is no part of the export and is not read", directory / name)
     for name, sha256 in manifest["files"].items():
         path = directory / name
         if not path.is_file():

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from hope_megatron.convert.errors import ConversionError
 from hope_megatron.convert.output import fresh_directory
-from hope_megatron.convert.sidecar import has_sidecar, read_sidecar, write_sidecar
+from hope_megatron.convert.sidecar import Parameters, has_sidecar, read_sidecar, write_sidecar
 from hope_megatron.convert.whole import WholeCheckpoint, compare_whole
 from hope_megatron.engine.checkpoint_format import MASTER
 
@@ -75,7 +75,7 @@ def read_torch_dist(directory: Path) -> WholeCheckpoint:
             "data position they belong to; start a run from its weights with --from torch_dist --to run CONFIG"
         )
 
-    def open_reader() -> Callable[[str, str], Tensor]:
+    def open_reader(_: Parameters) -> Callable[[str, str], Tensor]:
         reader = _open(directory)
         return lambda parameter, state: _read(reader, key_of(parameter, state))
 

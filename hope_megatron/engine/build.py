@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 from megatron.core import parallel_state
+from torch import nn
 
 from hope_megatron.config.run import RunConfig
 from hope_megatron.engine.distributed import Mesh
 from hope_megatron.engine.engine import Engine
 from hope_megatron.engine.width import scale_learning_rates
 from hope_megatron.model import build_model
-from hope_megatron.optim import build_optimizer
+from hope_megatron.optim import BoundOptimizer, build_optimizer
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -28,8 +29,7 @@ def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
         seed=config.training.seed,
         recompute=config.training.recompute,
     ).to(mesh.device)
-    optimizer = build_optimizer(model.named_parameters(), config.optim)
-    scale_learning_rates(optimizer, config.model.width_multiplier)
+    optimizer = build_run_optimizer(model, config)
     engine = Engine(model, optimizer, config, mesh)
     tp_group = mesh.tp_group if mesh.tp_size > 1 else None
     if config.parallel.zero_stage == 0:
@@ -39,3 +39,10 @@ def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
             engine.zero, tp_group=tp_group, exchange_group=parallel_state.get_tensor_and_data_parallel_group()
         )
     return engine
+
+
+def build_run_optimizer(model: nn.Module, config: RunConfig) -> BoundOptimizer:
+    """The optimizer of a run with its parameter groups, learning rates scaled for the width."""
+    optimizer = build_optimizer(model.named_parameters(), config.optim)
+    scale_learning_rates(optimizer, config.model.width_multiplier)
+    return optimizer

@@ -337,6 +337,8 @@ class Checkpointer:
         checkpoint, error = None, None
         try:
             checkpoint = Checkpoint(path)
+            if self._rank == 0:
+                checkpoint.warn_of_foreign_files()
             checkpoint.verify(sorted(checkpoint.digests)[self._rank :: self.engine.mesh.world_size])
         except CheckpointDamagedError as found:
             error = found

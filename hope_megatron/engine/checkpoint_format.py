@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +36,9 @@ MANIFEST = "manifest.json"
 DESCRIPTION = "checkpoint.json"
 MASTER = "master"
 STEP_PREFIX = "step-"
+
+
+log = logging.getLogger(__name__)
 
 
 class CheckpointError(Exception):
@@ -155,13 +159,24 @@ class Checkpoint:
         self._open_files: dict[str, Any] = {}
 
     def verify(self, names: Iterable[str] | None = None) -> None:
-        """Compare files with the manifest, all of them or those named.
+        """Compare files with the manifest, all of them or those named. What is not in the manifest is never read, but named.
 
         Raises:
             CheckpointDamagedError: naming the first file that is missing or differs.
         """
+        if names is None:
+            self.warn_of_foreign_files()
         for name in self.digests if names is None else names:
             self._verify_file(name, self.digests[name])
+
+    def foreign_files(self) -> list[str]:
+        """Files in the directory that the manifest does not know."""
+        return foreign_files(self.path, {MANIFEST, *self.digests})
+
+    def warn_of_foreign_files(self) -> None:
+        """Name them in the log: somebody has put them there, and nobody may take them for a part of the checkpoint."""
+        for name in self.foreign_files():
+            log.warning("%s is not in the manifest: it is no part of the checkpoint and is not read", self.path / name)
 
     def _verify_file(self, name: str, expected: FileDigest) -> None:
         path = self.path / name
@@ -284,6 +299,12 @@ class Checkpoint:
             raise CheckpointDamagedError(f"{self.path / name} is missing: not a complete checkpoint") from None
         except (ValueError, OSError) as error:
             raise CheckpointDamagedError(f"{self.path / name} cannot be read: {error}") from None
+
+
+def foreign_files(directory: Path, known: Collection[str]) -> list[str]:
+    """Paths of files below a directory, relative to it, that are not among those known."""
+    paths = (path for path in directory.rglob("*") if not path.is_dir())
+    return sorted(name for path in paths if (name := str(path.relative_to(directory))) not in known)
 
 
 def read_full_tensors(checkpoint_dir: Path | str, state: str = MASTER) -> Iterator[tuple[str, Tensor]]:

@@ -35,6 +35,14 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
+def static_loss_scaler() -> Any:
+    """What DeepSpeed's ZeRO wrappers save as their loss scaler in float32 and bf16, where nothing is scaled."""
+    import_deepspeed()
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+
+    return LossScaler(scale=1.0)
+
+
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The DeepSpeed configuration of a run. Schedules and logging are ours, so none of DeepSpeed's are switched on."""
     parallel, training = config.parallel, config.training

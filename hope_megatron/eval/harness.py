@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,17 +18,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
 from hope_megatron.eval.perplexity import IGNORE
+from hope_megatron.eval.task_data import TASK_DATA, HarnessError, definition_folders, opened_tasks
 from hope_megatron.generation.complete import TextTokenizer, new_document
 from hope_megatron.generation.sampling import SamplingOptions
 from hope_megatron.model import LanguageModel
 
 _MAX_NEW_TOKENS = 256  # where a task does not say
-
-
-class HarnessError(ValueError):
-    """A task that the harness does not know, or whose data are not on this machine."""
-
-    is_user_error = True
 
 
 class HarnessModel(TemplateLM):
@@ -149,6 +145,7 @@ def evaluate_tasks(
     tasks: list[str],
     *,
     task_directory: str | None = None,
+    data_dir: Path | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
     say: Callable[[str], None] = lambda _: None,
@@ -158,6 +155,7 @@ def evaluate_tasks(
     Args:
         tasks: names.
         task_directory: YAML files of further tasks.
+        data_dir: files of the paper's tasks (see task_data.py).
         num_fewshot: examples before each question; None leaves it to the task.
         limit: documents per task, for a quick look.
         say: told what happens.
@@ -172,26 +170,23 @@ def evaluate_tasks(
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=task_directory, include_defaults=False)
+    folders = definition_folders() if any(task in TASK_DATA for task in tasks) else []
+    paths = [*folders, *([] if task_directory is None else [task_directory])]
+    manager = TaskManager(include_path=paths, include_defaults=False)
     if any(task not in manager.all_tasks for task in tasks):
         say("reading the harness's list of tasks")
-        manager = TaskManager(include_path=task_directory)
+        manager = TaskManager(include_path=paths)
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         raise HarnessError(
             f"lm-evaluation-harness knows no task {', '.join(unknown)}; `lm-eval ls tasks` lists its own, and "
             "--include DIR adds a directory of YAML files"
         )
-    try:
+    with opened_tasks(manager, tasks, data_dir, few_shot=bool(num_fewshot)) as specs:
         found = simple_evaluate(
-            model=model, tasks=tasks, num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False,
+            model=model, tasks=specs, num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False,
             bootstrap_iters=1000,
         )  # fmt: skip
-    except OSError as error:  # what `datasets` raises without a network, a cache or the file
-        raise HarnessError(
-            f"the data of {', '.join(tasks)} are not to be had: {str(error).splitlines()[0]}. They come from local files named in "
-            "the task's YAML, or from the Hugging Face cache (HF_HOME), which a machine with a network fills"
-        ) from error
     if found is None:
         return None
     return {

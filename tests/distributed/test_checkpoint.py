@@ -155,6 +155,11 @@ def test_checkpoint_loads_at_any_other_layout(tmp_path):
         assert tensor.shape == record.full_shape(2) and tensor.dtype == torch.float32
 
 
+def mup_config(**layout):
+    """With parameter groups by width, which ZeRO puts into vectors of their own."""
+    return tiny_run_config(mup_base_width=16, **layout)
+
+
 def converted_layouts(rank, world_size, directory):
     """Save under one layout, rewrite for another with one process, load that, and save what was loaded."""
     from hope_megatron.convert.layout import Layout
@@ -164,10 +169,10 @@ def converted_layouts(rank, world_size, directory):
     from hope_megatron.training.state import TrainingState
 
     layouts = {
-        "tp2": (tiny_run_config(tp=2, sequence_parallel=True, zero_stage=1), Layout(2, 1, 1, True)),
-        "dp2-zero3": (tiny_run_config(zero_stage=3), Layout(1, 2, 3)),
-        "dp2-zero2": (tiny_run_config(zero_stage=2), Layout(1, 2, 2)),
-        "dp2-zero0": (tiny_run_config(zero_stage=0), Layout(1, 2, 0)),
+        "tp2": (mup_config(tp=2, sequence_parallel=True, zero_stage=1), Layout(2, 1, 1, True)),
+        "dp2-zero3": (mup_config(zero_stage=3), Layout(1, 2, 3)),
+        "dp2-zero2": (mup_config(zero_stage=2), Layout(1, 2, 2)),
+        "dp2-zero0": (mup_config(zero_stage=0), Layout(1, 2, 0)),
     }
     base, results = Path(directory), {}
     for source, targets in {"dp2-zero3": ("tp2", "dp2-zero0"), "tp2": ("dp2-zero3", "dp2-zero2")}.items():

@@ -1,72 +1,267 @@
-"""Directories that DeepSpeed itself saved under ZeRO start a run, bit for bit; a pickle that acts is refused."""
+"""DeepSpeed's own ZeRO checkpoints: theirs start a run, and ours are theirs, file by file, and loaded by DeepSpeed."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hope_megatron.convert.begin_run import begin_run
+from hope_megatron.convert.deepspeed_native import read_native, write_native
 from hope_megatron.convert.deepspeed_zero import zero_shards
 from hope_megatron.convert.errors import ConversionError
-from hope_megatron.convert.source import find_checkpoint
-from hope_megatron.engine.checkpoint_format import read_full_tensors
+from hope_megatron.convert.layout import Layout
+from hope_megatron.convert.rewrite import write_checkpoint
+from hope_megatron.convert.source import CheckpointSource, find_checkpoint
+from hope_megatron.convert.whole import read_whole
+from hope_megatron.engine.checkpoint_format import Checkpoint, read_full_tensors
 from hope_megatron.testing.distributed import run_distributed
 from hope_megatron.testing.tiny import RepeatingSource, tiny_run_config
 
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "dp2-zero1": {"zero_stage": 1},
-    "dp2-zero2-bf16": {"zero_stage": 2, "precision": "bf16"},
-    "dp2-zero3": {"zero_stage": 3},
-    "tp2-zero1": {"tp": 2, "zero_stage": 1},
-    "tp2-zero3": {"tp": 2, "zero_stage": 3},
+# ZeRO 1 and 3 keep different wrappers for float32, bf16 with float32 gradients, and learning rates by width.
+LAYOUTS: dict[str, tuple[Layout, dict[str, Any]]] = {
+    "tp2dp2-zero1": (Layout(2, 2, 1), {}),
+    "tp2dp2-zero1-bf16": (Layout(2, 2, 1), {"precision": "bf16"}),
+    "dp4-zero2-bf16": (Layout(1, 4, 2), {"precision": "bf16"}),
+    "tp2dp2-zero3-mup": (Layout(2, 2, 3), {"mup_base_width": 16}),
+}
+LOADS = {  # a checkpoint, and the layout in which DeepSpeed loads it
+    ("tp2dp2-zero1", "tp2dp2-zero3"): Layout(2, 2, 3),
+    ("tp2dp2-zero3-mup", "tp2dp2-zero2-mup"): Layout(2, 2, 2),
+    ("tp2dp2-zero1-bf16", "dp4-zero1-bf16"): Layout(1, 4, 1),
+    ("dp4-zero2-bf16", "dp4-zero3-bf16"): Layout(1, 4, 3),
 }
 
 
-def save_both(rank, world_size, directory):
-    """Train two steps in each layout; DeepSpeed saves it, and so do we."""
+def run_config(layout: Layout, settings: dict[str, Any], **more: Any):
+    return tiny_run_config(tp=layout.tensor_parallel, zero_stage=layout.zero_stage, **settings, **more)
+
+
+def build(config):
     from megatron.core import parallel_state
 
     from hope_megatron.engine.build import build_engine
-    from hope_megatron.engine.checkpoint import Checkpointer
     from hope_megatron.engine.distributed import init_distributed
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    return build_engine(config, init_distributed(config.parallel))
+
+
+def advance(engine, config, state, num_steps):
     from hope_megatron.training.batches import BatchReader
-    from hope_megatron.training.state import TrainingState
     from hope_megatron.training.step import train_step
 
-    for name, settings in LAYOUTS.items():
-        if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()
-        config, state = tiny_run_config(**settings), TrainingState()
-        engine = build_engine(config, init_distributed(config.parallel))
-        with BatchReader(RepeatingSource(), config, engine.mesh) as reader:
-            for _ in range(2):
-                train_step(engine, reader, state, config)
-        engine._deepspeed.save_checkpoint(str(Path(directory) / name / "deepspeed"))
+    with BatchReader(RepeatingSource(), config, engine.mesh) as reader:
+        results = [train_step(engine, reader, state, config) for _ in range(num_steps)]
+    return [(result.loss, result.grad_norm) for result in results]
+
+
+def is_that_of(engine, checkpoint) -> bool:
+    """Whether this rank holds what a checkpoint of ours holds for it: weights, optimizer states and clocks."""
+    from hope_megatron.engine.pieces import group_scalars, live_pieces
+
+    mesh = engine.mesh
+    return group_scalars(engine) == checkpoint.description["optimizer"]["groups"] and all(
+        tuple(piece.tensors) == checkpoint.states(piece.parameter)
+        and all(
+            torch.equal(
+                view,
+                checkpoint.reshard_range(piece.parameter, state, mesh.tp_size, mesh.tp_rank, piece.offset, piece.numel),
+            )
+            for state, view in piece.tensors.items()
+        )
+        for piece in live_pieces(engine)
+    )
+
+
+def save_both(rank, world_size, directory):
+    """Train two steps in each layout; DeepSpeed saves, and so do we. Then DeepSpeed loads what we make of ours."""
+    from hope_megatron.engine.checkpoint import Checkpointer
+    from hope_megatron.engine.generators import seed_generators
+    from hope_megatron.training.state import TrainingState
+
+    base, paths, next_steps, found = Path(directory), {}, {}, {}
+    for name, (layout, settings) in LAYOUTS.items():
+        config, state = run_config(layout, settings), TrainingState()
+        engine = build(config)
+        seed_generators(config.training.seed, engine.mesh.dp_rank)
+        advance(engine, config, state, 2)
+        engine._deepspeed.save_checkpoint(str(base / name / "deepspeed"))
         description = {"progress": state.to_dict(), "config": config.model_dump(mode="json")}
-        Checkpointer(engine, Path(directory) / name / "ours").save_now({**description, "provenance": {}, "data": {}})
+        description |= {"provenance": {}, "data": {}}
+        paths[name] = Checkpointer(engine, base / name / "ours").save_now(description)
+        next_steps[name] = advance(engine, config, state, 1)
+    for (source, target), layout in LOADS.items():
+        config, native = run_config(layout, LAYOUTS[source][1]), base / f"{source}-{target}"
+        if rank == 0:
+            write_native(read_whole(CheckpointSource(paths[source])), layout, native)
+        engine = build(config)
+        engine.control.gather(None)
+        path, _ = engine._deepspeed.load_checkpoint(str(native))
+        assert path is not None
+        bitwise = is_that_of(engine, Checkpoint(paths[source]))
+        found[source, target] = bitwise, advance(engine, config, TrainingState(2, 8), 1), next_steps[source]
+    save_with_adam(base / "fp16", fp16=True)
+    save_with_adam(base / "adam", fp16=False)
+    return found
+
+
+def save_with_adam(directory, fp16: bool):
+    """DeepSpeed alone on our model with PyTorch's AdamW: fp16, TP 2 x DP 2, ZeRO 2; or one step in float32, DP 4, ZeRO 1.
+
+    It refuses fp16 on a CPU for its speed; nothing is computed then, so it is told that the CPU knows it.
+    """
+    from megatron.core import parallel_state
+
+    from hope_megatron.engine.deepspeed_setup import import_deepspeed
+    from hope_megatron.engine.distributed import init_distributed
+    from hope_megatron.engine.mpu import ModelParallelUnit
+    from hope_megatron.model import build_model
+
+    config = tiny_run_config(tp=2 if fp16 else 1)
+    parallel_state.destroy_model_parallel()
+    init_distributed(config.parallel)
+    deepspeed = import_deepspeed()
+    deepspeed.get_accelerator().is_fp16_supported = lambda: fp16
+    model = build_model(config.model, config.parallel, dtype=torch.float16 if fp16 else torch.float32)
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "fp16": {"enabled": fp16},
+        "zero_optimization": {"stage": 2 if fp16 else 1},
+        "zero_allow_untested_optimizer": True,
+    }
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters()),
+        config=settings,
+        mpu=ModelParallelUnit(),
+        dist_init_required=False,
+    )
+    if not fp16:
+        tokens = torch.arange(16)[None]
+        engine.backward(engine(tokens, tokens).losses.sum())
+        engine.step()
+    engine.save_checkpoint(str(directory))
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
     directory = tmp_path_factory.mktemp("zero")
-    run_distributed(save_both, 2, str(directory), timeout_s=240)
-    return directory
+    return directory, run_distributed(save_both, 4, str(directory), timeout_s=300)
+
+
+BEGINNING = {"progress": {"step": 0}, "data": {}, "provenance": {"commit": None, "versions": {}}}
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_weights_start_a_run_bit_for_bit(saved: Path, tmp_path: Path, name: str) -> None:
-    config = tiny_run_config(output_dir=tmp_path)
-    beginning = {"progress": {"step": 0}, "data": {}, "provenance": {"commit": None, "versions": {}}}
-    begin_run(saved / name / "deepspeed", "deepspeed", config, beginning)
-    found = dict(find_checkpoint(str(config.run_dir)).tensors())
-    expected = dict(read_full_tensors(saved / name / "ours/step-00000002"))
+def test_weights_start_a_run_bit_for_bit(saved, tmp_path: Path, name: str) -> None:
+    directory, _ = saved
+    config = run_config(Layout(), LAYOUTS[name][1], output_dir=tmp_path)
+    begin_run(directory / name / "deepspeed", "deepspeed", config, BEGINNING)
+    source = find_checkpoint(str(config.run_dir))
+    found, expected = dict(source.tensors()), dict(read_full_tensors(directory / name / "ours/step-00000002"))
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    clocks = source.checkpoint.description["optimizer"]["groups"]
+    assert ("matrix/width" in clocks) == ("mup" in name)
+
+
+@pytest.mark.distributed
+def test_fp16_starts_a_run(saved, tmp_path: Path) -> None:
+    from hope_megatron.engine.distributed import init_distributed
+    from hope_megatron.model import build_model
+
+    directory, _ = saved
+    config = tiny_run_config(output_dir=tmp_path)
+    begin_run(directory / "fp16", "deepspeed", config, BEGINNING)
+    init_distributed(config.parallel)
+    expected = build_model(config.model, dtype=torch.float16).named_parameters()
+    found = dict(find_checkpoint(str(config.run_dir)).tensors())
+    assert all(torch.equal(found.pop(name), parameter.float()) for name, parameter in expected) and not found
+
+
+@pytest.mark.distributed
+def test_a_universal_checkpoint_of_deepspeeds_own_making_starts_a_run(saved, tmp_path: Path) -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
+    theirs = tmp_path / "theirs"
+    shutil.copytree(saved[0] / "adam/global_step1", theirs)
+    (file,) = theirs.glob("mp_rank_*")
+    state = torch.load(file, weights_only=False)
+    # The converter of 0.19.8 stumbles over Megatron-Core's `_extra_state`, which is None.
+    state["module"] = {name: tensor for name, tensor in state["module"].items() if tensor is not None}
+    torch.save(state, file)
+    workers = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False}
+    out = {"input_folder": str(theirs), "output_folder": str(tmp_path / "ds/made")}
+    ds_to_universal.main(Namespace(**out, **workers, strict=True, inject_missing_state=True))
+    (tmp_path / "ds/latest_universal").write_text("made")
+    config = tiny_run_config(output_dir=tmp_path)
+    begin_run(tmp_path / "ds", "deepspeed", config, BEGINNING)
+    found = dict(find_checkpoint(str(config.run_dir)).tensors())
+    assert found.keys() == state["module"].keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state["module"].items())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_our_files_are_those_of_deepspeed_and_come_back(saved, tmp_path: Path, name: str) -> None:
+    theirs = saved[0] / name / "deepspeed/global_step2"
+    source = CheckpointSource(saved[0] / name / "ours/step-00000002")
+    write_native(read_whole(source), LAYOUTS[name][0], tmp_path / "native")
+    ours = tmp_path / "native/global_step2"
+    assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
+    assert (tmp_path / "native/latest").read_text() == (saved[0] / name / "deepspeed/latest").read_text()
+    for path in theirs.iterdir():
+        assert_same(load(ours / path.name), load(path), path.name)
+    back = read_native(tmp_path / "native")
+    write_checkpoint(back, back.layout, tmp_path / "back")
+    for rank in range(4):
+        file = f"rank-{rank:05d}.safetensors"
+        assert_same(load_file(tmp_path / "back" / file), load_file(source.path / file), file)
+    for key in ("progress", "data", "optimizer"):
+        assert Checkpoint(tmp_path / "back").description[key] == source.checkpoint.description[key]
+
+
+def load(path: Path) -> dict:
+    """What a file says, but for what only helps other tools: DeepSpeed's settings, and what follows from the shapes."""
+    content = torch.load(path, weights_only=False)
+    content.pop("ds_config", None)
+    content.get("optimizer_state_dict", {}).pop("param_slice_mappings", None)
+    return content
+
+
+def assert_same(left: Any, right: Any, where: str) -> None:
+    if isinstance(right, dict):
+        assert left.keys() == right.keys(), where
+        pairs = [(left[key], right[key], f"{where}: {key}") for key in right]
+    elif isinstance(right, (list, tuple)):
+        assert len(left) == len(right), where
+        pairs = [(a, b, f"{where}: {i}") for i, (a, b) in enumerate(zip(left, right))]
+    elif isinstance(right, torch.Tensor):
+        assert left.dtype == right.dtype and torch.equal(left, right), where
+        return
+    else:
+        assert type(right).__name__ == "LossScaler" or left == right, where
+        return
+    for a, b, place in pairs:
+        assert_same(a, b, place)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", LOADS, ids="-to-".join)
+def test_deepspeed_loads_everything_in_another_layout(saved, case: tuple[str, str]) -> None:
+    for found in saved[1]:
+        bitwise, (step,), (expected,) = found[case]
+        assert bitwise
+        tolerance = 1e-2 if "bf16" in case[0] else 1e-5  # sums over other ranks have other roundings
+        assert step == pytest.approx(expected, rel=tolerance)
 
 
 class _Bomb:
@@ -78,14 +273,17 @@ class _Bomb:
 
 
 @pytest.mark.distributed
-def test_a_pickle_that_acts_and_a_missing_rank_are_refused(saved: Path, tmp_path: Path) -> None:
+def test_a_pickle_that_acts_and_a_missing_rank_are_refused(saved, tmp_path: Path) -> None:
     directory = tmp_path / "copy"
-    shutil.copytree(saved / "dp2-zero1/deepspeed", directory)
-    file = directory / "global_step2/zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    shutil.copytree(saved[0] / "tp2dp2-zero1/deepspeed", directory)
+    file = directory / "global_step2/zero_pp_rank_1_mp_rank_01_optim_states.pt"
     torch.save({"optimizer_state_dict": _Bomb(tmp_path / "boom")}, file)
     with pytest.raises(ConversionError, match=rf"{file.name} is refused, nothing was executed: .* posix\.mkdir"):
         list(zero_shards(directory))
     assert not (tmp_path / "boom").exists()
     file.unlink()
+    with pytest.raises(ConversionError, match="lacks files of some ranks"):
+        list(zero_shards(directory))
+    (directory / "global_step2/zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
     with pytest.raises(ConversionError, match="on 2 data-parallel ranks, and 1 files are there"):
         list(zero_shards(directory))

@@ -54,7 +54,7 @@ def formats(rank, world_size, directory):
     from megatron.core import dist_checkpointing
     from safetensors.torch import load_file
 
-    from hope_megatron.convert.deepspeed_universal import read_deepspeed, write_deepspeed
+    from hope_megatron.convert.deepspeed_universal import read_universal, write_universal
     from hope_megatron.convert.rewrite import write_checkpoint
     from hope_megatron.convert.source import CheckpointSource
     from hope_megatron.convert.torch_dist import read_torch_dist, torch_dist_weights, write_torch_dist
@@ -65,7 +65,7 @@ def formats(rank, world_size, directory):
     from hope_megatron.training.state import TrainingState
 
     base, found = Path(directory), {}
-    config, state = tiny_run_config(tp=2, sequence_parallel=True, zero_stage=1), TrainingState()
+    config, state = tiny_run_config(tp=2, sequence_parallel=True, zero_stage=1, mup_base_width=16), TrainingState()
     engine = build(config)
     seed_generators(config.training.seed, engine.mesh.dp_rank)
     advance(engine, config, state, 4)
@@ -73,13 +73,15 @@ def formats(rank, world_size, directory):
     path = Checkpointer(engine, base / "run").save_now(description)
     if rank == 0:
         whole = read_whole(CheckpointSource(path))
-        found["numbers"] = write_torch_dist(whole, base / "dist"), write_deepspeed(whole, base / "universal")
-        back, also = read_torch_dist(base / "dist"), read_deepspeed(base / "universal")
+        found["numbers"] = write_torch_dist(whole, base / "dist"), write_universal(whole, base / "universal")
+        back, also = read_torch_dist(base / "dist"), read_universal(base / "universal")
         assert compare_whole(back, also) == compare_whole(whole, back)
         found["clocks and position"] = whole.description == back.description == also.description
         write_checkpoint(back, back.layout, base / "back")
+        write_checkpoint(also, also.layout, base / "also")
         pairs = [
-            (load_file(base / "back" / f), load_file(path / f))
+            (load_file(base / name / f), load_file(path / f))
+            for name in ("back", "also")
             for f in ("rank-00000.safetensors", "rank-00001.safetensors")
         ]
         found["back bitwise"] = all(
@@ -115,7 +117,7 @@ def formats(rank, world_size, directory):
     )
     undisturbed = advance(engine, config, TrainingState(**state.to_dict()), 2)
     for stage, name in ((2, "DeepSpeed reads, DP2 ZeRO-2"), (3, "DeepSpeed reads, DP2 ZeRO-3")):
-        other = tiny_run_config(zero_stage=stage)
+        other = tiny_run_config(zero_stage=stage, mup_base_width=16)
         engine = build(other)
         load_with_deepspeed(engine, base / "universal", load_module_only=stage == 3)
         steps = advance(engine, other, TrainingState(**state.to_dict()), 2)

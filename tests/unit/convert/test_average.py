@@ -51,6 +51,9 @@ def test_the_command_averages_weights(
         assert found.checkpoint.step == 60  # of the newest
         assert {clock["step"] for clock in found.checkpoint.description["optimizer"]["groups"].values()} == {0}
         assert found.probe is None  # its logits are of other weights
+        assert found.checkpoint.description["data"] == whole.description["data"]
+        draws = [found.checkpoint.rank_tensors(rank, "generator/")["torch"] for rank in range(2)]
+        assert torch.equal(draws[0], whole.generators(0, 0)["torch"])
     assert main(["convert", "average", *sources, str(tmp_path / "x"), "--weights", "1,2"]) == 2
     assert "2 numbers for 3 checkpoints" in capsys.readouterr().err
 
@@ -62,7 +65,12 @@ def test_the_command_extracts_weights(make_checkpoint: MakeCheckpoint, tmp_path:
     found = CheckpointSource(tmp_path / "out")
     assert all(torch.equal(tensor, whole.read(name, "master") * 3.0) for name, tensor in found.tensors())
     assert all(found.checkpoint.states(name) == ("master",) for name in found.checkpoint.parameters)
-    assert found.probe is not None
+    assert found.probe is not None and torch.equal(
+        found.checkpoint.rank_tensors(0, "generator/")["torch"], whole.generators(0, 0)["torch"]
+    )
+    description, before = found.checkpoint.description, whole.description
+    assert description["data"] == before["data"] and description["progress"]["samples"] == 160
+    assert {clock["step"] for clock in description["optimizer"]["groups"].values()} == {0}
 
 
 def test_other_models_and_weights_without_a_mean_are_refused(make_checkpoint: MakeCheckpoint) -> None:

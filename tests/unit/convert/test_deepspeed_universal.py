@@ -12,7 +12,7 @@ import torch
 
 from hope_megatron.cli.main import main
 from hope_megatron.convert.begin_run import begin_run
-from hope_megatron.convert.deepspeed_universal import deepspeed_weights, read_deepspeed, write_deepspeed
+from hope_megatron.convert.deepspeed_universal import read_universal, universal_weights, write_universal
 from hope_megatron.convert.errors import ConversionError
 from hope_megatron.convert.source import CheckpointSource, find_checkpoint
 from hope_megatron.convert.whole import read_whole
@@ -28,12 +28,13 @@ def test_there_and_back_by_the_command(make_checkpoint: MakeCheckpoint, tmp_path
     found, expected = CheckpointSource(out), dict(source.tensors())
     assert all(torch.equal(tensor, expected.pop(name)) for name, tensor in found.tensors()) and not expected
     assert found.checkpoint.description["layout"] == source.checkpoint.description["layout"]
-    assert found.checkpoint.step == 40
+    assert found.checkpoint.step == 40 and found.checkpoint.description["data"] == {"sample": 160}
+    assert found.probe is not None and torch.equal(found.probe.logits, source.probe.logits)
 
 
 def test_weights_start_a_run(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = make_checkpoint()
-    write_deepspeed(read_whole(source), tmp_path / "ds")
+    write_universal(read_whole(source), tmp_path / "ds")
     config = source.config.model_copy(update={"name": "again"})
     begin_run(tmp_path / "ds", "deepspeed", config, BEGINNING)
     expected = dict(source.tensors())
@@ -42,13 +43,13 @@ def test_weights_start_a_run(make_checkpoint: MakeCheckpoint, tmp_path: Path) ->
 
 
 def test_a_changed_file_is_named(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    write_deepspeed(read_whole(make_checkpoint()), tmp_path / "ds")
+    write_universal(read_whole(make_checkpoint()), tmp_path / "ds")
     path = tmp_path / "ds/global_step40_universal/zero/norm.weight/fp32.pt"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     with pytest.raises(ConversionError, match=r"norm\.weight/fp32\.pt is corrupt"):
-        read_deepspeed(tmp_path / "ds")
+        read_universal(tmp_path / "ds")
 
 
 class _Bomb:
@@ -65,18 +66,18 @@ def test_a_pickle_that_acts_is_refused(tmp_path: Path) -> None:
     (tmp_path / "ds/latest_universal").write_text("tag")
     torch.save({"param": _Bomb(tmp_path / "boom")}, folder / "fp32.pt")
     with pytest.raises(ConversionError, match=r"fp32\.pt is refused, nothing was executed: .* names posix\.mkdir"):
-        list(deepspeed_weights(tmp_path / "ds"))
+        list(universal_weights(tmp_path / "ds"))
     (folder / "fp32.pt").write_bytes(pickle.dumps(_Bomb(tmp_path / "boom")))
     with pytest.raises(ConversionError, match="refused, nothing was executed"):
-        list(deepspeed_weights(tmp_path / "ds"))
+        list(universal_weights(tmp_path / "ds"))
     assert not (tmp_path / "boom").exists()
 
 
 def test_what_is_no_universal_checkpoint_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="no checkpoint of DeepSpeed"):
-        list(deepspeed_weights(tmp_path))
+        list(universal_weights(tmp_path))
     (tmp_path / "latest_universal").write_text("../elsewhere")
     with pytest.raises(ConversionError, match=r"names '\.\./elsewhere'"):
-        list(deepspeed_weights(tmp_path))
+        list(universal_weights(tmp_path))
     with pytest.raises(ConversionError, match="--from deepspeed --to run CONFIG"):
-        read_deepspeed(tmp_path)
+        read_universal(tmp_path)

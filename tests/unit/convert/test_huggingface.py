@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from hope_megatron.convert.check import ExportCheck
 from hope_megatron.convert.errors import ConversionError, ExportCheckError
 from hope_megatron.convert.huggingface import export_huggingface, load_huggingface
 from hope_megatron.convert.source import CheckpointSource, find_checkpoint
@@ -58,13 +60,30 @@ def test_a_wrong_probe_undoes_the_export(make_checkpoint: MakeCheckpoint, tokeni
     assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("changes", [{"probe": False}, {"precision": "bf16", "probe_error": 1e-3}])
+@pytest.mark.parametrize(
+    ("changes", "heldout", "kind"),
+    [
+        ({"precision": "bf16", "probe_error": 1e-3}, None, "32 held-out"),
+        ({"probe": False}, torch.arange(20)[None], "20 held-out"),
+        ({"probe": False}, None, "32 random"),
+    ],
+    ids=["coarse probe", "held-out tokens", "nothing at hand"],
+)
 def test_without_a_fine_probe_the_checkpoint_itself_is_the_reference(
-    make_checkpoint: MakeCheckpoint, tokenizer: Tokenizer, tmp_path: Path, changes: dict
+    make_checkpoint: MakeCheckpoint, tokenizer: Tokenizer, tmp_path: Path, changes: dict, heldout, kind: str
 ) -> None:
-    export = export_huggingface(make_checkpoint(**changes), tmp_path / "model", tokenizer)
+    export = export_huggingface(make_checkpoint(**changes), tmp_path / "model", tokenizer, heldout=heldout)
     assert export.check.reference == "the checkpoint's weights in float32"
     assert export.check.max_difference == 0.0
+    assert str(export.check).startswith(f"logits of {kind} tokens") and "; perplexity " in str(export.check)
+
+
+def test_another_perplexity_fails_and_so_does_nan() -> None:
+    check = ExportCheck("a test", 8, "held-out", 5e-5, 2.0, 2.0)
+    assert check.passed
+    assert not replace(check, exported_loss=2.001).passed
+    assert not replace(check, exported_loss=float("nan")).passed
+    assert not replace(check, max_difference=2e-4).passed and not replace(check, max_difference=float("nan")).passed
 
 
 def test_a_damaged_checkpoint_is_refused(make_checkpoint: MakeCheckpoint, tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -71,13 +71,17 @@ def test_what_is_there_already_stays(make_checkpoint: MakeCheckpoint, tmp_path: 
 
 def test_a_damaged_source_is_refused(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = make_checkpoint()
-    file = source.path / "rank-00002.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+    damage(source.path / "rank-00002.safetensors")
     with pytest.raises(CheckpointDamagedError, match="rank-00002"):
         reshard(source, Layout(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def damage(file: Path) -> None:
+    """Flip its last bit."""
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
 
 
 def test_a_wrong_result_is_found_and_undone(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
@@ -103,7 +107,14 @@ def test_command(make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest
     assert main(["convert", str(source.path), "--tp", "4", "--zero-stage", "0", str(out)]) == 0
     assert "tensor parallel 4, data parallel 1, sequence parallel False, zero stage 0" in capsys.readouterr().out
     assert main(["convert", "inspect", str(out)]) == 0
-    assert f"made by reshard of {source.path}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"made by reshard of {source.path}" in shown and "all digests right" in shown and "foreign" not in shown
+    (out / "rank-99999.safetensors").write_bytes(b"")
+    assert main(["convert", "inspect", str(out)]) == 0
+    assert "foreign: rank-99999.safetensors is not in the manifest" in capsys.readouterr().out
+    damage(out / "rank-00003.safetensors")
+    assert main(["convert", "inspect", str(out)]) == 2
+    assert "rank-00003.safetensors is corrupt" in capsys.readouterr().err
     assert main(["convert", str(source.path), "--tp", "3", str(tmp_path / "three")]) == 2
     assert "do not divide into tensor-parallel groups of 3" in capsys.readouterr().err
     assert main(["convert", str(source.path), "--tp", "2", "--to", "hf", str(out)]) == 2

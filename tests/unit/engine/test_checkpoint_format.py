@@ -129,6 +129,16 @@ def test_every_damage_is_found_and_named(tmp_path, damage):
         Checkpoint(path).verify()
 
 
+def test_a_foreign_file_is_named_and_not_read(tmp_path, caplog):
+    checkpoint = write_checkpoint(tmp_path / "step-00000001")
+    checkpoint.verify()
+    assert not caplog.messages
+    (checkpoint.path / "rank-99.safetensors").write_bytes(b"nothing that could be read")
+    assert checkpoint.foreign_files() == ["rank-99.safetensors"]
+    assert {name for name, _ in read_full_tensors(checkpoint.path)} == set(FULL)
+    assert "rank-99.safetensors is not in the manifest" in caplog.text
+
+
 def test_unfinished_saves_are_not_listed(tmp_path):
     write_checkpoint(tmp_path / "step-00000010")
     write_checkpoint(tmp_path / "step-00000009")

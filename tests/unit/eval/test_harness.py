@@ -138,7 +138,7 @@ def test_tasks_of_every_kind(opened, model, tasks):
 
 def test_missing_data_are_named(model, tasks):
     (tasks / "gone.yaml").write_text(CHOICE.format(name="tiny_gone", file=tasks / "nowhere.jsonl"))
-    with pytest.raises(HarnessError, match=r"tiny_gone are not to be had.*nowhere"):
+    with pytest.raises(HarnessError, match=r"(?s)1 task are not to be had.*tiny_gone: .*nowhere"):
         evaluate_tasks(model, ["tiny_gone"], task_directory=str(tasks))
 
 
