@@ -18,8 +18,8 @@ from hope_megatron.optim.plan import (
     ParamLayout,
     Topology,
     assign_owners,
+    assign_slow_owners,
     collect_matrices,
-    owner_loads,
 )
 
 # Larger batches of equal shape are cut: Newton-Schulz needs about four times its input as scratch memory.
@@ -140,11 +140,12 @@ class MatrixExchange:
     def plan(self, phase: int | None = None) -> ExchangePlan:
         """The plan for all matrices, or for those whose slow clock has this phase, which fills the gaps of the first."""
         if phase not in self._plans:
-            num_ranks, matrices, base = self.comm.topology.size, self.matrices, None
-            if phase is not None:
-                base = owner_loads(matrices, self.plan().owners, num_ranks, self.ns.steps)
-                matrices = [m for m in matrices if self.phases[m.param] == phase]
-            owners = assign_owners(matrices, num_ranks, self.ns.steps, base)
+            num_ranks, matrices = self.comm.topology.size, self.matrices
+            if phase is None:
+                owners = assign_owners(matrices, num_ranks, self.ns.steps)
+            else:
+                fast = self.plan().owners
+                matrices, owners = assign_slow_owners(matrices, fast, self.phases, phase, num_ranks, self.ns.steps)
             self._plans[phase] = ExchangePlan(matrices, owners, self.comm.topology, self.comm.rank)
         return self._plans[phase]
 
