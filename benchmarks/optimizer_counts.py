@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,11 +84,13 @@ def zero1_layouts(shapes: list[Shape], dp_size: int) -> list[ParamLayout]:
 
 @dataclass(frozen=True)
 class GroupCount:
-    """One parameter group, whose levels share an update period: a vector with an exchange of its own.
+    """One parameter group, of one update period and decay: a vector with an exchange of its own.
 
     FLOPs are of the slowest rank, for all wait for it at the second transfer; elements are those it sends to others.
     """
 
+    period: int
+    """Optimizer steps from update to update."""
     matrices: int
     total_flop: int
     largest_flop: int
@@ -128,6 +131,7 @@ def count_group(shapes: list[Shape], dp_size: int) -> GroupCount:
         slow_sent.append(sent)
         runs += slow_runs
     return GroupCount(
+        period=shapes[0].tags.update_period_steps,
         matrices=len(matrices),
         total_flop=sum(costs),
         largest_flop=max(costs),
@@ -152,11 +156,13 @@ def count(preset: str, dp_size: int, shapes: list[Shape]) -> dict[str, Any]:
     A level with an update period of n takes part in every n-th step: figures per step are means over those steps.
     """
     matrix_shapes = [s for s in shapes if s.tags.role == "matrix"]
-    periods = sorted({s.tags.update_period_steps for s in matrix_shapes})
-    groups = {n: count_group([s for s in matrix_shapes if s.tags.update_period_steps == n], dp_size) for n in periods}
+    by_group: dict[str, list[Shape]] = {}
+    for s in matrix_shapes:
+        by_group.setdefault(s.tags.group_name, []).append(s)
+    groups = [count_group(members, dp_size) for members in by_group.values()]
 
-    def per_step(value: Any) -> float:
-        return sum(value(group) / period for period, group in groups.items())
+    def per_step(value: Callable[[GroupCount], float]) -> float:
+        return sum(value(group) / group.period for group in groups)
 
     muon, m3 = per_step(lambda g: g.muon_flop), per_step(lambda g: statistics.mean(g.m3_flop))
     muon_bound = per_step(lambda g: max(g.total_flop / dp_size, g.largest_flop))
@@ -164,19 +170,19 @@ def count(preset: str, dp_size: int, shapes: list[Shape]) -> dict[str, Any]:
     return {
         "model": preset,
         "data_parallel": dp_size,
-        "matrices": sum(group.matrices for group in groups.values()),
+        "matrices": sum(group.matrices for group in groups),
         "matrix_parameters": numel,
         "muon_gflop_per_rank": muon / 1e9,
         "m3_gflop_per_rank": m3 / 1e9,
         "m3_over_muon": m3 / muon,
         "muon_over_bound": muon / muon_bound,
         "m3_over_bound": m3 / per_step(lambda g: g.m3_bound),
-        "slow_worst_over_median": max(max(g.m3_flop) / statistics.median(g.m3_flop) for g in groups.values()),
+        "slow_worst_over_median": _worst_over_median([(1, g.m3_flop) for g in groups if g.period == 1]),
         "clock_worst_over_median": {
-            "muon": _worst_over_median({n: [g.muon_flop] for n, g in groups.items()}),
-            "m3": _worst_over_median({n: g.m3_flop for n, g in groups.items()}),
+            "muon": _worst_over_median([(g.period, [g.muon_flop]) for g in groups]),
+            "m3": _worst_over_median([(g.period, g.m3_flop) for g in groups]),
         },
-        "redundant_runs": sum(group.redundant_runs for group in groups.values()),
+        "redundant_runs": sum(group.redundant_runs for group in groups),
         "saved_gflop_per_rank": per_step(lambda g: g.total_flop - g.muon_flop) / 1e9,
         "muon_sent_mb_per_rank": per_step(lambda g: g.muon_sent) * BF16_BYTES / 1e6,
         "m3_sent_mb_per_rank": per_step(lambda g: g.m3_sent) * BF16_BYTES / 1e6,
@@ -185,8 +191,8 @@ def count(preset: str, dp_size: int, shapes: list[Shape]) -> dict[str, Any]:
     }
 
 
-def _worst_over_median(costs: dict[int, list[int]]) -> float:
-    """Over optimizer steps in which groups of several update periods come together. costs: by period, by slow phase."""
-    steps = range(1, math.lcm(*costs) * SLOW_PERIOD + 1)
-    totals = [sum(c[-(step // n) % len(c)] for n, c in costs.items() if step % n == 0) for step in steps]
+def _worst_over_median(groups: list[tuple[int, list[int]]]) -> float:
+    """Over the optimizer steps in which groups come together. groups: update period, and cost by slow phase."""
+    steps = range(1, math.lcm(*(period for period, _ in groups)) * SLOW_PERIOD + 1)
+    totals = [sum(costs[-(step // n) % len(costs)] for n, costs in groups if step % n == 0) for step in steps]
     return max(totals) / statistics.median(totals)

@@ -37,6 +37,7 @@ class Parameters(nn.Module):
         self.weights = nn.ParameterList(nn.Parameter(torch.randn(s.shape) * 0.02) for s in shapes)
         for p, s in zip(self.weights, shapes):
             p.optim_role, p.optim_fused_parts = s.tags.role, s.tags.fused_parts
+            p.no_weight_decay = not s.tags.weight_decay  # makes a group, and so a vector, of its own
 
     def forward(self, directions: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack([(p * d).sum() for p, d in zip(self.weights, directions)]).sum()
