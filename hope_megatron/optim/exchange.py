@@ -22,8 +22,10 @@ from hope_megatron.optim.plan import (
     collect_matrices,
 )
 
-# Larger batches of equal shape are cut: Newton-Schulz needs about four times its input as scratch memory.
+# Larger batches of equal shape are cut: Newton-Schulz needs about four times its input as scratch memory, which on a CPU
+# should stay in the cache and below the size from which the allocator asks the kernel for zeroed pages every time.
 _MAX_BATCH_NUMEL = 2**26
+_MAX_BATCH_NUMEL_CPU = 2**20
 
 
 @dataclass(frozen=True)
@@ -189,9 +191,10 @@ class MatrixExchange:
         self.sent_bytes += plan.sent_elements * work.dtype.itemsize
 
     def _orthogonalize_batches(self, plan: ExchangePlan, work: Tensor) -> None:
+        max_numel = _MAX_BATCH_NUMEL_CPU if work.device.type == "cpu" else _MAX_BATCH_NUMEL
         for start, count, (rows, cols) in plan.batches:
             batch = work.narrow(0, start, count * rows * cols).view(count, rows, cols)
-            for part in batch.split(max(1, _MAX_BATCH_NUMEL // (rows * cols))):
+            for part in batch.split(max(1, max_numel // (rows * cols))):
                 part.copy_(self.ns(part))
             self.calls += count
             self.last_calls += count
