@@ -170,7 +170,7 @@ def parse() -> argparse.Namespace:
     timing.add_argument(
         "--steps", type=int, default=SLOW_PERIOD, help=f"timed steps of Muon and M3 (default: {SLOW_PERIOD})"
     )
-    timing.add_argument("--peer-steps", type=int, default=4, help="timed steps of the others (default: 4)")
+    timing.add_argument("--peer-steps", type=int, default=3, help="timed steps of the others (default: 3)")
     counting = parser.add_argument_group("counting")
     counting.add_argument("--models", nargs="+", default=["hope_760m", "hope_1b3", "hope_7b"])
     counting.add_argument("--dp", type=int, nargs="+", default=[8, 64, 256], help="ranks (default: 8 64 256)")

@@ -328,6 +328,20 @@ def test_stack_and_fused_parts_are_orthogonalised_one_by_one():
             assert values.max() < 1.25 and values.min() > 0.3
 
 
+def test_batches_too_large_for_the_cache_are_cut():
+    stack = tagged(3, 64, 8200)  # two of its matrices are more than a batch may have on a CPU
+    alone = {f"w{i}": nn.Parameter(w.clone()) for i, w in enumerate(stack.detach())}
+    together = build_optimizer([("stack", stack)], config(name="muon"))
+    apart = build_optimizer(alone.items(), config(name="muon"))
+    gradients({"stack": stack}, 0)
+    for p, grad in zip(alone.values(), stack.grad, strict=True):
+        p.grad = grad
+    together.step()
+    apart.step()
+    assert together.last_step_stats()["optim/newton_schulz_calls"] == 3
+    torch.testing.assert_close(stack.detach(), torch.stack([p.detach() for p in alone.values()]), rtol=0, atol=1e-6)
+
+
 def test_adamw_equals_torch():
     cfg = config(name="adamw", weight_decay=0.1)
     ours, theirs = parameters(), parameters()
