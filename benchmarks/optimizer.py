@@ -8,9 +8,8 @@ timing: time and memory of AdamW, Muon, AdaMuon, M3 and DeepSpeed's own Muon ins
 shapes of hope_60m, in fp32: from the loss to new weights (a trivial backward, reduction of gradients, the optimizer,
 all-gather of weights; DeepSpeed's Muon works during the reduction), state per rank, peak memory of the process. Every
 level is updated in every step, as DeepSpeed's Muon knows no update clock; it takes fused projections whole, which is less
-work than matrix by matrix, and convolutions too. Muon and M3 take turns, step by step, over one
-slow period; the others have fewer steps. More ranks than cores share them: the processors' seconds of all ranks are
-beside the time.
+work than matrix by matrix, and convolutions too. Muon and M3 take turns, step by step, over one slow period; the others have
+fewer steps. More ranks than cores share them: the processors' seconds of all ranks are beside the time.
 
 counting: FLOPs and bytes of the slowest rank for larger models on up to 256 data-parallel ranks, by the plan that runs.
 
