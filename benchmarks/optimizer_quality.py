@@ -37,7 +37,7 @@ from hope_megatron.engine.distributed import init_distributed
 
 TASKS = ("digits", "transformer_pp_tiny", "hope_tiny")
 OPTIMIZERS = ("adamw", "muon", "adamuon", "m3")
-RATES = (0.002, 0.004, 0.008, 0.016, 0.032)
+RATES = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064)
 MAX_EXTENSIONS = 4
 SEEDS = (0, 1, 2)
 VARIANTS: tuple[dict[str, float], ...] = (

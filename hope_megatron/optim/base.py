@@ -86,6 +86,9 @@ class BoundOptimizer(torch.optim.Optimizer):
         names = [group["name"] for group in param_groups]
         if len(set(names)) < len(names):
             raise OptimError(f"parameter groups need different names, got {names}")
+        self._names = {
+            group["name"]: [getattr(p, "optim_name", "?") for p in group["params"]] for group in param_groups
+        }
         self.ns = ns or NewtonSchulz()
         self._bound: dict[int, BoundVector] = {}
         self._plain_comm: Communicator | None = None
@@ -177,8 +180,9 @@ class BoundOptimizer(torch.optim.Optimizer):
         """Bind a plain parameter; anything else was put here by a wrapper and has an unknown layout."""
         if getattr(tensor, "optim_name", None) is None:
             raise UnboundShardError(
-                f"parameter group {group['name']!r} holds a flat vector of {tensor.numel()} elements with an unknown "
-                "layout; call optimizer.bind_zero(engine.optimizer) after deepspeed.initialize"
+                f"parameter group {group['name']!r} ({_some_of(self._names[group['name']])}) holds a flat vector of "
+                f"{tensor.numel()} elements with an unknown layout; call optimizer.bind_zero(engine.optimizer) after "
+                "deepspeed.initialize"
             )
         layouts = {id(p): self._param_layout(p, (Run(0, 0, 0, p.numel()),)) for p in group["params"]}
         layout, comm = layouts[id(tensor)], self._plain_comm
@@ -348,6 +352,11 @@ class BoundOptimizer(torch.optim.Optimizer):
             found = dict(zip(found, joined))
         ratios = {name: (squares[0] / squares[1].clamp(min=1e-300)).sqrt() for name, squares in found.items()}
         return {name: float(ratio) for name, ratio in sorted(ratios.items())}
+
+
+def _some_of(names: list[str], most: int = 3) -> str:
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _reduce_stats(sums: dict[str, float], residual: float) -> tuple[dict[str, float], float]:

@@ -18,12 +18,14 @@ from hope_megatron.optim.plan import (
     ParamLayout,
     Topology,
     assign_owners,
+    assign_slow_owners,
     collect_matrices,
-    owner_loads,
 )
 
-# Larger batches of equal shape are cut: Newton-Schulz needs about four times its input as scratch memory.
+# Larger batches of equal shape are cut: Newton-Schulz needs about four times its input as scratch memory, which on a CPU
+# should stay in the cache and below the size from which the allocator asks the kernel for zeroed pages every time.
 _MAX_BATCH_NUMEL = 2**26
+_MAX_BATCH_NUMEL_CPU = 2**20
 
 
 @dataclass(frozen=True)
@@ -140,11 +142,12 @@ class MatrixExchange:
     def plan(self, phase: int | None = None) -> ExchangePlan:
         """The plan for all matrices, or for those whose slow clock has this phase, which fills the gaps of the first."""
         if phase not in self._plans:
-            num_ranks, matrices, base = self.comm.topology.size, self.matrices, None
-            if phase is not None:
-                base = owner_loads(matrices, self.plan().owners, num_ranks, self.ns.steps)
-                matrices = [m for m in matrices if self.phases[m.param] == phase]
-            owners = assign_owners(matrices, num_ranks, self.ns.steps, base)
+            num_ranks, matrices = self.comm.topology.size, self.matrices
+            if phase is None:
+                owners = assign_owners(matrices, num_ranks, self.ns.steps)
+            else:
+                fast = self.plan().owners
+                matrices, owners = assign_slow_owners(matrices, fast, self.phases, phase, num_ranks, self.ns.steps)
             self._plans[phase] = ExchangePlan(matrices, owners, self.comm.topology, self.comm.rank)
         return self._plans[phase]
 
@@ -188,9 +191,10 @@ class MatrixExchange:
         self.sent_bytes += plan.sent_elements * work.dtype.itemsize
 
     def _orthogonalize_batches(self, plan: ExchangePlan, work: Tensor) -> None:
+        max_numel = _MAX_BATCH_NUMEL_CPU if work.device.type == "cpu" else _MAX_BATCH_NUMEL
         for start, count, (rows, cols) in plan.batches:
             batch = work.narrow(0, start, count * rows * cols).view(count, rows, cols)
-            for part in batch.split(max(1, _MAX_BATCH_NUMEL // (rows * cols))):
+            for part in batch.split(max(1, max_numel // (rows * cols))):
                 part.copy_(self.ns(part))
             self.calls += count
             self.last_calls += count

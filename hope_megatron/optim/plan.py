@@ -164,6 +164,23 @@ def assign_owners(
     return owners
 
 
+def assign_slow_owners(
+    matrices: Sequence[Matrix],
+    fast_owners: Sequence[int],
+    phases: Sequence[int],
+    phase: int,
+    num_ranks: int,
+    ns_steps: int,
+) -> tuple[list[Matrix], list[int]]:
+    """The matrices whose slow clock has this phase, and owners that fill the gaps which the work of every step leaves.
+
+    `phases[p]` is the phase of parameter p.
+    """
+    ticking = [matrix for matrix in matrices if phases[matrix.param] == phase]
+    base = owner_loads(matrices, fast_owners, num_ranks, ns_steps)
+    return ticking, assign_owners(ticking, num_ranks, ns_steps, base)
+
+
 def _balanced_loads(costs: Sequence[int], base: Sequence[int]) -> list[int]:
     """Longest processing time first: the loads of a greedy balance without regard to locality."""
     heap = [(load, rank) for rank, load in enumerate(base)]

@@ -6,8 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from optim_reference import ReferenceM3
-from optim_zero_worker import Case, OptimSettings, continue_from, make_engine
+from optim_zero_worker import Case, continue_from, literal_m3, make_engine
 from torch import Tensor, nn
 
 from hope_megatron.optim import (
@@ -25,6 +24,7 @@ VOCAB, WIDTH, HIDDEN, HEADS = 16, 8, 12, 4
 BATCH = 8
 FULL_SHAPES = {
     "embedding.weight": (VOCAB, WIDTH),
+    "lookup.weight": (VOCAB, WIDTH),
     "gate_up.weight": (2 * HIDDEN, WIDTH),
     "down.weight": (WIDTH, HIDDEN),
     "heads": (HEADS, 3, WIDTH),
@@ -33,6 +33,7 @@ FULL_SHAPES = {
 }
 TAGS = {
     "embedding.weight": ParamTags(partition_dim=0),
+    "lookup.weight": ParamTags(partition_dim=0),
     "gate_up.weight": ParamTags(partition_dim=0, partition_stride=2, fused_parts=(HIDDEN, HIDDEN)),
     "down.weight": ParamTags(partition_dim=1),
     "heads": ParamTags(partition_dim=0),
@@ -53,7 +54,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 def full_loss(w: dict[str, Tensor], tokens: Tensor, target: Tensor) -> Tensor:
     """The model in plain torch with full weights."""
-    x = w["embedding.weight"][tokens] * w["norm"]
+    x = w["embedding.weight"][tokens] * w["norm"] + w["lookup.weight"][tokens]
     gate, up = (x @ w["gate_up.weight"].T).chunk(2, dim=-1)
     x = x + (torch.tanh(gate) * up) @ w["down.weight"].T
     x = x + torch.einsum("bd,hkd->bhk", x, w["heads"]).tanh().sum((1, 2))[:, None] * w["norm"]
@@ -80,6 +81,7 @@ class ParallelModel(nn.Module):
         )
         common = {"config": config, "init_method": nn.init.zeros_, "bias": False, "skip_bias_add": True}
         self.embedding = VocabParallelEmbedding(VOCAB, WIDTH, init_method=nn.init.zeros_, config=config)
+        self.lookup = VocabParallelEmbedding(VOCAB, WIDTH, init_method=nn.init.zeros_, config=config)
         self.gate_up = ColumnParallelLinear(WIDTH, 2 * HIDDEN, stride=2, gather_output=False, **common)
         self.down = RowParallelLinear(HIDDEN, WIDTH, input_is_parallel=True, **common)
         self.heads = nn.Parameter(torch.zeros(HEADS // size, 3, WIDTH))
@@ -100,7 +102,7 @@ class ParallelModel(nn.Module):
             reduce_from_tensor_model_parallel_region,
         )
 
-        x = self.embedding(tokens) * self.norm
+        x = self.embedding(tokens) * self.norm + self.lookup(tokens)
         gate, up = self.gate_up(x)[0].chunk(2, dim=-1)
         x = x + self.down(torch.tanh(gate) * up)[0]
         heads = torch.einsum("bd,hkd->bhk", copy_to_tensor_model_parallel_region(x), self.heads).tanh().sum((1, 2))
@@ -134,9 +136,9 @@ def train(engine: Any, case: Case, start: int, stop: int) -> None:
 
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     for step in range(start, stop):
-        tokens, target = (part.chunk(size)[rank] for part in batch(step))
-        engine.backward(engine(tokens, target))
-        engine.step()
+        for tokens, target in zip(*(part.chunk(case.accumulation) for part in batch(step))):
+            engine.backward(engine(tokens.chunk(size)[rank], target.chunk(size)[rank]))
+            engine.step()
 
 
 def run_tp_cases(rank: int, world_size: int, cases: list[Case], control: Case) -> dict[str, Any]:
@@ -148,7 +150,8 @@ def run_tp_cases(rank: int, world_size: int, cases: list[Case], control: Case) -
     results["plain"] = _without_zero(cases[0])
     results["errors"] = _wrong_bindings(cases[0], mpu)
     for case in [*cases, control]:
-        engine = make_engine(case, ParallelModel(tags_hidden=case is control), BATCH // (world_size // 2), mpu)
+        micro_batch = BATCH // (world_size // 2) // case.accumulation
+        engine = make_engine(case, ParallelModel(tags_hidden=case is control), micro_batch, mpu)
         bind(engine)
         train(engine, case, 0, 7)
         saved = export_state(engine.basic_optimizer)
@@ -240,23 +243,20 @@ def merge_ranks(results: list[dict[str, Any]], case: str, key: str) -> dict[str,
     }
 
 
-def run_reference(settings: OptimSettings, steps: int) -> dict[str, Tensor]:
+def run_reference(case: Case) -> dict[str, Tensor]:
+    """The same training on full weights in one process: M3 written literally, the others by themselves."""
     params = {name: nn.Parameter(value) for name, value in full_weights().items()}
-    roles = {n: "vector" if n in ("embedding.weight", "norm") else "matrix" for n in params}
-    parts = {n: TAGS[n].fused_parts for n in params}
     for n, p in params.items():
-        p.optim_role, p.optim_fused_parts = roles[n], parts[n]
-    plain = build_optimizer(params.items(), settings)
-    plain.bound_vectors()
-    phases = dict.fromkeys(params, 0)
-    for by_name in plain._group_phases.values():
-        phases.update(by_name)
-    decays = {n: settings.weight_decay if p.ndim >= 2 else 0.0 for n, p in params.items()}
-    reference = ReferenceM3(params, roles, parts, dict.fromkeys(params, 1), phases, decays, settings)
-    for step in range(steps):
+        p.optim_role = "vector" if n in ("embedding.weight", "norm") else "matrix"
+        p.optim_fused_parts = TAGS[n].fused_parts
+    optimizer = build_optimizer(params.items(), case.optim)
+    reference = literal_m3(params, optimizer, case) if case.optim.name == "m3" else optimizer
+    for step in range(case.steps):
         for p in params.values():
             p.grad = None
         full_loss(params, *batch(step)).backward()
+        if case.clip:
+            torch.nn.utils.clip_grad_norm_(params.values(), case.clip)
         reference.step()
     return {n: p.detach() for n, p in params.items()}
 

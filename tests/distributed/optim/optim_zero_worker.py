@@ -154,7 +154,8 @@ def run_reference(case: Case, world_size: int) -> dict[str, Tensor]:
     if case.dtype == "bfloat16":  # DeepSpeed's master weights are copies of the model in bf16
         master.to(torch.bfloat16).float()
     params = dict(master.named_parameters())
-    reference = _literal_m3(params, case) if case.optim.name == "m3" else build_optimizer(params.items(), case.optim)
+    optimizer = build_optimizer(params.items(), case.optim)
+    reference = literal_m3(params, optimizer, case) if case.optim.name == "m3" else optimizer
     for step in range(case.steps):
         _reference_gradients(master, params, step, case, world_size)
         if case.clip:
@@ -163,15 +164,15 @@ def run_reference(case: Case, world_size: int) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in params.items()}
 
 
-def _literal_m3(params: dict[str, nn.Parameter], case: Case) -> ReferenceM3:
-    plain = build_optimizer(TinyModel().named_parameters(), case.optim)
-    plain.bound_vectors()
+def literal_m3(params: dict[str, nn.Parameter], optimizer: Any, case: Case) -> ReferenceM3:
+    """The reference, with the phases of the optimizer's slow clocks."""
+    optimizer.bound_vectors()
     phases = dict.fromkeys(params, 0)
-    for by_name in plain._group_phases.values():
+    for by_name in optimizer._group_phases.values():
         phases.update(by_name)
     return ReferenceM3(
         params,
-        {n: "vector" if p.ndim < 2 or n == "table" else "matrix" for n, p in params.items()},
+        {n: getattr(p, "optim_role", "matrix" if p.ndim >= 2 else "vector") for n, p in params.items()},
         {n: getattr(p, "optim_fused_parts", ()) for n, p in params.items()},
         {n: getattr(p, "update_period_steps", 1) for n, p in params.items()},
         phases,

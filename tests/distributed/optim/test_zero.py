@@ -18,11 +18,15 @@ SETTINGS = [
     Case("offload 2", 2, zero=OFFLOAD),
     Case("offload 3", 3, zero=OFFLOAD),
     Case("small sub-groups", 3, zero={"sub_group_size": 60}),
-    Case("accumulation, clipping", 2, accumulation=2, clip=0.05),
-    Case("bf16", 2, dtype="bfloat16"),
+    *(Case(f"accumulation, clipping {stage}", stage, accumulation=2, clip=0.05) for stage in (1, 2, 3)),
+    *(Case(f"bf16 {stage}", stage, dtype="bfloat16") for stage in (2, 3)),
     Case("bf16 optimizer", 1, dtype="bfloat16", fp32_accumulation=True),
 ]
-PEERS = [Case(name, 2, OptimSettings(name=name)) for name in ("muon", "adamuon", "adamw", "sgd")]
+PEERS = [
+    Case(f"{name}, stage {stage}", stage, OptimSettings(name=name))
+    for name in ("muon", "adamuon", "adamw", "sgd")
+    for stage in (1, 2, 3)
+]
 # Batched and single matrix products differ in the last bit, and 12 steps of Newton-Schulz and division pass it on.
 TOLERANCE = 1e-5
 

@@ -216,7 +216,7 @@ def test_flat_vector_that_was_never_bound_is_refused():
     optimizer.param_groups[0]["params"] = [flat]
     flat.grad = torch.randn(40)
     before = flat.detach().clone()
-    with pytest.raises(UnboundShardError, match=r"'matrix'.*bind_zero"):
+    with pytest.raises(UnboundShardError, match=r"'matrix' \(w, stack, fused and 1 more\).*bind_zero"):
         optimizer.step()
     assert torch.equal(flat, before)
 
@@ -326,6 +326,20 @@ def test_stack_and_fused_parts_are_orthogonalised_one_by_one():
         for part in parts:
             values = torch.linalg.svdvals(part / (0.2 * max(part.shape) ** 0.5))
             assert values.max() < 1.25 and values.min() > 0.3
+
+
+def test_batches_too_large_for_the_cache_are_cut():
+    stack = tagged(3, 64, 8200)  # two of its matrices are more than a batch may have on a CPU
+    alone = {f"w{i}": nn.Parameter(w.clone()) for i, w in enumerate(stack.detach())}
+    together = build_optimizer([("stack", stack)], config(name="muon"))
+    apart = build_optimizer(alone.items(), config(name="muon"))
+    gradients({"stack": stack}, 0)
+    for p, grad in zip(alone.values(), stack.grad, strict=True):
+        p.grad = grad
+    together.step()
+    apart.step()
+    assert together.last_step_stats()["optim/newton_schulz_calls"] == 3
+    torch.testing.assert_close(stack.detach(), torch.stack([p.detach() for p in alone.values()]), rtol=0, atol=1e-6)
 
 
 def test_adamw_equals_torch():

@@ -15,8 +15,10 @@ from hope_megatron.optim.plan import (
     Topology,
     assign_owners,
     assign_phases,
+    assign_slow_owners,
     collect_matrices,
     owner_loads,
+    param_flops,
 )
 from hope_megatron.optim.tags import ParamTags
 from hope_megatron.optim.zero import Run, partition_runs, split_runs
@@ -102,17 +104,23 @@ def test_owners_are_balanced_as_well_as_greedy_balance_allows(num_ranks):
         for kind, shape in (("up", (64, 24)), ("down", (24, 64)), ("mix", (24, 24)), ("heads", (4, 6, 12)))
     ]
     topology = Topology.grid(num_ranks)
-    matrices = collect_matrices(flat_layout(params, num_ranks, False), topology)
+    layouts = flat_layout(params, num_ranks, False)
+    matrices = collect_matrices(layouts, topology)
     owners = assign_owners(matrices, num_ranks, STEPS)
     loads = owner_loads(matrices, owners, num_ranks, STEPS)
     largest = max(newton_schulz_flops(*matrix.shape, STEPS) for matrix in matrices)
     assert max(loads) <= sum(loads) / num_ranks + largest
 
-    # the slow tick of a tenth of the matrices fills the gaps of the work of every step
-    slow = matrices[::10]
-    both = owner_loads(slow, assign_owners(slow, num_ranks, STEPS, loads), num_ranks, STEPS)
-    together = [a + b for a, b in zip(loads, both, strict=True)]
-    assert max(together) <= max(max(loads), sum(together) / num_ranks + largest)
+    # every matrix has one slow tick per period, in a phase of its own, that fills the gaps of the work of every step
+    costs = {p.name: param_flops(p, 1, STEPS) for p in layouts}
+    phases, ticked = [assign_phases(costs, 10)[p.name] for p in layouts], []
+    for phase in range(10):
+        slow, slow_owners = assign_slow_owners(matrices, owners, phases, phase, num_ranks, STEPS)
+        ticked += [matrix.name for matrix in slow]
+        both = zip(loads, owner_loads(slow, slow_owners, num_ranks, STEPS), strict=True)
+        together = [fast + tick for fast, tick in both]
+        assert max(together) <= max(max(loads), sum(together) / num_ranks + largest)
+    assert sorted(ticked) == sorted(matrix.name for matrix in matrices)
 
 
 def test_matrices_that_lie_on_one_rank_stay_there():
