@@ -6,11 +6,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from hope_megatron.config.accounting import num_parameters
 from hope_megatron.suites.ablations import WHOLE, ablations
 from hope_megatron.suites.errors import SuiteError
-from hope_megatron.suites.fit import FitOptions, fit_task, score
+from hope_megatron.suites.fit import FitOptions, fit_task, score, small_model
 from hope_megatron.suites.models import changed, family_choices, family_model, matched, small_hope
 from hope_megatron.suites.recall import draw_recall
 from hope_megatron.suites.registry import build_suite
@@ -26,6 +27,30 @@ def test_families_have_as_many_parameters_as_hope(family):
     assert abs(num_parameters(model) / num_parameters(hope) - 1) < 0.01
     if "memory" in model.mixers:
         assert model.memory.objective == "dot" or model.memory.eta_max * 8 <= 2.0
+
+
+@pytest.mark.parametrize("family", ["linear_attention", "retnet", "deltanet", "deltanet_negative", "gated_deltanet"])
+def test_the_chunk_length_of_a_matrix_memory_changes_nothing(family):
+    """Outputs and every gradient, in float64, from the token-by-token model to the one that the suites train."""
+    hope = small_hope(61, width=32, layers=2, heads=2, chunk_tokens=1)
+    fast = family_model(family, hope)
+    assert fast.memory.any_chunk and fast.memory.chunk_tokens == 64
+    tokens = torch.randint(61, (3, 37), generator=torch.Generator().manual_seed(0))
+    found = []
+    for chunk in (1, 7, 64):
+        model = small_model(changed(fast, {"memory": {"chunk_tokens": chunk}}), seed=0).double()
+        logits = model(tokens).logits
+        logits.square().sum().backward()
+        found.append([logits.detach(), *(parameter.grad for parameter in model.parameters())])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-9)
+
+
+def test_memories_that_depend_on_what_they_hold_keep_their_chunks():
+    hope = small_hope(61, width=32, layers=2, heads=2, chunk_tokens=4)
+    for family in ("hope", "titans", "ttt_linear", "ttt_mlp"):
+        model = family_model(family, hope)
+        assert not model.memory.any_chunk and model.memory.chunk_tokens == 4
 
 
 def test_an_unknown_family_or_task_is_named():
