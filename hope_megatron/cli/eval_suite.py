@@ -54,6 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, metavar="D", help="model width")
     parser.add_argument("--layers", type=int, metavar="N", help="layers (default 2)")
     parser.add_argument(
+        "--hope",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="languages, recall, mad, needles: settings of HOPE, for example memory.eta_init=0.5",
+    )
+    parser.add_argument(
         "--lengths", type=int, nargs="+", metavar="T", help="languages, recall, mad: longest trained length"
     )
     parser.add_argument(
@@ -94,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
         chunk_tokens=args.chunk_tokens,
         width=args.width,
         layers=args.layers,
+        hope=tuple(args.hope),
         lengths=tuple(args.lengths) if args.lengths else None,
         data=tuple(args.data),
         quick=args.quick,

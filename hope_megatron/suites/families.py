@@ -7,7 +7,7 @@ from hope_megatron.config.model import ModelConfig
 from hope_megatron.suites.fit import TEST_SEQUENCES, FitOptions, fit_task, score
 from hope_megatron.suites.languages import language_tasks
 from hope_megatron.suites.mad import mad_tasks
-from hope_megatron.suites.models import DEFAULT_FAMILIES, check_families, family_model, small_hope
+from hope_megatron.suites.models import DEFAULT_FAMILIES, check_families, small_hope, suite_model
 from hope_megatron.suites.needles import needle_tasks
 from hope_megatron.suites.recall import recall_tasks
 from hope_megatron.suites.suite import Cell, Scores, Suite, SuiteOptions, chosen
@@ -90,6 +90,7 @@ def _family_suite(
     chunk_tokens: int,
     steps: int,
     lr: float = 3e-3,
+    hope: tuple[str, ...] = (),
     quantity: str = "share of answers that are right",
     paper: str = "",
     notes: str = "",
@@ -97,12 +98,13 @@ def _family_suite(
 ) -> Suite:
     by_name = {task.name: task for task in tasks}
     families = check_families(options.families or DEFAULT_FAMILIES)
+    hope_settings = (*hope, *options.hope)
     chunk, width, layers = options.chunk_tokens or chunk_tokens, options.width or width, options.layers or 2
     fitting = FitOptions(steps=options.steps or steps, lr=options.lr or lr, optimizer=options.optimizer)
 
     def config(task: Task, family: str) -> ModelConfig:
-        hope = small_hope(task.vocab_size, width=width, layers=layers, heads=2, chunk_tokens=chunk)
-        return family_model(family, hope)
+        base = small_hope(task.vocab_size, width=width, layers=layers, heads=2, chunk_tokens=chunk)
+        return suite_model(family, base, hope_settings)
 
     def _test_sequences(bin_name: str) -> int:
         """As many as `test_tokens` allow at the bin's length; at least 16."""
@@ -131,6 +133,7 @@ def _family_suite(
             "batch_size": fitting.batch_size,
             "lr": fitting.lr,
             "optimizer": fitting.optimizer,
+            "hope": list(hope_settings),
             "bins": {task.name: list(task.bins) for task in tasks},
         },
         run=run,

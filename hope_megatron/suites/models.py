@@ -8,7 +8,7 @@ from typing import Any
 
 from hope_megatron.config.accounting import num_parameters
 from hope_megatron.config.families import matched_levels
-from hope_megatron.config.load import read_mapping
+from hope_megatron.config.load import override_model, read_mapping
 from hope_megatron.config.model import CMSConfig, CMSLevelConfig, ModelConfig
 from hope_megatron.config.presets import config_names, find_config
 from hope_megatron.suites.errors import SuiteError
@@ -85,6 +85,13 @@ def family_model(family: str, hope: ModelConfig) -> ModelConfig:
     if model.memory.any_chunk:
         model = changed(model, {"memory": {"chunk_tokens": max(chunk, _FAST_CHUNK)}})
     return matched(model, hope)
+
+
+def suite_model(family: str, hope: ModelConfig, hope_settings: tuple[str, ...]) -> ModelConfig:
+    """As `family_model`; HOPE itself with settings of its own, at the parameters of `hope`."""
+    if family == "hope" and hope_settings:
+        return matched(override_model(hope, hope_settings), hope)
+    return family_model(family, hope)
 
 
 def matched(model: ModelConfig, target: ModelConfig) -> ModelConfig:

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from hope_megatron.config import ConfigError
 from hope_megatron.config.accounting import num_parameters
 from hope_megatron.suites.ablations import WHOLE, ablations
 from hope_megatron.suites.errors import SuiteError
 from hope_megatron.suites.fit import FitOptions, fit_task, score, small_model
-from hope_megatron.suites.models import changed, family_choices, family_model, matched, small_hope
+from hope_megatron.suites.models import changed, family_choices, family_model, matched, small_hope, suite_model
 from hope_megatron.suites.recall import draw_recall
 from hope_megatron.suites.registry import build_suite
 from hope_megatron.suites.report import plot_suite, suite_markdown, table
@@ -51,6 +52,17 @@ def test_memories_that_depend_on_what_they_hold_keep_their_chunks():
     for family in ("hope", "titans", "ttt_linear", "ttt_mlp"):
         model = family_model(family, hope)
         assert not model.memory.any_chunk and model.memory.chunk_tokens == 4
+
+
+def test_settings_of_hope_are_its_own():
+    hope = small_hope(61, width=32, layers=2, heads=2, chunk_tokens=4)
+    settings = ("memory.adaptive_key=false", "memory.eta_init=0.5")
+    model = suite_model("hope", hope, settings)
+    assert (model.memory.adaptive_key, model.memory.eta_init, model.memory.chunk_tokens) == (False, 0.5, 4)
+    assert abs(num_parameters(model) / num_parameters(hope) - 1) < 0.01
+    assert suite_model("deltanet", hope, settings) == family_model("deltanet", hope)
+    with pytest.raises(ConfigError, match="did you mean"):
+        suite_model("hope", hope, ("memory.eta_int=0.5",))
 
 
 def test_an_unknown_family_or_task_is_named():
