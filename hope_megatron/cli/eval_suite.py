@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk-tokens", type=int, metavar="C", help="tokens per chunk of every memory")
     parser.add_argument("--width", type=int, metavar="D", help="model width")
     parser.add_argument("--layers", type=int, metavar="N", help="layers (default 2)")
+    parser.add_argument("--heads", type=int, metavar="N", help="heads of every layer (default 2)")
     parser.add_argument(
         "--hope",
         nargs="+",
@@ -101,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
         chunk_tokens=args.chunk_tokens,
         width=args.width,
         layers=args.layers,
+        heads=args.heads,
         hope=tuple(args.hope),
         lengths=tuple(args.lengths) if args.lengths else None,
         data=tuple(args.data),
@@ -128,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     if args.model and args.name != "needles":
         raise ModelReferenceError(f"suite {args.name} trains its models; only needles takes a RUN ({args.model})")
-    for option in ("seeds", "steps", "chunk_tokens", "width", "layers", "threads"):
+    for option in ("seeds", "steps", "chunk_tokens", "width", "layers", "heads", "threads"):
         value = getattr(args, option)
         if value is not None and value < 1:
             raise ModelReferenceError(f"--{option.replace('_', '-')} {value} must be at least 1")

@@ -12,7 +12,7 @@ from hope_megatron.config import ConfigError
 from hope_megatron.config.accounting import num_parameters
 from hope_megatron.suites.ablations import WHOLE, ablations
 from hope_megatron.suites.errors import SuiteError
-from hope_megatron.suites.fit import FitOptions, fit_task, score, small_model
+from hope_megatron.suites.fit import FitOptions, _Lessons, fit_task, score, small_model
 from hope_megatron.suites.models import changed, family_choices, family_model, matched, small_hope, suite_model
 from hope_megatron.suites.recall import draw_recall
 from hope_megatron.suites.registry import build_suite
@@ -124,6 +124,27 @@ def test_a_model_learns_and_is_asked():
         return Batch(tokens, np.where(targets == IGNORE, IGNORE, targets - 1))
 
     assert score(model, Task("wrong", 129, ("1 pairs",), draw_wrong), "1 pairs") < 0.1
+
+
+def test_lessons_come_first_and_end():
+    asked = []
+
+    def draw(name: str, size: int, rng: np.random.Generator) -> Batch:
+        asked.extend([name] * (size == 32))
+        return draw_recall(name, size, rng)
+
+    hope = small_hope(129, width=16, layers=1, heads=1, chunk_tokens=4)
+    task = Task("pairs", 129, ("4 pairs",), draw, lessons=("1 pairs", "2 pairs"))
+    fit_task(family_model("retnet", hope), task, FitOptions(steps=400, lr=1e-9), seed=0, test_sequences=1)
+    assert asked == ["1 pairs"] * 50 + ["2 pairs"] * 50 + ["4 pairs"] * 300
+
+    lessons = _Lessons(task, 800)
+    lessons.look(50, known=0.94)  # neither known nor an eighth of the steps
+    assert lessons.left == ["1 pairs", "2 pairs"]
+    lessons.look(100, known=0.0)
+    assert lessons.left == ["2 pairs"]
+    lessons.look(150, known=0.95)
+    assert lessons.left == []
 
 
 def test_a_real_suite_from_end_to_end(tmp_path):
