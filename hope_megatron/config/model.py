@@ -64,8 +64,8 @@ class MemoryConfig(Section):
 
     eta_max: float = Field(default=1.0, ge=0.0)
     """Bound of the inner learning rate. 0 silences all writes (the control experiment). Left out where 1 would diverge
-    (objective l2, or no DGD on some layer), it is the largest rate that is known to be stable. Above 1, which takes the
-    delta rule and decay_erased or no decay, a write can turn what its key holds into its negative: parity (arXiv 2411.12537)."""
+    (objective l2, or no DGD on some layer), it is the largest rate that is known to be stable. Above 1 (delta
+    rule only) a write can turn what its key holds into its negative, which is what parity takes (arXiv 2411.12537)."""
     eta: Literal["data", "fixed"] = "data"
     """Inner learning rate: from the token, or eta_max always (linear attention)."""
     eta_init: float = Field(default=0.1, gt=0.0, lt=1.0)
@@ -120,17 +120,17 @@ class MemoryConfig(Section):
 
     @property
     def largest_stable_eta(self) -> float:
-        """Bound of eta_max: 1 or 2 for the delta rule, which sees the up-to-date weights; else of order 1 / chunk_tokens.
+        """Bound of eta_max: 2 for the delta rule, which sees the up-to-date weights; else of order 1 / chunk_tokens.
 
-        A delta-rule write multiplies what its unit key holds by alpha - eta, which stays above -1 for eta up to 1 whatever the
-        retention; by 1 - eta or alpha (1 - eta) without retention or with `decay_erased`, where eta may reach 2.
+        A delta-rule write multiplies what its unit key holds by alpha - eta, by alpha (1 - eta) with `decay_erased`. Rates up to 1
+        keep that within (-1, 1) whatever the retention; rates up to 2 while alpha > eta - 1, or with `decay_erased`.
 
         The gradients of a chunk are all taken at its start and added up, so that with parallel keys a chunk is one step of
         descent of length eta C / (1 - theta) on a curvature of |k|^2 = 1 (a matrix), or of |silu(W2 k)|^2 and |W1|^2 (two
         layers, together at least 2). It diverges where length times curvature passes 2.
         """
         if self.objective == "dot" and self.erases:
-            return 2.0 if self.decay == "none" or self.decay_erased else 1.0
+            return 2.0
         if self.objective == "dot" and self.num_layers == 1:
             return math.inf  # linear attention: writes add up and nothing multiplies them
         curvature = 1.0
@@ -142,8 +142,6 @@ class MemoryConfig(Section):
     @property
     def _why_limited(self) -> str:
         if self.objective == "dot" and self.erases:
-            if self.largest_stable_eta == 1:
-                return "a write multiplies what its key holds by alpha - eta; decay_erased=true or decay=none allow 2"
             return "above 2 a delta-rule write overshoots its unit key and grows"
         if self.objective == "dot":
             return "without DGD on all layers nothing bounds the writes"

@@ -13,13 +13,11 @@ from hope_megatron.suites.recall import recall_tasks
 from hope_megatron.suites.suite import Cell, Scores, Suite, SuiteOptions, chosen
 from hope_megatron.suites.task import Task
 
-
-# What a write does to what its key holds must be able to turn it round: rates up to 2, bounded by decay_erased. Features near their
-# linear range carry a sign; keys and values that their memories rewrite at every token are learnt slowly (docs/suites.md).
+# A write must be able to turn what its key holds round: rates up to 2. Features near their linear range carry a sign; keys and
+# values that their memories rewrite at every token are learnt slowly (docs/suites.md).
 _LANGUAGES_HOPE = (
     "memory.eta_max=2",
     "memory.eta_init=0.5",
-    "memory.decay_erased=true",
     "memory.input_scale=1",
     "memory.adaptive_key=false",
     "memory.adaptive_value=false",

@@ -45,8 +45,7 @@ def test_a_rate_left_out_is_the_largest_stable_one(settings):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"eta_max": 1.5}, "alpha - eta; decay_erased=true or decay=none allow 2; set eta_max to at most 1"),
-        ({"eta_max": 2.1, "decay_erased": True}, "overshoots.*at most 2"),
+        ({"eta_max": 2.1}, "overshoots.*at most 2"),
         ({"objective": "l2", "eta_max": 0.5}, r"summed; set eta_max to at most 0\.0625"),
         ({"objective": "l2", "chunk_tokens": 64, "eta_max": 0.0625}, r"at most 0\.03125"),
         ({"objective": "l2", "dgd_layers": "none", "eta_max": 0.0625}, r"input_scale=3.*at most 0\.0138889"),
@@ -63,10 +62,9 @@ def test_what_diverges_is_refused_with_the_reason(settings, reason):
         MemoryConfig(**settings)
 
 
-@pytest.mark.parametrize("settings", [{"decay_erased": True}, {"decay": "none"}])
-def test_the_delta_rule_may_turn_what_it_erases_into_its_negative(settings):
-    assert MemoryConfig(**settings).eta_max == 1.0
-    assert MemoryConfig(eta_max=2.0, **settings).eta_max == 2.0
+def test_the_delta_rule_may_turn_what_it_erases_into_its_negative():
+    assert MemoryConfig().eta_max == 1.0
+    assert MemoryConfig(eta_max=2.0).eta_max == 2.0
 
 
 def test_silent_memories_are_never_refused():

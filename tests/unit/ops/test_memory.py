@@ -119,7 +119,7 @@ def test_gated_delta_rule(momentum):
 @pytest.mark.parametrize("changes", [{"decay_erased": True}, {}], ids=str)
 def test_rates_up_to_two(changes):
     """A write may turn what its key holds into its negative."""
-    assert_same(MemoryRule(8, 8, eta_max=2.0, **changes), 21, decay=bool(changes))
+    assert_same(MemoryRule(8, 8, eta_max=2.0, **changes), 21)
 
 
 def test_a_static_memory_has_one_chunk_length():
