@@ -41,7 +41,10 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=[*find_packages(include=["hope_megatron*", "data_pipeline*", "launch*"]), *CONFIGS],
     package_dir=CONFIGS,
-    package_data={**{package: ["*.yaml"] for package in CONFIGS}, "": ["*.md", "*.json", "*.sh", "templates/*"]},
+    package_data={
+        **{package: ["*.yaml"] for package in CONFIGS},
+        "": ["*.md", "*.json", "*.sh", "*.cpp", "*.h", "templates/*"],
+    },
     install_requires=[
         "torch>=2.11,<2.14",
         "megatron-core>=0.16.1,<0.17",

@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         *check_python(),
         *check_distributions(),
         *check_torch(torch),
+        *([] if "error" in torch else check_memory_kernel()),
         *check_machine(),
         *check_slurm(),
     ]
@@ -92,6 +93,17 @@ def check_python() -> list[Finding]:
     if (3, 10) <= sys.version_info[:2] <= (3, 12):
         return [Finding("Python", OK, text)]
     return [Finding("Python", MISSING, text, "use Python 3.10, 3.11 or 3.12")]
+
+
+def check_memory_kernel() -> list[Finding]:
+    """The memory operator compiled for this CPU; builds it if it is not there yet."""
+    from hope_megatron.ops.memory.native.build import NoKernel, load
+
+    try:
+        return [Finding("memory kernel", OK, f"compiled for this CPU: {load()._name}")]
+    except NoKernel as reason:
+        text = "none for this CPU: memories run through PyTorch's operators, several times slower"
+        return [Finding("memory kernel", NOTE, text, str(reason))]
 
 
 def check_distributions() -> list[Finding]:

@@ -4,6 +4,7 @@
 and are equal to rounding. The derivation is in README.md beside this file.
 """
 
+from hope_megatron.ops.memory import native  # noqa: F401
 from hope_megatron.ops.memory.chunk import memory_chunked
 from hope_megatron.ops.memory.documents import memory_documents
 from hope_megatron.ops.memory.recurrent import memory_recurrent

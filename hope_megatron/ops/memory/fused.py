@@ -4,12 +4,14 @@ The same numbers as chunk.py for one rule (`supports`): five two-layer memories 
 targets, no momentum. Autograd's tape of such a chunk is some 800 small operators; written out it is less than half, the triangular
 inverse is reused where autograd would solve again, and backward can recompute a chunk without building a graph.
 
-fused_forward.py has a chunk's forward and what it keeps, fused_backward.py its backward.
+fused_forward.py has a chunk's forward and what it keeps, fused_backward.py its backward. On a CPU the same lines are
+compiled (native/).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +23,17 @@ from hope_megatron.ops.memory.layout import Group, Weights
 from hope_megatron.ops.memory.types import MemoryRule
 
 _NAMES = ("mem", "k", "v", "eta", "alpha")
+
+
+class Kernel(NamedTuple):
+    """Compiled code for the same rule on one kind of device."""
+
+    fits: Callable[[list[Tensor], Group], bool]
+    scan: Callable[..., tuple[Tensor, Group]]  # as `fused_scan`
+
+
+kernels: dict[str, Kernel] = {}
+"""By device type. Kernels enter themselves; a model exported to Hugging Face has none, and PyTorch's operators do."""
 
 
 def supports(rule: MemoryRule, groups: tuple[Group, ...], tensors: list[Tensor | None]) -> bool:
@@ -46,6 +59,9 @@ def fused_scan(
     Returns:
         y [N, T, d], and the group after the last token.
     """
+    kernel = kernels.get(tensors[0].device.type)
+    if kernel is not None and kernel.fits(tensors, group):
+        return kernel.scan(tensors, rule, group, recompute=recompute, segment_tokens=segment_tokens)
     N, T, _ = tensors[0].shape
     segment_chunks = None
     if recompute:
