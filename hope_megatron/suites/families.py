@@ -29,7 +29,7 @@ def languages(options: SuiteOptions) -> Suite:
         width=16 if options.quick else 32,
         chunk_tokens=1,
         steps=150 if options.quick else 1000,
-        lr=1e-2,
+        lr=5e-3,
         hope=_LANGUAGES_HOPE,
         quantity="share of strings without a mistake",
         paper="HOPE solves all six at 100 % in the training length and in the longer bin.",
