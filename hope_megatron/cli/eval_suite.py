@@ -48,11 +48,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="some of the suite's tasks (default: all)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each cell (default 3)")
     parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps of each training")
-    parser.add_argument("--lr", type=float, metavar="RATE", help="peak learning rate (default 3e-3; languages 1e-2)")
+    parser.add_argument("--lr", type=float, metavar="RATE", help="peak learning rate (default 3e-3; languages 5e-3)")
     parser.add_argument("--optimizer", choices=["adamw", "m3", "muon"], default="adamw", help="default adamw")
     parser.add_argument("--chunk-tokens", type=int, metavar="C", help="tokens per chunk of every memory")
     parser.add_argument("--width", type=int, metavar="D", help="model width")
     parser.add_argument("--layers", type=int, metavar="N", help="layers (default 2)")
+    parser.add_argument("--heads", type=int, metavar="N", help="heads of every layer (default 2)")
+    parser.add_argument(
+        "--hope",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="languages, recall, mad, needles: settings of HOPE, for example memory.eta_init=0.5",
+    )
     parser.add_argument(
         "--lengths", type=int, nargs="+", metavar="T", help="languages, recall, mad: longest trained length"
     )
@@ -94,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
         chunk_tokens=args.chunk_tokens,
         width=args.width,
         layers=args.layers,
+        heads=args.heads,
+        hope=tuple(args.hope),
         lengths=tuple(args.lengths) if args.lengths else None,
         data=tuple(args.data),
         quick=args.quick,
@@ -120,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     if args.model and args.name != "needles":
         raise ModelReferenceError(f"suite {args.name} trains its models; only needles takes a RUN ({args.model})")
-    for option in ("seeds", "steps", "chunk_tokens", "width", "layers", "threads"):
+    for option in ("seeds", "steps", "chunk_tokens", "width", "layers", "heads", "threads"):
         value = getattr(args, option)
         if value is not None and value < 1:
             raise ModelReferenceError(f"--{option.replace('_', '-')} {value} must be at least 1")

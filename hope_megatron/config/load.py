@@ -75,6 +75,22 @@ _INNER_KEY = re.compile(
 )
 
 
+def override_model(model: ModelConfig, overrides: Iterable[str]) -> ModelConfig:
+    """A model with other settings, before it is built.
+
+    Args:
+        overrides: `memory.eta_init=0.5` and the like.
+
+    Raises:
+        ConfigError: with one line per mistake.
+    """
+    tree = _Tree("the model's configuration")
+    tree.merge({"model": model.model_dump(mode="json")}, "the model's configuration")
+    for path, value, text in map(_parse_override, overrides):
+        tree.set(("model", *path), value, text)
+    return _validate(ModelConfig, tree.data["model"], tree, ("model",))
+
+
 def override_inner_clocks(model: ModelConfig, overrides: Iterable[str]) -> ModelConfig:
     """The configuration of a trained model with other clocks inside the context.
 
@@ -84,8 +100,7 @@ def override_inner_clocks(model: ModelConfig, overrides: Iterable[str]) -> Model
     Raises:
         ConfigError: a key that would change parameters, or one line per mistake.
     """
-    tree = _Tree("the model's configuration")
-    tree.merge({"model": model.model_dump(mode="json")}, "the model's configuration")
+    overrides = tuple(overrides)
     for path, value, text in map(_parse_override, overrides):
         joins = path[-1] == "connection" and "independent" in (value, model.cms.connection)
         if joins or not _INNER_KEY.fullmatch(dotted(path)):
@@ -93,8 +108,7 @@ def override_inner_clocks(model: ModelConfig, overrides: Iterable[str]) -> Model
                 f"{text}: a trained model can be given inner clocks only: cms.levels.N.inner_chunk_tokens, inner_rate, "
                 "inner_momentum, inner_weight_decay, cms.inner_decay_towards, cms.connection=sequential or nested"
             )
-        tree.set(("model", *path), value, text)
-    return _validate(ModelConfig, tree.data["model"], tree, ("model",))
+    return override_model(model, overrides)
 
 
 def dump_config(config: Section) -> str:

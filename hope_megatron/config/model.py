@@ -64,7 +64,8 @@ class MemoryConfig(Section):
 
     eta_max: float = Field(default=1.0, ge=0.0)
     """Bound of the inner learning rate. 0 silences all writes (the control experiment). Left out where 1 would diverge
-    (objective l2, or no DGD on some layer), it is the largest rate that is known to be stable."""
+    (objective l2, or no DGD on some layer), it is the largest rate that is known to be stable. Above 1 (delta
+    rule only) a write can turn what its key holds into its negative, which is what parity takes (arXiv 2411.12537)."""
     eta: Literal["data", "fixed"] = "data"
     """Inner learning rate: from the token, or eta_max always (linear attention)."""
     eta_init: float = Field(default=0.1, gt=0.0, lt=1.0)
@@ -113,15 +114,23 @@ class MemoryConfig(Section):
         return self.dgd_layers == "all" or (self.dgd_layers == "input" and self.num_layers == 1)
 
     @property
+    def any_chunk(self) -> bool:
+        """Whether every chunk length computes the same function: nothing that a write depends on is in the memory."""
+        return self.num_layers == 1 and self.objective == "dot" and self.read == "causal"
+
+    @property
     def largest_stable_eta(self) -> float:
-        """Bound of eta_max: 1 for the delta rule, which sees the up-to-date weights; else of order 1 / chunk_tokens.
+        """Bound of eta_max: 2 for the delta rule, which sees the up-to-date weights; else of order 1 / chunk_tokens.
+
+        A delta-rule write multiplies what its unit key holds by alpha - eta, by alpha (1 - eta) with `decay_erased`. Rates up to 1
+        keep that within (-1, 1) whatever the retention; rates up to 2 while alpha > eta - 1, or with `decay_erased`.
 
         The gradients of a chunk are all taken at its start and added up, so that with parallel keys a chunk is one step of
         descent of length eta C / (1 - theta) on a curvature of |k|^2 = 1 (a matrix), or of |silu(W2 k)|^2 and |W1|^2 (two
         layers, together at least 2). It diverges where length times curvature passes 2.
         """
         if self.objective == "dot" and self.erases:
-            return 1.0
+            return 2.0
         if self.objective == "dot" and self.num_layers == 1:
             return math.inf  # linear attention: writes add up and nothing multiplies them
         curvature = 1.0
@@ -133,7 +142,7 @@ class MemoryConfig(Section):
     @property
     def _why_limited(self) -> str:
         if self.objective == "dot" and self.erases:
-            return "above 1 a delta-rule write overshoots its unit key"
+            return "above 2 a delta-rule write overshoots its unit key and grows"
         if self.objective == "dot":
             return "without DGD on all layers nothing bounds the writes"
         return "the gradients of a chunk are taken at its start and summed"

@@ -45,11 +45,11 @@ def build(options: SuiteOptions) -> Suite:
     tasks = {task.name: task for task in (text_task(context), associative_recall(4 if options.quick else 8))}
     steps = options.steps or (100 if options.quick else 1500)
     fitting = FitOptions(steps=steps, batch_size=16, lr=options.lr or 3e-3, optimizer=options.optimizer)
-    layers = options.layers or 2
+    layers, heads = options.layers or 2, options.heads or 2
     chunk, width = options.chunk_tokens or 16, options.width or (32 if options.quick else 64)
 
     def hope(task: Task) -> ModelConfig:
-        return changed(small_hope(task.vocab_size, width=width, layers=layers, heads=2, chunk_tokens=chunk), WHOLE)
+        return changed(small_hope(task.vocab_size, width=width, layers=layers, heads=heads, chunk_tokens=chunk), WHOLE)
 
     def config(task: Task, name: str) -> ModelConfig:
         whole = hope(task)
@@ -73,7 +73,7 @@ def build(options: SuiteOptions) -> Suite:
             "context": context,
             "width": width,
             "layers": layers,
-            "heads": 2,
+            "heads": heads,
             "chunk_tokens": chunk,
             "steps": fitting.steps,
             "batch_size": fitting.batch_size,

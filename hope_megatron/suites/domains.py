@@ -42,8 +42,8 @@ def build(options: SuiteOptions) -> Suite:
         optimizer=options.optimizer,
     )
     chunk, width = options.chunk_tokens or 16, options.width or (32 if options.quick else 64)
-    layers = options.layers or 2
-    configs = cms_models(small_hope(256, width=width, layers=layers, heads=2, chunk_tokens=chunk))
+    layers, heads = options.layers or 2, options.heads or 2
+    configs = cms_models(small_hope(256, width=width, layers=layers, heads=heads, chunk_tokens=chunk))
     subjects = chosen("number of levels", options.families, tuple(configs))
     tasks = [domain_task(name, source, context) for name, source in sources.items()]
 
@@ -63,6 +63,7 @@ def build(options: SuiteOptions) -> Suite:
             "update_period_steps": list(PERIODS),
             "width": width,
             "layers": layers,
+            "heads": heads,
             "chunk_tokens": chunk,
             "steps_per_domain": fitting.steps,
             "batch_size": fitting.batch_size,

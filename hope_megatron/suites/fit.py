@@ -20,6 +20,7 @@ from hope_megatron.suites.streamed import streamed_answers
 from hope_megatron.suites.task import IGNORE, Batch, Task
 
 _CHECK_EVERY = 50  # steps between looks at whether a task is solved
+_KNOWN = 0.95  # score at which a lesson ends
 TEST_SEQUENCES = 128
 _GRAD_CLIP = 1.0
 _PIECE_TOKENS = 1024
@@ -40,7 +41,7 @@ def fit(
     batches: Callable[[int], Batch],
     options: FitOptions,
     *,
-    solved: Callable[[], bool] = lambda: False,
+    solved: Callable[[int], bool] = lambda steps: False,
     penalty: Callable[[], Tensor] | None = None,
 ) -> int:
     """Train on the mean loss of the answers; returns the number of steps made.
@@ -49,7 +50,7 @@ def fit(
 
     Args:
         batches: from the step to its batch.
-        solved: asked every 50 steps; True ends the training.
+        solved: asked every 50 steps, with the steps made; True ends the training.
         penalty: added to the loss of every step.
     """
     optim = OptimConfig.model_validate(dict(name=options.optimizer, lr=options.lr, weight_decay=0.01))
@@ -66,7 +67,7 @@ def fit(
         torch.nn.utils.clip_grad_norm_(model.parameters(), _GRAD_CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        if (step + 1) % _CHECK_EVERY == 0 and solved():
+        if (step + 1) % _CHECK_EVERY == 0 and solved(step + 1):
             return step + 1
     return options.steps
 
@@ -105,10 +106,28 @@ def fit_task(
     config: ModelConfig, task: Task, options: FitOptions, seed: int, *, test_sequences: int = TEST_SEQUENCES
 ) -> tuple[LanguageModel, int]:
     """Train a fresh model on a task, until the trained bin and the next are answered without a mistake, or the steps are over."""
-    model = small_model(config, seed)
+    model, lessons = small_model(config, seed), _Lessons(task, options.steps)
 
-    def solved() -> bool:
+    def solved(steps: int) -> bool:
+        if lessons.left:
+            lessons.look(steps, score(model, task, lessons.left[0], test_sequences))
+            return False
         return task.metric != "loss" and all(score(model, task, name, test_sequences) == 1.0 for name in task.bins[:2])
 
-    steps = fit(model, lambda step: task.train_batch(options.batch_size, seed, step), options, solved=solved)
-    return model, steps
+    def batch(step: int) -> Batch:
+        return task.train_batch(options.batch_size, seed, step, lessons.left[0] if lessons.left else None)
+
+    return model, fit(model, batch, options, solved=solved)
+
+
+class _Lessons:
+    """The lessons of a task that are still to be learnt. Each ends when it is known, at the latest after an eighth of the steps."""
+
+    def __init__(self, task: Task, steps: int):
+        self.left, self._longest, self._began = list(task.lessons), steps // 8, 0
+
+    def look(self, steps: int, known: float) -> None:
+        """After some steps of training the first lesson left is answered with a score."""
+        if known >= _KNOWN or steps - self._began >= self._longest:
+            self.left.pop(0)
+            self._began = steps

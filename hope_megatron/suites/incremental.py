@@ -48,13 +48,13 @@ def build(options: SuiteOptions) -> Suite:
     base_steps = options.steps or (100 if options.quick else 1500)
     group_steps = max(1, base_steps // 10)
     chunk, width = options.chunk_tokens or 16, options.width or (32 if options.quick else 64)
-    layers = options.layers or 2
+    layers, heads = options.layers or 2, options.heads or 2
     families = check_families(options.families or ("hope", "transformer_pp"))
     fitting = FitOptions(steps=base_steps, batch_size=16, lr=options.lr or 3e-3, optimizer=options.optimizer)
 
     def config(labelled: Labelled, family: str) -> ModelConfig:
         vocab = LABEL + len(labelled.classes)
-        return family_model(family, small_hope(vocab, width=width, layers=layers, heads=2, chunk_tokens=chunk))
+        return family_model(family, small_hope(vocab, width=width, layers=layers, heads=heads, chunk_tokens=chunk))
 
     @cache
     def base_weights(name: str, family: str, seed: int) -> list[Tensor]:
@@ -97,6 +97,7 @@ def build(options: SuiteOptions) -> Suite:
             "ewc_strength": EWC_STRENGTH,
             "width": width,
             "layers": layers,
+            "heads": heads,
             "chunk_tokens": chunk,
             "lr": fitting.lr,
             "optimizer": fitting.optimizer,

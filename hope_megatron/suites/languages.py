@@ -116,6 +116,9 @@ LANGUAGES = {
 
 
 def language_tasks(longest: int) -> list[Task]:
-    """Each language, trained on strings of up to `longest` symbols, asked there and up to twice as long."""
+    """Each language, trained on strings of up to `longest` symbols, asked there and up to twice as long.
+
+    Without lessons: models that began with short strings learnt them by heart, and then did not count.
+    """
     bins = (f"2-{longest}", f"{longest + 1}-{2 * longest}")
     return [Task(name, x.vocab_size, bins, x.draw, metric="sequences") for name, x in LANGUAGES.items()]

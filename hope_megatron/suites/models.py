@@ -8,7 +8,7 @@ from typing import Any
 
 from hope_megatron.config.accounting import num_parameters
 from hope_megatron.config.families import matched_levels
-from hope_megatron.config.load import read_mapping
+from hope_megatron.config.load import override_model, read_mapping
 from hope_megatron.config.model import CMSConfig, CMSLevelConfig, ModelConfig
 from hope_megatron.config.presets import config_names, find_config
 from hope_megatron.suites.errors import SuiteError
@@ -18,6 +18,7 @@ _BUILT_IN: dict[str, dict[str, Any]] = {
     "hope": {},
     "transformer_pp": {"layer_pattern": ["attention"], "cms": {"levels": [{"hidden_size": 64}]}},
 }
+_FAST_CHUNK = 64  # tokens, where the length of a chunk changes nothing but the speed
 DEFAULT_FAMILIES = ("hope", "titans", "deltanet", "gated_deltanet", "retnet", "transformer_pp")
 
 
@@ -67,7 +68,8 @@ def small_hope(vocab_size: int, *, width: int, layers: int, heads: int, chunk_to
 def family_model(family: str, hope: ModelConfig) -> ModelConfig:
     """A family at the size of `hope`: its settings, HOPE's chunk length, CMS widths that match the parameters.
 
-    Inner steps on L2 are bounded by 2 / chunk_tokens; the family's rate is scaled so that rate times chunk stays as it is.
+    Inner steps on L2 are bounded by 2 / chunk_tokens; the family's rate is scaled so that rate times chunk stays as it is. A memory
+    that computes the same at every chunk length gets a longer one, which is faster.
     """
     check_families((family,))
     settings = _BUILT_IN[family] if family in _BUILT_IN else read_mapping(find_config(family, "families"))
@@ -80,7 +82,16 @@ def family_model(family: str, hope: ModelConfig) -> ModelConfig:
             memory["eta_max"] = memory["eta_max"] * memory["chunk_tokens"] / chunk
         memory["chunk_tokens"] = chunk
     model = changed(hope, {**settings, "memory": memory, "name": family})
+    if model.memory.any_chunk:
+        model = changed(model, {"memory": {"chunk_tokens": max(chunk, _FAST_CHUNK)}})
     return matched(model, hope)
+
+
+def suite_model(family: str, hope: ModelConfig, hope_settings: tuple[str, ...]) -> ModelConfig:
+    """As `family_model`; HOPE itself with settings of its own, at the parameters of `hope`."""
+    if family == "hope" and hope_settings:
+        return matched(override_model(hope, hope_settings), hope)
+    return family_model(family, hope)
 
 
 def matched(model: ModelConfig, target: ModelConfig) -> ModelConfig:

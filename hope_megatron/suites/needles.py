@@ -13,12 +13,13 @@ FILLER = range(3, 35)
 KEYS = range(35, 67)
 VALUES = range(67, 131)
 NUM_NEEDLES = 4
+_SHORTEST = 32  # tokens that hold four needles, the questions about them, and some filler
 Kind = Literal["single", "multi-key", "multi-query", "multi-value"]
 KINDS: tuple[Kind, ...] = ("single", "multi-key", "multi-query", "multi-value")
 
 
 def needle_tasks(lengths: tuple[int, ...]) -> list[Task]:
-    """A task per kind, trained at the first length.
+    """A task per kind, trained at the first length, begun at a quarter of it.
 
     A needle is a mark, a key and a value, at a random depth among filler tokens. "single": one needle. "multi-key": four, one
     is asked. "multi-query": four, all are asked. "multi-value": four with one key, whose values are asked in order.
@@ -29,7 +30,9 @@ def needle_tasks(lengths: tuple[int, ...]) -> list[Task]:
             rows = [_sequence(kind, int(name.split()[0].replace(",", "")), rng) for _ in range(size)]
             return Batch(*(np.stack(part) for part in zip(*rows)))
 
-        return Task(kind, VALUES.stop, tuple(f"{n:,} tokens" for n in lengths), draw, metric="sequences")
+        bins = tuple(f"{n:,} tokens" for n in lengths)
+        lessons = tuple(f"{lengths[0] // part:,} tokens" for part in (4, 2) if lengths[0] // part >= _SHORTEST)
+        return Task(kind, VALUES.stop, bins, draw, "sequences", lessons)
 
     return [task(kind) for kind in KINDS]
 

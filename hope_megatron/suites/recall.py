@@ -36,11 +36,14 @@ def draw_recall(bin_name: str, size: int, rng: np.random.Generator) -> Batch:
 
 
 def recall_tasks(longest: int, pairs: int) -> list[Task]:
-    """Both, each asked at the trained size and at twice that."""
-    copying = Task("copying", COPY_SYMBOLS.stop, (f"2-{longest}", f"{longest + 1}-{2 * longest}"), draw_copying)
+    """Both, begun small, each asked at the trained size and at twice that."""
+    bins = (f"2-{longest}", f"{longest + 1}-{2 * longest}")
+    lessons = tuple(f"2-{longest // part}" for part in (4, 2))
+    copying = Task("copying", COPY_SYMBOLS.stop, bins, draw_copying, lessons=lessons)
     return [copying, associative_recall(pairs)]
 
 
 def associative_recall(pairs: int) -> Task:
-    """Asked at the trained number of pairs and at twice that."""
-    return Task("associative recall", VALUES.stop, (f"{pairs} pairs", f"{2 * pairs} pairs"), draw_recall)
+    """Begun with half of the pairs, asked at the trained number and at twice that."""
+    bins, lessons = (f"{pairs} pairs", f"{2 * pairs} pairs"), (f"{pairs // 2} pairs",)
+    return Task("associative recall", VALUES.stop, bins, draw_recall, lessons=lessons)

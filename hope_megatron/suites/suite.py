@@ -28,6 +28,9 @@ class SuiteOptions:
     chunk_tokens: int | None = None
     width: int | None = None
     layers: int | None = None
+    heads: int | None = None
+    hope: tuple[str, ...] = ()
+    """Settings of HOPE's model, `memory.eta_init=0.5`; other families keep theirs."""
     quick: bool = False
     lengths: tuple[int, ...] | None = None
     data: tuple[Path, ...] = ()

@@ -30,19 +30,22 @@ class Task:
     vocab_size: int
     """Token ids and answers share one vocabulary."""
     bins: tuple[str, ...]
-    """What is asked of a trained model, one score each. Training draws from the first."""
+    """What is asked of a trained model, one score each. Training ends with the first."""
     draw: Draw
     """(bin, sequences, random numbers) -> batch."""
     metric: Literal["sequences", "answers", "loss"] = "answers"
     """Share of sequences without a mistake, share of right answers, or nats per answer."""
+    lessons: tuple[str, ...] = ()
+    """Smaller bins that training begins with, one after the other."""
 
-    def train_batch(self, size: int, seed: int, step: int) -> Batch:
-        """The batch of a training step: a function of seed and step."""
-        return self.draw(self.bins[0], size, np.random.default_rng((seed, step)))
+    def train_batch(self, size: int, seed: int, step: int, name: str | None = None) -> Batch:
+        """The batch of a training step: a function of seed and step. name: a lesson; None: the first bin."""
+        return self.draw(name or self.bins[0], size, np.random.default_rng((seed, step)))
 
     def test_batch(self, name: str, size: int) -> Batch:
         """The sequences every model of this task is asked in a bin; other random numbers than any training step's."""
-        return self.draw(name, size, np.random.default_rng((10**9, 7, self.bins.index(name))))
+        number = (*self.bins, *self.lessons).index(name)
+        return self.draw(name, size, np.random.default_rng((10**9, 7, number)))
 
 
 def pad_batch(rows: list[tuple[list[int], list[int]]]) -> Batch:

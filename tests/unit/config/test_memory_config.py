@@ -45,7 +45,7 @@ def test_a_rate_left_out_is_the_largest_stable_one(settings):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"eta_max": 1.5}, "overshoots"),
+        ({"eta_max": 2.1}, "overshoots.*at most 2"),
         ({"objective": "l2", "eta_max": 0.5}, r"summed; set eta_max to at most 0\.0625"),
         ({"objective": "l2", "chunk_tokens": 64, "eta_max": 0.0625}, r"at most 0\.03125"),
         ({"objective": "l2", "dgd_layers": "none", "eta_max": 0.0625}, r"input_scale=3.*at most 0\.0138889"),
@@ -60,6 +60,11 @@ def test_a_rate_left_out_is_the_largest_stable_one(settings):
 def test_what_diverges_is_refused_with_the_reason(settings, reason):
     with pytest.raises((ConfigError, ValueError), match=reason):
         MemoryConfig(**settings)
+
+
+def test_the_delta_rule_may_turn_what_it_erases_into_its_negative():
+    assert MemoryConfig().eta_max == 1.0
+    assert MemoryConfig(eta_max=2.0).eta_max == 2.0
 
 
 def test_silent_memories_are_never_refused():

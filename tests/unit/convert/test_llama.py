@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -12,11 +13,14 @@ from torch import nn
 
 from hope_megatron.cli.main import main
 from hope_megatron.config import CMSConfig, CMSLevelConfig, DataConfig, ModelConfig, RunConfig, TrainingConfig
+from hope_megatron.config.load import override_inner_clocks
 from hope_megatron.convert.begin_run import begin_run
 from hope_megatron.convert.errors import ConversionError, ExportCheckError
 from hope_megatron.convert.llama import check_against_transformers, import_llama, llama_model_config
 from hope_megatron.convert.local_model import build_local_model
 from hope_megatron.convert.source import find_checkpoint
+from hope_megatron.eval.perplexity import score_heldout
+from hope_megatron.model.in_context import set_inner_clocks
 
 transformers = pytest.importorskip("transformers", reason="the source models are made with transformers")
 
@@ -75,6 +79,20 @@ def test_levels_added_to_the_chain_are_neutral_at_first_and_learn(tmp_path: Path
     tokens = torch.randint(SIZES["vocab_size"], (1, 16))
     model(tokens, tokens).losses.sum().backward()
     assert all(layer.mlp.levels[i].down.weight.grad.abs().sum() > 0 for layer in model.layers for i in (1, 2))
+
+
+def test_it_learns_in_context_without_retraining(tmp_path: Path) -> None:
+    """Seven tokens over and over, read as one stream: with a clock on its MLPs the imported model's loss falls."""
+    make_source(tmp_path / "llama", initializer_range=0.05)
+    model = import_llama(tmp_path / "llama", llama_model_config(tmp_path / "llama")).eval().requires_grad_(False)
+    tokens = np.tile(np.arange(7), 30)
+    options = dict(context_tokens=None, window_tokens=48, batch_size=1)
+    static = score_heldout(model, tokens, **options)
+    clocks = ["cms.levels.0.inner_chunk_tokens=8", "cms.levels.0.inner_rate=0.02"]
+    set_inner_clocks(model, override_inner_clocks(model.model_config, clocks))
+    learning = score_heldout(model, tokens, learn=True, **options)
+    assert abs(learning[:8] - static[:8]).max() < 1e-5
+    assert learning[-50:].mean() < 0.8 * static[-50:].mean()
 
 
 def test_a_run_starts_from_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

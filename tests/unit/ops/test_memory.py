@@ -116,6 +116,12 @@ def test_gated_delta_rule(momentum):
     assert_same(MemoryRule(8, 8, decay_erased=True), 21, momentum=momentum, warm=True)
 
 
+@pytest.mark.parametrize("changes", [{"decay_erased": True}, {}], ids=str)
+def test_rates_up_to_two(changes):
+    """A write may turn what its key holds into its negative."""
+    assert_same(MemoryRule(8, 8, eta_max=2.0, **changes), 21)
+
+
 def test_a_static_memory_has_one_chunk_length():
     assert_same(MemoryRule(4, 16, **STATIC), 21)
 

@@ -6,12 +6,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
+from hope_megatron.config import ConfigError
 from hope_megatron.config.accounting import num_parameters
 from hope_megatron.suites.ablations import WHOLE, ablations
 from hope_megatron.suites.errors import SuiteError
-from hope_megatron.suites.fit import FitOptions, fit_task, score
-from hope_megatron.suites.models import changed, family_choices, family_model, matched, small_hope
+from hope_megatron.suites.fit import FitOptions, _Lessons, fit_task, score, small_model
+from hope_megatron.suites.models import changed, family_choices, family_model, matched, small_hope, suite_model
 from hope_megatron.suites.recall import draw_recall
 from hope_megatron.suites.registry import build_suite
 from hope_megatron.suites.report import plot_suite, suite_markdown, table
@@ -26,6 +28,41 @@ def test_families_have_as_many_parameters_as_hope(family):
     assert abs(num_parameters(model) / num_parameters(hope) - 1) < 0.01
     if "memory" in model.mixers:
         assert model.memory.objective == "dot" or model.memory.eta_max * 8 <= 2.0
+
+
+@pytest.mark.parametrize("family", ["linear_attention", "retnet", "deltanet", "deltanet_negative", "gated_deltanet"])
+def test_the_chunk_length_of_a_matrix_memory_changes_nothing(family):
+    """Outputs and every gradient, in float64, from the token-by-token model to the one that the suites train."""
+    hope = small_hope(61, width=32, layers=2, heads=2, chunk_tokens=1)
+    fast = family_model(family, hope)
+    assert fast.memory.any_chunk and fast.memory.chunk_tokens == 64
+    tokens = torch.randint(61, (3, 37), generator=torch.Generator().manual_seed(0))
+    found = []
+    for chunk in (1, 7, 64):
+        model = small_model(changed(fast, {"memory": {"chunk_tokens": chunk}}), seed=0).double()
+        logits = model(tokens).logits
+        logits.square().sum().backward()
+        found.append([logits.detach(), *(parameter.grad for parameter in model.parameters())])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-9)
+
+
+def test_memories_that_depend_on_what_they_hold_keep_their_chunks():
+    hope = small_hope(61, width=32, layers=2, heads=2, chunk_tokens=4)
+    for family in ("hope", "titans", "ttt_linear", "ttt_mlp"):
+        model = family_model(family, hope)
+        assert not model.memory.any_chunk and model.memory.chunk_tokens == 4
+
+
+def test_settings_of_hope_are_its_own():
+    hope = small_hope(61, width=32, layers=2, heads=2, chunk_tokens=4)
+    settings = ("memory.adaptive_key=false", "memory.eta_init=0.5")
+    model = suite_model("hope", hope, settings)
+    assert (model.memory.adaptive_key, model.memory.eta_init, model.memory.chunk_tokens) == (False, 0.5, 4)
+    assert abs(num_parameters(model) / num_parameters(hope) - 1) < 0.01
+    assert suite_model("deltanet", hope, settings) == family_model("deltanet", hope)
+    with pytest.raises(ConfigError, match="did you mean"):
+        suite_model("hope", hope, ("memory.eta_int=0.5",))
 
 
 def test_an_unknown_family_or_task_is_named():
@@ -87,6 +124,27 @@ def test_a_model_learns_and_is_asked():
         return Batch(tokens, np.where(targets == IGNORE, IGNORE, targets - 1))
 
     assert score(model, Task("wrong", 129, ("1 pairs",), draw_wrong), "1 pairs") < 0.1
+
+
+def test_lessons_come_first_and_end():
+    asked = []
+
+    def draw(name: str, size: int, rng: np.random.Generator) -> Batch:
+        asked.extend([name] * (size == 32))
+        return draw_recall(name, size, rng)
+
+    hope = small_hope(129, width=16, layers=1, heads=1, chunk_tokens=4)
+    task = Task("pairs", 129, ("4 pairs",), draw, lessons=("1 pairs", "2 pairs"))
+    fit_task(family_model("retnet", hope), task, FitOptions(steps=400, lr=1e-9), seed=0, test_sequences=1)
+    assert asked == ["1 pairs"] * 50 + ["2 pairs"] * 50 + ["4 pairs"] * 300
+
+    lessons = _Lessons(task, 800)
+    lessons.look(50, known=0.94)  # neither known nor an eighth of the steps
+    assert lessons.left == ["1 pairs", "2 pairs"]
+    lessons.look(100, known=0.0)
+    assert lessons.left == ["2 pairs"]
+    lessons.look(150, known=0.95)
+    assert lessons.left == []
 
 
 def test_a_real_suite_from_end_to_end(tmp_path):
