@@ -22,7 +22,8 @@ from hope_megatron.convert.source import CheckpointSource, find_checkpoint
 from hope_megatron.convert.whole import read_whole
 from hope_megatron.engine.checkpoint_format import Checkpoint, read_full_tensors
 from hope_megatron.testing.distributed import run_distributed
-from hope_megatron.testing.tiny import RepeatingSource, tiny_run_config
+from hope_megatron.testing.tiny import tiny_run_config
+from hope_megatron.testing.training import advance, build
 
 # ZeRO 1 and 3 keep different wrappers for float32, bf16 with float32 gradients, and learning rates by width.
 LAYOUTS: dict[str, tuple[Layout, dict[str, Any]]] = {
@@ -41,26 +42,6 @@ LOADS = {  # a checkpoint, and the layout in which DeepSpeed loads it
 
 def run_config(layout: Layout, settings: dict[str, Any], **more: Any):
     return tiny_run_config(tp=layout.tensor_parallel, zero_stage=layout.zero_stage, **settings, **more)
-
-
-def build(config):
-    from megatron.core import parallel_state
-
-    from hope_megatron.engine.build import build_engine
-    from hope_megatron.engine.distributed import init_distributed
-
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    return build_engine(config, init_distributed(config.parallel))
-
-
-def advance(engine, config, state, num_steps):
-    from hope_megatron.training.batches import BatchReader
-    from hope_megatron.training.step import train_step
-
-    with BatchReader(RepeatingSource(), config, engine.mesh) as reader:
-        results = [train_step(engine, reader, state, config) for _ in range(num_steps)]
-    return [(result.loss, result.grad_norm) for result in results]
 
 
 def is_that_of(engine, checkpoint) -> bool:

@@ -9,27 +9,8 @@ import pytest
 import torch
 
 from hope_megatron.testing.distributed import run_distributed
-from hope_megatron.testing.tiny import RepeatingSource, tiny_run_config
-
-
-def build(config):
-    from megatron.core import parallel_state
-
-    from hope_megatron.engine.build import build_engine
-    from hope_megatron.engine.distributed import init_distributed
-
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    return build_engine(config, init_distributed(config.parallel))
-
-
-def advance(engine, config, state, num_steps):
-    from hope_megatron.training.batches import BatchReader
-    from hope_megatron.training.step import train_step
-
-    with BatchReader(RepeatingSource(), config, engine.mesh) as reader:
-        results = [train_step(engine, reader, state, config) for _ in range(num_steps)]
-    return [(result.loss, result.grad_norm) for result in results]
+from hope_megatron.testing.tiny import tiny_run_config
+from hope_megatron.testing.training import advance, build
 
 
 def live_state(engine):

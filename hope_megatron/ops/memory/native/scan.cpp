@@ -80,7 +80,7 @@ struct BackwardSpace {
 
  private:
   BackwardSpace(const Shape& s, Arena& a)
-      : chunk(s, a), backward(s, a, chunk), gradients(s, a), starts(a.take((s.segment_chunks + 1) * s.weights())),
+      : chunk(s, a), backward(s, a, chunk), gradients(s, a), starts(a.take(s.segment_chunks * s.weights())),
         y(a.take(s.chunk * s.d)), d_y(a.take(s.chunk * s.d)) {}
 
   static Arena& reserved(const Shape& s) {
