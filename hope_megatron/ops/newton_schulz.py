@@ -49,7 +49,8 @@ Form = Literal["auto", "direct", "gram"]
 # The Gram form squares the condition number. Two steps lift small singular values far enough for another two or three;
 # without this restart it diverges in half precision.
 _GRAM_RESTART_STEP = 2
-# Zero matrices stay zero: the norm is bounded from below by a number that no gradient norm in use comes near.
+# Zero matrices stay zero, and smaller ones come out small. Norms are summed in float64: squares of entries below 1e-19 are zero in
+# float32, and a matrix divided by a norm that is too small diverges.
 _SMALLEST_NORM = 1e-30
 
 
@@ -76,8 +77,8 @@ def newton_schulz(
         x_BMN = x_BMN.float()
     if rows > cols:
         x_BMN = x_BMN.mT
-    norm_B11 = torch.linalg.vector_norm(x_BMN, dim=(-2, -1), keepdim=True).clamp_min_(_SMALLEST_NORM)
-    x_BMN = (x_BMN / norm_B11).to(dtype)
+    norm_B11 = torch.linalg.vector_norm(x_BMN, dim=(-2, -1), keepdim=True, dtype=torch.float64).clamp_min_(_SMALLEST_NORM)
+    x_BMN = (x_BMN / norm_B11.to(x_BMN.dtype)).to(dtype)
     if form == "auto":
         form = preferred_form(rows, cols, steps)
     x_BMN = _iterate_gram(x_BMN, table) if form == "gram" else _iterate_direct(x_BMN, table)

@@ -24,8 +24,9 @@ def _as_matrices(tensor: Tensor) -> Tensor:
 
 
 def _unit(grad: Tensor) -> Tensor:
-    """Frobenius norm one per matrix; zero stays zero."""
-    return grad / torch.linalg.vector_norm(grad, dim=(-2, -1), keepdim=True).clamp_min(1e-30)
+    """Frobenius norm one per matrix, summed in float64, where small squares are not zero; zero stays zero."""
+    norm = torch.linalg.vector_norm(grad, dim=(-2, -1), keepdim=True, dtype=torch.float64).clamp_min(1e-30)
+    return grad / norm.to(grad.dtype)
 
 
 class DeltaMomentum(torch.optim.Optimizer):

@@ -108,6 +108,16 @@ def test_scale_of_the_loss_does_not_matter(name, scale):
         assert (p - scaled[key]).norm() < 1e-3 * p.norm(), key
 
 
+@pytest.mark.parametrize("scale", [1e-35, 1e-28, 1e-25, 1e-21, 1e-18])
+@pytest.mark.parametrize("name", ["m3", "muon", "adamuon"])
+def test_the_smallest_gradients_leave_finite_parameters(name, scale):
+    """Squares of gradients below 1e-19 are zero in float32: a matrix may stand still then, and no more than that."""
+    params = parameters()
+    optimizer = build_optimizer(params.items(), config(name=name))
+    train(params, optimizer, range(8), scale)
+    assert all(p.isfinite().all() for p in params.values())
+
+
 def test_paper_form_is_not_scale_free():
     """The literal form divides an orthogonal matrix by the scale of the gradient: why it is not the default."""
     cfg = config(form="paper", lr=1e-4, weight_decay=0.0)
