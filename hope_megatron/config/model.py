@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from hope_megatron.config.base import ConfigError, Section
+from hope_megatron.config.descent import largest_stable_step
 
 Mixer = Literal["memory", "attention"]
 
@@ -56,6 +57,10 @@ class MemoryConfig(Section):
     """Unit-norm values. Unbounded values diverged in every variant measured."""
     normalize_targets: bool = True
     """Unit-norm own targets (tanh for the two scalar memories): own targets feed back on themselves."""
+
+    normalize_steps: bool = True
+    """Objective l2, two layers: no token's step passes Polyak's, which takes its error to zero. Without it what is learned
+    about features and weights lengthens the steps until they overshoot: not finite after hundreds of steps (records)."""
 
     read: Literal["causal", "chunk_start"] = "causal"
     """Read M_mem as updated up to this very token (dual form), or at the chunk's start (eq. 90 literally)."""
@@ -126,18 +131,18 @@ class MemoryConfig(Section):
         keep that within (-1, 1) whatever the retention; rates up to 2 while alpha > eta - 1, or with `decay_erased`.
 
         The gradients of a chunk are all taken at its start and added up, so that with parallel keys a chunk is one step of
-        descent of length eta C / (1 - theta) on a curvature of |k|^2 = 1 (a matrix), or of |silu(W2 k)|^2 and |W1|^2 (two
-        layers, together at least 2). It diverges where length times curvature passes 2.
+        descent, as long as descent.py says it may be, on a curvature of |k|^2 = 1 (a matrix), of at most 1 (`normalize_steps`),
+        or of |silu(W2 k)|^2 and |W1|^2 (two layers without it, together at least 2).
         """
         if self.objective == "dot" and self.erases:
             return 2.0
         if self.objective == "dot" and self.num_layers == 1:
             return math.inf  # linear attention: writes add up and nothing multiplies them
         curvature = 1.0
-        if self.objective == "l2" and self.num_layers == 2 and not self.erases:
+        if self.objective == "l2" and self.num_layers == 2 and not (self.erases or self.normalize_steps):
             curvature = 2 * max(1.0, self.input_scale**2 / 4)  # a unit key's features: about input_scale^2 / 4
-        limit = 2.0 / (self.chunk_tokens * curvature)
-        return limit * (1 - self.momentum_max) if self.objective == "l2" and self.momentum != "none" else limit
+        carried = self.momentum_max if self.objective == "l2" and self.momentum != "none" else 0.0
+        return largest_stable_step(self.chunk_tokens, carried) / curvature
 
     @property
     def _why_limited(self) -> str:

@@ -58,6 +58,7 @@ def memory_rule(config: MemoryConfig) -> MemoryRule:
         adaptive_alpha=config.adaptive_alpha,
         normalize_values=config.normalize_values,
         normalize_targets=config.normalize_targets,
+        normalize_steps=config.normalize_steps,
         read=config.read,
         read_skip=config.read_skip,
         eta_max=config.eta_max,

@@ -77,7 +77,9 @@ def newton_schulz(
         x_BMN = x_BMN.float()
     if rows > cols:
         x_BMN = x_BMN.mT
-    norm_B11 = torch.linalg.vector_norm(x_BMN, dim=(-2, -1), keepdim=True, dtype=torch.float64).clamp_min_(_SMALLEST_NORM)
+    norm_B11 = torch.linalg.vector_norm(x_BMN, dim=(-2, -1), keepdim=True, dtype=torch.float64).clamp_min_(
+        _SMALLEST_NORM
+    )
     x_BMN = (x_BMN / norm_B11.to(x_BMN.dtype)).to(dtype)
     if form == "auto":
         form = preferred_form(rows, cols, steps)

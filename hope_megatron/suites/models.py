@@ -9,7 +9,7 @@ from typing import Any
 from hope_megatron.config.accounting import num_parameters
 from hope_megatron.config.families import matched_levels
 from hope_megatron.config.load import override_model, read_mapping
-from hope_megatron.config.model import CMSConfig, CMSLevelConfig, ModelConfig
+from hope_megatron.config.model import CMSConfig, CMSLevelConfig, MemoryConfig, ModelConfig
 from hope_megatron.config.presets import config_names, find_config
 from hope_megatron.suites.errors import SuiteError
 
@@ -68,8 +68,8 @@ def small_hope(vocab_size: int, *, width: int, layers: int, heads: int, chunk_to
 def family_model(family: str, hope: ModelConfig) -> ModelConfig:
     """A family at the size of `hope`: its settings, HOPE's chunk length, CMS widths that match the parameters.
 
-    Inner steps on L2 are bounded by 2 / chunk_tokens; the family's rate is scaled so that rate times chunk stays as it is. A memory
-    that computes the same at every chunk length gets a longer one, which is faster.
+    Inner rates on L2 are bounded, the longer the chunk the lower; its rate stays the same share of its bound. A memory that
+    computes the same at every chunk length gets a longer one, which is faster.
     """
     check_families((family,))
     settings = _BUILT_IN[family] if family in _BUILT_IN else read_mapping(find_config(family, "families"))
@@ -79,12 +79,16 @@ def family_model(family: str, hope: ModelConfig) -> ModelConfig:
     chunk = hope.memory.chunk_tokens
     if "chunk_tokens" in memory:
         if "eta_max" in memory:
-            memory["eta_max"] = memory["eta_max"] * memory["chunk_tokens"] / chunk
+            memory["eta_max"] *= _largest_rate(memory, chunk) / _largest_rate(memory, memory["chunk_tokens"])
         memory["chunk_tokens"] = chunk
     model = changed(hope, {**settings, "memory": memory, "name": family})
     if model.memory.any_chunk:
         model = changed(model, {"memory": {"chunk_tokens": max(chunk, _FAST_CHUNK)}})
     return matched(model, hope)
+
+
+def _largest_rate(memory: dict[str, Any], chunk: int) -> float:
+    return MemoryConfig(**{**memory, "chunk_tokens": chunk, "eta_max": 0.0}).largest_stable_eta
 
 
 def suite_model(family: str, hope: ModelConfig, hope_settings: tuple[str, ...]) -> ModelConfig:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hope_megatron.ops.memory.bounded import bounded_scan, default_segment_tokens
 from hope_megatron.ops.memory.fused import fused_scan, kernel_for, supports
-from hope_megatron.ops.memory.inner import dsilu, unit
+from hope_megatron.ops.memory.inner import dsilu, normalizes_steps, squared_norm, step_scale, unit
 from hope_megatron.ops.memory.layout import Group, Weights, join_state, split_state
 from hope_megatron.ops.memory.tables import ChunkTables, chunk_tables, delta_inverse, gram
 from hope_megatron.ops.memory.types import MemoryParams, MemoryRule, MemoryState, RateLogits, initial_state
@@ -60,7 +60,7 @@ def memory_chunked(
     state = fresh if state is None else state
     anchored = logits.alpha is not None and rule.decay_to == "initial"
     groups = split_state(state, rule, fresh.now if anchored else None)
-    tensors = [unit(q.to(dtype)), k.to(dtype), v.to(dtype), *(None if r is None else r.to(dtype) for r in logits)]
+    tensors = [q.to(dtype), k.to(dtype), v.to(dtype), *(None if r is None else r.to(dtype) for r in logits)]
     written_out = supports(rule, groups, tensors)
     between_borders = state.position % period_tokens(rule) == 0 and T % period_tokens(rule) == 0
     if written_out and between_borders and (kernel := kernel_for(tensors, groups[0])):
@@ -150,7 +150,7 @@ def _period(q, x_k, x_v, eta, alpha, theta, rule: MemoryRule, groups: tuple[Grou
         group = groups[0].at(position, rule.chunk_tokens)
         inputs = _generate(x_k, x_v, eta, alpha, theta, rule, group)
         write = _Write(inputs, rule, group)
-        return write.read(q), (write.end(),)
+        return write.read(unit(q)), (write.end(),)
 
     own, main = groups
     generated, at = [], position
@@ -164,7 +164,7 @@ def _period(q, x_k, x_v, eta, alpha, theta, rule: MemoryRule, groups: tuple[Grou
     for q_piece, *piece in _pieces([q, *inputs], position, rule.chunk_tokens):
         main = main.at(at, rule.chunk_tokens)
         write = _Write(_Inputs(*piece), rule, main)
-        outputs.append(write.read(q_piece))
+        outputs.append(write.read(unit(q_piece)))
         main, at = write.end(), at + q_piece.size(1)
     return torch.cat(outputs, 1), (own, main)
 
@@ -206,18 +206,20 @@ class _Write:
         dgd_out = rule.dgd_layers == "all" or (rule.dgd_layers == "input" and not two_layers)
         keys = unit(phi) if two_layers and rule.dgd_layers == "all" else phi
         inverse_in, inverse_out = self._inverses(inputs.k, keys, two_layers, dgd_out)
+        delta = _hidden_errors(e_vector, e_scalar, z, group) if two_layers else None
+        if normalizes_steps(rule, two_layers=two_layers):
+            squared = group.stack(*(None if e is None else squared_norm(e) for e in (e_vector, e_scalar)))
+            scale = step_scale(phi, keys, delta, squared)
+            e_vector, e_scalar = (None if e is None else s * e for s, e in zip(group.cut(scale), (e_vector, e_scalar)))
+            delta = scale * delta
         keys_vector, keys_scalar = group.cut(keys)
         inverse_vector, inverse_scalar = group.cut(inverse_out) if dgd_out else (None, None)
         self.vector = self._layer("w_vector", keys_vector, e_vector, inverse_vector, group.nv)
         self.scalar = self._layer("w_scalar", keys_scalar, e_scalar, inverse_scalar, group.ns)
         self.input = None
         if two_layers:
-            delta = group.stack(
-                None if e_vector is None else torch.bmm(e_vector, group.start.w_vector),
-                None if e_scalar is None else e_scalar * group.start.w_scalar,
-            )
             held = z if group.now is group.start else None
-            self.input = self._layer("w_in", k_n, delta * dsilu(z), inverse_in, n, held)
+            self.input = self._layer("w_in", k_n, delta, inverse_in, n, held)
 
     def _inverses(
         self, k: Tensor, keys: Tensor, two_layers: bool, dgd_out: bool
@@ -292,6 +294,15 @@ def _errors(k: Tensor, v: Tensor, phi: Tensor, rule: MemoryRule, group: Group) -
         target = torch.tanh(target) if rule.normalize_targets else target
         scalar = torch.bmm(phi_scalar, start.w_scalar.mT) - target if rule.objective == "l2" else -target
     return vector, scalar
+
+
+def _hidden_errors(e_vector: Tensor | None, e_scalar: Tensor | None, z: Tensor, group: Group) -> Tensor:
+    """d loss / d z at the chunk's first state, [N n, C, h]."""
+    carried = group.stack(
+        None if e_vector is None else torch.bmm(e_vector, group.start.w_vector),
+        None if e_scalar is None else e_scalar * group.start.w_scalar,
+    )
+    return carried * dsilu(z)
 
 
 class _Layer(NamedTuple):

@@ -19,6 +19,7 @@ from torch import Tensor
 from hope_megatron.ops.memory.bounded import default_segment_tokens
 from hope_megatron.ops.memory.fused_backward import ChunkBackward
 from hope_megatron.ops.memory.fused_forward import Tape, end, read, write
+from hope_megatron.ops.memory.inner import unit
 from hope_megatron.ops.memory.layout import Group, Weights
 from hope_megatron.ops.memory.types import MemoryRule
 
@@ -58,7 +59,7 @@ def fused_scan(
     """Whole chunks, from a chunk border on.
 
     Args:
-        tensors: unit q, x_k, x_v [N, T, d], logits of eta and alpha [N, T]; T a multiple of the chunk.
+        tensors: q, x_k, x_v [N, T, d], logits of eta and alpha [N, T]; T a multiple of the chunk.
         recompute: keep only weights at segment borders for backward, else everything backward needs.
         segment_tokens: see chunk.py.
 
@@ -75,7 +76,9 @@ def fused_scan(
         tokens = segment_tokens or default_segment_tokens(T, rule.chunk_tokens, (group,))
         segment_chunks = -(-tokens // rule.chunk_tokens)
     anchor = (None, None, None) if group.anchor is None else _memory_major(group.anchor, N)
-    y, *weights = _FusedScan.apply(rule, segment_chunks, *tensors, *_memory_major(group.now, N), *anchor)
+    y, *weights = _FusedScan.apply(
+        rule, segment_chunks, unit(tensors[0]), *tensors[1:], *_memory_major(group.now, N), *anchor
+    )
     now = _head_major(Weights(*weights), N)
     return y, group._replace(now=now, start=now)
 

@@ -13,9 +13,12 @@ from hope_megatron.ops.memory.inner import (
     dsilu,
     features,
     has_skip,
+    normalizes_steps,
     output_error,
     output_key,
     output_uses_dgd,
+    squared_norm,
+    step_scale,
     unit,
 )
 from hope_megatron.ops.memory.types import Bank, MemoryParams, MemoryRule, MemoryState, RateLogits, initial_state
@@ -96,11 +99,16 @@ def _write(bank: Bank, start: Bank, speed: Bank | None, k, v, eta, alpha, theta,
     """Eq. 88 for both layers: S = theta S - eta g k^T;  W = W (alpha I - beta k k^T) + S."""
     phi, z = features(start, k)
     error = output_error(start, k, v, phi, rule, scalar=scalar)  # e, [B, H, n, 1, o]
-    erase = alpha * eta if rule.decay_erased else eta
+    erase, key = alpha * eta if rule.decay_erased else eta, output_key(phi, start, rule)
+    if start.w_in is not None:
+        delta = (error @ start.w_out) * dsilu(z)
+    if normalizes_steps(rule, two_layers=start.w_in is not None):
+        scale = step_scale(phi, key, delta, squared_norm(error))
+        error, delta = scale * error, scale * delta
     w_out, s_out = _update(
         bank.w_out,
         speed and speed.w_out,
-        output_key(phi, start, rule),
+        key,
         error,
         eta,
         alpha,
@@ -109,7 +117,6 @@ def _write(bank: Bank, start: Bank, speed: Bank | None, k, v, eta, alpha, theta,
     )
     if bank.w_in is None:
         return Bank(None, w_out), speed and Bank(None, s_out)
-    delta = (error @ start.w_out) * dsilu(z)
     w_in, s_in = _update(
         bank.w_in, speed and speed.w_in, k, delta, eta, alpha, theta, erase if rule.dgd_layers != "none" else None
     )

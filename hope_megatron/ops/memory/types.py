@@ -44,6 +44,8 @@ class MemoryRule:
     """v = unit(M_v(x))."""
     normalize_targets: bool = True
     """Own targets: unit(M(v)) for vector memories, tanh(M(v)) for scalar ones."""
+    normalize_steps: bool = True
+    """Two layers under "l2": no token's step passes Polyak's, whatever the size of features and weights (`step_scale`)."""
     read: Literal["causal", "chunk_start"] = "causal"
     """y_t = M_t(q_t), or M_mem as it stood at the chunk's start."""
     read_skip: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -193,12 +194,12 @@ def test_extreme_decay_over_a_long_chunk(alpha):
     read=st.sampled_from(["causal", "chunk_start"]),
     adaptive=st.tuples(*[st.booleans()] * 4),
     own_targets=st.booleans(),
-    flags=st.tuples(*[st.booleans()] * 4),
+    flags=st.tuples(*[st.booleans()] * 5),
     seed=st.integers(0, 2**31),
 )
 def test_any_rule_length_and_seed(T, chunks, objective, dgd, read, adaptive, own_targets, flags, seed):
     torch.manual_seed(seed)
-    decay, momentum, warm, erased = flags
+    decay, momentum, warm, erased, normalize = flags
     names = ("adaptive_key", "adaptive_value", "adaptive_eta", "adaptive_alpha")
     rule = MemoryRule(
         *chunks,
@@ -207,6 +208,7 @@ def test_any_rule_length_and_seed(T, chunks, objective, dgd, read, adaptive, own
         read=read,
         own_targets=own_targets,
         decay_erased=erased and dgd != "none",
+        normalize_steps=normalize,
         eta_max=0.1,  # also the rules that diverge at larger rates stay where float64 has digits left
         **dict(zip(names, adaptive)),
     )
@@ -326,6 +328,22 @@ def test_inner_gradients_match_autograd(objective, scalar):
     error = output_error(bank, k, v, phi, rule, scalar=scalar)
     torch.testing.assert_close(error.mT @ phi, grad_out)
     torch.testing.assert_close(((error @ bank.w_out) * dsilu(z)).mT @ k, grad_in)
+
+
+@pytest.mark.parametrize(("normalize", "grows"), [(True, False), (False, True)])
+def test_normalized_steps_bound_what_large_weights_do(normalize, grows):
+    """Weights that the outer loop has made large: the same rate overshoots without, and not with normalised steps."""
+    torch.manual_seed(0)
+    rule = MemoryRule(
+        8, 8, objective="l2", dgd_layers="none", eta_max=0.1, normalize_steps=normalize, own_targets=False
+    )
+    rule = replace(rule, adaptive_key=False, adaptive_value=False, adaptive_eta=False, adaptive_alpha=False)
+    params = make_params(rule, scale=3.0)
+    key, value = (torch.randn(B, 1, H, d, dtype=torch.float64).expand(B, 160, H, d) for _ in range(2))
+    y, _ = memory_chunked(key, key, value, RateLogits(), params, replace(rule, read_skip=True))
+    error = (y - unit(value)).norm(dim=-1)
+    assert (error.max() > 5 * error[:, 0].max()) == grows
+    assert grows or error[:, -1].max() < 0.5 * error[:, 0].max()
 
 
 def test_silent_rates_have_gradients():

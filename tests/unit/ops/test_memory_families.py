@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from hope_megatron.ops.memory import Bank, MemoryParams, MemoryRule, RateLogits,
 
 B, T, H, d, h = 2, 29, 3, 6, 5
 STATIC = dict(adaptive_key=False, adaptive_value=False, adaptive_eta=False, adaptive_alpha=False, own_targets=False)
+DESCENT = MemoryRule(8, 8, objective="l2", dgd_layers="none", eta_max=0.1, read_skip=True, **STATIC)
 
 
 def rand(*shape):
@@ -72,33 +75,38 @@ def test_deltanet(qkv, gated):
     check(qkv, logits, matrix_memory(), rule, torch.stack(expected, 1))
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-def test_ttt(qkv, layers):
+@pytest.mark.parametrize(("layers", "normalize"), [(1, False), (2, False), (2, True)])
+def test_ttt(qkv, layers, normalize):
     """Mini-batch gradient descent on 0.5 |f(k) - v|^2, gradients by autograd at the mini-batch's first weights
     (arXiv 2407.04620, eq. 7; f linear, or a residual MLP; without that paper's layer norm)."""
     q, k, v = normalized(qkv)
     eta = 0.1 * torch.rand(B, T, H, dtype=torch.float64)
     weights = [0.3 * rand(H, d, d)] if layers == 1 else [rand(H, h, d), 0.3 * rand(H, d, h)]
-    expected = _gradient_descent(weights, layers, q, k, v, eta, torch.ones_like(eta), torch.zeros_like(eta), chunk=8)
+    keep = torch.ones_like(eta)
+    expected = _gradient_descent(weights, layers, q, k, v, eta, keep, 0 * keep, chunk=8, normalize=normalize)
     bank = Bank(None, weights[0][:, None]) if layers == 1 else Bank(weights[0][:, None], weights[1][:, None])
-    rule = MemoryRule(8, 8, objective="l2", dgd_layers="none", eta_max=0.1, read_skip=True, **STATIC)
+    rule = replace(DESCENT, normalize_steps=normalize)
     check(qkv, RateLogits((10 * eta).logit()), MemoryParams(bank), rule, expected)
 
 
-def test_titans(qkv):
+@pytest.mark.parametrize("normalize", [False, True])
+def test_titans(qkv, normalize):
     """M_t = (1 - a) M_{t-1} + S_t, S_t = theta S_{t-1} - eta grad l(M; k_t, v_t) (arXiv 2501.00663, eqs. 13-14), gradients
     by autograd at the chunk's first weights (its section 3.2)."""
     q, k, v = normalized(qkv)
     eta, alpha, theta = (torch.rand(B, T, H, dtype=torch.float64) * s for s in (0.1, 1.0, 1.0))
     weights = [rand(H, h, d), 0.3 * rand(H, d, h)]
-    expected = _gradient_descent(weights, 2, q, k, v, eta, alpha, theta, chunk=8)
+    expected = _gradient_descent(weights, 2, q, k, v, eta, alpha, theta, chunk=8, normalize=normalize)
     bank = Bank(weights[0][:, None], weights[1][:, None])
-    rule = MemoryRule(8, 8, objective="l2", dgd_layers="none", eta_max=0.1, read_skip=True, **STATIC)
+    rule = replace(DESCENT, normalize_steps=normalize)
     check(qkv, RateLogits((10 * eta).logit(), alpha.logit(), theta.logit()), MemoryParams(bank), rule, expected)
 
 
-def _gradient_descent(weights, layers, q, k, v, eta, alpha, theta, chunk):
-    """Every sequence and head on its own, one token at a time; y_t = f_t(q_t)."""
+def _gradient_descent(weights, layers, q, k, v, eta, alpha, theta, chunk, normalize):
+    """Every sequence and head on its own, one token at a time; y_t = f_t(q_t).
+
+    normalize: no step beyond Polyak's, 2 l / |grad l|^2.
+    """
 
     def f(ws, x):
         return ws[0] @ x if layers == 1 else x + ws[1] @ F.silu(ws[0] @ x)
@@ -113,6 +121,9 @@ def _gradient_descent(weights, layers, q, k, v, eta, alpha, theta, chunk):
                     first = [w.clone().requires_grad_() for w in now]
                 loss = 0.5 * (f(first, k[b, t, head]) - v[b, t, head]).square().sum()
                 gradients = torch.autograd.grad(loss, first)
+                if normalize:
+                    polyak = 2 * loss / sum(g.square().sum() for g in gradients)
+                    gradients = [min(1.0, polyak.item()) * g for g in gradients]
                 speed = [theta[b, t, head] * s - eta[b, t, head] * g for s, g in zip(speed, gradients)]
                 now = [alpha[b, t, head] * w + s for w, s in zip(now, speed)]
                 expected[b, t, head] = f(now, q[b, t, head])

@@ -26,8 +26,16 @@ def test_families_have_as_many_parameters_as_hope(family):
     hope = small_hope(128, width=64, layers=2, heads=2, chunk_tokens=8)
     model = family_model(family, hope)
     assert abs(num_parameters(model) / num_parameters(hope) - 1) < 0.01
-    if "memory" in model.mixers:
-        assert model.memory.objective == "dot" or model.memory.eta_max * 8 <= 2.0
+
+
+@pytest.mark.parametrize("family", ["titans", "ttt_mlp", "ttt_linear"])
+def test_a_rate_on_l2_stays_the_same_share_of_what_is_stable(family):
+    shares = []
+    for chunk in (1, 8, 64):
+        memory = family_model(family, small_hope(128, width=64, layers=2, heads=2, chunk_tokens=chunk)).memory
+        assert memory.chunk_tokens == chunk
+        shares.append(memory.eta_max / memory.largest_stable_eta)
+    assert shares == pytest.approx([shares[0]] * 3) and shares[0] < 1
 
 
 @pytest.mark.parametrize("family", ["linear_attention", "retnet", "deltanet", "deltanet_negative", "gated_deltanet"])

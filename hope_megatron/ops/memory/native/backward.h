@@ -334,6 +334,7 @@ class ChunkBackward {
       mm_at(Into::Add, a.count * h, d, C, own, wide, a.x, d, d_w.in_of(a.memory), d);
       mm(Into::Add, C, d, a.count * h, own, wide, w.in_of(a.memory), d, a.d_x, d);
     }
+    for (int i = 0; i < C; ++i) unit_backward(out.q + i * d, t.in.q + i * d, t.q_scale[i], out.q + i * d, d, false);
   }
 
   void scale_rows(float* out, const float* x, const float* scale, int columns) {

@@ -75,7 +75,7 @@ class Arena {
 
 // The inputs of a chunk, gathered from [B, T, H, d] and [B, T, H]; or gradients, to be scattered there.
 struct Inputs {
-  float *q, *x_k, *x_v;  // [C, d]; q of unit length
+  float *q, *x_k, *x_v;  // [C, d]
   float *eta, *alpha;    // logits, [C]
 
   Inputs(const Shape& s, Arena& arena)
@@ -118,7 +118,7 @@ class Chunk {
     kv = arena.take(2 * C * d);
     target = per_output(), error = per_output(), held = per_output(), rows_vector = per_output();
     initial_vector = per_output();
-    kv_scale = arena.take(2 * C);
+    q_scale = per_token(), kv_scale = arena.take(2 * C);
     keys_scale = arena.take(kMemories * C), target_scale = arena.take(kVector * C);
     eta = per_token(), log_alpha = per_token(), total = per_token(), gamma = per_token(), gamma_prev = per_token();
     error_scalar = arena.take(kScalar * C), held_scalar = arena.take(kScalar * C);
@@ -213,7 +213,7 @@ class Chunk {
   const int C, d, h, wide, ld;
   // [C, 5 h]; z_k and z_v follow each other, and so do k and v
   float *z_x, *phi_x, *z_k, *z_v, *keys, *phi_v, *delta, *drive, *rows_in, *reached, *initial_in;
-  float *kv, *kv_scale, *keys_scale, *target_scale;                      // [2 C, d], [2 C], [C, 5], [C, 3]
+  float *kv, *q_scale, *kv_scale, *keys_scale, *target_scale;            // [2 C, d], [C], [2 C], [C, 5], [C, 3]
   float *target, *error, *held, *rows_vector, *initial_vector;           // [C, 3 d]
   float *eta, *log_alpha, *total, *gamma, *gamma_prev;                   // [C]
   float *error_scalar, *held_scalar, *rows_scalar, *initial_scalar;      // [2, C]
@@ -222,8 +222,9 @@ class Chunk {
   float* scratch;
 
  private:
-  // Keys, values and rates, by the memories at the chunk's start (eqs. 86-87).
+  // Keys, values and rates, by the memories at the chunk's start (eqs. 86-87). Queries become of unit length where they lie.
   void generate(const Weights& w) {
+    for (int t = 0; t < C; ++t) q_scale[t] = make_unit(in.q + t * d, d);
     const struct { int memory, count; const float* x; } applied[] = {{0, 1, in.q}, {1, 1, in.x_k}, {2, 1, in.x_v}, {3, 2, in.x_k}};
     for (const auto& a : applied)
       mm_bt(Into::Set, C, a.count * h, d, a.x, d, w.in_of(a.memory), d, z_x + a.memory * h, wide, scratch);

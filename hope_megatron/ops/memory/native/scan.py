@@ -52,7 +52,7 @@ def native_scan(
     """As `fused_scan`, on tensors as memory_chunked takes them: nothing is transposed.
 
     Args:
-        tensors: unit q, x_k, x_v [B, T, H, d], logits of eta and alpha [B, T, H]; T a multiple of the chunk.
+        tensors: q, x_k, x_v [B, T, H, d], logits of eta and alpha [B, T, H]; T a multiple of the chunk.
         recompute: keep weights every segment, else every 32 tokens or every chunk.
         segment_tokens: see chunk.py.
 
