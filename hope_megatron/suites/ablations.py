@@ -9,7 +9,7 @@ import numpy as np
 
 from hope_megatron.config.accounting import num_parameters
 from hope_megatron.config.model import ModelConfig
-from hope_megatron.suites.fit import FitOptions, fit_task, score
+from hope_megatron.suites.fit import fit_options, fit_task, score
 from hope_megatron.suites.models import changed, matched, small_hope
 from hope_megatron.suites.recall import associative_recall
 from hope_megatron.suites.suite import Cell, Scores, Suite, SuiteOptions, chosen
@@ -43,8 +43,7 @@ def build(options: SuiteOptions) -> Suite:
     """The whole model and each ablation, on text and on associative recall."""
     context = 64 if options.quick else 256
     tasks = {task.name: task for task in (text_task(context), associative_recall(4 if options.quick else 8))}
-    steps = options.steps or (100 if options.quick else 1500)
-    fitting = FitOptions(steps=steps, batch_size=16, lr=options.lr or 3e-3, optimizer=options.optimizer)
+    fitting = fit_options(options, 100 if options.quick else 1500, batch_size=16)
     layers, heads = options.layers or 2, options.heads or 2
     chunk, width = options.chunk_tokens or 16, options.width or (32 if options.quick else 64)
 

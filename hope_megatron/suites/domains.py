@@ -10,7 +10,7 @@ import numpy as np
 from hope_megatron.config.accounting import num_parameters
 from hope_megatron.config.model import ModelConfig
 from hope_megatron.suites.errors import SuiteError
-from hope_megatron.suites.fit import FitOptions, fit, score, small_model
+from hope_megatron.suites.fit import FitOptions, fit, fit_options, score, small_model
 from hope_megatron.suites.models import changed, matched, small_hope
 from hope_megatron.suites.suite import Cell, Scores, Suite, SuiteOptions, chosen
 from hope_megatron.suites.task import Batch, Task
@@ -35,12 +35,7 @@ def build(options: SuiteOptions) -> Suite:
     """HOPE with one, two and three CMS levels of equal parameters, over the domains named, else the machine's own text."""
     sources = named_sources(options.data) or OWN_TEXT
     context = max(options.lengths or (64 if options.quick else 256,))
-    fitting = FitOptions(
-        steps=options.steps or (50 if options.quick else 1000),
-        batch_size=8,
-        lr=options.lr or 3e-3,
-        optimizer=options.optimizer,
-    )
+    fitting = fit_options(options, 50 if options.quick else 1000, batch_size=8)
     chunk, width = options.chunk_tokens or 16, options.width or (32 if options.quick else 64)
     layers, heads = options.layers or 2, options.heads or 2
     configs = cms_models(small_hope(256, width=width, layers=layers, heads=heads, chunk_tokens=chunk))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hope_megatron.config.accounting import num_parameters
 from hope_megatron.config.model import ModelConfig
-from hope_megatron.suites.fit import TEST_SEQUENCES, FitOptions, fit_task, score
+from hope_megatron.suites.fit import TEST_SEQUENCES, fit_options, fit_task, score
 from hope_megatron.suites.languages import language_tasks
 from hope_megatron.suites.mad import mad_tasks
 from hope_megatron.suites.models import DEFAULT_FAMILIES, check_families, small_hope, suite_model
@@ -77,7 +77,8 @@ def needles(options: SuiteOptions) -> Suite:
         options,
         width=32 if options.quick else 64,
         chunk_tokens=16,
-        steps=150 if options.quick else 1500,
+        steps=150 if options.quick else 500,
+        optimizer="m3",
         quantity="share of questions answered without a mistake, by length",
         paper="HOPE leads the attention-free families on RULER's needles.",
         notes=f"Trained at {lengths[0]} tokens; longer ones are streamed with the state carried on.",
@@ -94,7 +95,8 @@ def _family_suite(
     width: int,
     chunk_tokens: int,
     steps: int,
-    lr: float = 3e-3,
+    optimizer: str = "adamw",
+    lr: float | None = None,
     hope: tuple[str, ...] = (),
     quantity: str = "share of answers that are right",
     paper: str = "",
@@ -106,7 +108,7 @@ def _family_suite(
     hope_settings = (*hope, *options.hope)
     chunk, width = options.chunk_tokens or chunk_tokens, options.width or width
     layers, heads = options.layers or 2, options.heads or 2
-    fitting = FitOptions(steps=options.steps or steps, lr=options.lr or lr, optimizer=options.optimizer)
+    fitting = fit_options(options, steps, optimizer=optimizer, lr=lr)
 
     def config(task: Task, family: str) -> ModelConfig:
         base = small_hope(task.vocab_size, width=width, layers=layers, heads=heads, chunk_tokens=chunk)

@@ -17,6 +17,7 @@ from hope_megatron.model import LanguageModel, build_model
 from hope_megatron.optim import build_optimizer
 from hope_megatron.optim.schedule import apply_lr, lr_at
 from hope_megatron.suites.streamed import streamed_answers
+from hope_megatron.suites.suite import SuiteOptions
 from hope_megatron.suites.task import IGNORE, Batch, Task
 
 _CHECK_EVERY = 50  # steps between looks at whether a task is solved
@@ -24,6 +25,7 @@ _KNOWN = 0.95  # score at which a lesson ends
 TEST_SEQUENCES = 128
 _GRAD_CLIP = 1.0
 _PIECE_TOKENS = 1024
+_LR = {"adamw": 3e-3, "m3": 1e-2, "muon": 1e-2}
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,15 @@ class FitOptions:
     batch_size: int = 32
     lr: float = 3e-3
     optimizer: str = "adamw"
+
+
+def fit_options(
+    options: SuiteOptions, steps: int, *, batch_size: int = 32, optimizer: str = "adamw", lr: float | None = None
+) -> FitOptions:
+    """What the user chose, else the suite's own steps, optimizer and rate; another optimizer comes with its own rate."""
+    name = options.optimizer or optimizer
+    own = lr if name == optimizer and lr else _LR[name]
+    return FitOptions(options.steps or steps, batch_size, options.lr or own, name)
 
 
 def fit(

@@ -13,6 +13,7 @@ After each group every class so far is tested, the label chosen among those seen
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
 
@@ -24,7 +25,7 @@ from hope_megatron.config.accounting import num_parameters
 from hope_megatron.config.model import ModelConfig
 from hope_megatron.model import LanguageModel, ModelState
 from hope_megatron.suites.errors import SuiteError
-from hope_megatron.suites.fit import FitOptions, batch_loss, fit, on_device, small_model
+from hope_megatron.suites.fit import FitOptions, batch_loss, fit, fit_options, on_device, small_model
 from hope_megatron.suites.labelled import NUM_WORDS, Labelled, load_labelled, synthetic_labelled
 from hope_megatron.suites.models import check_families, family_model, small_hope
 from hope_megatron.suites.suite import Cell, Scores, Suite, SuiteOptions, chosen
@@ -45,12 +46,11 @@ def build(options: SuiteOptions) -> Suite:
         "synthetic": synthetic_labelled(24 if options.quick else 60)
     }
     num_groups, shots = (3, 4) if options.quick else (5, 8)
-    base_steps = options.steps or (100 if options.quick else 1500)
-    group_steps = max(1, base_steps // 10)
+    fitting = fit_options(options, 100 if options.quick else 1500, batch_size=16)
+    group_steps = max(1, fitting.steps // 10)
     chunk, width = options.chunk_tokens or 16, options.width or (32 if options.quick else 64)
     layers, heads = options.layers or 2, options.heads or 2
     families = check_families(options.families or ("hope", "transformer_pp"))
-    fitting = FitOptions(steps=base_steps, batch_size=16, lr=options.lr or 3e-3, optimizer=options.optimizer)
 
     def config(labelled: Labelled, family: str) -> ModelConfig:
         vocab = LABEL + len(labelled.classes)
@@ -77,7 +77,7 @@ def build(options: SuiteOptions) -> Suite:
         _, groups = split_classes(labelled, num_groups)
         if method == "in context":
             return _scores(learn_in_context(model, labelled, groups, shots, cell.seed))
-        tuning = FitOptions(steps=group_steps, batch_size=16, lr=fitting.lr, optimizer=fitting.optimizer)
+        tuning = replace(fitting, steps=group_steps)
         strength = EWC_STRENGTH if method == "EWC" else 0.0
         return _scores(learn_in_weights(model, labelled, groups, shots, tuning, strength, cell.seed))
 
@@ -92,7 +92,7 @@ def build(options: SuiteOptions) -> Suite:
             "quick": options.quick,
             "groups": num_groups,
             "shots": shots,
-            "steps": base_steps,
+            "steps": fitting.steps,
             "steps_per_group": group_steps,
             "ewc_strength": EWC_STRENGTH,
             "width": width,

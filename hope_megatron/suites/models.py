@@ -68,7 +68,7 @@ def small_hope(vocab_size: int, *, width: int, layers: int, heads: int, chunk_to
 def family_model(family: str, hope: ModelConfig) -> ModelConfig:
     """A family at the size of `hope`: its settings, HOPE's chunk length, CMS widths that match the parameters.
 
-    Inner rates on L2 are bounded, the longer the chunk the lower; its rate stays the same share of its bound. A memory that
+    Inner rates on L2 are bounded, the longer the chunk the lower; a family's rate stays the same share of its bound. A memory that
     computes the same at every chunk length gets a longer one, which is faster.
     """
     check_families((family,))

@@ -24,7 +24,7 @@ class SuiteOptions:
     seeds: int = 3
     steps: int | None = None
     lr: float | None = None
-    optimizer: str = "adamw"
+    optimizer: str | None = None
     chunk_tokens: int | None = None
     width: int | None = None
     layers: int | None = None

@@ -12,7 +12,7 @@ from hope_megatron.config import ConfigError
 from hope_megatron.config.accounting import num_parameters
 from hope_megatron.suites.ablations import WHOLE, ablations
 from hope_megatron.suites.errors import SuiteError
-from hope_megatron.suites.fit import FitOptions, _Lessons, fit_task, score, small_model
+from hope_megatron.suites.fit import FitOptions, _Lessons, fit_options, fit_task, score, small_model
 from hope_megatron.suites.models import changed, family_choices, family_model, matched, small_hope, suite_model
 from hope_megatron.suites.recall import draw_recall
 from hope_megatron.suites.registry import build_suite
@@ -36,6 +36,15 @@ def test_a_rate_on_l2_stays_the_same_share_of_what_is_stable(family):
         assert memory.chunk_tokens == chunk
         shares.append(memory.eta_max / memory.largest_stable_eta)
     assert shares == pytest.approx([shares[0]] * 3) and shares[0] < 1
+
+
+def test_an_optimizer_comes_with_its_own_rate():
+    own = {"steps": 10, "optimizer": "adamw", "lr": 5e-3}
+    assert fit_options(SuiteOptions(), **own) == FitOptions(10, lr=5e-3)
+    assert fit_options(SuiteOptions(optimizer="m3"), **own) == FitOptions(10, lr=1e-2, optimizer="m3")
+    assert fit_options(SuiteOptions(optimizer="m3", lr=0.1, steps=3), **own) == FitOptions(3, lr=0.1, optimizer="m3")
+    assert build_suite("needles", SuiteOptions()).settings["optimizer"] == "m3"
+    assert build_suite("needles", SuiteOptions(optimizer="adamw")).settings["lr"] == 3e-3
 
 
 @pytest.mark.parametrize("family", ["linear_attention", "retnet", "deltanet", "deltanet_negative", "gated_deltanet"])
