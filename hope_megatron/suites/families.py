@@ -61,6 +61,7 @@ def mad(options: SuiteOptions) -> Suite:
         width=32 if options.quick else 64,
         chunk_tokens=16,
         steps=150 if options.quick else 1500,
+        optimizer="m3",
         paper="HOPE leads the attention-free families on compression, in-context recall, fuzzy recall, selective copying "
         "and memorization.",
         notes="Sequences are shorter and vocabularies smaller than in MAD itself; compression is asked by position.",
