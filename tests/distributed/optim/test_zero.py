@@ -27,8 +27,9 @@ PEERS = [
     for name in ("muon", "adamuon", "adamw", "sgd")
     for stage in (1, 2, 3)
 ]
-# Batched and single matrix products differ in the last bit, and 12 steps of Newton-Schulz and division pass it on.
-TOLERANCE = 1e-5
+# Batched and single matrix products differ in the last bit, and 12 steps of Newton-Schulz and division pass it on. In bf16 that bit
+# can turn the rounding of one weight, which moves every gradient of the next step by 1 / 256 of that weight's share.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-4}
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ def test_trajectory_equals_reference(world_size, cases):
         for result in results:
             for name, weight in expected.items():
                 difference = (result[case.name]["state"][name]["fp32"] - weight).abs().max()
-                assert difference < TOLERANCE, f"{case.name}, {name}: {difference:.1e}"
+                assert difference < TOLERANCE[case.dtype], f"{case.name}, {name}: {difference:.1e}"
         # a plain matrix, three of the stack, three fused parts every step; the slow level's every other one
         if case.optim.name != "m3":
             continue
