@@ -180,10 +180,10 @@ def test_sizes_and_slices_are_parsed() -> None:
 def test_ctrl_c_ends_quietly_and_the_run_continues(
     tmp_path: Path, tokenizer_path: Path, write_corpus: Callable[..., Path], make_texts: Callable[..., list[str]]
 ) -> None:
-    corpus = write_corpus(make_texts(2000, max_words=300), per_file=500)
+    corpus = write_corpus(make_texts(4000, max_words=300), per_file=1000)
     argv = [
         sys.executable, "-m", "data_pipeline.cli", "prepare", str(corpus), "--tokenizer", str(tokenizer_path), "--out",
-        str(tmp_path / "out"), "--text-unit", "line", "--shard-tokens", "50000", "--workers", "2",
+        str(tmp_path / "out"), "--text-unit", "line", "--shard-tokens", "5000", "--workers", "2",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     process = subprocess.Popen(argv, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
