@@ -3,11 +3,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -186,11 +188,15 @@ def test_ctrl_c_ends_quietly_and_the_run_continues(
         str(tmp_path / "out"), "--text-unit", "line", "--shard-tokens", "5000", "--workers", "2",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    process = subprocess.Popen(argv, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # a background job of a shell ignores Ctrl-C, and its children would too
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        argv, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=heard
+    )
     while not list((tmp_path / "out").glob("train/*.tar")):
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(2)
+    process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors and "continues" in errors
     assert not (tmp_path / "out" / "train" / "manifest.json").exists()
