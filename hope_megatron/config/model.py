@@ -87,7 +87,7 @@ class MemoryConfig(Section):
     momentum_init: float = Field(default=0.5, gt=0.0, lt=1.0)
     """Initial theta, below momentum_max."""
     momentum_max: float = Field(default=0.9, gt=0.0, lt=1.0)
-    """Upper bound of the momentum's decay. A step of descent is 1 / (1 - momentum) times longer with it; near 1 it diverges."""
+    """Upper bound of the momentum's decay. The nearer to 1, the lower the largest stable rate on l2."""
 
     input_scale: float = Field(default=3.0, gt=0.0)
     """Initial std of W2 times sqrt(d): of order 1 leaves SiLU of a unit key in its linear range."""
