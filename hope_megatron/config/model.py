@@ -60,7 +60,7 @@ class MemoryConfig(Section):
 
     normalize_steps: bool = True
     """Objective l2, two layers: no token's step passes Polyak's, which takes its error to zero. Without it what is learned
-    about features and weights lengthens the steps until they overshoot: not finite after hundreds of steps (records)."""
+    about features and weights lengthens the steps until they overshoot: TTT-MLP was not finite after 350 steps."""
 
     read: Literal["causal", "chunk_start"] = "causal"
     """Read M_mem as updated up to this very token (dual form), or at the chunk's start (eq. 90 literally)."""
