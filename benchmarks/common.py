@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import json
 import os
@@ -20,7 +21,23 @@ sys.path.insert(0, str(ROOT))
 # (Several processes side by side want "passive".) Read when OpenMP starts, so before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "active")
 # Long sequences allocate hundreds of MB per call; in pages of 4 KiB the kernel's clearing of them is a fifth of the time.
+# Training processes set this as well.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def keep_freed_memory() -> None:
+    """Have glibc's malloc keep blocks of any size when they are freed, for the next ones, as PyTorch does by itself on GPUs.
+
+    Else every pass gets its tensors as fresh pages, which Linux has to clear. Training leaves this to the environment
+    (`MALLOC_MMAP_MAX_`, `MALLOC_TRIM_THRESHOLD_`: mallopt(3)), since a process then stays as large as it ever was; where they
+    are set they count here too. C libraries other than glibc are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys():
+        return
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, -1)
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

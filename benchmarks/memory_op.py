@@ -1,7 +1,7 @@
 """How fast is the memory operator, and how much memory does it take?
 
     python benchmarks/memory_op.py                        B1 L1024, 4 heads of 64, chunks 16 to 256
-    python benchmarks/memory_op.py --lengths 1024 65536   cost per token against length
+    python benchmarks/memory_op.py --alone --lengths 1024 65536   cost per token against length, HOPE only, in turns
     python benchmarks/memory_op.py --activations          bytes kept for backward against length (--png FILE)
     python benchmarks/memory_op.py --processes 2          heads split over processes too, as tensor parallelism does it
     python benchmarks/memory_op.py --device cuda --dtype bfloat16 --batch 8 --heads 16 --lengths 4096
@@ -13,7 +13,8 @@ default it takes every inner gradient of a sequence at the initial weights, so t
 with "sequential" (its batch_size set to the chunk) gradients are taken at the chunk's first state, as HOPE's are. FLOPs
 are the closed form of hope_megatron.config.accounting, which the test suite holds against PyTorch's counter: recomputing
 is not counted, and what the compiled kernel skips above the diagonals of its tables is. The machine's rate is that of
-torch.bmm on products of the operator's own size.
+torch.bmm on products of the operator's own size. Freed memory is kept for the next pass, as PyTorch keeps it on a GPU;
+MALLOC_TRIM_THRESHOLD_=131072 in the environment leaves that to glibc, which gives it back.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import argparse
 import copy
 import importlib.util
 import multiprocessing
+import statistics
 from collections.abc import Callable
 
-from common import machine, print_table, seconds, spread, write_json
+from common import keep_freed_memory, machine, print_table, seconds, spread, write_json
 
 import torch  # isort: skip  (after common has set OpenMP's wait policy)
 import torch.nn.functional as F
@@ -39,6 +41,7 @@ from hope_megatron.ops.memory.fused import kernels
 
 def main() -> None:
     args = parse()
+    keep_freed_memory()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
@@ -47,14 +50,16 @@ def main() -> None:
         results["activations"] = measure_activations(args)
         if args.png:
             plot_activations(results["activations"], args.png)
+    elif args.alone:
+        results["rows"] = measure_lengths(args, dtype)
+        print_lengths(results["rows"])
     else:
         for length in args.lengths:
             for chunk in args.chunks if length == args.lengths[0] else [64]:
                 results["rows"] += measure_operator(args, dtype, length, chunk)
                 if args.processes > 1:
                     results["rows"].append(measure_processes(args, dtype, length, chunk))
-            if not args.alone:
-                results["rows"] += measure_others(args, dtype, length)
+            results["rows"] += measure_others(args, dtype, length)
         print_table(
             ["what", "L", "chunk", "fwd tok/s", "fwd+bwd tok/s", "GFLOP/s", "of bmm"],
             [
@@ -81,7 +86,7 @@ def parse() -> argparse.Namespace:
         "--processes", type=int, default=1, metavar="N", help="also N processes that share heads and threads"
     )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--alone", action="store_true", help="HOPE only, as it runs by default")
+    parser.add_argument("--alone", action="store_true", help="HOPE only, lengths in turns: for cost against length")
     parser.add_argument("--activations", action="store_true", help="measure memory instead of time")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--png", metavar="FILE", help="picture of the activations, or of tokens/s against length")
@@ -174,11 +179,63 @@ def measure_operator(args, dtype, length: int, chunk: int) -> list[dict]:
         return row(args, what, length, chunk, run, leaves, flops)
 
     rows = [hope("HOPE", False), hope("HOPE, recomputing", True)]
-    if args.device in kernels and length == args.lengths[0] and not args.alone:
+    if args.device in kernels and length == args.lengths[0]:
         kernel = kernels.pop(args.device)
         rows.append(hope("HOPE, PyTorch's operators", False))
         kernels[args.device] = kernel
     return rows
+
+
+def measure_lengths(args, dtype) -> list[dict]:
+    """Forward and backward at every length, with and without recomputing, in turns: in each of --repeats rounds, each goes
+    through as many tokens as the longest has. The machine's moods and the size of a sample are then the same for all."""
+    chunk, longest = args.chunks[0], max(args.lengths)
+    params, rule = parameters(args), memory_rule(model_of(args, chunk).memory)
+    made = {length: inputs(args, dtype, length) for length in args.lengths}
+    found: dict[tuple[int, bool], list[tuple[float, float]]] = {}
+    for round_ in range(args.repeats + 1):
+        for recompute in (False, True):
+            for length, (qkv, rates) in made.items():
+                run = lambda: memory_chunked(*qkv, rates, params, rule, recompute=recompute)[0]  # noqa: B023, E731
+                leaves = [*qkv, rates.eta, rates.alpha, *(w for bank in params for w in bank)]
+                passes = [forward_backward(args, run, leaves) for _ in range(longest // length)]
+                if round_:  # the first one warms up
+                    found.setdefault((length, recompute), []).append(tuple(map(sum, zip(*passes))))
+    tokens = args.batch * longest
+    return [
+        {
+            "what": "HOPE, recomputing" if recompute else "HOPE",
+            "length": length,
+            "chunk": chunk,
+            "rates": [tokens / (forward + backward) for forward, backward in times],
+            "forward_s": spread([forward for forward, _ in times]),
+            "backward_s": spread([backward for _, backward in times]),
+        }
+        for (length, recompute), times in found.items()
+    ]
+
+
+def forward_backward(args, run: Callable[[], Tensor], leaves: list[Tensor]) -> tuple[float, float]:
+    """Seconds of forward and of backward of one pass."""
+    for x in leaves:
+        x.grad = None
+    outputs: list[Tensor] = []
+    forward = seconds(lambda: outputs.append(run()), repeats=1, warmup=0, device=args.device)
+    backward = seconds(lambda: outputs.pop().sum().backward(), repeats=1, warmup=0, device=args.device)
+    return forward[0], backward[0]
+
+
+def print_lengths(rows: list[dict]) -> None:
+    """The table of `measure_lengths`."""
+    plain = {r["length"]: r["backward_s"]["median"] for r in rows if r["what"] == "HOPE"}
+    print_table(
+        ["what", "L", "chunk", "fwd+bwd tok/s, median", "slowest", "fastest", "backward, of no recomputing"],
+        [
+            [r["what"], r["length"], r["chunk"], statistics.median(r["rates"]), min(r["rates"]), max(r["rates"])]
+            + [r["backward_s"]["median"] / plain[r["length"]]]
+            for r in rows
+        ],
+    )
 
 
 def measure_processes(args, dtype, length: int, chunk: int) -> dict:

@@ -100,7 +100,7 @@ def assert_same(
             assert a is None or not a.any()
             assert b is None or not b.any()
         else:
-            torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-10)
+            torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("objective", ["dot", "l2"])
@@ -182,7 +182,7 @@ def test_extreme_decay_over_a_long_chunk(alpha):
     logits = logits._replace(alpha=torch.full_like(logits.alpha, alpha).logit())
     slow, _ = memory_recurrent(q, k, v, logits, params, rule)
     fast, _ = memory_chunked(q, k, v, logits, params, rule)
-    torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-10)
 
 
 @settings(max_examples=40, deadline=None)

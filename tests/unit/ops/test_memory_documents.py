@@ -58,7 +58,7 @@ def test_documents_equal_the_documents_apart(rows, rule, momentum, seed):
     torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
     found = torch.autograd.grad((together * target).sum(), tensors)
     expected = torch.autograd.grad((alone * target).sum(), tensors)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("width", [1, 4])
