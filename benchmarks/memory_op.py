@@ -75,7 +75,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024])
-    parser.add_argument("--chunks", type=int, nargs="+", default=[16, 32, 64, 128, 256])
+    parser.add_argument("--chunks", type=int, nargs="+", help="default: 16 32 64 128 256; with --alone one, 64")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--width", type=int, default=64, help="head width d, and memory hidden width h")
@@ -91,6 +91,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--png", metavar="FILE", help="picture of the activations, or of tokens/s against length")
     args = parser.parse_args()
+    args.chunks = args.chunks or ([64] if args.alone else [16, 32, 64, 128, 256])
+    if args.alone and (len(args.chunks) > 1 or args.processes > 1 or args.png):
+        parser.error("--alone takes one of --chunks, and neither --processes nor --png")
     if args.heads % args.processes or args.threads % args.processes:
         parser.error(f"--processes {args.processes} must divide --heads {args.heads} and --threads {args.threads}")
     if args.processes > 1 and args.device != "cpu":
@@ -188,7 +191,8 @@ def measure_operator(args, dtype, length: int, chunk: int) -> list[dict]:
 
 def measure_lengths(args, dtype) -> list[dict]:
     """Forward and backward at every length, with and without recomputing, in turns: in each of --repeats rounds, each goes
-    through as many tokens as the longest has. The machine's moods and the size of a sample are then the same for all."""
+    through as many tokens as the longest has, in whole passes. The machine's moods and the size of a sample are then the same
+    for all."""
     chunk, longest = args.chunks[0], max(args.lengths)
     params, rule = parameters(args), memory_rule(model_of(args, chunk).memory)
     made = {length: inputs(args, dtype, length) for length in args.lengths}
@@ -201,13 +205,13 @@ def measure_lengths(args, dtype) -> list[dict]:
                 passes = [forward_backward(args, run, leaves) for _ in range(longest // length)]
                 if round_:  # the first one warms up
                     found.setdefault((length, recompute), []).append(tuple(map(sum, zip(*passes))))
-    tokens = args.batch * longest
+    tokens = {length: args.batch * length * (longest // length) for length in args.lengths}
     return [
         {
             "what": "HOPE, recomputing" if recompute else "HOPE",
             "length": length,
             "chunk": chunk,
-            "rates": [tokens / (forward + backward) for forward, backward in times],
+            "rates": [tokens[length] / (forward + backward) for forward, backward in times],
             "forward_s": spread([forward for forward, _ in times]),
             "backward_s": spread([backward for _, backward in times]),
         }
@@ -271,6 +275,7 @@ def measure_processes(args, dtype, length: int, chunk: int) -> dict:
 
 def _share(args, dtype, length: int, chunk: int, barrier, found) -> None:
     """One process of `measure_processes`."""
+    keep_freed_memory()
     torch.set_num_threads(args.threads)
     params, rule = parameters(args), memory_rule(model_of(args, chunk).memory)
     qkv, rates = inputs(args, dtype, length)
