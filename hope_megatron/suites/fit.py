@@ -21,7 +21,6 @@ from hope_megatron.suites.suite import SuiteOptions
 from hope_megatron.suites.task import IGNORE, Batch, Task
 
 _CHECK_EVERY = 50  # steps between looks at whether a task is solved
-_KNOWN = 0.95  # score at which a lesson ends
 TEST_SEQUENCES = 128
 _GRAD_CLIP = 1.0
 _PIECE_TOKENS = 1024
@@ -132,13 +131,14 @@ def fit_task(
 
 
 class _Lessons:
-    """The lessons of a task that are still to be learnt. Each ends when it is known, at the latest after an eighth of the steps."""
+    """The lessons of a task that are still to be learnt. Each ends when it is known, at the latest after a share of the steps."""
 
     def __init__(self, task: Task, steps: int):
-        self.left, self._longest, self._began = list(task.lessons), steps // 8, 0
+        self.left, self._began = list(task.lessons), 0
+        self._known, self._longest = task.known, int(steps * task.longest_lesson)
 
     def look(self, steps: int, known: float) -> None:
         """After some steps of training the first lesson left is answered with a score."""
-        if known >= _KNOWN or steps - self._began >= self._longest:
+        if known >= self._known or steps - self._began >= self._longest:
             self.left.pop(0)
             self._began = steps

@@ -1,7 +1,8 @@
 """Classes that arrive in groups: who still knows the first ones at the end?
 
 A model is first trained to learn classes in context: episodes of sentences of some base classes, each followed by a label
-that means another class in every episode. Then new classes arrive, a group at a time, with labels that stay:
+that means another class in every episode; the same sentence again and again first. Then new classes arrive, a group at a time,
+with labels that stay:
 
 - "in context": the weights stand still; the examples of each group are read once, and the state is all that is kept;
 - "fine-tuned": the weights are trained on each group's examples;
@@ -13,9 +14,7 @@ After each group every class so far is tested, the label chosen among those seen
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache, partial
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -24,47 +23,48 @@ from torch import Tensor
 from hope_megatron.config.accounting import num_parameters
 from hope_megatron.config.model import ModelConfig
 from hope_megatron.model import LanguageModel, ModelState
-from hope_megatron.suites.errors import SuiteError
-from hope_megatron.suites.fit import FitOptions, batch_loss, fit, fit_options, on_device, small_model
-from hope_megatron.suites.labelled import NUM_WORDS, Labelled, load_labelled, synthetic_labelled
+from hope_megatron.suites.episodes import (
+    CLASSES_PER_GROUP,
+    LABEL,
+    Groups,
+    episode_task,
+    question,
+    split_classes,
+    told,
+)
+from hope_megatron.suites.fit import FitOptions, batch_loss, fit, fit_options, fit_task, on_device, small_model
+from hope_megatron.suites.labelled import Labelled, load_labelled, synthetic_labelled
 from hope_megatron.suites.models import check_families, family_model, small_hope
 from hope_megatron.suites.suite import Cell, Scores, Suite, SuiteOptions, chosen
 from hope_megatron.suites.task import IGNORE, Batch, pad_batch
 
-ASK = 1
-WORD = 2  # first word id
-LABEL = WORD + NUM_WORDS  # first label id
 METHODS = ("in context", "fine-tuned", "EWC")
-EWC_STRENGTH = 1000.0
+EWC_STRENGTH = 1e8  # of mean squared gradients, which are tiny once a group is learnt: 1e5 held nothing
 _PIECE_TOKENS = 256
-Groups = list[list[str]]
 
 
 def build(options: SuiteOptions) -> Suite:
     """Every data set named, else the synthetic one; every family by every method."""
     data = {d.name: d for d in map(load_labelled, options.data)} or {
-        "synthetic": synthetic_labelled(24 if options.quick else 60)
+        "synthetic": synthetic_labelled(24 if options.quick else 230)
     }
     num_groups, shots = (3, 4) if options.quick else (5, 8)
-    fitting = fit_options(options, 100 if options.quick else 1500, batch_size=16)
-    group_steps = max(1, fitting.steps // 10)
+    fitting = fit_options(options, 100 if options.quick else 1500, batch_size=8, optimizer="m3")
+    # EWC holds weights by its gradient's size, which Muon's updates do not have; fine-tuned by the same for a fair comparison
+    tuning = FitOptions(max(1, fitting.steps // 10), fitting.batch_size)
     chunk, width = options.chunk_tokens or 16, options.width or (32 if options.quick else 64)
     layers, heads = options.layers or 2, options.heads or 2
     families = check_families(options.families or ("hope", "transformer_pp"))
 
     def config(labelled: Labelled, family: str) -> ModelConfig:
-        vocab = LABEL + len(labelled.classes)
+        vocab = LABEL + sum(map(len, split_classes(labelled, num_groups)[1]))
         return family_model(family, small_hope(vocab, width=width, layers=layers, heads=heads, chunk_tokens=chunk))
 
     @cache
     def base_weights(name: str, family: str, seed: int) -> list[Tensor]:
         """After learning to learn: the same for every method."""
         labelled = data[name]
-        model = small_model(config(labelled, family), seed)
-        base, groups = split_classes(labelled, num_groups)
-        in_group = max(len(group) for group in groups)
-        draw = partial(episodes, labelled, base, in_group, shots)
-        fit(model, lambda step: draw(fitting.batch_size, np.random.default_rng((seed, step))), fitting)
+        model, _ = fit_task(config(labelled, family), episode_task(labelled, num_groups, shots), fitting, seed)
         return [p.detach().clone() for p in model.parameters()]
 
     def run(cell: Cell) -> Scores:
@@ -77,7 +77,6 @@ def build(options: SuiteOptions) -> Suite:
         _, groups = split_classes(labelled, num_groups)
         if method == "in context":
             return _scores(learn_in_context(model, labelled, groups, shots, cell.seed))
-        tuning = replace(fitting, steps=group_steps)
         strength = EWC_STRENGTH if method == "EWC" else 0.0
         return _scores(learn_in_weights(model, labelled, groups, shots, tuning, strength, cell.seed))
 
@@ -93,7 +92,9 @@ def build(options: SuiteOptions) -> Suite:
             "groups": num_groups,
             "shots": shots,
             "steps": fitting.steps,
-            "steps_per_group": group_steps,
+            "steps_per_group": tuning.steps,
+            "lr_per_group": tuning.lr,
+            "optimizer_per_group": tuning.optimizer,
             "ewc_strength": EWC_STRENGTH,
             "width": width,
             "layers": layers,
@@ -106,51 +107,9 @@ def build(options: SuiteOptions) -> Suite:
         run=run,
         quantity="accuracy over all classes seen so far, after each group; forgetting: accuracy that earlier groups lost",
         paper="HOPE is compared on CLINC, Banking77 and DBpedia with in-context learning, EWC and other baselines.",
-        notes="Half of the classes are for learning to learn; the other half arrives in groups.",
+        notes=f"At most half of the classes, {CLASSES_PER_GROUP} a group, arrive in groups; the rest are for learning to learn.",
         parameters={family: num_parameters(config(first, family)) for family in families},
     )
-
-
-def split_classes(labelled: Labelled, num_groups: int) -> tuple[list[str], Groups]:
-    """The classes to learn to learn from, and groups of the others.
-
-    Raises:
-        SuiteError: if there are too few.
-    """
-    names = labelled.classes
-    base, rest = names[: len(names) // 2], names[len(names) // 2 :]
-    if len(rest) < num_groups:
-        raise SuiteError(
-            f"{labelled.name}: {len(names)} classes are too few for {num_groups} groups; at least {2 * num_groups}"
-        )
-    bounds = np.linspace(0, len(rest), num_groups + 1).astype(int)
-    return base, [rest[a:b] for a, b in pairwise(bounds)]
-
-
-def episodes(
-    labelled: Labelled, base: list[str], num_classes: int, shots: int, size: int, rng: np.random.Generator
-) -> Batch:
-    """Sequences in which `num_classes` classes have random labels: sentence, mark, label; every label is asked."""
-    rows = []
-    for _ in range(size):
-        picked = rng.choice(base, min(num_classes, len(base)), replace=False)
-        labels = rng.choice(len(labelled.classes), len(picked), replace=False)
-        rows.append(_told(labelled, dict(zip(picked, labels)), shots, rng))
-    return pad_batch(rows)
-
-
-def _told(
-    labelled: Labelled, labels: dict[str, int], shots: int, rng: np.random.Generator
-) -> tuple[list[int], list[int]]:
-    """`shots` sentences of each class in random order, each with its mark and label."""
-    order = rng.permutation(np.repeat(np.arange(len(labels)), shots))
-    names, tokens, targets = list(labels), [], []
-    for i in order:
-        sentences = labelled.train[names[i]]
-        words = (WORD + sentences[int(rng.integers(len(sentences)))]).tolist()
-        tokens += [*words, ASK, LABEL + labels[names[i]]]
-        targets += [IGNORE] * len(words) + [LABEL + labels[names[i]], IGNORE]
-    return tokens, targets
 
 
 def learn_in_context(
@@ -161,7 +120,7 @@ def learn_in_context(
     labels, state, accuracies = _fixed_labels(groups), None, []
     for number, group in enumerate(groups):
         rng = np.random.default_rng((seed, 10**6 + number))
-        tokens, _ = _told(labelled, {name: labels[name] for name in group}, shots, rng)
+        tokens, _ = told(_shown(labelled, group, shots), {name: labels[name] for name in group}, shots, rng)
         state = _read(model, tokens, state)
         accuracies.append(_accuracies(model, labelled, labels, groups[: number + 1], state))
     return accuracies
@@ -201,6 +160,11 @@ def _scores(accuracies: list[list[float]]) -> Scores:
     return {**after, "forgetting": forgetting(accuracies)}
 
 
+def _shown(labelled: Labelled, group: list[str], shots: int) -> dict[str, list[np.ndarray]]:
+    """The sentences of a group that are told: the first ones of every class."""
+    return {name: labelled.train[name][:shots] for name in group}
+
+
 def _fixed_labels(groups: Groups) -> dict[str, int]:
     return {name: i for i, name in enumerate(name for group in groups for name in group)}
 
@@ -208,16 +172,12 @@ def _fixed_labels(groups: Groups) -> dict[str, int]:
 def _single_sentences(
     labelled: Labelled, labels: dict[str, int], group: list[str], shots: int, size: int, rng: np.random.Generator
 ) -> Batch:
-    """Sentences of a group, each alone, from the first `shots` of each class: what in-context learning gets to read."""
-    rows = []
+    """Sentences of a group, each alone, of those that in-context learning gets to read."""
+    rows, shown = [], _shown(labelled, group, shots)
     for name in rng.choice(group, size):
-        sentences = labelled.train[name][:shots]
-        rows.append(_asked(sentences[int(rng.integers(len(sentences)))], labels[name]))
+        sentences = shown[name]
+        rows.append(question(sentences[int(rng.integers(len(sentences)))], labels[name]))
     return pad_batch(rows)
-
-
-def _asked(words: np.ndarray, label: int) -> tuple[list[int], list[int]]:
-    return [*(WORD + words).tolist(), ASK], [IGNORE] * len(words) + [LABEL + label]
 
 
 def _accuracies(
@@ -238,7 +198,7 @@ def _accuracy(
 ) -> float:
     """Share of a group's test sentences whose label is the likeliest among those seen."""
     model.eval()
-    batch = pad_batch([_asked(words, labels[name]) for name in tested for words in labelled.test[name][:8]])
+    batch = pad_batch([question(words, labels[name]) for name in tested for words in labelled.test[name][:8]])
     tokens, targets = on_device(model, batch)
     start = repeat_state(model, state, len(tokens)) if state is not None else None
     logits = model(tokens, state=start).logits

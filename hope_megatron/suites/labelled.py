@@ -56,15 +56,19 @@ def load_labelled(path: Path) -> Labelled:
 
 
 def synthetic_labelled(num_classes: int, seed: int = 0) -> Labelled:
-    """Classes with four words of their own; a sentence has three of them and two words that all classes share."""
+    """Classes told by the words that go together: each has four of 64 words, and a sentence three of these and two of 40 others.
+
+    As in language, no word is of one class alone, so that what is learnt on some classes serves for others.
+    """
     rng = np.random.default_rng((77, seed))
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
-    words = sorted({"".join(rng.choice(letters, 6)) for _ in range(4 * num_classes + 40)})
+    words = sorted({"".join(rng.choice(letters, 6)) for _ in range(104)})
     rng.shuffle(words)
-    shared, own = words[:40], np.array(words[40 : 40 + 4 * num_classes]).reshape(num_classes, 4)
+    common, telling = words[:40], words[40:]
+    own = [rng.choice(telling, 4, replace=False) for _ in range(num_classes)]
 
     def sentence(label: int) -> str:
-        told = [*rng.choice(shared, 2), *rng.choice(own[label], 3, replace=False)]
+        told = [*rng.choice(common, 2), *rng.choice(own[label], 3, replace=False)]
         return " ".join(rng.permutation(told))
 
     splits = [[(sentence(c), f"class {c:03}") for c in range(num_classes) for _ in range(20)] for _ in range(2)]

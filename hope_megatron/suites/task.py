@@ -37,6 +37,10 @@ class Task:
     """Share of sequences without a mistake, share of right answers, or nats per answer."""
     lessons: tuple[str, ...] = ()
     """Smaller bins that training begins with, one after the other."""
+    known: float = 0.95
+    """Score at which a lesson ends."""
+    longest_lesson: float = 1 / 8
+    """Share of the steps at which it ends anyway."""
 
     def train_batch(self, size: int, seed: int, step: int, name: str | None = None) -> Batch:
         """The batch of a training step: a function of seed and step. name: a lesson; None: the first bin."""

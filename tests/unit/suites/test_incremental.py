@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 import torch
 
 from hope_megatron.suites import incremental
+from hope_megatron.suites.episodes import ASK, LABEL, WORD, episode_task, episodes, split_classes
 from hope_megatron.suites.errors import SuiteError
 from hope_megatron.suites.fit import FitOptions, batch_loss, fit, small_model
-from hope_megatron.suites.incremental import ASK, LABEL, WORD, episodes, forgetting, repeat_state, split_classes
+from hope_megatron.suites.incremental import forgetting, repeat_state
 from hope_megatron.suites.labelled import load_labelled, synthetic_labelled, word_ids
 from hope_megatron.suites.models import family_model, small_hope
 from hope_megatron.suites.registry import build_suite
@@ -49,17 +51,20 @@ def test_published_layouts(tmp_path):
 
 
 def test_the_stand_in_can_be_told_apart_by_words_alone():
-    """Words that occur in one class of the training split decide every test sentence; nothing else would."""
+    """Words of the training split, the rarer the more they count, decide every test sentence; nothing else would."""
     labelled = synthetic_labelled(12)
     assert len(labelled.classes) == 12
     words = {name: set(np.concatenate(labelled.train[name]).tolist()) for name in labelled.classes}
-    own = {c: {w for w in words[c] if sum(w in other for other in words.values()) == 1} for c in words}
+    classes_with = {w: sum(w in of for of in words.values()) for of in words.values() for w in of}
     right = total = 0
     for name in labelled.classes:
         for sentence in labelled.test[name]:
-            votes = {c: sum(w in own[c] for w in sentence.tolist()) for c in own}
+            votes = {c: sum(1 / classes_with[w] for w in sentence.tolist() if w in words[c]) for c in words}
             right, total = right + (max(votes, key=votes.__getitem__) == name), total + 1
     assert right / total > 0.9
+    many = synthetic_labelled(230)
+    of_word = Counter(word for c in many.classes for word in set(np.concatenate(many.train[c]).tolist()))
+    assert min(of_word.values()) > 1, "what is learnt of a class's words serves for others"
     again = synthetic_labelled(12)
     assert all(np.array_equal(a, b) for c in labelled.classes for a, b in zip(labelled.train[c], again.train[c]))
 
@@ -67,19 +72,18 @@ def test_the_stand_in_can_be_told_apart_by_words_alone():
 def test_episodes_ask_the_label_that_they_tell():
     labelled = synthetic_labelled(12)
     base, groups = split_classes(labelled, 3)
-    assert sorted([*base, *groups[0], *groups[1], *groups[2]]) == labelled.classes and [len(g) for g in groups] == [
-        2,
-        2,
-        2,
-    ]
-    batch = episodes(labelled, base, 2, 4, 5, np.random.default_rng(0))
+    assert sorted([*base, *groups[0], *groups[1], *groups[2]]) == labelled.classes
+    assert [len(group) for group in groups] == [2, 2, 2]
+    batch = episodes(labelled, base, 2, 100, 4, 3, 5, np.random.default_rng(0))
     of_sentence = {tuple(s.tolist()): name for name in base for s in labelled.train[name]}
     for tokens, targets in zip(batch.tokens.tolist(), batch.targets.tolist()):
         sentence, labels = [], {}
         for i, token in enumerate(tokens):
             if token == ASK:
-                assert targets[i] == tokens[i + 1] >= LABEL
-                assert labels.setdefault(of_sentence[tuple(sentence)], targets[i]) == targets[i]
+                name, label = of_sentence[tuple(sentence)], tokens[i + 1]
+                assert LABEL <= label < LABEL + 3
+                assert targets[i] == (label if name in labels else IGNORE), "nothing tells a class's first label"
+                assert labels.setdefault(name, label) == label
                 sentence = []
             else:
                 assert targets[i] == IGNORE
@@ -88,6 +92,27 @@ def test_episodes_ask_the_label_that_they_tell():
         assert len(labels) == 2 and len(set(labels.values())) == 2
     with pytest.raises(SuiteError, match="at least 14"):
         split_classes(labelled, 7)
+
+
+def test_groups_stay_small_and_all_other_classes_are_for_learning_to_learn():
+    labelled = synthetic_labelled(100)
+    base, groups = split_classes(labelled, 5)
+    assert [len(group) for group in groups] == [6] * 5 and len(base) == 70
+    task = episode_task(labelled, 5, shots=2)
+    assert task.lessons == ("2 x 1", "6 x 1", "6 x 3") and task.bins == ("6 x 100",)
+    for name in (*task.lessons, *task.bins):
+        classes, most = map(int, name.split(" x "))
+        for row in task.test_batch(name, 3).tokens.tolist():
+            told: dict[int, set[tuple[int, ...]]] = {}
+            sentence: list[int] = []
+            for token in row:
+                if token >= LABEL:
+                    told.setdefault(token, set()).add(tuple(sentence))
+                    sentence = []
+                elif token != ASK:
+                    sentence.append(token)
+            assert len(told) == classes and max(told) < LABEL + 30
+            assert all(len(sentences) <= most for sentences in told.values())
 
 
 def test_forgetting_is_what_was_lost():
