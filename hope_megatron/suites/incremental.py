@@ -39,7 +39,7 @@ from hope_megatron.suites.suite import Cell, Scores, Suite, SuiteOptions, chosen
 from hope_megatron.suites.task import IGNORE, Batch, pad_batch
 
 METHODS = ("in context", "fine-tuned", "EWC")
-EWC_STRENGTH = 1e8  # of mean squared gradients, which are tiny once a group is learnt: 1e5 held nothing
+EWC_STRENGTH = 1e8  # of mean squared gradients, which are tiny once a group is learnt: 1e3 held nothing
 _PIECE_TOKENS = 256
 
 
