@@ -1,23 +1,22 @@
 """Do the inner steps overshoot? The eigenvalue that decides it, while the outer loop trains.
 
     python benchmarks/memory_curvature.py                              TTT-MLP without bounded steps, until it is not finite
-    python benchmarks/memory_curvature.py --normalize true --png curvature.png
+    python benchmarks/memory_curvature.py --normalize true --every 50 --png curvature.png
 
-Within a chunk of a two-layer memory under L2, one inner step takes the errors e to about (I - A) e, where A is the product of the
-tokens' rates and the Gram matrix of their gradients. An eigenvalue of A above 2 makes errors grow from chunk to chunk
-(gradient descent's limit). Printed every 25 steps for the head where it is largest: the eigenvalue at the learned initial
-weights, the mean error in the first and the last chunk, and the largest eigenvalue along the sequence.
+TTT-MLP of the size of hope_tiny on bytes of the Python standard library, as in memory_stability.py. Within a chunk one inner
+step takes the errors e to about (I - A) e, where A is the product of the tokens' rates and the Gram matrix of their gradients. An
+eigenvalue of A above 2 makes errors grow from chunk to chunk (gradient descent's limit). Printed every 25 steps for the head
+where it is largest: the eigenvalue at the learned initial weights, the mean error in the first and the last chunk, and the
+largest eigenvalue along the sequence.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from learning import Trainer, small_model, start, training_arguments
+from learning import Trainer, small_model, start
 
 import torch  # isort: skip
 from memory_stability import batch, corpus
@@ -45,28 +44,30 @@ class Chunk(NamedTuple):
 def main() -> None:
     args = parse()
     start(args.threads)
-    config = small_model(args.family, ["vocab_size=256", f"memory.normalize_steps={args.normalize}"])
-    if config.memory.objective != "l2" or config.memory.num_layers != 2 or config.memory.erases:
-        raise SystemExit(f"{args.family}: only for two-layer memories under L2 without DGD (ttt_mlp)")
+    config = small_model("ttt_mlp", ["vocab_size=256", f"memory.normalize_steps={args.normalize}"])
     rows = run(args, Trainer(args, config, args.seed))
     if args.json:
-        Path(args.json).write_text(json.dumps({"args": vars(args), "rows": rows}, indent=1) + "\n")
+        Path(args.json).write_text(
+            json.dumps({"machine": machine(), "args": vars(args), "rows": rows}, indent=1) + "\n"
+        )
     if args.png:
         plot(rows, args.png)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", default="ttt_mlp", metavar="NAME")
     parser.add_argument("--normalize", choices=["true", "false"], default="false", help="memory.normalize_steps")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--every", type=int, default=25, help="steps between looks (default: 25)")
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--png", metavar="FILE")
-    training_arguments(parser)
-    parser.set_defaults(optimizer="adamw")
+    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--warmup", type=int, default=20, help="steps of linear warm-up (default: 20)")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", metavar="FILE", help="every figure of every look")
+    parser.add_argument("--png", metavar="FILE", help="the eigenvalue of every layer over steps")
+    parser.set_defaults(optimizer="adamw")  # what Trainer reads
     return parser.parse_args()
 
 
@@ -75,7 +76,6 @@ def run(args: argparse.Namespace, trainer: Trainer) -> list[dict[str, Any]]:
     data, rows = corpus(), []
     generator = torch.Generator().manual_seed(args.seed)
     mixers = [module for module in trainer.model.modules() if isinstance(module, MemoryMixer)]
-    seen: list[list[Chunk]] = []
     for step in range(1, args.steps + 1):
         tokens = batch(data, args.batch, args.context, generator)
         given: list[tuple] = []
@@ -88,10 +88,12 @@ def run(args: argparse.Namespace, trainer: Trainer) -> list[dict[str, Any]]:
             rows.append({"step": step, "loss": loss.item(), "layers": [largest(layer) for layer in seen]})
             show(rows[-1])
         if failed:
-            print(f"\nnot finite at step {step}; chunk by chunk, in the first layer that failed:")
+            print(f"\nthe loss is not finite at step {step}; chunk by chunk, in the first layer that failed:")
             explain(next(layer for layer in seen if not torch.isfinite(layer[-1].error).all()))
             break
-        trainer.step(loss)
+        if not math.isfinite(trainer.step(loss)):
+            print(f"\nthe gradient is not finite at step {step}, the loss was")
+            break
     return rows
 
 
@@ -130,13 +132,11 @@ def curvature(k: Tensor, v: Tensor, logits: RateLogits, rule: MemoryRule, state:
         x = root * x / x.norm(dim=(-1, -2), keepdim=True)
         back = (x @ bank.w_out) * slopes
         x = root * (phi @ (phi.mT @ x) + ((keys @ (keys.mT @ back)) * slopes) @ bank.w_out.mT)
-    by_head = lambda t: t.flatten(2).amax(-1)[0]  # noqa: E731
-    slope = squared_norm(delta) / squared_norm(error)
     return Chunk(
         eigenvalue=x.norm(dim=(-1, -2))[0, :, 0],
         error=error.norm(dim=-1).flatten(2).mean(-1)[0],
-        features=by_head(squared_norm(phi)),
-        slope=by_head(slope),
+        features=squared_norm(phi).flatten(2).amax(-1)[0],
+        slope=(squared_norm(delta) / squared_norm(error)).flatten(2).amax(-1)[0],
         weights=bank.w_out.norm(dim=(-1, -2))[0, :, 0],
     )
 

@@ -46,7 +46,9 @@ def episode_task(labelled: Labelled, num_groups: int, shots: int) -> Task:
 
     def draw(bin_name: str, size: int, rng: np.random.Generator) -> Batch:
         classes, sentences = map(int, bin_name.split(" x "))
-        return episodes(labelled, base, classes, sentences, shots, num_labels, size, rng)
+        return episodes(
+            labelled, base, size, rng, num_classes=classes, num_sentences=sentences, num_labels=num_labels, shots=shots
+        )
 
     lessons = (f"{min(2, in_group)} x 1", f"{in_group} x 1", f"{in_group} x 3")
     return Task(
@@ -63,16 +65,21 @@ def episode_task(labelled: Labelled, num_groups: int, shots: int) -> Task:
 def episodes(
     labelled: Labelled,
     base: list[str],
-    num_classes: int,
-    num_sentences: int,
-    shots: int,
-    num_labels: int,
     size: int,
     rng: np.random.Generator,
+    *,
+    num_classes: int,
+    num_sentences: int,
+    num_labels: int,
+    shots: int,
 ) -> Batch:
     """Sequences in which some classes have random labels: sentence, mark, label; asked of all that can be known.
 
-    num_sentences: different sentences of a class at most; they take turns.
+    Args:
+        size: sequences.
+        num_sentences: different sentences of a class at most; they take turns.
+        num_labels: labels to draw from.
+        shots: sentences told of each class.
     """
     rows = []
     for _ in range(size):

@@ -137,8 +137,8 @@ class _Lessons:
         self.left, self._began = list(task.lessons), 0
         self._known, self._longest = task.known, int(steps * task.longest_lesson)
 
-    def look(self, steps: int, known: float) -> None:
+    def look(self, steps: int, reached: float) -> None:
         """After some steps of training the first lesson left is answered with a score."""
-        if known >= self._known or steps - self._began >= self._longest:
+        if reached >= self._known or steps - self._began >= self._longest:
             self.left.pop(0)
             self._began = steps

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from hope_megatron.config import load_model_config
 from hope_megatron.config.model import AttentionConfig, MemoryConfig
 from hope_megatron.config.parallel import ParallelConfig
 from hope_megatron.engine.distributed import init_distributed, shutdown_distributed
@@ -97,6 +98,22 @@ def test_inner_rates_change_what_is_read():
         difference = (build_model(live)(tokens).logits - build_model(silent)(tokens).logits).abs()
     assert difference[:, 0].max() > 0  # the causal read sees the token's own write
     assert difference.mean() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["hope", "titans", "deltanet"])
+def test_a_block_that_never_writes_sees_what_its_convolutions_reach(family):
+    """The control of the recall experiments: no training lets it answer what stood more than six tokens before."""
+    config = load_model_config(
+        f"{family}_tiny", ["num_layers=2", "hidden_size=32", "vocab_size=64", "memory.eta_max=0"]
+    )
+    model = build_model(config).eval()
+    tokens, _ = random_batch(config, seq_length=40)
+    other = tokens.clone()
+    other[:, 20] = (tokens[:, 20] + 1) % 64
+    with torch.no_grad():
+        change = (model(tokens).logits - model(other).logits).abs().amax((0, 2))
+    reached = change.nonzero().flatten().tolist()
+    assert reached == list(range(20, 20 + 2 * (config.memory.conv_width - 1) + 1))
 
 
 def test_a_fresh_block_is_static():

@@ -74,7 +74,9 @@ def test_episodes_ask_the_label_that_they_tell():
     base, groups = split_classes(labelled, 3)
     assert sorted([*base, *groups[0], *groups[1], *groups[2]]) == labelled.classes
     assert [len(group) for group in groups] == [2, 2, 2]
-    batch = episodes(labelled, base, 2, 100, 4, 3, 5, np.random.default_rng(0))
+    batch = episodes(
+        labelled, base, 5, np.random.default_rng(0), num_classes=2, num_sentences=100, num_labels=3, shots=4
+    )
     of_sentence = {tuple(s.tolist()): name for name in base for s in labelled.train[name]}
     for tokens, targets in zip(batch.tokens.tolist(), batch.targets.tolist()):
         sentence, labels = [], {}
