@@ -16,6 +16,7 @@ import argparse
 import math
 from typing import Any, NamedTuple
 
+from common import machine, write_json  # before torch: sets OpenMP's wait policy
 from learning import Trainer, small_model, start
 
 import torch  # isort: skip
@@ -46,10 +47,7 @@ def main() -> None:
     start(args.threads)
     config = small_model("ttt_mlp", ["vocab_size=256", f"memory.normalize_steps={args.normalize}"])
     rows = run(args, Trainer(args, config, args.seed))
-    if args.json:
-        Path(args.json).write_text(
-            json.dumps({"machine": machine(), "args": vars(args), "rows": rows}, indent=1) + "\n"
-        )
+    write_json(args.json, {"machine": machine(), "arguments": vars(args), "rows": rows})
     if args.png:
         plot(rows, args.png)
 
@@ -187,7 +185,7 @@ def plot(rows: list[dict[str, Any]], out: str) -> None:
     axes = figure.subplots()
     steps = [row["step"] for row in rows]
     for layer in range(len(rows[0]["layers"])):
-        axes.plot(steps, [row["layers"][layer]["initial"] for row in rows], label=f"layer {layer}")
+        axes.plot(steps, [row["layers"][layer]["initial"] for row in rows], ".-", label=f"layer {layer}")
     axes.axhline(LIMIT, color="black", linestyle=":", label="overshoots above")
     axes.set(xlabel="outer step", ylabel="largest eigenvalue of a chunk's inner step", yscale="log")
     axes.legend(frameon=False)
