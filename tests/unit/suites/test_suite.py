@@ -156,11 +156,11 @@ def test_lessons_come_first_and_end():
     assert asked == ["1 pairs"] * 50 + ["2 pairs"] * 50 + ["4 pairs"] * 300
 
     lessons = _Lessons(task, 800)
-    lessons.look(50, known=0.94)  # neither known nor an eighth of the steps
+    lessons.look(50, reached=0.94)  # neither known nor an eighth of the steps
     assert lessons.left == ["1 pairs", "2 pairs"]
-    lessons.look(100, known=0.0)
+    lessons.look(100, reached=0.0)
     assert lessons.left == ["2 pairs"]
-    lessons.look(150, known=0.95)
+    lessons.look(150, reached=0.95)
     assert lessons.left == []
 
 
