@@ -5,6 +5,7 @@ Examples:
     hope eval suite languages                               formal languages: in and beyond the training length
     hope eval suite mad --families hope titans deltanet     some of the families
     hope eval suite needles RUN --lengths 1024 16384 65536  a trained run, streamed in constant memory
+    hope eval suite needles RUN --data novels/              needles and bAbI's facts hidden in your text
     hope eval suite ablations                               HOPE without one part at a time
     hope eval suite classes --data banking77 data_full.json your copies of the published files
     hope eval suite domains --data laws/ novels/ code/      your text, one domain after the other
@@ -29,6 +30,17 @@ SUITES = {
     "ablations": "HOPE without one of its parts at a time, on text and on recall",
     "classes": "classes that arrive in groups: in context, fine-tuned, EWC",
     "domains": "continual pretraining over domains of text, by number of CMS levels",
+}
+
+
+# Which suites have a use for an option; a RUN is trained, so that "needles RUN" takes none that is about training.
+_TAKEN_BY = {
+    **dict.fromkeys(
+        ("families", "steps", "lr", "optimizer", "chunk_tokens", "width", "layers", "heads"), tuple(SUITES)
+    ),
+    "hope": ("languages", "recall", "mad", "needles"),
+    "lengths": ("languages", "recall", "mad", "needles", "needles RUN", "domains"),
+    "data": ("classes", "domains", "needles RUN"),
 }
 
 
@@ -64,7 +76,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="languages, recall, mad, needles: settings of HOPE, for example memory.eta_init=0.5",
     )
     parser.add_argument(
-        "--lengths", type=int, nargs="+", metavar="T", help="languages, recall, mad: longest trained length"
+        "--lengths",
+        type=int,
+        nargs="+",
+        metavar="T",
+        help="needles: lengths to ask at, the first is trained; languages, recall, mad: longest trained length; domains: context",
     )
     parser.add_argument(
         "--data",
@@ -72,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="classes: CLINC, Banking77, DBpedia files; domains: text",
+        help="classes: CLINC, Banking77, DBpedia files; domains: text; needles RUN: text to hide needles in",
     )
     parser.add_argument("--quick", action="store_true", help="smaller tasks and models, fewer steps")
     parser.add_argument(
@@ -132,6 +148,10 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     if args.model and args.name != "needles":
         raise ModelReferenceError(f"suite {args.name} trains its models; only needles takes a RUN ({args.model})")
+    suite = f"{args.name} RUN" if args.model else args.name
+    for option, suites in _TAKEN_BY.items():
+        if getattr(args, option) and suite not in suites:
+            raise ModelReferenceError(f"suite {suite} has no use for --{option.replace('_', '-')}; leave it out")
     for option in ("seeds", "steps", "chunk_tokens", "width", "layers", "heads", "threads"):
         value = getattr(args, option)
         if value is not None and value < 1:

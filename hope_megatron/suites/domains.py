@@ -67,7 +67,8 @@ def build(options: SuiteOptions) -> Suite:
         },
         run=run,
         quantity="nats per held-out byte of each domain after each; forgetting: what earlier domains lost since they were learnt",
-        higher_is_better=False,
+        less_is_better=(TASK,),
+        unbounded=(TASK,),
         notes="Every level beyond the first changes its weights only every 4, then every 16 steps; parameters are equal.",
         parameters={name: num_parameters(configs[name]) for name in subjects},
     )

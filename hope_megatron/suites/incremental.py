@@ -106,6 +106,7 @@ def build(options: SuiteOptions) -> Suite:
         },
         run=run,
         quantity="accuracy over all classes seen so far, after each group; forgetting: accuracy that earlier groups lost",
+        less_is_better=("forgetting",),
         paper="HOPE is compared on CLINC, Banking77 and DBpedia with in-context learning, EWC and other baselines.",
         notes=f"At most half of the classes, {CLASSES_PER_GROUP} a group, arrive in groups; the rest are for learning to learn.",
         parameters={family: num_parameters(config(first, family)) for family in families},

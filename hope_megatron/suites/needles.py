@@ -12,17 +12,24 @@ MARK, ASK = 1, 2
 FILLER = range(3, 35)
 KEYS = range(35, 67)
 VALUES = range(67, 131)
-NUM_NEEDLES = 4
 _SHORTEST = 32  # tokens that hold four needles, the questions about them, and some filler
-Kind = Literal["single", "multi-key", "multi-query", "multi-value"]
-KINDS: tuple[Kind, ...] = ("single", "multi-key", "multi-query", "multi-value")
+Kind = Literal["single", "multi-key", "multi-query", "multi-value", "last value", "two facts"]
+KINDS: tuple[Kind, ...] = ("single", "multi-key", "multi-query", "multi-value", "last value", "two facts")
+Pairs = list[tuple[int, int]]
 
 
 def needle_tasks(lengths: tuple[int, ...]) -> list[Task]:
     """A task per kind, trained at the first length, begun at a quarter of it.
 
-    A needle is a mark, a key and a value, at a random depth among filler tokens. "single": one needle. "multi-key": four, one
-    is asked. "multi-query": four, all are asked. "multi-value": four with one key, whose values are asked in order.
+    A needle is a mark, a key and a value, at a random depth among filler tokens.
+
+    - "single": one needle;
+    - "multi-key": four, one is asked;
+    - "multi-query": four, all are asked;
+    - "multi-value": four with one key, whose values are asked in order;
+    - "last value": two keys, twice each; the later value of one is asked (as in bAbI's first task: where is she now?);
+    - "two facts": two needles whose value is the key of another; the value of that is asked (as in bAbI's second: she
+      has it, where is she?).
     """
 
     def task(kind: Kind) -> Task:
@@ -39,23 +46,37 @@ def needle_tasks(lengths: tuple[int, ...]) -> list[Task]:
 
 def _sequence(kind: Kind, length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and targets [length]."""
-    count = 1 if kind == "single" else NUM_NEEDLES
-    keys = np.repeat(rng.choice(KEYS, 1), count) if kind == "multi-value" else rng.choice(KEYS, count, replace=False)
-    values = rng.choice(VALUES, count)
-    question, answers = _question(kind, keys, values, rng)
-    filler = rng.integers(FILLER.start, FILLER.stop, length - len(question) - 3 * count)
+    needles, question, answers = _needles(kind, rng)
+    filler = rng.integers(FILLER.start, FILLER.stop, length - len(question) - 3 * len(needles))
     tokens = list(filler)
-    places = np.sort(rng.integers(0, len(filler) + 1, count))
-    for place, key, value in reversed(list(zip(places, keys, values))):
-        tokens[place:place] = [MARK, key, value]
+    places = np.sort(rng.integers(0, len(filler) + 1, len(needles)))
+    for place, needle in reversed(list(zip(places, needles))):
+        tokens[place:place] = [MARK, *needle]
     targets = [IGNORE] * len(tokens) + answers
     return np.array([*tokens, *question], np.int64), np.array(targets, np.int64)
 
 
-def _question(kind: Kind, keys: np.ndarray, values: np.ndarray, rng: np.random.Generator) -> tuple[list, list]:
-    """What stands at the end, and what is asked at each of its tokens."""
+def _needles(kind: Kind, rng: np.random.Generator) -> tuple[Pairs, list[int], list[int]]:
+    """Keys and values in the order in which they stand; what stands at the end, and what is asked at each of its tokens."""
+    keys, values = rng.choice(KEYS, 4, replace=False).tolist(), rng.choice(VALUES, 4).tolist()
+    needles = list(zip(keys, values))
+    if kind == "single":
+        return needles[:1], *_question(needles[:1])
+    if kind == "multi-key":
+        return needles, *_question([needles[rng.integers(4)]])
+    if kind == "multi-query":
+        return needles, *_question([needles[i] for i in rng.permutation(4)])
     if kind == "multi-value":
-        return [ASK, keys[0], *values[:-1]], [IGNORE, *values]
-    order = rng.permutation(len(keys))[: 1 if kind == "multi-key" else None]
-    question = [token for i in order for token in (ASK, keys[i], values[i])]
-    return question[:-1], [target for i in order for target in (IGNORE, values[i], IGNORE)][:-1]
+        return [(keys[0], value) for value in values], [ASK, keys[0], *values[:-1]], [IGNORE, *values]
+    if kind == "last value":
+        needles = [(keys[i % 2], value) for i, value in zip(rng.permutation(4), values)]
+        return needles, *_question([(keys[0], dict(needles)[keys[0]])])
+    needles = [(keys[0], keys[1]), (keys[1], values[0]), (keys[2], keys[3]), (keys[3], values[1])]
+    return [needles[i] for i in rng.permutation(4)], *_question([(keys[0], values[0])])
+
+
+def _question(asked: Pairs) -> tuple[list[int], list[int]]:
+    """Mark, key and value of each, but for the last value; each value is asked at its key."""
+    tokens = [token for key, value in asked for token in (ASK, key, value)]
+    targets = [target for _, value in asked for target in (IGNORE, value, IGNORE)]
+    return tokens[:-1], targets[:-1]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hope_megatron.eval.report import INK, markdown_table, save_figure
-from hope_megatron.suites.suite import Cell, Results
+from hope_megatron.suites.suite import Cell, Results, Suite
 
 _PANELS_ACROSS = 3
 _CHARACTER_INCHES = 0.068  # of the picture's small print
@@ -85,7 +85,8 @@ def suite_markdown(results: Results) -> str:
 
 
 def plot_suite(results: Results, path: Path) -> None:
-    """A panel per task: the table with its cells coloured, shares from 0 to 1, everything else by its column's own range."""
+    """A panel per task: the table with its cells coloured, the better the brighter; shares from 0 to 1, all else from the column's
+    worst to its best."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -95,12 +96,12 @@ def plot_suite(results: Results, path: Path) -> None:
     down = math.ceil(len(tables) / across)
     width = sum(_width(t) for t in list(tables.values())[:across])
     height = down * (0.9 + 0.27 * max(len(t.rows) for t in tables.values()))
-    title = textwrap.fill(f"{suite.title}: {suite.quantity}", int(width / _CHARACTER_INCHES / 1.2))
+    title = textwrap.fill(f"{suite.title}: {suite.quantity} (brighter is better)", int(width / _CHARACTER_INCHES / 1.2))
     figure = Figure(figsize=(width, height + 0.25 + 0.2 * title.count("\n")), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(down, across, squeeze=False)
     for axes, (task, figures) in zip(grid.flat, tables.items()):
-        _panel(axes, task, figures, share=suite.higher_is_better is True)
+        _panel(axes, task, figures, suite)
     for axes in list(grid.flat)[len(tables) :]:
         axes.set_axis_off()
     figure.suptitle(title, color=INK, fontsize=9, x=0.01, ha="left")
@@ -116,14 +117,16 @@ def _width(figures: Table) -> float:
     )
 
 
-def _panel(axes, task: str, figures: Table, *, share: bool) -> None:
-    levels = [[math.nan] * len(figures.columns) for _ in figures.rows]  # 0 to 1, for the colours
-    for x in range(len(figures.columns)):
+def _panel(axes, task: str, figures: Table, suite: Suite) -> None:
+    levels = [[math.nan] * len(figures.columns) for _ in figures.rows]  # worst 0 to best 1, for the colours
+    for x, column in enumerate(figures.columns):
         means = [found.mean for row in figures.rows.values() if (found := row[x]) is not None]
-        low, high = (0.0, 1.0) if share or not means else (min(means), max(means))
+        worst, best = (min(means), max(means)) if task in suite.unbounded and means else (0.0, 1.0)
+        if {task, column} & set(suite.less_is_better):
+            worst, best = best, worst
         for y, row in enumerate(figures.rows.values()):
             if (value := row[x]) is not None:
-                levels[y][x] = (value.mean - low) / (high - low) if high > low else 0.5
+                levels[y][x] = (value.mean - worst) / (best - worst) if best != worst else 0.5
                 text = f"{value.mean:.2f}" + (f" ±{value.deviation:.2f}" if value.seeds > 1 else "")
                 axes.text(
                     x, y, text, ha="center", va="center", fontsize=7, color=INK if levels[y][x] > 0.5 else "white"

@@ -58,8 +58,10 @@ class Suite:
     """Everything that the scores depend on; cells of other settings are never mixed."""
     run: Callable[[Cell], Scores]
     quantity: str = "share of answers that are right"
-    higher_is_better: bool | None = True
-    """None where the tasks differ in it."""
+    less_is_better: tuple[str, ...] = ()
+    """Tasks or columns in which it is, where more is better by default."""
+    unbounded: tuple[str, ...] = ()
+    """Tasks whose scores are not shares from 0 to 1."""
     subject_kind: str = "model"
     """What the rows of the tables are."""
     paper: str = ""

@@ -57,6 +57,20 @@ def test_mistake_of_the_user_is_one_message(capsys):
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    "arguments, option",
+    [
+        (["needles", "RUN", "--steps", "3"], "--steps"),
+        (["languages", "--data", "novels"], "--data"),
+        (["ablations", "--hope", "memory.eta_init=0.5"], "--hope"),
+        (["classes", "--lengths", "64"], "--lengths"),
+    ],
+)
+def test_an_option_that_a_suite_would_ignore_is_refused(arguments, option, capsys):
+    assert main(["eval", "suite", *arguments]) == 2
+    assert f"has no use for {option}" in capsys.readouterr().err
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("hope_megatron.cli.plan.run", lambda args: 1 / 0)
     with pytest.raises(ZeroDivisionError):

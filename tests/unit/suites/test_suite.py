@@ -118,6 +118,27 @@ def test_scores_after_phases_become_a_matrix():
     assert means == {"a, after x": [1.0, 2.0, None], "a, after y": [3.0, 4.0, 2.0]}
 
 
+def test_the_better_is_the_brighter(monkeypatch, tmp_path):
+    """In shares and in losses, in columns of both directions."""
+    levels = {}
+    monkeypatch.setattr("matplotlib.axes.Axes.imshow", lambda axes, values, **_: levels.update({len(levels): values}))
+    scores = {"a": {"right": 0.75, "forgetting": 0.25}, "b": {"right": 0.5, "forgetting": 0.0}}
+    losses = {"a": {"nats": 2.0}, "b": {"nats": 3.0}}
+    suite = Suite(
+        "s",
+        "t",
+        ("shares", "losses"),
+        ("a", "b"),
+        1,
+        {},
+        lambda cell: (scores if cell.task == "shares" else losses)[cell.subject],
+        less_is_better=("forgetting", "losses"),
+        unbounded=("losses",),
+    )
+    plot_suite(run_suite(suite, None, {}, tell=lambda line: None), tmp_path / "s.png")
+    assert levels == {0: [[0.75, 0.75], [0.5, 1.0]], 1: [[1.0], [0.0]]}
+
+
 def test_results_of_other_settings_are_refused(tmp_path):
     path = tmp_path / "s.json"
     Results(fake_suite([]), path).save()
