@@ -9,6 +9,7 @@ Examples:
     hope eval suite ablations                               HOPE without one part at a time
     hope eval suite classes --data banking77 data_full.json your copies of the published files
     hope eval suite domains --data laws/ novels/ code/      your text, one domain after the other
+    hope eval suite classes --dry-run                       what would be trained
     hope eval suite recall --quick                          minutes instead of hours, to see that it works
     hope eval suite mad --json mad.json --png mad.png       interrupted? the same command goes on
 
@@ -90,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="classes: CLINC, Banking77, DBpedia files; domains: text; needles RUN: text to hide needles in",
     )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be trained, and what is there already")
     parser.add_argument("--quick", action="store_true", help="smaller tasks and models, fewer steps")
     parser.add_argument(
         "--threads", type=int, default=1, metavar="N", help="CPU threads (default 1: the models are small)"
@@ -106,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     prepare_process(args.threads)
     from hope_megatron.eval.report import write_text
     from hope_megatron.suites.registry import build_suite
-    from hope_megatron.suites.report import plot_suite, suite_markdown
+    from hope_megatron.suites.report import plot_suite, suite_markdown, suite_outline
     from hope_megatron.suites.suite import SuiteOptions, run_suite
     from hope_megatron.training.provenance import provenance
 
@@ -134,6 +136,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         suite = build_suite(args.name, options)
     json_file, markdown_file, png_file = _outputs(args)
+    if args.dry_run:
+        print(suite_outline(suite, json_file))
+        return 0
     results = run_suite(suite, json_file, provenance(), tell=lambda line: print(line, flush=True))
     results.save()
     text = suite_markdown(results)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hope_megatron.eval.report import INK, markdown_table, save_figure
 from hope_megatron.suites.suite import Cell, Results, Suite
@@ -80,8 +81,41 @@ def suite_markdown(results: Results) -> str:
         parts.append(f"**{task}**\n\n" + markdown_table([suite.subject_kind, *columns], cells))
     if suite.parameters:
         parts.append("Parameters: " + ", ".join(f"{name} {count:,}" for name, count in suite.parameters.items()) + ".")
-    parts.append("Settings: " + ", ".join(f"{key} {value}" for key, value in suite.settings.items()) + ".")
+    parts.append("Settings: " + "; ".join(f"{name} {value}" for name, value in _settings(suite)) + ".")
     return "\n\n".join(parts) + "\n"
+
+
+def suite_outline(suite: Suite, path: Path | None) -> str:
+    """What a suite would run, and how much of it the file has.
+
+    Raises:
+        SuiteError: if the file is of another suite or of other settings.
+    """
+    results = Results(suite, path)
+    results.load()
+    cells = list(suite.cells())
+    done = sum(cell in results.scores for cell in cells)
+    rows = [
+        ("tasks", ", ".join(suite.tasks)),
+        (suite.subject_kind + "s", ", ".join(suite.subjects)),
+        ("seeds", str(suite.seeds)),
+        ("parameters", ", ".join(f"{name} {count:,}" for name, count in suite.parameters.items())),
+        *_settings(suite),
+        ("cells", f"{len(cells)}, of which {done} are in {path}" if done else str(len(cells))),
+    ]
+    return f"{suite.title}\n" + "\n".join(f"  {name:<20} {value}" for name, value in rows if value)
+
+
+def _settings(suite: Suite) -> list[tuple[str, str]]:
+    """Names and values in words; what is the same for all tasks is said once."""
+
+    def said(value: Any) -> str:
+        if isinstance(value, Mapping):
+            texts = {key: said(inner) for key, inner in value.items()}
+            return " and ".join({*texts.values()} if len({*texts.values()}) == 1 else map(": ".join, texts.items()))
+        return ", ".join(map(said, value)) if isinstance(value, (list, tuple)) else str(value)
+
+    return [(key.replace("_", " "), text) for key, value in suite.settings.items() if (text := said(value))]
 
 
 def plot_suite(results: Results, path: Path) -> None:

@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from hope_megatron.eval.report import write_json
 from hope_megatron.suites.errors import SuiteError
+from hope_megatron.training.progress import format_duration
 
 Scores = dict[str, float]
 
@@ -144,7 +146,7 @@ def run_suite(
     Args:
         path: where finished cells are kept; None keeps them in memory alone.
         provenance: commit, versions and machine, for the record.
-        tell: gets a line for each finished cell.
+        tell: gets a line for each finished cell, with about how long the rest will take.
     """
     results = Results(suite, path, provenance=provenance)
     results.load()
@@ -157,10 +159,19 @@ def run_suite(
         results.seconds[cell] = round(time.monotonic() - started, 1)
         results.save()
         shown = ", ".join(f"{name}: {value:.3g}" for name, value in results.scores[cell].items())
-        tell(
-            f"[{number}/{len(cells)}] {cell.task}, {cell.subject}, seed {cell.seed}: {shown} ({results.seconds[cell]} s)"
-        )
+        took, left = format_duration(results.seconds[cell]), format_duration(_seconds_left(results, cells))
+        tell(f"[{number}/{len(cells)}] {cell.task}, {cell.subject}, seed {cell.seed}: {shown} ({took}, {left} left)")
     return results
+
+
+def _seconds_left(results: Results, cells: list[Cell]) -> float:
+    """Each missing cell at the mean of its other seeds, else of all finished cells."""
+    finished: dict[tuple[str, str] | None, list[float]] = {}
+    for cell, seconds in results.seconds.items():
+        for kind in (cell[:2], None):
+            finished.setdefault(kind, []).append(seconds)
+    missing = (cell for cell in cells if cell not in results.scores)
+    return sum(fmean(finished.get(cell[:2], finished[None])) for cell in missing)
 
 
 def chosen(kind: str, wanted: tuple[str, ...] | None, known: tuple[str, ...]) -> tuple[str, ...]:

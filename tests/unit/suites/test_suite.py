@@ -16,7 +16,7 @@ from hope_megatron.suites.fit import FitOptions, _Lessons, fit_options, fit_task
 from hope_megatron.suites.models import changed, family_choices, family_model, matched, small_hope, suite_model
 from hope_megatron.suites.recall import draw_recall
 from hope_megatron.suites.registry import build_suite
-from hope_megatron.suites.report import plot_suite, suite_markdown, table
+from hope_megatron.suites.report import plot_suite, suite_markdown, suite_outline, table
 from hope_megatron.suites.suite import Cell, Results, Suite, SuiteOptions, run_suite
 from hope_megatron.suites.task import IGNORE, Batch, Task
 
@@ -106,7 +106,28 @@ def test_an_interrupted_suite_goes_on(tmp_path):
     assert len(json.loads(path.read_text())["cells"]) == 2
     results = run_suite(fake_suite(calls), path, {}, tell=lambda line: None)
     assert calls == [Cell("t", "a", 0), Cell("t", "b", 0), Cell("t", "a", 1), Cell("t", "a", 1), Cell("t", "b", 1)]
+    outline = suite_outline(fake_suite(calls), path)
+    assert "a, b" in outline and "4, of which 4 are in" in outline and "steps                3" in outline
+    assert "cells                4\n" in suite_outline(fake_suite(calls), None) + "\n"
     assert "0.250 ± 0.354" in suite_markdown(results)  # seeds 0 and 1: 0 and 0.5
+
+
+def test_the_time_left_counts_each_cell_at_its_own_cost(monkeypatch):
+    """Cell a takes 10 s, b 100 s; seed 1 is expected to cost what seed 0 did."""
+    clock, lines = [0.0], []
+
+    def run(cell: Cell) -> dict[str, float]:
+        clock[0] += 10.0 if cell.subject == "a" else 100.0
+        return {"right": 1.0}
+
+    monkeypatch.setattr("hope_megatron.suites.suite.time.monotonic", lambda: clock[0])
+    run_suite(Suite("s", "A suite", ("t",), ("a", "b"), 2, {}, run), None, {}, tell=lines.append)
+    assert [line.split("(")[1] for line in lines] == [
+        "10s, 30s left)",
+        "1m 40s, 1m 50s left)",
+        "10s, 1m 40s left)",
+        "1m 40s, 0s left)",
+    ]
 
 
 def test_scores_after_phases_become_a_matrix():
