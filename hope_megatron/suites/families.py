@@ -13,9 +13,9 @@ from hope_megatron.suites.recall import recall_tasks
 from hope_megatron.suites.suite import Cell, Scores, Suite, SuiteOptions, chosen
 from hope_megatron.suites.task import Task
 
-# A write must be able to turn what its key holds round: rates up to 2. Features near their linear range carry a sign. Retention
-# takes what tokens did to features and keys back to the learned initial state within some tens of them (docs/suites.md).
-_LANGUAGES_HOPE = ("memory.eta_max=2", "memory.eta_init=0.5", "memory.input_scale=1", "memory.alpha_init=0.9")
+# A write must be able to turn what its key holds round: rates up to 2. Retention takes what tokens did to features and keys back
+# to the learned initial state within some tens of them (docs/suites.md).
+_LANGUAGES_HOPE = ("memory.eta_max=2", "memory.eta_init=0.5", "memory.alpha_init=0.9")
 
 
 def languages(options: SuiteOptions) -> Suite:

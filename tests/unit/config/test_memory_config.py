@@ -50,7 +50,7 @@ def test_a_rate_left_out_is_the_largest_stable_one(settings):
         ({"objective": "l2", "chunk_tokens": 64, "eta_max": 0.0625}, r"at most 0\.03125"),
         ({"objective": "l2", "dgd_layers": "none", "eta_max": 0.07}, r"at most 0\.0625"),
         (
-            {"objective": "l2", "dgd_layers": "none", "eta_max": 0.0625, "normalize_steps": False},
+            {"objective": "l2", "dgd_layers": "none", "eta_max": 0.0625, "normalize_steps": False, "input_scale": 3.0},
             r"input_scale=3.*at most 0\.0138889",
         ),
         ({"objective": "l2", "momentum": "data", "eta_max": 0.0625}, r"momentum=data.*at most 0\.0127192"),
