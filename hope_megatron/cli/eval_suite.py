@@ -62,9 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each cell (default 3)")
     parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps of each training")
     parser.add_argument(
-        "--lr", type=float, metavar="RATE", help="peak learning rate (default 3e-3; languages 5e-3; M3, Muon 1e-2)"
+        "--lr", type=float, metavar="RATE", help="peak learning rate (default: AdamW 3e-3; M3, Muon 1e-2)"
     )
-    parser.add_argument("--optimizer", choices=["adamw", "m3", "muon"], help="default adamw; mad, needles, classes m3")
+    parser.add_argument(
+        "--optimizer", choices=["adamw", "m3", "muon"], help="default adamw; languages, mad, needles, classes m3"
+    )
     parser.add_argument("--chunk-tokens", type=int, metavar="C", help="tokens per chunk of every memory")
     parser.add_argument("--width", type=int, metavar="D", help="model width")
     parser.add_argument("--layers", type=int, metavar="N", help="layers (default 2)")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from hope_megatron.config.accounting import num_parameters
 from hope_megatron.config.model import ModelConfig
 from hope_megatron.suites.fit import TEST_SEQUENCES, fit_options, fit_task, score
-from hope_megatron.suites.languages import language_tasks
+from hope_megatron.suites.languages import LANGUAGES, language_tasks
 from hope_megatron.suites.mad import mad_tasks
 from hope_megatron.suites.models import DEFAULT_FAMILIES, check_families, small_hope, suite_model
 from hope_megatron.suites.needles import needle_tasks
@@ -13,9 +15,14 @@ from hope_megatron.suites.recall import recall_tasks
 from hope_megatron.suites.suite import Cell, Scores, Suite, SuiteOptions, chosen
 from hope_megatron.suites.task import Task
 
-# A write must be able to turn what its key holds round: rates up to 2. Retention takes what tokens did to features and keys back
-# to the learned initial state within some tens of them (docs/suites.md).
-_LANGUAGES_HOPE = ("memory.eta_max=2", "memory.eta_init=0.5", "memory.alpha_init=0.9")
+# Counting modulo a number: a write must be able to turn what its key holds round, hence rates up to 2; retention takes what tokens
+# did to features and keys back to the learned initial state within some tens of them. Counting without bound: writes so small
+# that they add up, and hardly any forgetting (docs/suites.md).
+_PERIODIC_HOPE = ("memory.eta_max=2", "memory.eta_init=0.5", "memory.alpha_init=0.9")
+_COUNTING_HOPE = ("memory.eta_max=0.01", "memory.eta_init=0.5", "memory.alpha_init=0.9999")
+_LANGUAGES_HOPE = {
+    name: _PERIODIC_HOPE if language.periodic else _COUNTING_HOPE for name, language in LANGUAGES.items()
+}
 
 
 def languages(options: SuiteOptions) -> Suite:
@@ -29,7 +36,7 @@ def languages(options: SuiteOptions) -> Suite:
         width=16 if options.quick else 32,
         chunk_tokens=1,
         steps=150 if options.quick else 1000,
-        lr=5e-3,
+        optimizer="m3",
         hope=_LANGUAGES_HOPE,
         quantity="share of strings without a mistake",
         paper="HOPE solves all six at 100 % in the training length and in the longer bin.",
@@ -97,8 +104,7 @@ def _family_suite(
     chunk_tokens: int,
     steps: int,
     optimizer: str = "adamw",
-    lr: float | None = None,
-    hope: tuple[str, ...] = (),
+    hope: Mapping[str, tuple[str, ...]] | None = None,
     quantity: str = "share of answers that are right",
     paper: str = "",
     notes: str = "",
@@ -106,14 +112,14 @@ def _family_suite(
 ) -> Suite:
     by_name = {task.name: task for task in tasks}
     families = check_families(options.families or DEFAULT_FAMILIES)
-    hope_settings = (*hope, *options.hope)
+    hope_settings = {task.name: (*(hope or {}).get(task.name, ()), *options.hope) for task in tasks}
     chunk, width = options.chunk_tokens or chunk_tokens, options.width or width
     layers, heads = options.layers or 2, options.heads or 2
-    fitting = fit_options(options, steps, optimizer=optimizer, lr=lr)
+    fitting = fit_options(options, steps, optimizer=optimizer)
 
     def config(task: Task, family: str) -> ModelConfig:
         base = small_hope(task.vocab_size, width=width, layers=layers, heads=heads, chunk_tokens=chunk)
-        return suite_model(family, base, hope_settings)
+        return suite_model(family, base, hope_settings[task.name])
 
     def _test_sequences(bin_name: str) -> int:
         """As many as `test_tokens` allow at the bin's length; at least 16."""
@@ -142,7 +148,7 @@ def _family_suite(
             "batch_size": fitting.batch_size,
             "lr": fitting.lr,
             "optimizer": fitting.optimizer,
-            "hope": list(hope_settings),
+            "hope": hope_settings,
             "bins": {task.name: list(task.bins) for task in tasks},
             "lessons": {task.name: list(task.lessons) for task in tasks},
         },

@@ -37,13 +37,10 @@ class FitOptions:
     optimizer: str = "adamw"
 
 
-def fit_options(
-    options: SuiteOptions, steps: int, *, batch_size: int = 32, optimizer: str = "adamw", lr: float | None = None
-) -> FitOptions:
-    """What the user chose, else the suite's own steps, optimizer and rate; another optimizer comes with its own rate."""
+def fit_options(options: SuiteOptions, steps: int, *, batch_size: int = 32, optimizer: str = "adamw") -> FitOptions:
+    """What the user chose, else the suite's own steps and optimizer; every optimizer comes with its rate."""
     name = options.optimizer or optimizer
-    own = lr if name == optimizer and lr else _LR[name]
-    return FitOptions(options.steps or steps, batch_size, options.lr or own, name)
+    return FitOptions(options.steps or steps, batch_size, options.lr or _LR[name], name)
 
 
 def fit(

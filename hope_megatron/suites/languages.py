@@ -32,6 +32,8 @@ class Language:
     """Lengths are multiples of this."""
     string: Callable[[int, np.random.Generator], Steps]
     """A string of a length."""
+    periodic: bool = False
+    """Whether counting modulo a number tells what may follow; else counts grow with the string."""
 
     @property
     def vocab_size(self) -> int:
@@ -104,9 +106,9 @@ def _shuffle_answers() -> tuple[frozenset[str], ...]:
 
 A, B, C = "a", "b", "c"
 LANGUAGES = {
-    "parity": Language("01", (_legal("even"), _legal("odd")), _legal("even"), 1, _parity),
-    "(aa)*": Language("a", (_legal(A), _legal(A, END)), _legal(A, END), 2, _cycle("aa")),
-    "(abab)*": Language("ab", (_legal(A), _legal(B), _legal(A, END)), _legal(A, END), 4, _cycle("abab")),
+    "parity": Language("01", (_legal("even"), _legal("odd")), _legal("even"), 1, _parity, periodic=True),
+    "(aa)*": Language("a", (_legal(A), _legal(A, END)), _legal(A, END), 2, _cycle("aa"), periodic=True),
+    "(abab)*": Language("ab", (_legal(A), _legal(B), _legal(A, END)), _legal(A, END), 4, _cycle("abab"), periodic=True),
     "a^n b^n": Language("ab", (_legal(A), _legal(A, B), _legal(B), _legal(END)), _legal(A), 2, _blocks("ab")),
     "a^n b^n c^n": Language(
         "abc", (_legal(A), _legal(A, B), _legal(B), _legal(C), _legal(END)), _legal(A), 3, _blocks("abc")

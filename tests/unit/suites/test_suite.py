@@ -39,8 +39,8 @@ def test_a_rate_on_l2_stays_the_same_share_of_what_is_stable(family):
 
 
 def test_an_optimizer_comes_with_its_own_rate():
-    own = {"steps": 10, "optimizer": "adamw", "lr": 5e-3}
-    assert fit_options(SuiteOptions(), **own) == FitOptions(10, lr=5e-3)
+    own = {"steps": 10, "optimizer": "adamw"}
+    assert fit_options(SuiteOptions(), **own) == FitOptions(10, lr=3e-3)
     assert fit_options(SuiteOptions(optimizer="m3"), **own) == FitOptions(10, lr=1e-2, optimizer="m3")
     assert fit_options(SuiteOptions(optimizer="m3", lr=0.1, steps=3), **own) == FitOptions(3, lr=0.1, optimizer="m3")
     assert build_suite("needles", SuiteOptions()).settings["optimizer"] == "m3"
@@ -80,6 +80,13 @@ def test_settings_of_hope_are_its_own():
     assert suite_model("deltanet", hope, settings) == family_model("deltanet", hope)
     with pytest.raises(ConfigError, match="did you mean"):
         suite_model("hope", hope, ("memory.eta_int=0.5",))
+
+
+def test_each_language_has_the_settings_of_its_kind_and_the_users_come_last():
+    settings = build_suite("languages", SuiteOptions(hope=("memory.eta_init=0.3",))).settings["hope"]
+    fast = {name for name, keys in settings.items() if "memory.eta_max=2" in keys}
+    assert fast == {"parity", "(aa)*", "(abab)*"} and len(settings) == 6
+    assert all(keys[-1] == "memory.eta_init=0.3" for keys in settings.values())
 
 
 def test_an_unknown_family_or_task_is_named():
