@@ -90,7 +90,8 @@ class MemoryConfig(Section):
     """Upper bound of the momentum's decay. The nearer to 1, the lower the largest stable rate on l2."""
 
     input_scale: float = Field(default=1.0, gt=0.0)
-    """Initial std of W2 times sqrt(d). At 1 text, copying and counting are learnt better than at 3 (docs/records/2026-11-26-suites.md)."""
+    """Initial std of W2 times sqrt(d). At 1 text, copying and counting are learnt better than at 3
+    (docs/records/2026-11-26-suites.md)."""
     output_scale: float = Field(default=0.02, ge=0.0)
     """Initial std of the W1 of M_mem; the other memories start at W1 = 0 (identity)."""
     conv_width: int = Field(default=4, ge=1)
