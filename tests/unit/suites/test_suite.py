@@ -89,6 +89,15 @@ def test_each_language_has_the_settings_of_its_kind_and_the_users_come_last():
     assert all(keys[-1] == "memory.eta_init=0.3" for keys in settings.values())
 
 
+def test_needles_begin_with_a_smaller_w2_and_less_forgetting_unless_the_user_says_otherwise():
+    settings = build_suite("needles", SuiteOptions(hope=("memory.input_scale=1",))).settings["hope"]
+    hope = small_hope(131, width=32, layers=1, heads=1, chunk_tokens=16)
+    for keys in settings.values():
+        memory = suite_model("hope", hope, keys).memory
+        assert (memory.input_scale, memory.alpha_init) == (1.0, 0.99999)
+    assert len(settings) == 6
+
+
 def test_an_unknown_family_or_task_is_named():
     with pytest.raises(SuiteError, match="did you mean titans"):
         build_suite("recall", SuiteOptions(families=("titan",)))
