@@ -4,9 +4,9 @@
     python benchmarks/needle_fading.py --kind multi-value --json fading.json
     python benchmarks/needle_fading.py --hope memory.input_scale=0.3 memory.alpha_init=0.99999
 
-Models are those of `hope eval suite needles --steps 400`, trained at the first length, asked at the last. Filler counts as such
-from the sixth token behind a needle on, so that the short convolution has left the needle behind. Printed with them: the rates
-of every kind of token.
+Models are trained as `hope eval suite needles --steps 400` does, but HOPE with its defaults where --hope does not say otherwise; at
+the first length, and asked at the last. Filler counts as such from the sixth token behind a needle on, so that the short
+convolution has left the needle behind. Printed with them: the rates of every kind of token.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ import torch
 
 from hope_megatron.layers.memory_mixer import MemoryMixer
 from hope_megatron.model import LanguageModel
-from hope_megatron.suites.fit import fit_options, fit_task, on_device
+from hope_megatron.suites.fit import fit_options, fit_task, score
 from hope_megatron.suites.models import small_hope, suite_model
 from hope_megatron.suites.needles import ASK, FILLER, KEYS, MARK, VALUES, Kind, needle_tasks
-from hope_megatron.suites.streamed import streamed_answers
 from hope_megatron.suites.suite import SuiteOptions
-from hope_megatron.suites.task import Batch, Task
+from hope_megatron.suites.task import Task
 
 OFF = {"eta": -30.0, "alpha": 30.0}  # added to a logit: writes nothing, forgets nothing
 NEAR = 5  # tokens behind a needle that are not yet taken as filler
@@ -41,7 +40,6 @@ CASES = {
     "neither, in the first layer only": (("eta", "alpha"), 0),
     "neither, in the second layer only": (("eta", "alpha"), 1),
 }
-PIECE = 1024
 
 
 def main() -> None:
@@ -78,13 +76,12 @@ def parse() -> argparse.Namespace:
 def look(model: LanguageModel, task: Task, seed: int, sequences: int) -> dict[str, Any]:
     """Share of questions answered without a mistake at the last length in every case, and the mean rates by kind of token."""
     mixers = [module for module in model.modules() if isinstance(module, MemoryMixer)]
-    batch = task.test_batch(task.bins[-1], sequences)
-    far = torch.from_numpy(is_filler(batch.tokens)).float()
+    far = torch.from_numpy(is_filler(task.test_batch(task.bins[-1], sequences).tokens)).float()
     shares = {}
     for case, (silenced, layer) in CASES.items():
         chosen = mixers if layer is None else mixers[layer : layer + 1]
         with rates_changed(chosen, {name: OFF[name] * far for name in silenced}):
-            shares[case] = share(model, batch)
+            shares[case] = score(model, task, task.bins[-1], sequences)
     return {"seed": seed, "length": task.bins[-1], "share": shares, "rates": rates(model, mixers, task, sequences)}
 
 
@@ -95,11 +92,6 @@ def is_filler(tokens: np.ndarray) -> np.ndarray:
     for distance in range(1, NEAR + 1):
         near[:, distance:] |= other[:, :-distance]
     return ~near
-
-
-def share(model: LanguageModel, batch: Batch) -> float:
-    answers = streamed_answers(model, *on_device(model, batch), piece=PIECE)
-    return (answers.right == answers.asked).float().mean().item()
 
 
 @contextmanager
@@ -114,9 +106,8 @@ def rates_changed(mixers: list[MemoryMixer], added: dict[str, torch.Tensor]) -> 
             logits, bias = output
             by_rate = logits.unflatten(-1, (len(mixer.rate_names), -1)).clone()  # [T, B, rates, H]
             for name in added.keys() & set(mixer.rate_names):
-                by_rate[:, :, mixer.rate_names.index(name)] += added[name][:, position : position + len(logits)].T[
-                    ..., None
-                ]
+                piece = added[name][:, position : position + len(logits)]
+                by_rate[:, :, mixer.rate_names.index(name)] += piece.T[..., None]
             position += len(logits)
             return by_rate.flatten(2), bias
 
