@@ -12,6 +12,7 @@ Examples:
     hope eval suite classes --dry-run                       what would be trained
     hope eval suite recall --quick                          minutes instead of hours, to see that it works
     hope eval suite mad --json mad.json --png mad.png       interrupted? the same command goes on
+    hope eval suite mad --merge a/mad.json b/mad.json       one table of what two machines ran
 
 Finished trainings are kept in the JSON file; the same command again goes on with the rest.
 """
@@ -100,6 +101,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="DIR/NAME.json, DIR/NAME.md and DIR/NAME.png")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep finished cells here, and go on from them")
+    parser.add_argument(
+        "--merge",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="other machines' JSON of the same settings (of other --families, say): their cells are not run again",
+    )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the tables")
 
@@ -139,9 +148,9 @@ def run(args: argparse.Namespace) -> int:
         suite = build_suite(args.name, options)
     json_file, markdown_file, png_file = _outputs(args)
     if args.dry_run:
-        print(suite_outline(suite, json_file))
+        print(suite_outline(suite, json_file, args.merge))
         return 0
-    results = run_suite(suite, json_file, provenance(), tell=lambda line: print(line, flush=True))
+    results = run_suite(suite, json_file, provenance(), args.merge, tell=lambda line: print(line, flush=True))
     results.save()
     text = suite_markdown(results)
     print(f"\n{text}")

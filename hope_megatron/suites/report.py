@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,23 +85,24 @@ def suite_markdown(results: Results) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def suite_outline(suite: Suite, path: Path | None) -> str:
-    """What a suite would run, and how much of it the file has.
+def suite_outline(suite: Suite, path: Path | None, others: Sequence[Path] = ()) -> str:
+    """What a suite would run, and how much of it the file and other machines' files have.
 
     Raises:
-        SuiteError: if the file is of another suite or of other settings.
+        SuiteError: if a file is of another suite or of other settings.
     """
     results = Results(suite, path)
-    results.load()
+    results.load(others)
     cells = list(suite.cells())
     done = sum(cell in results.scores for cell in cells)
+    files = [file for file in (path, *others) if file and file.exists()]
     rows = [
         ("tasks", ", ".join(suite.tasks)),
         (suite.subject_kind + "s", ", ".join(suite.subjects)),
         ("seeds", str(suite.seeds)),
         ("parameters", ", ".join(f"{name} {count:,}" for name, count in suite.parameters.items())),
         *_settings(suite),
-        ("cells", f"{len(cells)}, of which {done} are in {path}" if done else str(len(cells))),
+        ("cells", f"{len(cells)}, of which {done} are in {', '.join(map(str, files))}" if done else str(len(cells))),
     ]
     return f"{suite.title}\n" + "\n".join(f"  {name:<20} {value}" for name, value in rows if value)
 

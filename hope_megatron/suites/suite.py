@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -91,32 +91,38 @@ class Results:
     seconds: dict[Cell, float] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
-    def load(self) -> None:
-        """Take up what the file has.
+    def load(self, others: Iterable[Path] = ()) -> None:
+        """Take up what the file has, if it is there, and other files.
 
         Raises:
-            SuiteError: if it is of another suite or of other settings.
+            SuiteError: if one is of another suite or of other settings, or `others` cannot be read.
         """
-        if self.path is None or not self.path.exists():
-            return
+        if self.path is not None and self.path.exists():
+            self._take(self.path, "give another --json, or delete it")
+        for other in others:
+            self._take(other, "leave it out of --merge")
+
+    def _take(self, path: Path, mend: str) -> None:
+        suite, settings = self.suite, _plain(self.suite.settings)
         try:
-            stored = json.loads(self.path.read_text(encoding="utf-8"))
-            sizes, stored_sizes = self.suite.parameters, stored["parameters"]
-            same_sizes = all(sizes[name] == stored_sizes[name] for name in sizes.keys() & stored_sizes)
-            same = stored["suite"] == self.suite.name and stored["settings"] == _plain(self.suite.settings)
-            if same and same_sizes:
-                for row in stored["cells"]:
-                    cell = Cell(row["task"], row["subject"], row["seed"])
-                    self.scores[cell], self.seconds[cell] = row["scores"], row["seconds"]
-                return
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            sizes = stored["parameters"]
+            same_sizes = all(suite.parameters[name] == sizes[name] for name in suite.parameters.keys() & sizes)
+            same = stored["suite"] == suite.name and stored["settings"] == settings and same_sizes
+            found = {
+                Cell(row["task"], row["subject"], row["seed"]): (row["scores"], row["seconds"])
+                for row in stored["cells"]
+            }
         except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SuiteError(f"{path} cannot be read as results of a suite ({error}); {mend}") from None
+        if not same:
             raise SuiteError(
-                f"{self.path} cannot be read as results of a suite ({error}); give another --json"
-            ) from None
-        raise SuiteError(
-            f"{self.path} holds suite {stored['suite']} with settings {stored['settings']} and parameters {stored_sizes}, not "
-            f"{self.suite.name} with {_plain(self.suite.settings)} and {dict(sizes)}; give another --json, or delete it"
-        )
+                f"{path} holds suite {stored['suite']} with settings {stored['settings']} and parameters {sizes}, not "
+                f"{suite.name} with {settings} and {dict(suite.parameters)}; {mend}"
+            )
+        for cell, (scores, seconds) in found.items():
+            self.scores.setdefault(cell, scores)
+            self.seconds.setdefault(cell, seconds)
 
     def save(self) -> None:
         """Replace the file."""
@@ -139,17 +145,22 @@ class Results:
 
 
 def run_suite(
-    suite: Suite, path: Path | None, provenance: Mapping[str, Any], tell: Callable[[str], None] = print
+    suite: Suite,
+    path: Path | None,
+    provenance: Mapping[str, Any],
+    others: Iterable[Path] = (),
+    tell: Callable[[str], None] = print,
 ) -> Results:
     """Run the cells that are not there yet.
 
     Args:
         path: where finished cells are kept; None keeps them in memory alone.
         provenance: commit, versions and machine, for the record.
+        others: files of the same suite, from other machines, whose cells need not be run again.
         tell: gets a line for each finished cell, with about how long the rest will take.
     """
     results = Results(suite, path, provenance=provenance)
-    results.load()
+    results.load(others)
     cells = list(suite.cells())
     for number, cell in enumerate(cells, 1):
         if cell in results.scores:

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -152,20 +153,36 @@ class Run:
         return self.slurm.run("scontrol", "show", "hostnames", nodes).split()
 
     def kill_rank(self, rank: int) -> None:
-        """SIGKILL to the process of a rank, found by its environment."""
-        wanted = {f"RANK={rank}".encode(), f"HOPE_LAUNCH_DIR={self.directory}/launch/reports".encode()}
+        """SIGKILL to the process of a rank."""
 
         def kill() -> bool:
-            for environment in Path("/proc").glob("[0-9]*/environ"):
-                try:
-                    if wanted <= set(environment.read_bytes().split(b"\0")):
-                        os.kill(int(environment.parent.name), signal.SIGKILL)
-                        return True
-                except OSError:
-                    continue
-            return False
+            return any(_signal(process, signal.SIGKILL) for process in self._processes(rank))
 
         self.wait(kill, f"rank {rank} to kill")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the ranks where they are, so that a fault meets them there however fast the machine steps."""
+        processes = self._processes()
+        for process in processes:
+            _signal(process, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for process in processes:
+                _signal(process, signal.SIGCONT)
+
+    def _processes(self, rank: int | None = None) -> list[int]:
+        """Processes of a rank, or of all ranks, found by their environment."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with suppress(OSError):  # it has ended meanwhile
+                lines = path.read_bytes().decode(errors="replace").split("\0")
+                environment = dict(line.split("=", 1) for line in lines if "=" in line)
+                ours = environment.get("HOPE_LAUNCH_DIR") == f"{self.directory}/launch/reports"
+                if ours and "RANK" in environment and rank in (None, int(environment["RANK"])):
+                    found.append(int(path.parent.name))
+        return found
 
     def final_state(self) -> dict[str, bytes]:
         """Every tensor of the last step's checkpoint: weights, optimizer states, random generators."""
@@ -178,3 +195,12 @@ class Run:
     def trajectory(self) -> list[tuple[int, int, float]]:
         """(step, samples seen, loss) of every record."""
         return [(record["step"], record["train/samples"], record["train/loss"]) for record in self.records()]
+
+
+def _signal(process: int, number: signal.Signals) -> bool:
+    """Send a signal; whether the process was still there."""
+    try:
+        os.kill(process, number)
+    except ProcessLookupError:
+        return False
+    return True

@@ -98,32 +98,39 @@ def test_many_faults_end_in_the_same_bits(reference: Run, workspace: Workspace, 
     run = workspace.submit("survivor", "--nodes", 2)
 
     run.wait_for_step(2)
-    slurm.run("scancel", "--batch", "--signal=USR1", run.job_id)  # what the time limit sends
+    with run.held():
+        slurm.run("scancel", "--batch", "--signal=USR1", run.job_id)  # what the time limit sends
+        run.wait_for_log("asking the ranks to save and stop")
     run.wait_for_log("the ranks have stopped")
     stopped_at = run.attempts()[-1]["last_step"]
     assert stopped_at == run.step(), "a step was lost"
 
     run.wait_for_step(stopped_at + 1)
-    node_of_rank_1 = run.nodes()[1]
-    run.kill_rank(1)
+    with run.held():
+        node_of_rank_1 = run.nodes()[1]
+        run.kill_rank(1)
     run.wait_for_log("attempt 2 failed")
 
     run.wait_for_log("all ranks are ready", times=3)
-    slurm.kill_node(node_of_rank_1)
-    slurm.start_node(node_of_rank_1)
+    with run.held():
+        slurm.kill_node(node_of_rank_1)
+        slurm.start_node(node_of_rank_1)
     run.wait_for_log(f"avoiding {node_of_rank_1}")  # it failed twice
 
     run.wait_for_log("all ranks are ready", times=4)
     assert node_of_rank_1 not in run.nodes()
-    urgent = slurm.run(
-        "sbatch", "--parsable", "--partition=urgent", "--exclusive", "--nodes=3", "--output=/dev/null", "--wrap=true"
-    ).strip()
+    preempt = ["sbatch", "--parsable", "--partition=urgent", "--exclusive", "--nodes=3", "--output=/dev/null"]
+    with run.held():
+        urgent = slurm.run(*preempt, "--wrap=true").strip()
+        run.wait_for_log("asking the ranks to save and stop", times=2)
     run.wait_for_log("the ranks have stopped", times=2)
 
     run.wait_for_log("all ranks are ready", times=5)
     assert "JobState=COMPLETED" in slurm.run("scontrol", "show", "job", urgent)
-    slurm.run("scontrol", "requeue", run.job_id)
+    with run.held():
+        slurm.run("scontrol", "requeue", run.job_id)
     assert run.wait_for_end() == "COMPLETED", run.log
+    assert run.log.count("all ranks are ready") == 6, "a fault came when all steps were done"
 
     assert run.trajectory() == reference.trajectory()
     assert len(reference.final_state()) > 20
@@ -140,10 +147,12 @@ def test_node_that_stays_dead_is_left_out(reference: Run, workspace: Workspace, 
     """It fails for the second time by dying, and nobody repairs it: Slurm itself notices, and puts the job elsewhere."""
     run = workspace.submit("bereaved", "--nodes", 2)
     run.wait_for_log("all ranks are ready")
-    victim = run.nodes()[1]
-    run.kill_rank(1)
+    with run.held():
+        victim = run.nodes()[1]
+        run.kill_rank(1)
     run.wait_for_log("all ranks are ready", times=2)
-    slurm.kill_node(victim)
+    with run.held():
+        slurm.kill_node(victim)
 
     run.wait_for_log("all ranks are ready", times=3)
     assert victim not in run.nodes()
@@ -192,9 +201,10 @@ def test_array_cells_share_a_node_and_one_resumes_elsewhere(
     arguments = ["--cluster", cluster, "--vary", "optim.lr=0.003,0.001", "--limit", 2, "name=array"]
     workspace.hope("launch", "array", workspace.run_file, *arguments)
     cells = [Run(workspace, workspace.directory / "runs" / "array" / f"array-{i}") for i in range(2)]
-    cells[0].wait_for_log("attempt 1: ")
-    assert "already queued as job" in workspace.hope("launch", "resume", cells[0].directory, code=2)
-    workspace.hope("launch", "cancel", cells[0].directory)
+    cells[0].wait_for_step(1)
+    with cells[0].held():
+        assert "already queued as job" in workspace.hope("launch", "resume", cells[0].directory, code=2)
+        workspace.hope("launch", "cancel", cells[0].directory)
     assert cells[0].wait_for_end() == "CANCELLED"
     assert cells[1].wait_for_end() == "COMPLETED", cells[1].log
     assert 0 < cells[0].attempts()[0]["last_step"] == cells[0].step() < STEPS, (

@@ -128,6 +128,23 @@ def test_an_interrupted_suite_goes_on(tmp_path):
     assert "0.250 ± 0.354" in suite_markdown(results)  # seeds 0 and 1: 0 and 0.5
 
 
+def test_what_other_machines_ran_is_not_run_again(tmp_path):
+    def one(subject: str, steps: int = 3) -> Suite:
+        return Suite("s", "A suite", ("t",), (subject,), 2, {"steps": steps}, lambda cell: {"right": 0.25})
+
+    for name in "ab":
+        run_suite(one(name), tmp_path / f"{name}.json", {}, tell=lambda line: None)
+    files, calls = [tmp_path / "a.json", tmp_path / "b.json"], []
+    whole = fake_suite(calls)
+    assert "4, of which 4 are in" in suite_outline(whole, tmp_path / "s.json", files)
+    results = run_suite(whole, tmp_path / "s.json", {}, files, tell=lambda line: None)
+    assert not calls and set(results.scores) == set(whole.cells())
+    run_suite(one("a", steps=4), tmp_path / "c.json", {}, tell=lambda line: None)
+    for name, reason in (("c.json", "'steps': 4"), ("none.json", "No such file")):
+        with pytest.raises(SuiteError, match=rf"(?s){name}.*{reason}.*leave it out of --merge"):
+            run_suite(whole, None, {}, [tmp_path / name], tell=lambda line: None)
+
+
 def test_the_time_left_counts_each_cell_at_its_own_cost(monkeypatch):
     """Cell a takes 10 s, b 100 s; seed 1 is expected to cost what seed 0 did."""
     clock, lines = [0.0], []
