@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hope_megatron.cli.models import MODEL_HELP, ModelReferenceError, OpenModel, open_model, prepare_process
+from hope_megatron.cli.output_files import check_writable
 
 if TYPE_CHECKING:
     from hope_megatron.eval.memory_text import TextHealth
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """Read the text, draw, print."""
     if args.top < 0 or (args.max_tokens is not None and args.max_tokens < 2):
         raise ModelReferenceError("--top must not be negative, and --max-tokens at least 2")
+    check_writable(args.json, args.png)
     prepare_process()
     from hope_megatron.cli.heldout import heldout_tokens
     from hope_megatron.eval.memory_plot import plot_memory

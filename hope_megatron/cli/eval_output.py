@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hope_megatron.cli.models import ModelReferenceError, OpenModel
+from hope_megatron.cli.output_files import check_writable
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +21,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_output(args: argparse.Namespace, opened: OpenModel) -> None:
     """Refuse before anything is computed what cannot be written after it."""
+    check_writable(args.json, args.markdown, args.png)
     if args.mlflow and opened.checkpoint is None:
         raise ModelReferenceError("--mlflow: an exported model has no MLflow run; give the run directory instead")
 

@@ -23,6 +23,7 @@ import argparse
 from pathlib import Path
 
 from hope_megatron.cli.models import MODEL_HELP, ModelReferenceError, open_model, prepare_process
+from hope_megatron.cli.output_files import check_writable
 
 SUITES = {
     "languages": "formal languages: parity, (aa)*, (abab)*, a^n b^n, a^n b^n c^n, shuffle-2",
@@ -150,6 +151,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(suite_outline(suite, json_file, args.merge))
         return 0
+    check_writable(json_file, markdown_file, png_file)
     results = run_suite(suite, json_file, provenance(), args.merge, tell=lambda line: print(line, flush=True))
     results.save()
     text = suite_markdown(results)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from hope_megatron.cli.learning import add_learning_arguments, prepare_learning
 from hope_megatron.cli.models import MODEL_HELP, ModelReferenceError, OpenModel, open_model, prepare_process
+from hope_megatron.cli.output_files import check_writable
 
 if TYPE_CHECKING:
     from hope_megatron.generation.sampling import SamplingOptions
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.max_new_tokens < 0 or args.num_samples < 1:
         raise ModelReferenceError("--max-new-tokens must be at least 0 and --num-samples at least 1")
     options = SamplingOptions(args.repetition_penalty, args.temperature, args.top_k, args.top_p)
+    check_writable(args.state)
     prompts = _prompts(args)
     if args.state and (args.num_samples > 1 or len(prompts or []) > 1):
         raise ModelReferenceError("--state holds one stream: give one prompt and one sample with it")

@@ -71,6 +71,29 @@ def test_an_option_that_a_suite_would_ignore_is_refused(arguments, option, capsy
     assert f"has no use for {option}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["eval", "suite", "recall", "--quick", "--out"],
+        ["eval", "memory", "RUN", "--png"],
+        ["generate", "RUN", "--prompt", "x", "--state"],
+    ],
+    ids=" ".join,
+)
+def test_a_file_that_cannot_be_written_is_refused_before_any_work(command, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("in the way of a directory")
+    assert main([*command, str(file / "result")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: cannot write") and str(file / "result") in error
+    assert file.read_text() == "in the way of a directory"
+
+
+def test_a_directory_is_no_file_to_write(tmp_path, capsys):
+    assert main(["eval", "suite", "recall", "--quick", "--json", str(tmp_path)]) == 2
+    assert "it is a directory" in capsys.readouterr().err
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("hope_megatron.cli.plan.run", lambda args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
