@@ -216,6 +216,7 @@ def memory_macs(model: ModelConfig, seq_length: int) -> tuple[float, float, floa
     """
     memory, d, h = model.memory, model.head_dim, model.memory_hidden
     deep, momentum, anchored = memory.num_layers == 2, memory.momentum != "none", memory.keeps_initial
+    writes_in = deep and memory.written_layers == "all"
     hidden = h if deep else d  # fan-in of the output layer
     banks = memory_banks(model)
 
@@ -239,20 +240,21 @@ def memory_macs(model: ModelConfig, seq_length: int) -> tuple[float, float, floa
         writes += n * d * h * deep if memory.own_targets or scalars else 0  # targets M(v)
         writes += output_layers if memory.own_targets else hidden * scalars
         writes += output_layers if memory.objective == "l2" else 0
-        writes += vectors * d * h * deep  # W_out^T e
+        writes += vectors * d * h * writes_in  # W_out^T e
 
         # the systems of Delta Gradient Descent: one for the keys k, one for the features of every memory
-        if memory.dgd_layers != "none":
+        dgd_in, dgd_out = memory.dgd_layers != "none", memory.dgd_layers == "all"
+        if dgd_in and (writes_in or not deep):
             solve += C * d + C * C / 2
-        if memory.dgd_layers == "all" and deep:
+        if dgd_out and deep:
             solve += n * (C * h + C * C / 2)
         solve += C * C + C if momentum else 0  # its decay table
 
         # every layer of every memory: how many, fan-in, fan-out, under Delta Gradient Descent?, is W k known (as z)?
-        dgd_in, dgd_out = memory.dgd_layers != "none", memory.dgd_layers == "all"
         layers = [(vectors, d, d, dgd_in, False)]
         if deep:
-            layers = [(vectors, h, d, dgd_out, False), (scalars, h, 1, dgd_out, False), (n, d, h, dgd_in, True)]
+            layers = [(vectors, h, d, dgd_out, False), (scalars, h, 1, dgd_out, False)]
+            layers += [(n, d, h, dgd_in, True)] * writes_in
         for count, fan_in, fan_out, dgd, known in layers:
             weight = count * fan_in * fan_out
             writes += weight * (1 + momentum)  # the state after the chunk
@@ -278,6 +280,8 @@ def _causal_read_macs(model: ModelConfig, C: int) -> float:
     layers = [(d, h, memory.dgd_layers != "none"), (h, d, memory.dgd_layers == "all")]
     if memory.num_layers == 1:
         layers = [(d, d, memory.dgd_layers != "none")]
+    elif memory.written_layers == "output":
+        layers, macs = layers[1:], d * h
     for fan_in, fan_out, dgd in layers:
         passes = 1 + (momentum and dgd)
         macs += fan_in * fan_out * (1 + momentum + memory.keeps_initial) + C * fan_in + passes * C * fan_out

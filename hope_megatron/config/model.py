@@ -37,6 +37,9 @@ class MemoryConfig(Section):
 
     objective: Literal["dot", "l2"] = "dot"
     """Inner loss: -<M(k), v> or 0.5 |M(k) - v|^2."""
+    written_layers: Literal["all", "output"] = "all"
+    """Layers that a context changes. "output": W2 stays as training left it, and with it the features of every key, so that a
+    second value of a key replaces the first."""
     dgd_layers: Literal["none", "input", "all"] = "all"
     """Layers whose update carries the Delta-Gradient-Descent term W (alpha I - eta k k^T). "input" is eq. 88 read literally."""
     decay_erased: bool = False

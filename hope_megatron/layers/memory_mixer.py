@@ -47,6 +47,7 @@ def memory_rule(config: MemoryConfig) -> MemoryRule:
         chunk_tokens=config.chunk_tokens,
         self_chunk_tokens=config.self_chunk if config.adaptive else config.chunk_tokens,
         objective=config.objective,
+        written_layers=config.written_layers,
         dgd_layers=config.dgd_layers,
         decay_erased=config.decay_erased,
         decay_to=config.decay_to,

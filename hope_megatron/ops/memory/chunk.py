@@ -62,14 +62,15 @@ def memory_chunked(
     groups = split_state(state, rule, fresh.now if anchored else None)
     tensors = [q.to(dtype), k.to(dtype), v.to(dtype), *(None if r is None else r.to(dtype) for r in logits)]
     written_out = supports(rule, groups, tensors)
+    kernel = kernel_for(tensors, groups[0]) if written_out else None
     between_borders = state.position % period_tokens(rule) == 0 and T % period_tokens(rule) == 0
-    if written_out and between_borders and (kernel := kernel_for(tensors, groups[0])):
+    if kernel and between_borders:
         y, group = kernel.scan(tensors[:5], rule, groups[0], recompute=recompute, segment_tokens=segment_tokens)
         return y.to(q.dtype), join_state((group,), B, state.position + T)
 
     tensors = [None if x is None else x.transpose(1, 2).flatten(0, 1) for x in tensors]
     scan = _scan
-    if written_out:
+    if kernel or (written_out and rule.written_layers == "all"):  # PyTorch's operators are written out for that alone
         scan = functools.partial(_fused, recompute=recompute, segment_tokens=segment_tokens)
     elif recompute and torch.is_grad_enabled():
         scan = functools.partial(_recomputed, segment_tokens=segment_tokens)
@@ -203,38 +204,39 @@ class _Write:
             phi = F.silu(z)
 
         e_vector, e_scalar = _errors(inputs.k, inputs.v, phi, rule, group)
+        writes_in = two_layers and rule.written_layers == "all"
+        dgd_in = writes_in and rule.dgd_layers != "none"
         dgd_out = rule.dgd_layers == "all" or (rule.dgd_layers == "input" and not two_layers)
         keys = unit(phi) if two_layers and rule.dgd_layers == "all" else phi
-        inverse_in, inverse_out = self._inverses(inputs.k, keys, two_layers, dgd_out)
-        delta = _hidden_errors(e_vector, e_scalar, z, group) if two_layers else None
+        inverse_in, inverse_out = self._inverses(inputs.k, keys if two_layers else None, dgd_in, dgd_out)
+        delta = _hidden_errors(e_vector, e_scalar, z, group) if writes_in else None
         if normalizes_steps(rule, two_layers=two_layers):
             squared = group.stack(*(None if e is None else squared_norm(e) for e in (e_vector, e_scalar)))
             scale = step_scale(phi, keys, delta, squared)
             e_vector, e_scalar = (None if e is None else s * e for s, e in zip(group.cut(scale), (e_vector, e_scalar)))
-            delta = scale * delta
+            delta = None if delta is None else scale * delta
         keys_vector, keys_scalar = group.cut(keys)
-        inverse_vector, inverse_scalar = group.cut(inverse_out) if dgd_out else (None, None)
+        inverse_vector, inverse_scalar = (None, None) if inverse_out is None else group.cut(inverse_out)
         self.vector = self._layer("w_vector", keys_vector, e_vector, inverse_vector, group.nv)
         self.scalar = self._layer("w_scalar", keys_scalar, e_scalar, inverse_scalar, group.ns)
-        self.input = None
-        if two_layers:
-            held = z if group.now is group.start else None
-            self.input = self._layer("w_in", k_n, delta, inverse_in, n, held)
+        held = z if group.now is group.start else None
+        self.input = self._layer("w_in", k_n, delta, inverse_in, n, held)
 
     def _inverses(
-        self, k: Tensor, keys: Tensor, two_layers: bool, dgd_out: bool
+        self, k: Tensor, keys: Tensor | None, dgd_in: bool, dgd_out: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Triangular inverses of the input layers (one per head, repeated) and of the output layers, in one solve."""
-        n = self.group.n
-        if not two_layers:
-            return None, _repeat(delta_inverse(gram(k), self.tables), n) if dgd_out else None
-        if self.rule.dgd_layers == "none":
-            return None, None
-        if not dgd_out:
-            return _repeat(delta_inverse(gram(k), self.tables), n), None
-        C = k.size(1)
-        grams = torch.cat([gram(k).unsqueeze(1), gram(keys).unflatten(0, (-1, n))], 1)  # [N, 1 + n, C, C]
-        inverses = delta_inverse(grams, self.tables)
+        """Triangular inverses of the input layers (one per head, repeated) and of the output layers, where there is DGD.
+
+        keys: of the output layers, [N n, C, h]; None: k itself.
+        """
+        n, C = self.group.n, k.size(1)
+        if not dgd_out or keys is None:
+            one = _repeat(delta_inverse(gram(k), self.tables), n) if dgd_in or dgd_out else None
+            return (one if dgd_in else None), (one if dgd_out else None)
+        own = gram(keys).unflatten(0, (-1, n))
+        if not dgd_in:
+            return None, delta_inverse(own, self.tables).flatten(0, 1)
+        inverses = delta_inverse(torch.cat([gram(k).unsqueeze(1), own], 1), self.tables)  # one solve, [N, 1 + n, C, C]
         first, rest = inverses.split([1, n], 1)
         return first.expand(-1, n, C, C).reshape(-1, C, C), rest.reshape(-1, C, C)
 
@@ -250,20 +252,28 @@ class _Write:
 
     def read(self, q: Tensor) -> Tensor:
         """M_mem(q_t): at every token as written so far (dual form), or at the chunk's start. q [N, C, d] unit."""
-        group, skip = self.group, self.rule.read_skip and self.input is not None
+        group = self.group
+        skip = self.rule.read_skip and group.start.w_in is not None
         if self.rule.read == "chunk_start":
             y = group.layers_of("mem", q)
         else:
-            hidden = q if self.input is None else F.silu(self.input.first_of(group.n, self.tables).read(q))
+            if self.input is None:
+                hidden = group.features_of("mem", q, group.now)
+            else:
+                hidden = F.silu(self.input.first_of(group.n, self.tables).read(q))
             y = self.vector.first_of(group.nv, self.tables).read(hidden)
         return q + y if skip else y
 
     def end(self) -> Group:
         """The group after the chunk's last token."""
-        layers = (self.input, self.vector, self.scalar)
-        weights, speeds = zip(*((None, None) if layer is None else layer.end() for layer in layers))
-        speed = None if self.group.speed is None else Weights(*speeds)
-        return self.group._replace(now=Weights(*weights), speed=speed)
+        group = self.group
+        names = ("w_in", "w_vector", "w_scalar")
+        found = [
+            layer.end() if layer else (getattr(group.now, name), group.speed and getattr(group.speed, name))
+            for name, layer in zip(names, (self.input, self.vector, self.scalar))
+        ]
+        weights, speeds = zip(*found)
+        return group._replace(now=Weights(*weights), speed=None if group.speed is None else Weights(*speeds))
 
 
 def _errors(k: Tensor, v: Tensor, phi: Tensor, rule: MemoryRule, group: Group) -> tuple[Tensor | None, Tensor | None]:

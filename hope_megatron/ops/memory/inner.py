@@ -75,20 +75,28 @@ def output_key(phi: Tensor, bank: Bank, rule: MemoryRule) -> Tensor:
     return unit(phi) if bank.w_in is not None and rule.dgd_layers == "all" else phi
 
 
-def step_scale(phi: Tensor, key: Tensor, delta: Tensor, error_squared: Tensor) -> Tensor:
+def step_scale(phi: Tensor, key: Tensor, delta: Tensor | None, error_squared: Tensor) -> Tensor:
     """1 / max(1, c), c being the curvature that a token's step meets: how fast its own error shrinks per unit of rate.
 
     Writing -eta e key^T and -eta delta k^T (|k| = 1) changes <e, M(k)> by -eta |e|^2 (<phi, key> + |delta|^2 / |e|^2), to first
     order. Both factors grow with the outer loop's weights, without bound; Polyak's step, 1 / c, takes the error to zero.
-    **choice**: the papers do without. phi, key, delta [..., h], error_squared [..., 1]; returns [..., 1].
+    **choice**: the papers do without. phi, key, delta [..., h] (delta None: k is not written), error_squared [..., 1]; returns
+    [..., 1].
     """
-    slope = squared_norm(delta) / (error_squared + EPSILON**2)
-    return ((phi * key).sum(-1, keepdim=True) + slope).clamp(min=1.0).reciprocal()
+    slope = (phi * key).sum(-1, keepdim=True)
+    if delta is not None:
+        slope = slope + squared_norm(delta) / (error_squared + EPSILON**2)
+    return slope.clamp(min=1.0).reciprocal()
 
 
 def normalizes_steps(rule: MemoryRule, *, two_layers: bool) -> bool:
     """One-layer memories meet |k|^2 = 1, and the gradient of "dot" does not depend on what it changes."""
     return rule.normalize_steps and two_layers and rule.objective == "l2"
+
+
+def writes_input(bank: Bank, rule: MemoryRule) -> bool:
+    """Whether there is an input layer and streams change it."""
+    return bank.w_in is not None and rule.written_layers == "all"
 
 
 def output_uses_dgd(bank: Bank, rule: MemoryRule) -> bool:

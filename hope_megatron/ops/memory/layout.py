@@ -55,11 +55,17 @@ class Group(NamedTuple):
         parts = [vector.unflatten(0, (-1, self.nv)), scalar.unflatten(0, (-1, self.ns))]
         return torch.cat(parts, 1).flatten(0, 1)
 
+    def features_of(self, name: str, x: Tensor, weights: Weights) -> Tensor:
+        """What one memory's output layer is applied to: x [N, C, d] -> silu(w_in x) [N, C, h]; one layer: x."""
+        if weights.w_in is None:
+            return x
+        w_in = weights.w_in.unflatten(0, (-1, self.n)).select(1, self.names.index(name))
+        return F.silu(torch.bmm(x, w_in.mT))
+
     def layers_of(self, name: str, x: Tensor) -> Tensor:
         """Output of one memory's layers at the chunk's start, without skip: x [N, C, d] -> [N, C, o]."""
         i = self.names.index(name)
-        if self.start.w_in is not None:
-            x = F.silu(torch.bmm(x, self.start.w_in.unflatten(0, (-1, self.n)).select(1, i).mT))
+        x = self.features_of(name, x, self.start)
         if i < self.nv:
             w = self.start.w_vector.unflatten(0, (-1, self.nv)).select(1, i)
         else:

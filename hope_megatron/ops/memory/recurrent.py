@@ -20,6 +20,7 @@ from hope_megatron.ops.memory.inner import (
     squared_norm,
     step_scale,
     unit,
+    writes_input,
 )
 from hope_megatron.ops.memory.types import Bank, MemoryParams, MemoryRule, MemoryState, RateLogits, initial_state
 
@@ -79,9 +80,8 @@ def _token(
         if bank is None:
             new.append(None), new_momentum.append(None)
             continue
-        bank, speed = _write(bank, first, speed, k, v, eta, alpha, theta, rule, scalar=name == "scalar")
-        if rule.decay_to == "initial":
-            bank = _add(bank, getattr(initial, name), 1 - alpha[..., None, None, None])
+        anchor = getattr(initial, name) if rule.decay_to == "initial" else None
+        bank, speed = _write(bank, first, speed, anchor, k, v, eta, alpha, theta, rule, scalar=name == "scalar")
         new.append(bank), new_momentum.append(speed)
     now = MemoryParams(*new)
 
@@ -95,46 +95,58 @@ def _adapted(rule: MemoryRule) -> list[int]:
     return [i for i, adaptive in enumerate((rule.adaptive_key, rule.adaptive_value)) if adaptive]
 
 
-def _write(bank: Bank, start: Bank, speed: Bank | None, k, v, eta, alpha, theta, rule: MemoryRule, *, scalar: bool):
-    """Eq. 88 for both layers: S = theta S - eta g k^T;  W = W (alpha I - beta k k^T) + S."""
+def _write(
+    bank: Bank,
+    start: Bank,
+    speed: Bank | None,
+    anchor: Bank | None,
+    k,
+    v,
+    eta,
+    alpha,
+    theta,
+    rule: MemoryRule,
+    *,
+    scalar: bool,
+):
+    """Eq. 88 for both layers: S = theta S - eta g k^T;  W = W (alpha I - beta k k^T) + (1 - alpha) anchor + S."""
     phi, z = features(start, k)
     error = output_error(start, k, v, phi, rule, scalar=scalar)  # e, [B, H, n, 1, o]
     erase, key = alpha * eta if rule.decay_erased else eta, output_key(phi, start, rule)
-    if start.w_in is not None:
-        delta = (error @ start.w_out) * dsilu(z)
+    delta = (error @ start.w_out) * dsilu(z) if writes_input(bank, rule) else None
     if normalizes_steps(rule, two_layers=start.w_in is not None):
         scale = step_scale(phi, key, delta, squared_norm(error))
-        error, delta = scale * error, scale * delta
-    w_out, s_out = _update(
-        bank.w_out,
-        speed and speed.w_out,
-        key,
-        error,
-        eta,
-        alpha,
-        theta,
-        erase if output_uses_dgd(bank, rule) else None,
-    )
-    if bank.w_in is None:
-        return Bank(None, w_out), speed and Bank(None, s_out)
-    w_in, s_in = _update(
-        bank.w_in, speed and speed.w_in, k, delta, eta, alpha, theta, erase if rule.dgd_layers != "none" else None
-    )
+        error, delta = scale * error, None if delta is None else scale * delta
+
+    def layer(name: str, key: Tensor, gradient: Tensor, dgd: bool):
+        w, s, a = (tree and getattr(tree, name) for tree in (bank, speed, anchor))
+        return _update(w, s, a, key, gradient, eta, alpha, theta, erase if dgd else None)
+
+    w_out, s_out = layer("w_out", key, error, output_uses_dgd(bank, rule))
+    w_in, s_in = bank.w_in, speed and speed.w_in
+    if delta is not None:
+        w_in, s_in = layer("w_in", k, delta, rule.dgd_layers != "none")
     return Bank(w_in, w_out), speed and Bank(s_in, s_out)
 
 
-def _add(bank: Bank, other: Bank, factor: Tensor) -> Bank:
-    """bank + factor other."""
-    w_in = None if bank.w_in is None else bank.w_in + factor * other.w_in
-    return Bank(w_in, bank.w_out + factor * other.w_out)
-
-
-def _update(w: Tensor, s: Tensor | None, key: Tensor, gradient: Tensor, eta, alpha, theta, erase: Tensor | None):
+def _update(
+    w: Tensor,
+    s: Tensor | None,
+    anchor: Tensor | None,
+    key: Tensor,
+    gradient: Tensor,
+    eta,
+    alpha,
+    theta,
+    erase: Tensor | None,
+):
     column = lambda rate: rate[..., None, None, None]  # noqa: E731
     step = -column(eta) * gradient.mT @ key
     if s is not None:
         step = column(theta) * s + step
     kept = column(alpha) * w
+    if anchor is not None:
+        kept = kept + column(1 - alpha) * anchor
     if erase is not None:
         kept = kept - column(erase) * (w @ key.mT) @ key
     return kept + step, step if s is not None else None

@@ -25,6 +25,8 @@ class MemoryRule:
     """C of the self-memories M_k, M_v, M_eta, M_alpha."""
     objective: Literal["dot", "l2"] = "dot"
     """Inner loss: -<M(k), v> or 0.5 |M(k) - v|^2."""
+    written_layers: Literal["all", "output"] = "all"
+    """Layers that a stream changes. "output": the input layer, and with it every key's features, stays as it was learned."""
     dgd_layers: Literal["none", "input", "all"] = "all"
     """Layers with the Delta Gradient Descent term (eq. 88). "all": the output layer too, keyed by its unit features."""
     decay_erased: bool = False

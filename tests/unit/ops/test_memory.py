@@ -112,6 +112,26 @@ def test_chunk_matches_recurrent(objective, dgd, momentum, warm):
     assert_same(rule, 21, momentum=momentum, warm=warm)
 
 
+@pytest.mark.parametrize("objective", ["dot", "l2"])
+@pytest.mark.parametrize("dgd", ["none", "input", "all"])
+@pytest.mark.parametrize("decay_to", ["zero", "initial"])
+def test_output_layers_alone_are_written(objective, dgd, decay_to):
+    rule = MemoryRule(
+        8, 4, objective=objective, dgd_layers=dgd, decay_to=decay_to, written_layers="output", eta_max=0.05
+    )
+    assert_same(rule, 21, momentum=True, warm=True)
+    rule = replace(rule, self_chunk_tokens=8)
+    assert_same(rule, 21, warm=True)
+    assert_same(replace(rule, read="chunk_start", read_skip=True), 21)
+    params = make_params(rule)
+    for scan in (memory_chunked, memory_recurrent):
+        _, state = scan(*make_inputs(21), params, rule)
+        for learned, now in zip(params, state.now):
+            assert torch.equal(now.w_in, learned.w_in.expand_as(now.w_in)) and not torch.equal(
+                now.w_out, learned.w_out.expand_as(now.w_out)
+            )
+
+
 @pytest.mark.parametrize("momentum", [False, True])
 def test_gated_delta_rule(momentum):
     assert_same(MemoryRule(8, 8, decay_erased=True), 21, momentum=momentum, warm=True)

@@ -100,6 +100,7 @@ def largest_difference(case, state, rule, **options) -> float:
 
 
 ANCHORED, FULL = {"decay_to": "initial"}, {"dot_target": "full", "read_skip": True}
+OUTPUT = {"written_layers": "output"}
 
 
 @pytest.mark.parametrize(
@@ -115,6 +116,10 @@ ANCHORED, FULL = {"decay_to": "initial"}, {"dot_target": "full", "read_skip": Tr
         (135, 64, 48, 48, ANCHORED, 7, False),
         (128, 64, 64, 64, FULL, 0, True),
         (64, 64, 64, 16, {}, 0, False),
+        (40, 5, 16, 32, OUTPUT | ANCHORED, 7, True),
+        (75, 16, 32, 16, OUTPUT, 7, False),
+        (128, 64, 48, 48, OUTPUT | ANCHORED, 0, False),
+        (96, 48, 16, 16, OUTPUT | FULL, 0, True),
     ],
 )
 def test_the_kernel_equals_float64(T, chunk, d, h, changes, warm, recompute, monkeypatch):

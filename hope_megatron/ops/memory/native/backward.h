@@ -49,10 +49,14 @@ class ChunkBackward {
  private:
   void end(const Weights& w, const Weights* anchor, const Weights& d_w, const Weights* d_anchor) {
     const float kept = t.gamma[C - 1];
-    mm_bt(Into::Set, C, wide, d, t.k(), d, d_w.in, d, d_rows_in, wide, scratch);
-    reached(t.rows_in, wide);
-    mm(Into::Set, C, d, wide, scratch, wide, d_w.in, d, d_k, d);
-    unreach(d_rows_in, t.rows_in, wide);
+    if (s.writes_in) {
+      mm_bt(Into::Set, C, wide, d, t.k(), d, d_w.in, d, d_rows_in, wide, scratch);
+      reached(t.rows_in, wide);
+      mm(Into::Set, C, d, wide, scratch, wide, d_w.in, d, d_k, d);
+      unreach(d_rows_in, t.rows_in, wide);
+    } else {
+      std::fill(d_k, d_k + C * d, 0.0f);
+    }
     for (int m = 0; m < kVector; ++m)
       mm_bt(Into::Set, C, d, h, t.keys + m * h, wide, d_w.vector(m), h, d_rows_vector + m * d, n, scratch);
     reached(t.rows_vector, n);
@@ -66,7 +70,7 @@ class ChunkBackward {
         set_scaled(d_keys + i * wide + (kVector + j) * h, d_w.scalar(j), -t.reach_of(i) * row, h);
       }
     Vec d_kept = {};
-    for (int64_t i = 0; i < s.weights(); i += kLanes) {
+    for (int64_t i = s.first_written(); i < s.weights(); i += kLanes) {
       const Vec x = load(d_w.in + i);
       d_kept += x * load(w.in + i);
       if (anchor) {
@@ -107,7 +111,17 @@ class ChunkBackward {
       mm_at(Into::Add, d, h, C, d_part, d, t.phi_q, h, d_anchor->vector(0), h);
     }
     for (int i = 0; i < C * h; i += kLanes) store(d_hidden + i, load(d_hidden + i) * silu_slope(load(t.hidden + i)));
+    if (s.writes_in) {
+      read_input(anchor, d_anchor, out);
+    } else {
+      for (int i = 0; i < C; ++i) std::copy(d_hidden + i * h, d_hidden + (i + 1) * h, d_z_x + i * wide);
+      std::fill(out.q, out.q + C * d, 0.0f);
+    }
+    if (s.read_skip) add_scaled(out.q, d_y, 1, C * d);
+  }
 
+  // Of what the input layer of M_mem made of the queries.
+  void read_input(const Weights* anchor, const Weights* d_anchor, const Inputs& out) {
     for (int i = 0; i < C; ++i) {
       set_scaled(d_z_x + i * wide, d_hidden + i * h, t.gamma[i], h);
       d_gamma[i] += dot(d_hidden + i * h, t.z_x + i * wide, h);
@@ -123,7 +137,6 @@ class ChunkBackward {
       mm(Into::Add, C, d, h, d_part, h, anchor->in, d, out.q, d);
       mm_at(Into::Add, h, d, C, d_part, h, t.in.q, d, d_anchor->in, d);
     }
-    if (s.read_skip) add_scaled(out.q, d_y, 1, C * d);
   }
 
   // y = -(Gamma scores) rows: `table` becomes the gradient of scores; those of Gamma and of the rows are added.
@@ -145,7 +158,7 @@ class ChunkBackward {
   // rows = (I + L)^-1 r: d_r = (I + L)^-T d_rows takes the place of d_rows; d_L = -d_r rows^T, L = eta Gamma_prev gram.
   void solve_rows() {
     std::fill(d_system, d_system + C * ld, 0.0f);
-    for (int g = 0; g <= kMemories; ++g) {
+    for (int g = !s.writes_in; g <= kMemories; ++g) {
       const float *L = t.system + g * C * ld, *gram = t.grams + g * C * ld;
       if (g == 0) {
         solve_transposed(C, wide, L, ld, d_rows_in, wide);
@@ -186,8 +199,9 @@ class ChunkBackward {
 
   // r = eta gradient + erase_gamma held + erase_lost initial, of the three kinds of layer.
   void rows(const Weights* anchor, const Weights* d_anchor) {
+    if (!s.writes_in) std::fill(d_z_k, d_z_k + C * wide, 0.0f);
     for (int i = 0; i < C; ++i) {
-      right(i, wide, d_rows_in, t.drive, t.z_k, t.initial_in, nullptr, d_z_k, lost_in);
+      if (s.writes_in) right(i, wide, d_rows_in, t.drive, t.z_k, t.initial_in, nullptr, d_z_k, lost_in);
       right(i, n, d_rows_vector, t.error, t.held, t.initial_vector, d_error, d_held, lost_vector);
       for (int j = 0; j < kScalar; ++j) {
         const int at = j * C + i;
@@ -197,8 +211,10 @@ class ChunkBackward {
       }
     }
     if (!anchor) return;
-    mm(Into::Add, C, d, wide, lost_in, wide, anchor->in, d, d_k, d);
-    mm_at(Into::Add, wide, d, C, lost_in, wide, t.k(), d, d_anchor->in, d);
+    if (s.writes_in) {
+      mm(Into::Add, C, d, wide, lost_in, wide, anchor->in, d, d_k, d);
+      mm_at(Into::Add, wide, d, C, lost_in, wide, t.k(), d, d_anchor->in, d);
+    }
     for (int m = 0; m < kVector; ++m) {
       mm(Into::Add, C, h, d, lost_vector + m * d, n, anchor->vector(m), h, d_keys + m * h, wide);
       mm_at(Into::Add, d, h, C, lost_vector + m * d, n, t.keys + m * h, wide, d_anchor->vector(m), h);
@@ -228,7 +244,7 @@ class ChunkBackward {
 
   // drive = delta silu'(z_k); delta = W^T error; held = W keys; error = k - unit(v + W phi_v), or without k.
   void errors(const Weights& w, const Weights& d_w) {
-    for (int i = 0; i < C * wide; i += kLanes) {
+    for (int i = 0; s.writes_in && i < C * wide; i += kLanes) {
       Vec first, second;
       silu_slopes(load(t.z_k + i), &first, &second);
       const Vec d_drive = load(d_rows_in + i);
@@ -237,9 +253,11 @@ class ChunkBackward {
     }
     for (int m = 0; m < kVector; ++m) {
       const float* own = d_delta + m * h;
-      mm_bt(Into::Add, C, d, h, own, wide, w.vector(m), h, d_error + m * d, n, scratch);
+      if (s.writes_in) {
+        mm_bt(Into::Add, C, d, h, own, wide, w.vector(m), h, d_error + m * d, n, scratch);
+        mm_at(Into::Add, d, h, C, t.error + m * d, n, own, wide, d_w.vector(m), h);
+      }
       mm(Into::Add, C, h, d, d_held + m * d, n, w.vector(m), h, d_keys + m * h, wide);
-      mm_at(Into::Add, d, h, C, t.error + m * d, n, own, wide, d_w.vector(m), h);
       mm_at(Into::Add, d, h, C, d_held + m * d, n, t.keys + m * h, wide, d_w.vector(m), h);
       for (int i = 0; i < C; ++i) {
         const int at = i * n + m * d;
@@ -257,8 +275,9 @@ class ChunkBackward {
     const int at = i * wide + (kVector + j) * h;
     const float error = t.error_scalar[j * C + i], d_row = d_rows_scalar[j * C + i];
     const float d_held_ = t.eta[i] * t.gamma_prev[i] * d_row;
-    const float d_answer = (t.eta[i] * d_row + dot(d_delta + at, w.scalar(j), h)) * (error * error - 1);
-    add_scaled(d_w.scalar(j), d_delta + at, error, h);
+    const float d_delta_ = s.writes_in ? dot(d_delta + at, w.scalar(j), h) : 0;
+    const float d_answer = (t.eta[i] * d_row + d_delta_) * (error * error - 1);
+    if (s.writes_in) add_scaled(d_w.scalar(j), d_delta + at, error, h);
     add_scaled(d_keys + at, w.scalar(j), d_held_, h);
     add_scaled(d_w.scalar(j), t.keys + at, d_held_, h);
     set_scaled(d_phi_v + at, w.scalar(j), d_answer, h);

@@ -17,7 +17,7 @@ constexpr float kEpsilonSquared = 1e-12f;  // of inner.py's EPSILON
 
 struct Shape {
   int32_t sequences, heads, tokens, d, h, chunk, segment_chunks, threads;
-  int32_t residual, read_skip, anchored;
+  int32_t residual, read_skip, anchored, writes_in;
   float eta_max;
 
   int chunks() const { return tokens / chunk; }
@@ -28,6 +28,8 @@ struct Shape {
   }
   int wide() const { return kMemories * h; }
   int ld() const { return (chunk + 15) / 16 * 16; }
+  // Where the weights that are written begin: input layers come first.
+  int64_t first_written() const { return writes_in ? 0 : int64_t(kMemories) * h * d; }
   int64_t weights() const { return int64_t(kMemories + kVector) * h * d + kScalar * h; }
 };
 
@@ -143,16 +145,10 @@ class Chunk {
 
   // y_t = M_t(q_t) [C, d]
   void read(const Weights& w, const Weights* anchor, float* y) {
-    lower_bt(C, d, in.q, d, k(), d, scores, ld, scratch);
-    if (anchor) mm_bt(Into::Set, C, h, d, in.q, d, anchor->in, d, initial_x, h, scratch);
-    for (int t = 0; t < C; ++t)
-      for (int i = 0; i < h; i += kLanes) {
-        Vec x = gamma[t] * load(z_x + t * wide + i);
-        if (anchor) x += (1 - gamma[t]) * load(initial_x + t * h + i);
-        store(hidden + t * h + i, x);
-      }
-    decay_table(scores);
-    lower_mm(Into::Subtract, C, h, decayed, ld, rows_in, wide, hidden, h);
+    if (s.writes_in)
+      read_input(anchor);
+    else
+      for (int t = 0; t < C; ++t) std::copy(z_x + t * wide, z_x + t * wide + h, hidden + t * h);
     for (int i = 0; i < C * h; i += kLanes) store(phi_q + i, silu(load(hidden + i)));
 
     lower_bt(C, h, phi_q, h, keys, wide, scores_out, ld, scratch);
@@ -172,13 +168,15 @@ class Chunk {
   // The weights after the last token, in place.
   void end(const Weights& w, const Weights* anchor) {
     const float kept = gamma[C - 1];
-    for (int64_t i = 0; i < s.weights(); i += kLanes) {
+    for (int64_t i = s.first_written(); i < s.weights(); i += kLanes) {
       Vec x = kept * load(w.in + i);
       if (anchor) x += (1 - kept) * load(anchor->in + i);
       store(w.in + i, x);
     }
-    reach(rows_in, wide);
-    mm_at(Into::Subtract, wide, d, C, reached, wide, k(), d, w.in, d);
+    if (s.writes_in) {
+      reach(rows_in, wide);
+      mm_at(Into::Subtract, wide, d, C, reached, wide, k(), d, w.in, d);
+    }
     reach(rows_vector, kVector * d);
     for (int m = 0; m < kVector; ++m)
       mm_at(Into::Subtract, d, h, C, reached + m * d, kVector * d, keys + m * h, wide, w.vector(m), h);
@@ -222,6 +220,20 @@ class Chunk {
   float* scratch;
 
  private:
+  // What the input layer of M_mem, as written so far, makes of the queries.
+  void read_input(const Weights* anchor) {
+    lower_bt(C, d, in.q, d, k(), d, scores, ld, scratch);
+    if (anchor) mm_bt(Into::Set, C, h, d, in.q, d, anchor->in, d, initial_x, h, scratch);
+    for (int t = 0; t < C; ++t)
+      for (int i = 0; i < h; i += kLanes) {
+        Vec x = gamma[t] * load(z_x + t * wide + i);
+        if (anchor) x += (1 - gamma[t]) * load(initial_x + t * h + i);
+        store(hidden + t * h + i, x);
+      }
+    decay_table(scores);
+    lower_mm(Into::Subtract, C, h, decayed, ld, rows_in, wide, hidden, h);
+  }
+
   // Keys, values and rates, by the memories at the chunk's start (eqs. 86-87). Queries become of unit length where they lie.
   void generate(const Weights& w) {
     for (int t = 0; t < C; ++t) q_scale[t] = make_unit(in.q + t * d, d);
@@ -285,21 +297,21 @@ class Chunk {
           store(error + t * n + m * d + i, s.residual ? load(k() + t * d + i) - goal : -goal);
         }
       }
-      mm(Into::Set, C, h, d, error + m * d, n, w.vector(m), h, delta + m * h, wide);
+      if (s.writes_in) mm(Into::Set, C, h, d, error + m * d, n, w.vector(m), h, delta + m * h, wide);
     }
     for (int j = 0; j < kScalar; ++j)
       for (int t = 0; t < C; ++t) {
         const int at = t * wide + (kVector + j) * h;
         held_scalar[j * C + t] = dot(keys + at, w.scalar(j), h);
         error_scalar[j * C + t] = -std::tanh(dot(phi_v + at, w.scalar(j), h));
-        set_scaled(delta + at, w.scalar(j), error_scalar[j * C + t], h);
+        if (s.writes_in) set_scaled(delta + at, w.scalar(j), error_scalar[j * C + t], h);
       }
-    for (int i = 0; i < C * wide; i += kLanes) store(drive + i, load(delta + i) * silu_slope(load(z_k + i)));
+    for (int i = 0; s.writes_in && i < C * wide; i += kLanes) store(drive + i, load(delta + i) * silu_slope(load(z_k + i)));
   }
 
   // What the learned initial state answers to the keys.
   void initial(const Weights& a) {
-    mm_bt(Into::Set, C, wide, d, k(), d, a.in, d, initial_in, wide, scratch);
+    if (s.writes_in) mm_bt(Into::Set, C, wide, d, k(), d, a.in, d, initial_in, wide, scratch);
     for (int m = 0; m < kVector; ++m)
       mm_bt(Into::Set, C, d, h, keys + m * h, wide, a.vector(m), h, initial_vector + m * d, kVector * d, scratch);
     for (int j = 0; j < kScalar; ++j)
@@ -308,7 +320,7 @@ class Chunk {
 
   // rows = (I + L)^-1 eta (gradient + gamma_prev held + (1 - gamma_prev) initial), L = eta Gamma_prev gram
   void solve_rows() {
-    for (int g = 0; g <= kMemories; ++g) {
+    for (int g = !s.writes_in; g <= kMemories; ++g) {
       float *gram = grams + g * C * ld, *L = system + g * C * ld;
       const float* x = g ? keys + (g - 1) * h : k();
       lower_bt(C, g ? h : d, x, g ? wide : d, x, g ? wide : d, gram, ld, scratch);
@@ -317,7 +329,7 @@ class Chunk {
           store(L + t * ld + j, eta[t] * load(gamma_prev_row(t) + j) * load(gram + t * ld + j));
     }
     for (int t = 0; t < C; ++t) {
-      right(t, wide, drive, z_k, initial_in, rows_in);
+      if (s.writes_in) right(t, wide, drive, z_k, initial_in, rows_in);
       right(t, kVector * d, error, held, initial_vector, rows_vector);
       for (int j = 0; j < kScalar; ++j) {
         const int at = j * C + t;
@@ -326,7 +338,7 @@ class Chunk {
         rows_scalar[at] = eta[t] * x;
       }
     }
-    solve(C, wide, system, ld, rows_in, wide);
+    if (s.writes_in) solve(C, wide, system, ld, rows_in, wide);
     for (int m = 0; m < kVector; ++m) solve(C, d, system + (1 + m) * C * ld, ld, rows_vector + m * d, kVector * d);
     for (int j = 0; j < kScalar; ++j) solve_one(C, system + (1 + kVector + j) * C * ld, ld, rows_scalar + j * C);
   }

@@ -34,7 +34,7 @@ class _Shape(ctypes.Structure):
             (name, ctypes.c_int32)
             for name in ("sequences", "heads", "tokens", "d", "h", "chunk", "segment_chunks", "threads")
         ],
-        *[(name, ctypes.c_int32) for name in ("residual", "read_skip", "anchored")],
+        *[(name, ctypes.c_int32) for name in ("residual", "read_skip", "anchored", "writes_in")],
         ("eta_max", ctypes.c_float),
     )
 
@@ -88,7 +88,7 @@ class _NativeScan(torch.autograd.Function):
         (B, T, H, d), kept = inputs[0].shape, None
         shape = _Shape(
             B, H, T, d, h, rule.chunk_tokens, segment_chunks, 1,
-            rule.dot_target == "residual", rule.read_skip, anchor is not None, rule.eta_max,
+            rule.dot_target == "residual", rule.read_skip, anchor is not None, rule.written_layers == "all", rule.eta_max,
         )  # fmt: skip
         w, y = w.clone(), torch.empty_like(inputs[0])
         if any(ctx.needs_input_grad):
