@@ -196,15 +196,8 @@ def _written_out(memory: MemoryConfig) -> bool:
     memories_fit = memory.num_layers == 2 and all(adaptive) and memory.chunk_tokens == memory.self_chunk
     rates_fit = memory.eta == "data" and memory.eta_max > 0 and memory.decay != "none" and memory.momentum == "none"
     targets_fit = memory.own_targets and memory.objective == "dot" and memory.normalize_values
-    rule_fits = memory.dgd_layers == memory.written_layers == "all" and not memory.decay_erased
-    return (
-        memories_fit
-        and rates_fit
-        and targets_fit
-        and memory.normalize_targets
-        and rule_fits
-        and memory.read == "causal"
-    )
+    rule_fits = memory.dgd_layers == "all" and not memory.decay_erased and memory.read == "causal"
+    return memories_fit and rates_fit and targets_fit and memory.normalize_targets and rule_fits
 
 
 @dataclass(frozen=True, kw_only=True)

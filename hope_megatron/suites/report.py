@@ -108,11 +108,12 @@ def suite_outline(suite: Suite, path: Path | None, others: Sequence[Path] = ()) 
 
 
 def _settings(suite: Suite) -> list[tuple[str, str]]:
-    """Names and values in words; what is the same for all tasks is said once."""
+    """Names and values in words; what is the same for all tasks is said once, what is of other tasks not at all."""
 
     def said(value: Any) -> str:
         if isinstance(value, Mapping):
-            texts = {key: said(inner) for key, inner in value.items()}
+            ours = [key for key in value if key in suite.tasks] or value
+            texts = {key: said(value[key]) for key in ours}
             return " and ".join({*texts.values()} if len({*texts.values()}) == 1 else map(": ".join, texts.items()))
         return ", ".join(map(said, value)) if isinstance(value, (list, tuple)) else str(value)
 

@@ -62,15 +62,14 @@ def memory_chunked(
     groups = split_state(state, rule, fresh.now if anchored else None)
     tensors = [q.to(dtype), k.to(dtype), v.to(dtype), *(None if r is None else r.to(dtype) for r in logits)]
     written_out = supports(rule, groups, tensors)
-    kernel = kernel_for(tensors, groups[0]) if written_out else None
     between_borders = state.position % period_tokens(rule) == 0 and T % period_tokens(rule) == 0
-    if kernel and between_borders:
+    if written_out and between_borders and (kernel := kernel_for(tensors, groups[0])):
         y, group = kernel.scan(tensors[:5], rule, groups[0], recompute=recompute, segment_tokens=segment_tokens)
         return y.to(q.dtype), join_state((group,), B, state.position + T)
 
     tensors = [None if x is None else x.transpose(1, 2).flatten(0, 1) for x in tensors]
     scan = _scan
-    if kernel or (written_out and rule.written_layers == "all"):  # PyTorch's operators are written out for that alone
+    if written_out:
         scan = functools.partial(_fused, recompute=recompute, segment_tokens=segment_tokens)
     elif recompute and torch.is_grad_enabled():
         scan = functools.partial(_recomputed, segment_tokens=segment_tokens)

@@ -22,6 +22,7 @@ class ChunkBackward:
         self.tape, self.anchor, self.d_anchor, self.rule = tape, anchor, d_anchor, rule
         self.N, self.C = tape.log_alpha.shape
         self.erase_gamma = tape.eta * tape.gamma_prev
+        self.writes_in = tape.rows_in is not None
 
     def run(self, d_y: Tensor, d_w_end: Weights) -> tuple[tuple[Tensor, ...], Weights]:
         """Gradients of q, x_k, x_v [N, C, d] and of the two logits [N, C], and of the weights at the chunk's start."""
@@ -37,7 +38,10 @@ class ChunkBackward:
     def _end(self, d: Weights) -> None:
         t, N = self.tape, self.N
         self.d_Gamma_end, self.d_gamma_end = torch.zeros_like(t.log_alpha), torch.zeros_like(t.log_alpha[:, 0])
-        self.d_w_in, self.d_rows_in, self.d_k_n = self._end_of(d.w_in, t.w.w_in, t.rows_in, t.k_n)
+        if self.writes_in:
+            self.d_w_in, self.d_rows_in, self.d_k_n = self._end_of(d.w_in, t.w.w_in, t.rows_in, t.k_n)
+        else:
+            self.d_w_in, self.d_k_n = d.w_in.clone(), torch.zeros_like(t.k_n)
         self.d_keys = torch.empty_like(t.keys)
         keys, d_keys = (t.keys[: 3 * N], t.keys[3 * N :]), (self.d_keys[: 3 * N], self.d_keys[3 * N :])
         self.d_w_vector, self.d_rows_vector, _ = self._end_of(
@@ -47,7 +51,7 @@ class ChunkBackward:
             d.w_scalar, t.w.w_scalar, t.rows_scalar, keys[1], out=d_keys[1]
         )
         if self.anchor is not None:
-            for a, d_a, d_layer in zip(self.anchor, self.d_anchor, d):
+            for a, d_a, d_layer in list(zip(self.anchor, self.d_anchor, d))[not self.writes_in :]:
                 by_head(d_a, N).addcmul_(by_head(d_layer.contiguous(), N), 1 - t.gamma[:, -1:])
                 self.d_gamma_end -= _dots(d_layer, a, N)
 
@@ -78,10 +82,21 @@ class ChunkBackward:
             d_phi_q.baddbmm_(d_initial, self.anchor.w_vector[:N])
             self.d_anchor.w_vector[:N].baddbmm_(d_initial.mT, t.phi_q)
 
-        d_hidden = _silu_backward(d_phi_q, t.hidden)
+        self.d_gamma = d_gamma
         self.d_z_x = torch.empty_like(t.z_x)
+        self._read_hidden(_silu_backward(d_phi_q, t.hidden))
+        if self.rule.read_skip:
+            self.d_q += d_y
+
+    def _read_hidden(self, d_hidden: Tensor) -> None:
+        """Of what the input layer of M_mem made of the queries."""
+        t, N, gamma = self.tape, self.N, self.tape.gamma
+        if not self.writes_in:
+            self.d_z_x[:N] = d_hidden
+            self.d_q, self.d_k = torch.zeros_like(t.x[:N]), torch.zeros_like(t.x[:N])
+            return
         torch.mul(gamma, d_hidden, out=self.d_z_x[:N])
-        self.d_gamma = d_gamma.add_((d_hidden * t.z_x[:N]).sum(-1))
+        self.d_gamma += (d_hidden * t.z_x[:N]).sum(-1)
         d_scores, d_Gamma = self._decayed(d_hidden, t.rows_in[:N], t.scores, self.d_rows_in[:N])
         self.d_Gamma += d_Gamma
         self.d_q = torch.bmm(d_scores, t.kv[:N])
@@ -90,8 +105,6 @@ class ChunkBackward:
             self.d_gamma -= (d_hidden * t.initial_x).sum(-1)
             self.d_q.baddbmm_(d_initial, self.anchor.w_in[:N])
             self.d_anchor.w_in[:N].baddbmm_(d_initial.mT, t.x[:N])
-        if self.rule.read_skip:
-            self.d_q += d_y
         self.d_k = torch.bmm(d_scores.mT, t.x[:N])
 
     def _decayed(self, d: Tensor, rows: Tensor, scores: Tensor, d_rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,69 +118,77 @@ class ChunkBackward:
         """rows = (I + L)^-1 r: d_r = (I + L)^-T d_rows, d_L = -d_r rows^T, and L = eta Gamma_prev grams."""
         t, N = self.tape, self.N
         first, vector, scalar = inverses(t.inverse, N)
-        self.d_r_in = torch.bmm(first.mT, self.d_rows_in)
         self.d_r_vector = torch.bmm(vector.mT, self.d_rows_vector)
         self.d_r_scalar = torch.bmm(scalar.mT, self.d_rows_scalar)
         d_system = torch.empty_like(t.grams)
-        torch.sum(by_head(torch.bmm(self.d_r_in, t.rows_in.mT), N), 0, out=d_system[:N])
-        torch.bmm(self.d_r_vector, t.rows_vector.mT, out=d_system[N : 4 * N])
-        torch.bmm(self.d_r_scalar, t.rows_scalar.mT, out=d_system[4 * N :])
+        if self.writes_in:
+            self.d_r_in = torch.bmm(first.mT, self.d_rows_in)
+            torch.sum(by_head(torch.bmm(self.d_r_in, t.rows_in.mT), N), 0, out=d_system[:N])
+        torch.bmm(self.d_r_vector, t.rows_vector.mT, out=d_system[-5 * N : -2 * N])
+        torch.bmm(self.d_r_scalar, t.rows_scalar.mT, out=d_system[-2 * N :])
         d_system = by_head(d_system, N)
         d_decay = (d_system * by_head(t.grams, N)).sum(0).neg_()
         d_grams = d_system.mul_(-t.eta * t.Gamma_prev).flatten(0, 1)
         d_grams = d_grams + d_grams.mT
-        self.d_k.baddbmm_(d_grams[:N], t.kv[:N])
-        self.d_keys.baddbmm_(d_grams[N:], t.keys)
+        if self.writes_in:
+            self.d_k.baddbmm_(d_grams[:N], t.kv[:N])
+        self.d_keys.baddbmm_(d_grams[-5 * N :], t.keys)
         self.d_eta = (d_decay * t.Gamma_prev).sum(-1)
         self.d_Gamma_prev = d_decay.mul_(t.eta)
 
     def _rows(self) -> None:
         """r = eta gradient + erase_gamma held + erase_lost initial, of the three kinds of layer."""
         t, N = self.tape, self.N
-        found, self.d_erase_gamma = [], torch.zeros_like(self.d_eta)
+        self.d_erase_gamma = torch.zeros_like(self.d_eta)
         if self.anchor is not None:
             self._initial_rows()
-        for d_r, gradient, held in (
-            (self.d_r_in, t.drive, t.z_k),
-            (self.d_r_vector, t.error, t.held),
-            (self.d_r_scalar, t.error_scalar, t.held_scalar),
-        ):
+
+        def layer(d_r: Tensor, gradient: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
             d_r = by_head(d_r, N)
             self.d_eta += (d_r * by_head(gradient, N)).sum((0, -1))
             self.d_erase_gamma += (d_r * by_head(held, N)).sum((0, -1))
-            found += [(d_r * t.eta).flatten(0, 1), (d_r * self.erase_gamma).flatten(0, 1)]
-        self.d_drive, self.d_z_k, self.d_error, self.d_held, self.d_error_scalar, self.d_held_scalar = found
+            return (d_r * t.eta).flatten(0, 1), (d_r * self.erase_gamma).flatten(0, 1)
+
+        self.d_z_k = torch.zeros_like(t.z_k)
+        if self.writes_in:
+            self.d_drive, self.d_z_k = layer(self.d_r_in, t.drive, t.z_k)
+        self.d_error, self.d_held = layer(self.d_r_vector, t.error, t.held)
+        self.d_error_scalar, self.d_held_scalar = layer(self.d_r_scalar, t.error_scalar, t.held_scalar)
 
     def _initial_rows(self) -> None:
         """What the anchor adds to r: erase_lost = eta (1 - gamma_prev) times A keys."""
         t, N, n = self.tape, self.N, 3 * self.N
         erase_lost, self.d_erase_lost = t.eta - self.erase_gamma, torch.zeros_like(self.d_eta)
-        found = []
-        for d_r, initial in (
-            (self.d_r_in, t.initial_in),
-            (self.d_r_vector, t.initial_vector),
-            (self.d_r_scalar, t.initial_scalar),
-        ):
+
+        def layer(d_r: Tensor, initial: Tensor, d_anchor: Tensor, keys: Tensor) -> Tensor:
             d_r = by_head(d_r, N)
             self.d_erase_lost += (d_r * by_head(initial, N)).sum((0, -1))
-            found.append((d_r * erase_lost).flatten(0, 1))
-        self.d_k_n.baddbmm_(found[0], self.anchor.w_in)
-        self.d_keys[:n].baddbmm_(found[1], self.anchor.w_vector)
-        self.d_keys[n:].addcmul_(found[2], self.anchor.w_scalar)
-        for d_a, d_initial, keys in zip(self.d_anchor, found, (t.k_n, t.keys[:n], t.keys[n:])):
-            d_a.baddbmm_(d_initial.mT, keys)
+            d_initial = (d_r * erase_lost).flatten(0, 1)
+            d_anchor.baddbmm_(d_initial.mT, keys)
+            return d_initial
+
+        if self.writes_in:
+            d_initial = layer(self.d_r_in, t.initial_in, self.d_anchor.w_in, t.k_n)
+            self.d_k_n.baddbmm_(d_initial, self.anchor.w_in)
+        d_initial = layer(self.d_r_vector, t.initial_vector, self.d_anchor.w_vector, t.keys[:n])
+        self.d_keys[:n].baddbmm_(d_initial, self.anchor.w_vector)
+        d_initial = layer(self.d_r_scalar, t.initial_scalar, self.d_anchor.w_scalar, t.keys[n:])
+        self.d_keys[n:].addcmul_(d_initial, self.anchor.w_scalar)
 
     def _hidden_layers(self) -> None:
         """drive = delta silu'(z_k); delta = W^T error; held = W keys."""
         t, n, w = self.tape, 3 * self.N, self.tape.w
-        d_delta = _silu_backward(self.d_drive, t.z_k)
-        self.d_z_k.addcmul_(self.d_drive.mul_(t.delta), _second_derivative(t.z_k))
-        self.d_error.baddbmm_(d_delta[:n], w.w_vector.mT)
-        self.d_error_scalar.baddbmm_(d_delta[n:], w.w_scalar.mT)
+        if self.writes_in:
+            d_delta = _silu_backward(self.d_drive, t.z_k)
+            self.d_z_k.addcmul_(self.d_drive.mul_(t.delta), _second_derivative(t.z_k))
+            self.d_error.baddbmm_(d_delta[:n], w.w_vector.mT)
+            self.d_error_scalar.baddbmm_(d_delta[n:], w.w_scalar.mT)
+            self.d_w_vector.baddbmm_(t.error.mT, d_delta[:n])
+            self.d_w_scalar.baddbmm_(t.error_scalar.mT, d_delta[n:])
         self.d_keys[:n].baddbmm_(self.d_held, w.w_vector)
         self.d_keys[n:].addcmul_(self.d_held_scalar, w.w_scalar)
-        self.d_w_vector.baddbmm_(t.error.mT, d_delta[:n]).baddbmm_(self.d_held.mT, t.keys[:n])
-        self.d_w_scalar.baddbmm_(t.error_scalar.mT, d_delta[n:]).baddbmm_(self.d_held_scalar.mT, t.keys[n:])
+        self.d_w_vector.baddbmm_(self.d_held.mT, t.keys[:n])
+        self.d_w_scalar.baddbmm_(self.d_held_scalar.mT, t.keys[n:])
 
     def _targets_and_features(self) -> None:
         """error = k - unit(v + W phi_v), or without k; keys = unit(silu(z_k)): down to keys and values."""

@@ -19,7 +19,10 @@ from hope_megatron.ops.memory.types import MemoryRule
 
 
 class Tape(NamedTuple):
-    """Everything a chunk computed. "Rows" are erase and drive together: W_C = gamma_C W_0 - sum_s Gamma_Cs rows_s keys_s^T."""
+    """Everything a chunk computed. "Rows" are erase and drive together: W_C = gamma_C W_0 - sum_s Gamma_Cs rows_s keys_s^T.
+
+    Where output layers alone are written, what is marked "in" is None, and grams and inverse begin with those of the keys.
+    """
 
     w: Weights  # at the chunk's start
     x: Tensor  # q, x_k, x_v, x_k, x_k: what each memory is applied to first, [5 N, C, d]
@@ -44,16 +47,16 @@ class Tape(NamedTuple):
     target_scale: Tensor  # [3 N, C, 1]
     error: Tensor  # [3 N, C, d]
     error_scalar: Tensor  # [2 N, C, 1]
-    delta: Tensor  # errors carried to the hidden layer, [5 N, C, h]
-    drive: Tensor  # delta silu'(z_k), [5 N, C, h]
+    delta: Tensor | None  # in: errors carried to the hidden layer, [5 N, C, h]
+    drive: Tensor | None  # in: delta silu'(z_k), [5 N, C, h]
     held: Tensor  # W_0 keys of the vector memories, [3 N, C, d]
     held_scalar: Tensor  # [2 N, C, 1]
     grams: Tensor  # of k, then of the keys of the five output layers, [6 N, C, C]
     inverse: Tensor  # of the triangular systems, [6 N, C, C]
-    rows_in: Tensor  # [5 N, C, h]
+    rows_in: Tensor | None  # in: [5 N, C, h]
     rows_vector: Tensor  # [3 N, C, d]
     rows_scalar: Tensor  # [2 N, C, 1]
-    scores: Tensor | None = None  # q k^T, [N, C, C]
+    scores: Tensor | None = None  # in: q k^T, [N, C, C]
     hidden: Tensor | None = None  # pre-activation of the read, [N, C, h]
     phi_q: Tensor | None = None  # its silu
     scores_out: Tensor | None = None  # phi_q keys^T, [N, C, C]
@@ -87,14 +90,18 @@ def write(q, x_k, x_v, eta_logit, alpha_logit, w: Weights, anchor: Weights | Non
     keys_scale = inverse_norm(keys)
     keys.mul_(keys_scale)
     error, error_scalar, target, target_scale = _errors(k, v_n[: 3 * N], phi_v, w, rule)
-    delta = torch.empty_like(keys)
-    torch.bmm(error, w.w_vector, out=delta[: 3 * N])
-    torch.mul(error_scalar, w.w_scalar, out=delta[3 * N :])
-    drive = torch.ops.aten.silu_backward(delta, z_k)
+    delta = drive = None
+    writes_in = rule.written_layers == "all"
+    if writes_in:
+        delta = torch.empty_like(keys)
+        torch.bmm(error, w.w_vector, out=delta[: 3 * N])
+        torch.mul(error_scalar, w.w_scalar, out=delta[3 * N :])
+        drive = torch.ops.aten.silu_backward(delta, z_k)
     held, held_scalar = torch.bmm(keys[: 3 * N], w.w_vector.mT), torch.bmm(keys[3 * N :], w.w_scalar.mT)
     initial = (None, None, None)
     if anchor is not None:
-        initial = tuple(torch.bmm(x, a.mT) for x, a in zip((k_n, keys[: 3 * N], keys[3 * N :]), anchor))
+        inputs = (k_n if writes_in else None, keys[: 3 * N], keys[3 * N :])
+        initial = tuple(None if x is None else torch.bmm(x, a.mT) for x, a in zip(inputs, anchor))
     gradients = (drive, error, error_scalar)
     grams, inverse, rows = _solve(k, keys, eta, *decay[2:], gradients, (z_k, held, held_scalar), initial)
     tape = Tape(
@@ -124,15 +131,21 @@ def _errors(k: Tensor, v_n: Tensor, phi_v: Tensor, w: Weights, rule: MemoryRule)
 
 def _solve(k: Tensor, keys: Tensor, eta: Tensor, gamma_prev: Tensor, Gamma_prev: Tensor, gradients, held, initial):
     """Grams, inverses, and the rows of the three kinds of layer:
-    (I + L)^-1 eta (gradient + gamma_prev held + (1 - gamma_prev) initial)."""
+    (I + L)^-1 eta (gradient + gamma_prev held + (1 - gamma_prev) initial). Without a gradient there are none."""
     N, C, _ = k.shape
-    grams = keys.new_empty(6 * N, C, C)
-    torch.bmm(k, k.mT, out=grams[:N])
-    torch.bmm(keys, keys.mT, out=grams[N:])
+    if gradients[0] is None:
+        grams = torch.bmm(keys, keys.mT)
+    else:
+        grams = keys.new_empty(6 * N, C, C)
+        torch.bmm(k, k.mT, out=grams[:N])
+        torch.bmm(keys, keys.mT, out=grams[N:])
     inverse = unit_lower_inverse((by_head(grams, N) * (eta * Gamma_prev)).flatten(0, 1))
     erase_gamma, erase_lost = eta * gamma_prev, eta * (1 - gamma_prev)
-    rows = []
+    rows: list[Tensor | None] = []
     for own, g, h, a in zip(inverses(inverse, N), gradients, held, initial):
+        if own is None:
+            rows.append(None)
+            continue
         right = (by_head(g, N) * eta).addcmul_(by_head(h, N), erase_gamma)
         if a is not None:
             right.addcmul_(by_head(a, N), erase_lost)
@@ -140,21 +153,25 @@ def _solve(k: Tensor, keys: Tensor, eta: Tensor, gamma_prev: Tensor, Gamma_prev:
     return grams, inverse, rows
 
 
-def inverses(inverse: Tensor, N: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[6 N, C, C] -> those of the input layers (one per head, repeated), of the vector and of the scalar output layers."""
-    return repeat(inverse[:N], 5), inverse[N : 4 * N], inverse[4 * N :]
+def inverses(inverse: Tensor, N: int) -> tuple[Tensor | None, Tensor, Tensor]:
+    """[6 N, C, C] -> those of the input layers (one per head, repeated), of the vector and of the scalar output layers.
+    [5 N, C, C]: input layers are not written."""
+    out = inverse[-5 * N :]
+    return repeat(inverse[:N], 5) if len(inverse) > len(out) else None, out[: 3 * N], out[3 * N :]
 
 
 def read(tape: Tape, anchor: Weights | None, rule: MemoryRule) -> tuple[Tensor, Tape]:
     """y_t = M_t(q_t) [N, C, d], and the tape with what its backward needs."""
     N = tape.eta.size(0)
     q, k, gamma = tape.x[:N], tape.kv[:N], tape.gamma
-    scores = torch.bmm(q, k.mT)
-    hidden = (gamma * tape.z_x[:N]).baddbmm_(tape.Gamma * scores, tape.rows_in[:N], alpha=-1)
-    initial_x = initial_q = None
-    if anchor is not None:
-        initial_x = torch.bmm(q, anchor.w_in[:N].mT)
-        hidden.addcmul_(initial_x, 1 - gamma)
+    scores = initial_x = initial_q = None
+    hidden = tape.z_x[:N]
+    if tape.rows_in is not None:
+        scores = torch.bmm(q, k.mT)
+        hidden = (gamma * hidden).baddbmm_(tape.Gamma * scores, tape.rows_in[:N], alpha=-1)
+        if anchor is not None:
+            initial_x = torch.bmm(q, anchor.w_in[:N].mT)
+            hidden.addcmul_(initial_x, 1 - gamma)
     phi_q = F.silu(hidden)
     scores_out = torch.bmm(phi_q, tape.keys[:N].mT)
     held_q = torch.bmm(phi_q, tape.w.w_vector[:N].mT)
@@ -171,17 +188,19 @@ def end(tape: Tape, anchor: Weights | None) -> Weights:
     """The weights after the chunk's last token."""
     N = tape.eta.size(0)
     gamma_end, Gamma_end = tape.gamma[:, -1:], tape.Gamma[:, -1, :, None]
-    layers = (
-        (tape.w.w_in, tape.rows_in, tape.k_n),
-        (tape.w.w_vector, tape.rows_vector, tape.keys[: 3 * N]),
-        (tape.w.w_scalar, tape.rows_scalar, tape.keys[3 * N :]),
-    )
-    reached = [(by_head(rows, N) * Gamma_end).flatten(0, 1) for _, rows, _ in layers]
-    decayed = [(by_head(w, N) * gamma_end).flatten(0, 1) for w, _, _ in layers]
-    if anchor is not None:
-        for w, a in zip(decayed, anchor):
-            by_head(w, N).addcmul_(by_head(a, N), 1 - gamma_end)
-    return Weights(*(w.baddbmm_(r.mT, keys, alpha=-1) for w, r, (_, _, keys) in zip(decayed, reached, layers)))
+    rows = (tape.rows_in, tape.rows_vector, tape.rows_scalar)
+    keys = (tape.k_n, tape.keys[: 3 * N], tape.keys[3 * N :])
+    found = []
+    for w, own, key, initial in zip(tape.w, rows, keys, anchor or (None, None, None)):
+        if own is None:
+            found.append(w)
+            continue
+        reached = (by_head(own, N) * Gamma_end).flatten(0, 1)
+        kept = (by_head(w, N) * gamma_end).flatten(0, 1)
+        if initial is not None:
+            by_head(kept, N).addcmul_(by_head(initial, N), 1 - gamma_end)
+        found.append(kept.baddbmm_(reached.mT, key, alpha=-1))
+    return Weights(*found)
 
 
 def by_head(x: Tensor, N: int) -> Tensor:

@@ -268,6 +268,8 @@ def test_stream_in_pieces_equals_one_piece():
         {"read_skip": True, "eta_max": 0.3},
         {"decay_to": "initial"},
         {"decay_to": "initial", "read_skip": True},
+        {"written_layers": "output", "read_skip": True},
+        {"written_layers": "output", "decay_to": "initial"},
     ],
     ids=str,
 )
