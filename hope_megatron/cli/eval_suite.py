@@ -41,7 +41,7 @@ _TAKEN_BY = {
     **dict.fromkeys(
         ("families", "steps", "lr", "optimizer", "chunk_tokens", "width", "layers", "heads"), tuple(SUITES)
     ),
-    "hope": ("languages", "recall", "mad", "needles"),
+    "hope": ("languages", "recall", "mad", "needles", "classes"),
     "lengths": ("languages", "recall", "mad", "needles", "needles RUN", "domains"),
     "data": ("classes", "domains", "needles RUN"),
 }
@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="languages, recall, mad, needles: settings of HOPE, for example memory.eta_init=0.5",
+        help="languages, recall, mad, needles, classes: settings of HOPE, for example memory.eta_init=0.5",
     )
     parser.add_argument(
         "--lengths",

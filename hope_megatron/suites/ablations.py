@@ -29,6 +29,7 @@ def ablations(hope: ModelConfig) -> dict[str, Mapping[str, Any]]:
         "whole": {},
         "w/o DGD": {"memory": {"dgd_layers": "none", "eta_max": min(0.5, bounded / 2)}},
         "w/o momentum": {"memory": {"momentum": "none"}},
+        "w/o writing W2": {"memory": {"written_layers": "output"}},
         "w/o weight decay": {"memory": {"decay": "none", "adaptive_alpha": False}},
         "w/o CMS": {"cms": {"levels": [{"hidden_size": width}]}},
         "w/o adaptive k": {"memory": {"adaptive_key": False}},

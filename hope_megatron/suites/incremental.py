@@ -34,7 +34,7 @@ from hope_megatron.suites.episodes import (
 )
 from hope_megatron.suites.fit import FitOptions, batch_loss, fit, fit_options, fit_task, on_device, small_model
 from hope_megatron.suites.labelled import Labelled, load_labelled, synthetic_labelled
-from hope_megatron.suites.models import check_families, family_model, small_hope
+from hope_megatron.suites.models import check_families, small_hope, suite_model
 from hope_megatron.suites.suite import Cell, Scores, Suite, SuiteOptions, chosen
 from hope_megatron.suites.task import IGNORE, Batch, pad_batch
 
@@ -58,7 +58,8 @@ def build(options: SuiteOptions) -> Suite:
 
     def config(labelled: Labelled, family: str) -> ModelConfig:
         vocab = LABEL + sum(map(len, split_classes(labelled, num_groups)[1]))
-        return family_model(family, small_hope(vocab, width=width, layers=layers, heads=heads, chunk_tokens=chunk))
+        hope = small_hope(vocab, width=width, layers=layers, heads=heads, chunk_tokens=chunk)
+        return suite_model(family, hope, options.hope)
 
     @cache
     def base_weights(name: str, family: str, seed: int) -> list[Tensor]:
@@ -103,6 +104,7 @@ def build(options: SuiteOptions) -> Suite:
             "lr": fitting.lr,
             "optimizer": fitting.optimizer,
             "classes": {name: len(labelled.classes) for name, labelled in data.items()},
+            **({"hope": options.hope} if options.hope else {}),
         },
         run=run,
         quantity="accuracy over all classes seen so far, after each group; forgetting: accuracy that earlier groups lost",
