@@ -6,14 +6,15 @@
     python benchmarks/memory_op.py --processes 2          heads split over processes too, as tensor parallelism does it
     python benchmarks/memory_op.py --device cuda --dtype bfloat16 --batch 8 --heads 16 --lengths 4096
 
-Side by side in one run: the chunk form of HOPE (five memories), with and without recomputing, and on a CPU without its
-compiled kernel too; the token loop; softmax attention of the same width (torch's scaled_dot_product_attention on given
-q, k, v); and titans-pytorch's NeuralMemory when it is installed. That one updates one memory where HOPE updates five. By
-default it takes every inner gradient of a sequence at the initial weights, so that no chunk sees what another wrote;
-with "sequential" (its batch_size set to the chunk) gradients are taken at the chunk's first state, as HOPE's are. FLOPs
-are the closed form of hope_megatron.config.accounting, which the test suite holds against PyTorch's counter: recomputing
-is not counted, and what the compiled kernel skips above the diagonals of its tables is. The machine's rate is that of
-torch.bmm on products of the operator's own size. Freed memory is kept for the next pass, as PyTorch keeps it on a GPU;
+Side by side in one run: the chunk form of HOPE (five memories), with and without recomputing, with W1 alone written
+(`written_layers: output`), and on a CPU without its compiled kernel too; the token loop; softmax attention of the
+same width (torch's scaled_dot_product_attention on given q, k, v); and titans-pytorch's NeuralMemory when it is
+installed. That one updates one memory where HOPE updates five. By default it takes every inner gradient of a sequence
+at the initial weights, so that no chunk sees what another wrote; with "sequential" (its batch_size set to the chunk)
+gradients are taken at the chunk's first state, as HOPE's are. FLOPs are the closed form of
+hope_megatron.config.accounting, which the test suite holds against PyTorch's counter: recomputing is not counted, and
+what the compiled kernel skips above the diagonals of its tables is. The machine's rate is that of torch.bmm on
+products of the operator's own size. Freed memory is kept for the next pass, as PyTorch keeps it on a GPU;
 MALLOC_TRIM_THRESHOLD_=131072 in the environment leaves that to glibc, which gives it back.
 """
 
@@ -101,13 +102,13 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def model_of(args: argparse.Namespace, chunk: int) -> ModelConfig:
+def model_of(args: argparse.Namespace, chunk: int, **memory: str) -> ModelConfig:
     return ModelConfig(
         vocab_size=128,
         num_layers=1,
         hidden_size=args.heads * args.width,
         num_heads=args.heads,
-        memory=MemoryConfig(chunk_tokens=chunk),
+        memory=MemoryConfig(chunk_tokens=chunk, **memory),
         cms=CMSConfig(levels=(CMSLevelConfig(hidden_size=16),)),
     )
 
@@ -171,20 +172,22 @@ def row(
 
 
 def measure_operator(args, dtype, length: int, chunk: int) -> list[dict]:
-    model, params = model_of(args, chunk), parameters(args)
-    rule = memory_rule(model.memory)
+    params = parameters(args)
     qkv, rates = inputs(args, dtype, length)
-    flops = 2 * args.heads * sum(memory_macs(model, length))
     leaves = [*qkv, rates.eta, rates.alpha, *(w for bank in params for w in bank)]
 
-    def hope(what: str, recompute: bool) -> dict:
+    def hope(what: str, recompute: bool = False, **memory: str) -> dict:
+        model = model_of(args, chunk, **memory)
+        rule, flops = memory_rule(model.memory), 2 * args.heads * sum(memory_macs(model, length))
         run = lambda: memory_chunked(*qkv, rates, params, rule, recompute=recompute)[0]  # noqa: E731
         return row(args, what, length, chunk, run, leaves, flops)
 
-    rows = [hope("HOPE", False), hope("HOPE, recomputing", True)]
+    rows = [hope("HOPE"), hope("HOPE, recomputing", recompute=True)]
+    rows.append(hope("HOPE, W1 alone written", written_layers="output"))
     if args.device in kernels and length == args.lengths[0]:
         kernel = kernels.pop(args.device)
-        rows.append(hope("HOPE, PyTorch's operators", False))
+        rows.append(hope("HOPE, PyTorch's operators"))
+        rows.append(hope("the same, W1 alone written", written_layers="output"))
         kernels[args.device] = kernel
     return rows
 

@@ -49,6 +49,7 @@ The ablations of Nested Learning (arXiv 2512.24695, table 6) are one key each, b
 |---|---|
 | Delta Gradient Descent | `memory.dgd_layers=none` |
 | momentum | `memory.momentum=none` (the default; with it: `data` or `constant`) |
+| writing W2 | `memory.written_layers=output` ([what that gains](records/2026-11-26-needles.md#w1-alone-written)) |
 | weight decay | `memory.decay=none` |
 | CMS | `cms.levels=[{hidden_size: 512}]` (one MLP of the levels' width together) |
 | adaptive k, v | `memory.adaptive_key=false`, `memory.adaptive_value=false` |
