@@ -57,7 +57,7 @@ class Suite:
     subjects: tuple[str, ...]
     seeds: int
     settings: Mapping[str, Any]
-    """Everything that the scores depend on; cells of other settings are never mixed."""
+    """Everything that the scores depend on; cells of other settings are never mixed. `hope` is HOPE's own."""
     run: Callable[[Cell], Scores]
     quantity: str = "share of answers that are right"
     less_is_better: tuple[str, ...] = ()
@@ -92,7 +92,7 @@ class Results:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def load(self, others: Iterable[Path] = ()) -> None:
-        """Take up what the file has, if it is there, and other files.
+        """Take up what the file has, if it is there, and other files: of those that had other settings of HOPE, the other models.
 
         Raises:
             SuiteError: if one is of another suite or of other settings, or `others` cannot be read.
@@ -100,25 +100,28 @@ class Results:
         if self.path is not None and self.path.exists():
             self._take(self.path, "give another --json, or delete it")
         for other in others:
-            self._take(other, "leave it out of --merge")
+            self._take(other, "leave it out of --merge", any_hope=True)
 
-    def _take(self, path: Path, mend: str) -> None:
-        suite, settings = self.suite, _plain(self.suite.settings)
+    def _take(self, path: Path, mend: str, any_hope: bool = False) -> None:
+        suite, ours = self.suite, _plain(self.suite.settings)
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            sizes = stored["parameters"]
-            same_sizes = all(suite.parameters[name] == sizes[name] for name in suite.parameters.keys() & sizes)
-            same = stored["suite"] == suite.name and stored["settings"] == settings and same_sizes
+            theirs, sizes = stored["settings"], stored["parameters"]
             found = {
                 Cell(row["task"], row["subject"], row["seed"]): (row["scores"], row["seconds"])
                 for row in stored["cells"]
             }
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if any_hope and theirs.get("hope") != ours.get("hope"):
+                theirs, ours = {**theirs, "hope": "any"}, {**ours, "hope": "any"}
+                found = {cell: kept for cell, kept in found.items() if cell.subject.split(":")[0] != "hope"}
+            same_sizes = all(suite.parameters[name] == sizes[name] for name in suite.parameters.keys() & sizes)
+            same = stored["suite"] == suite.name and theirs == ours and same_sizes
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise SuiteError(f"{path} cannot be read as results of a suite ({error}); {mend}") from None
         if not same:
             raise SuiteError(
-                f"{path} holds suite {stored['suite']} with settings {stored['settings']} and parameters {sizes}, not "
-                f"{suite.name} with {settings} and {dict(suite.parameters)}; {mend}"
+                f"{path} holds suite {stored['suite']} with settings {theirs} and parameters {sizes}, not "
+                f"{suite.name} with {ours} and {dict(suite.parameters)}; {mend}"
             )
         for cell, (scores, seconds) in found.items():
             self.scores.setdefault(cell, scores)

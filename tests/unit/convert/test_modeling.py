@@ -31,6 +31,7 @@ VARIANTS = {
         "tie_embeddings": False,
     },
     "some adaptive": {"memory": MemoryConfig(chunk_tokens=8, adaptive_key=False, adaptive_alpha=False, read_skip=True)},
+    "W1 alone written": {"memory": MemoryConfig(chunk_tokens=8, written_layers="output")},
     "titans": {"memory": MemoryConfig(chunk_tokens=8, hidden_size=12, own_targets=False, **STATIC)},
     "deltanet": {"memory": MemoryConfig(chunk_tokens=8, num_layers=1, decay="none", own_targets=False, **STATIC)},
     "attention": {"layer_pattern": ("attention",), "head_size": 6},

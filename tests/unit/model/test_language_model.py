@@ -25,6 +25,7 @@ def world_of_one():
 
 CASES = {
     "hope": tiny_model(memory=MemoryConfig(chunk_tokens=8, self_chunk_tokens=16, momentum="data")),
+    "hope_output": tiny_model(memory=MemoryConfig(chunk_tokens=8, written_layers="output")),
     "transformer": tiny_model(layer_pattern=("attention",)),
     "window": tiny_model(layer_pattern=("attention", "memory"), attention=AttentionConfig(window_tokens=5)),
 }

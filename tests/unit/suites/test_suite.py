@@ -139,6 +139,15 @@ def test_what_other_machines_ran_is_not_run_again(tmp_path):
     assert "4, of which 4 are in" in suite_outline(whole, tmp_path / "s.json", files)
     results = run_suite(whole, tmp_path / "s.json", {}, files, tell=lambda line: None)
     assert not calls and set(results.scores) == set(whole.cells())
+
+    def three(**settings) -> Suite:
+        run = lambda cell: calls.append(cell) or {"right": 0.5}  # noqa: E731
+        return Suite("s", "A suite", ("t",), ("hope", "b", "hope: x"), 1, settings, run)
+
+    run_suite(three(steps=3), tmp_path / "d.json", {}, tell=lambda line: None)
+    calls.clear()
+    run_suite(three(steps=3, hope=["a=1"]), tmp_path / "e.json", {}, [tmp_path / "d.json"], tell=lambda line: None)
+    assert [cell.subject for cell in calls] == ["hope", "hope: x"]  # HOPE's own settings are no other model's
     run_suite(one("a", steps=4), tmp_path / "c.json", {}, tell=lambda line: None)
     for name, reason in (("c.json", "'steps': 4"), ("none.json", "No such file")):
         with pytest.raises(SuiteError, match=rf"(?s){name}.*{reason}.*leave it out of --merge"):
