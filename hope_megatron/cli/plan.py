@@ -2,6 +2,7 @@
 
 examples:
   hope plan hope_760m                                  a model preset, with 20 tokens per parameter
+  hope plan titans_760m                                a baseline family at that size
   hope plan hope_760m_30b --world 64 --hardware h200   a run file
   hope plan hope_1b3_100b parallel.zero_stage=2 training.micro_batch_size=2 --world 128
 """
@@ -26,7 +27,7 @@ from hope_megatron.config.base import ConfigError
 from hope_megatron.config.footprint import estimate, footprint
 from hope_megatron.config.hardware import HARDWARE, find_hardware
 from hope_megatron.config.load import read_mapping
-from hope_megatron.config.presets import find_config
+from hope_megatron.config.presets import find_config, split_family
 
 TOKENS_PER_PARAMETER = 20
 """Training length of a bare model preset (Hoffmann et al., arXiv 2203.15556)."""
@@ -72,17 +73,20 @@ def load_for_plan(name_or_path: str, overrides: list[str]) -> RunConfig:
     Raises:
         ConfigError: if there is no such configuration or it is wrong.
     """
-    file = find_config(name_or_path, "runs", "models")
-    if "training" in read_mapping(file):
-        return load_run_config(file, overrides)
+    name, model = name_or_path, name_or_path
+    if split_family(name_or_path) is None:
+        file = find_config(name_or_path, "runs", "models")
+        if "training" in read_mapping(file):
+            return load_run_config(file, overrides)
+        name, model = file.stem, str(file)
     data: dict[str, Any] = {
-        "name": file.stem,
-        "model": str(file),
+        "name": name,
+        "model": model,
         "training": {"steps": 1, "seq_length": 4096, "global_batch_size": 128, "recompute": "layer"},
         "optim": {"warmup_steps": 0},
         "data": {"train": "data/train", "tokenizer": "data/tokenizer.model"},
     }
-    config = resolve_run_config(data, overrides, source=str(file))
+    config = resolve_run_config(data, overrides, source=model)
     if config.training.steps > 1:
         return config
     steps = -(-TOKENS_PER_PARAMETER * num_parameters(config.model) // config.training.tokens_per_step)

@@ -12,6 +12,7 @@ from hope_megatron.config.load import override_model, read_mapping
 from hope_megatron.config.model import CMSConfig, CMSLevelConfig, MemoryConfig, ModelConfig
 from hope_megatron.config.presets import config_names, find_config
 from hope_megatron.suites.errors import SuiteError
+from hope_megatron.suites.suite import HOPES
 
 # The two families that configs/families has no file for: the one it starts from, and the one that is a preset.
 _BUILT_IN: dict[str, dict[str, Any]] = {
@@ -92,10 +93,11 @@ def _largest_rate(memory: dict[str, Any], chunk: int) -> float:
 
 
 def suite_model(family: str, hope: ModelConfig, hope_settings: tuple[str, ...]) -> ModelConfig:
-    """As `family_model`; HOPE itself with settings of its own, at the parameters of `hope`."""
-    if family == "hope" and hope_settings:
-        return matched(override_model(hope, hope_settings), hope)
-    return family_model(family, hope)
+    """As `family_model`; a HOPE with settings of its own, at the parameters of `hope`."""
+    model = family_model(family, hope)
+    if family in HOPES and hope_settings:
+        return matched(override_model(model, hope_settings), hope)
+    return model
 
 
 def matched(model: ModelConfig, target: ModelConfig) -> ModelConfig:

@@ -16,6 +16,9 @@ from hope_megatron.training.progress import format_duration
 
 Scores = dict[str, float]
 
+HOPES = ("hope", "hope_w1")
+"""Families that `SuiteOptions.hope` is for."""
+
 
 @dataclass(frozen=True)
 class SuiteOptions:
@@ -32,7 +35,7 @@ class SuiteOptions:
     layers: int | None = None
     heads: int | None = None
     hope: tuple[str, ...] = ()
-    """Settings of HOPE's model, `memory.eta_init=0.5`; other families keep theirs."""
+    """Settings of the HOPES, `memory.eta_init=0.5`; other families keep theirs."""
     quick: bool = False
     lengths: tuple[int, ...] | None = None
     data: tuple[Path, ...] = ()
@@ -57,7 +60,7 @@ class Suite:
     subjects: tuple[str, ...]
     seeds: int
     settings: Mapping[str, Any]
-    """Everything that the scores depend on; cells of other settings are never mixed. `hope` is HOPE's own."""
+    """Everything that the scores depend on; cells of other settings are never mixed. `hope` is the HOPES' own."""
     run: Callable[[Cell], Scores]
     quantity: str = "share of answers that are right"
     less_is_better: tuple[str, ...] = ()
@@ -113,7 +116,7 @@ class Results:
             }
             if any_hope and theirs.get("hope") != ours.get("hope"):
                 theirs, ours = {**theirs, "hope": "any"}, {**ours, "hope": "any"}
-                found = {cell: kept for cell, kept in found.items() if cell.subject.split(":")[0] != "hope"}
+                found = {cell: kept for cell, kept in found.items() if cell.subject.split(":")[0] not in HOPES}
             same_sizes = all(suite.parameters[name] == sizes[name] for name in suite.parameters.keys() & sizes)
             same = stored["suite"] == suite.name and theirs == ours and same_sizes
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

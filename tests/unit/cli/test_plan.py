@@ -39,6 +39,12 @@ def test_file_of_a_model_or_of_a_run(tmp_path):
     assert load_for_plan("hope_tiny_cpu", ["training.steps=500"]).name == "hope_tiny_cpu"
 
 
+def test_a_family_at_a_size():
+    config = load_for_plan("titans_60m", ["model.memory.chunk_tokens=2"])
+    assert (config.name, config.model.name, config.model.memory.chunk_tokens) == ("titans_60m", "titans_60m", 2)
+    assert config.model.memory.momentum == "data"
+
+
 def test_world_must_divide():
     with pytest.raises(ConfigError, match=r"world size 3 is not divisible by parallel\.tensor_parallel=2"):
         make_plan(load_for_plan("hope_tiny_cpu", []), 3, "h100")

@@ -78,6 +78,9 @@ def test_settings_of_hope_are_its_own():
     assert (model.memory.adaptive_key, model.memory.eta_init, model.memory.chunk_tokens) == (False, 0.5, 4)
     assert abs(num_parameters(model) / num_parameters(hope) - 1) < 0.01
     assert suite_model("deltanet", hope, settings) == family_model("deltanet", hope)
+    other = suite_model("hope_w1", hope, settings)
+    assert (other.memory.eta_init, other.memory.written_layers) == (0.5, "output")
+    assert model.memory.written_layers == "all"
     with pytest.raises(ConfigError, match="did you mean"):
         suite_model("hope", hope, ("memory.eta_int=0.5",))
 
