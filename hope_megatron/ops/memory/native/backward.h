@@ -158,7 +158,7 @@ class ChunkBackward {
   // rows = (I + L)^-1 r: d_r = (I + L)^-T d_rows takes the place of d_rows; d_L = -d_r rows^T, L = eta Gamma_prev gram.
   void solve_rows() {
     std::fill(d_system, d_system + C * ld, 0.0f);
-    for (int g = !s.writes_in; g <= kMemories; ++g) {
+    for (int g = s.first_system(); g <= kMemories; ++g) {
       const float *L = t.system + g * C * ld, *gram = t.grams + g * C * ld;
       if (g == 0) {
         solve_transposed(C, wide, L, ld, d_rows_in, wide);
@@ -244,7 +244,8 @@ class ChunkBackward {
 
   // drive = delta silu'(z_k); delta = W^T error; held = W keys; error = k - unit(v + W phi_v), or without k.
   void errors(const Weights& w, const Weights& d_w) {
-    for (int i = 0; s.writes_in && i < C * wide; i += kLanes) {
+    const int hidden = s.writes_in ? C * wide : 0;
+    for (int i = 0; i < hidden; i += kLanes) {
       Vec first, second;
       silu_slopes(load(t.z_k + i), &first, &second);
       const Vec d_drive = load(d_rows_in + i);

@@ -30,6 +30,8 @@ struct Shape {
   int ld() const { return (chunk + 15) / 16 * 16; }
   // Where the weights that are written begin: input layers come first.
   int64_t first_written() const { return writes_in ? 0 : int64_t(kMemories) * h * d; }
+  // Of the systems that are solved: 0 is that of the input layers.
+  int first_system() const { return writes_in ? 0 : 1; }
   int64_t weights() const { return int64_t(kMemories + kVector) * h * d + kScalar * h; }
 };
 
@@ -306,7 +308,8 @@ class Chunk {
         error_scalar[j * C + t] = -std::tanh(dot(phi_v + at, w.scalar(j), h));
         if (s.writes_in) set_scaled(delta + at, w.scalar(j), error_scalar[j * C + t], h);
       }
-    for (int i = 0; s.writes_in && i < C * wide; i += kLanes) store(drive + i, load(delta + i) * silu_slope(load(z_k + i)));
+    if (!s.writes_in) return;
+    for (int i = 0; i < C * wide; i += kLanes) store(drive + i, load(delta + i) * silu_slope(load(z_k + i)));
   }
 
   // What the learned initial state answers to the keys.
@@ -320,7 +323,7 @@ class Chunk {
 
   // rows = (I + L)^-1 eta (gradient + gamma_prev held + (1 - gamma_prev) initial), L = eta Gamma_prev gram
   void solve_rows() {
-    for (int g = !s.writes_in; g <= kMemories; ++g) {
+    for (int g = s.first_system(); g <= kMemories; ++g) {
       float *gram = grams + g * C * ld, *L = system + g * C * ld;
       const float* x = g ? keys + (g - 1) * h : k();
       lower_bt(C, g ? h : d, x, g ? wide : d, x, g ? wide : d, gram, ld, scratch);
