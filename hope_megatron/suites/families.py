@@ -17,12 +17,14 @@ from hope_megatron.suites.task import Task
 
 # Counting modulo a number: a write must be able to turn what its key holds round, hence rates up to 2; retention takes what tokens
 # did to features and keys back to the learned initial state within some tens of them. Counting without bound: writes so small
-# that they add up, and hardly any forgetting (docs/suites.md).
+# that they nearly add up, and hardly any forgetting. Three counts at once: writes that do add up, neither erased by DGD nor made
+# under features that move (docs/suites.md).
 _PERIODIC_HOPE = ("memory.eta_max=2", "memory.eta_init=0.5", "memory.alpha_init=0.9")
 _COUNTING_HOPE = ("memory.eta_max=0.01", "memory.eta_init=0.5", "memory.alpha_init=0.9999")
+_ADDING_HOPE = (*_COUNTING_HOPE, "memory.dgd_layers=none", "memory.written_layers=output")
 _LANGUAGES_HOPE = {
     name: _PERIODIC_HOPE if language.periodic else _COUNTING_HOPE for name, language in LANGUAGES.items()
-}
+} | {"a^n b^n c^n": _ADDING_HOPE}
 # What filler writes fades a needle. Hence features near SiLU's linear range, where those of orthogonal keys hardly overlap, and
 # hardly any forgetting.
 _NEEDLES_HOPE = ("memory.input_scale=0.3", "memory.alpha_init=0.99999")
@@ -45,7 +47,8 @@ def languages(options: SuiteOptions) -> Suite:
         paper="HOPE solves all six at 100 % in the training length and in the longer bin.",
         notes="Memories are written and read token by token (chunk_tokens 1), as what a write depends on must be there before "
         "the next token; matrix memories compute the same in longer chunks. HOPE has one setting for parity, (aa)* and (abab)*, "
-        "and one for the languages whose counts grow; the other families have theirs throughout.",
+        "and one for the languages whose counts grow, a^n b^n c^n without DGD and with W1 alone written; the other families have "
+        "theirs throughout.",
     )
 
 

@@ -90,6 +90,8 @@ def test_each_language_has_the_settings_of_its_kind_and_the_users_come_last():
     fast = {name for name, keys in settings.items() if "memory.eta_max=2" in keys}
     assert fast == {"parity", "(aa)*", "(abab)*"} and len(settings) == 6
     assert all(keys[-1] == "memory.eta_init=0.3" for keys in settings.values())
+    adding = {name for name, keys in settings.items() if "memory.dgd_layers=none" in keys}
+    assert adding == {"a^n b^n c^n"}
 
 
 def test_needles_begin_with_a_smaller_w2_and_less_forgetting_unless_the_user_says_otherwise():
