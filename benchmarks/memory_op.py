@@ -187,7 +187,7 @@ def measure_operator(args, dtype, length: int, chunk: int) -> list[dict]:
     if args.device in kernels and length == args.lengths[0]:
         kernel = kernels.pop(args.device)
         rows.append(hope("HOPE, PyTorch's operators"))
-        rows.append(hope("the same, W1 alone written", written_layers="output"))
+        rows.append(hope("HOPE, PyTorch's operators, W1 alone written", written_layers="output"))
         kernels[args.device] = kernel
     return rows
 

@@ -104,7 +104,7 @@ def build(options: SuiteOptions) -> Suite:
             "lr": fitting.lr,
             "optimizer": fitting.optimizer,
             "classes": {name: len(labelled.classes) for name, labelled in data.items()},
-            **({"hope": options.hope} if options.hope else {}),
+            "hope": options.hope,
         },
         run=run,
         quantity="accuracy over all classes seen so far, after each group; forgetting: accuracy that earlier groups lost",

@@ -95,7 +95,9 @@ class Results:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def load(self, others: Iterable[Path] = ()) -> None:
-        """Take up what the file has, if it is there, and other files: of those that had other settings of HOPE, the other models.
+        """Take up what the file has, if it is there, and what other files have.
+
+        HOPE's own settings may differ in the others: then their cells of HOPE are left out.
 
         Raises:
             SuiteError: if one is of another suite or of other settings, or `others` cannot be read.

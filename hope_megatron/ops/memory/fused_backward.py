@@ -51,7 +51,8 @@ class ChunkBackward:
             d.w_scalar, t.w.w_scalar, t.rows_scalar, keys[1], out=d_keys[1]
         )
         if self.anchor is not None:
-            for a, d_a, d_layer in list(zip(self.anchor, self.d_anchor, d))[not self.writes_in :]:
+            layers = list(zip(self.anchor, self.d_anchor, d))  # input layers come first
+            for a, d_a, d_layer in layers if self.writes_in else layers[1:]:
                 by_head(d_a, N).addcmul_(by_head(d_layer.contiguous(), N), 1 - t.gamma[:, -1:])
                 self.d_gamma_end -= _dots(d_layer, a, N)
 

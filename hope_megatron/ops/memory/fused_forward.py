@@ -131,7 +131,7 @@ def _errors(k: Tensor, v_n: Tensor, phi_v: Tensor, w: Weights, rule: MemoryRule)
 
 def _solve(k: Tensor, keys: Tensor, eta: Tensor, gamma_prev: Tensor, Gamma_prev: Tensor, gradients, held, initial):
     """Grams, inverses, and the rows of the three kinds of layer:
-    (I + L)^-1 eta (gradient + gamma_prev held + (1 - gamma_prev) initial). Without a gradient there are none."""
+    (I + L)^-1 eta (gradient + gamma_prev held + (1 - gamma_prev) initial). Of an input layer without a gradient: none."""
     N, C, _ = k.shape
     if gradients[0] is None:
         grams = torch.bmm(keys, keys.mT)
