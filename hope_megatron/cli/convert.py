@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from data_pipeline.tokenizer import Tokenizer
-    from hope_megatron.convert.layout import Layout
-    from hope_megatron.convert.rewrite import Rewritten
-    from hope_megatron.convert.source import CheckpointSource
+    from hope_megatron.checkpoint.find import CheckpointSource
+    from hope_megatron.checkpoint.layout import Layout
+    from hope_megatron.checkpoint.reshard import Rewritten
 
 FORMS = (
     "say `hope convert SOURCE --to hf DIR` (or torch_dist, deepspeed), `DIR --from FORMAT OUT`, `DIR --to run CONFIG`, "
@@ -141,8 +141,8 @@ def _wants_layout(args: argparse.Namespace) -> bool:
 
 def _export_huggingface(args: argparse.Namespace) -> int:
     from data_pipeline.tokenizer import Tokenizer
-    from hope_megatron.convert.huggingface import export_huggingface
-    from hope_megatron.convert.source import find_checkpoint
+    from hope_megatron.checkpoint.find import find_checkpoint
+    from hope_megatron.convert.huggingface.export import export_huggingface
 
     source = find_checkpoint(args.words[0])
     tokenizer = Tokenizer.load(args.tokenizer or source.config.data.tokenizer)
@@ -174,10 +174,10 @@ def _heldout_sequence(source: CheckpointSource, tokenizer: Tokenizer) -> Tensor 
 
 
 def _export(args: argparse.Namespace) -> int:
-    from hope_megatron.convert.deepspeed_universal import write_universal
-    from hope_megatron.convert.source import find_checkpoint
+    from hope_megatron.checkpoint.find import find_checkpoint
+    from hope_megatron.checkpoint.unsharded import read_whole
+    from hope_megatron.convert.deepspeed.universal import write_universal
     from hope_megatron.convert.torch_dist import write_torch_dist
-    from hope_megatron.convert.whole import read_whole
 
     name, directory = args.to
     whole = read_whole(find_checkpoint(args.words[0])).with_history(f"export to {name}")
@@ -187,9 +187,9 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _export_native(args: argparse.Namespace) -> int:
-    from hope_megatron.convert.deepspeed_native import write_native
-    from hope_megatron.convert.source import find_checkpoint
-    from hope_megatron.convert.whole import read_whole
+    from hope_megatron.checkpoint.find import find_checkpoint
+    from hope_megatron.checkpoint.unsharded import read_whole
+    from hope_megatron.convert.deepspeed.native import write_native
 
     name, directory = args.to
     whole = read_whole(find_checkpoint(args.words[0])).with_history(f"export to {name}")
@@ -204,8 +204,8 @@ def _print_exported(what: str, num_elements: int) -> None:
 
 
 def _read_back(args: argparse.Namespace) -> int:
-    from hope_megatron.convert.deepspeed_native import read_deepspeed
-    from hope_megatron.convert.rewrite import write_checkpoint
+    from hope_megatron.checkpoint.reshard import write_checkpoint
+    from hope_megatron.convert.deepspeed.native import read_deepspeed
     from hope_megatron.convert.torch_dist import read_torch_dist
 
     read = {"torch_dist": read_torch_dist, "deepspeed": read_deepspeed}[args.format]
@@ -246,9 +246,9 @@ def _write_model_section(args: argparse.Namespace) -> int:
 
 
 def _reshard(args: argparse.Namespace) -> int:
-    from hope_megatron.convert.layout import Layout
-    from hope_megatron.convert.rewrite import reshard
-    from hope_megatron.convert.source import find_checkpoint
+    from hope_megatron.checkpoint.find import find_checkpoint
+    from hope_megatron.checkpoint.layout import Layout
+    from hope_megatron.checkpoint.reshard import reshard
 
     source = find_checkpoint(args.words[0])
     layout = _layout(args, Layout.of(source.checkpoint.description["layout"]))
@@ -270,9 +270,9 @@ def _in_words(layout: Layout) -> str:
 
 
 def _weights(args: argparse.Namespace) -> int:
-    from hope_megatron.convert.rewrite import write_checkpoint
-    from hope_megatron.convert.source import find_checkpoint
-    from hope_megatron.convert.whole import read_whole
+    from hope_megatron.checkpoint.find import find_checkpoint
+    from hope_megatron.checkpoint.reshard import write_checkpoint
+    from hope_megatron.checkpoint.unsharded import read_whole
 
     whole = read_whole(find_checkpoint(args.words[1])).weights_only().with_history("extraction of the weights")
     layout = _layout(args, whole.layout) if _wants_layout(args) else whole.layout
@@ -281,10 +281,10 @@ def _weights(args: argparse.Namespace) -> int:
 
 
 def _average(args: argparse.Namespace) -> int:
-    from hope_megatron.convert.average import average
-    from hope_megatron.convert.rewrite import write_checkpoint
-    from hope_megatron.convert.source import find_checkpoint
-    from hope_megatron.convert.whole import read_whole
+    from hope_megatron.checkpoint.average import average
+    from hope_megatron.checkpoint.find import find_checkpoint
+    from hope_megatron.checkpoint.reshard import write_checkpoint
+    from hope_megatron.checkpoint.unsharded import read_whole
 
     *references, out = args.words[1:]
     weights = _parse_weights(args.weights, len(references))
@@ -307,7 +307,7 @@ def _parse_weights(text: str | None, count: int) -> list[float]:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from hope_megatron.convert.source import find_checkpoint
+    from hope_megatron.checkpoint.find import find_checkpoint
 
     source = find_checkpoint(args.words[1])
     checkpoint, config = source.checkpoint, source.config

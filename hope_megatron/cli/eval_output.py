@@ -42,7 +42,7 @@ def write_output(
     if args.markdown:
         write_text(args.markdown, f"{tables}\n")
     if args.mlflow and opened.checkpoint is not None:
-        from hope_megatron.engine.checkpoint_format import checkpoint_step
+        from hope_megatron.checkpoint.format import checkpoint_step
         from hope_megatron.training.run_directory import RunDirectory
         from hope_megatron.training.tracking import log_evaluation
 

@@ -64,9 +64,9 @@ def open_model(reference: str, tokenizer_file: Path | None = None) -> OpenModel:
         tokenizer_file: instead of the one the model was trained with.
     """
     from data_pipeline.tokenizer import Tokenizer
-    from hope_megatron.convert.huggingface import is_huggingface_model, load_huggingface
-    from hope_megatron.convert.local_model import build_local_model
-    from hope_megatron.convert.source import find_checkpoint
+    from hope_megatron.checkpoint.find import find_checkpoint
+    from hope_megatron.checkpoint.local_model import build_local_model
+    from hope_megatron.convert.huggingface.export import is_huggingface_model, load_huggingface
 
     directory = Path(reference)
     if is_huggingface_model(directory):

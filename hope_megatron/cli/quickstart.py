@@ -217,8 +217,8 @@ class Quickstart:
         _say(f"{result['tokens']:,} held-out tokens, none of them seen in training", *table)
 
     def _export(self) -> None:
-        from hope_megatron.convert.huggingface import export_huggingface
-        from hope_megatron.convert.source import find_checkpoint
+        from hope_megatron.checkpoint.find import find_checkpoint
+        from hope_megatron.convert.huggingface.export import export_huggingface
 
         source = find_checkpoint(str(self.config.run_dir))
         self.export = export_huggingface(source, self.directory / "model", self.tokenizer)

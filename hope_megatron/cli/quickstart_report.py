@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hope_megatron.config import RunConfig
-    from hope_megatron.convert.huggingface import Export
+    from hope_megatron.convert.huggingface.export import Export
 
 
 def build_report(

@@ -7,20 +7,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hope_megatron.checkpoint.errors import ConversionError
+from hope_megatron.checkpoint.format import MASTER, list_checkpoints, step_directory_name
+from hope_megatron.checkpoint.generators import fresh_generator_states
+from hope_megatron.checkpoint.layout import Layout
+from hope_megatron.checkpoint.local_model import build_from_shards, build_local_model
+from hope_megatron.checkpoint.reshard import write_checkpoint
+from hope_megatron.checkpoint.unsharded import WholeCheckpoint, WholeParameter
 from hope_megatron.config import RunConfig
-from hope_megatron.convert.deepspeed_universal import universal_weights
-from hope_megatron.convert.deepspeed_zero import is_zero_checkpoint, zero_shards
-from hope_megatron.convert.errors import ConversionError
-from hope_megatron.convert.huggingface import load_huggingface
-from hope_megatron.convert.layout import Layout
+from hope_megatron.convert.deepspeed.universal import universal_weights
+from hope_megatron.convert.deepspeed.zero import is_zero_checkpoint, zero_shards
+from hope_megatron.convert.huggingface.export import load_huggingface
 from hope_megatron.convert.llama import check_against_transformers, import_llama
-from hope_megatron.convert.local_model import build_from_shards, build_local_model
-from hope_megatron.convert.rewrite import write_checkpoint
 from hope_megatron.convert.torch_dist import torch_dist_weights
-from hope_megatron.convert.whole import WholeCheckpoint, WholeParameter
 from hope_megatron.engine.build import build_run_optimizer
-from hope_megatron.engine.checkpoint_format import MASTER, list_checkpoints, step_directory_name
-from hope_megatron.engine.generators import fresh_generator_states
 from hope_megatron.model import LanguageModel
 from hope_megatron.optim import read_tags
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hope_megatron.checkpoint.errors import ConversionError, ExportCheckError
+from hope_megatron.checkpoint.local_model import load_weights
 from hope_megatron.config.model import AttentionConfig, CMSConfig, CMSLevelConfig, ModelConfig
 from hope_megatron.config.parallel import ParallelConfig
-from hope_megatron.convert.check import LOGIT_TOLERANCE
-from hope_megatron.convert.errors import ConversionError, ExportCheckError
-from hope_megatron.convert.local_model import load_weights
-from hope_megatron.convert.weights import read_json, read_weights
+from hope_megatron.convert.huggingface.check import LOGIT_TOLERANCE
+from hope_megatron.convert.huggingface.weights import read_json, read_weights
 from hope_megatron.engine.distributed import init_distributed
 from hope_megatron.model import LanguageModel, build_model
 

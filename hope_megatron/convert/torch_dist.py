@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from hope_megatron.convert.errors import ConversionError
-from hope_megatron.convert.output import fresh_directory
-from hope_megatron.convert.sidecar import Parameters, has_sidecar, read_sidecar, write_sidecar
-from hope_megatron.convert.whole import WholeCheckpoint, compare_whole
-from hope_megatron.engine.checkpoint_format import MASTER
+from hope_megatron.checkpoint.errors import ConversionError
+from hope_megatron.checkpoint.format import MASTER
+from hope_megatron.checkpoint.output import fresh_directory
+from hope_megatron.checkpoint.unsharded import WholeCheckpoint, compare_whole
+from hope_megatron.convert.extras import Parameters, has_sidecar, read_sidecar, write_sidecar
 
 _METADATA = ".metadata"
 _BACKEND = {

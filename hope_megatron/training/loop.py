@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from hope_megatron.checkpoint.checkpointer import Checkpointer
 from hope_megatron.config.run import RunConfig
-from hope_megatron.engine.checkpoint import Checkpointer
 from hope_megatron.engine.engine import Engine, NonFiniteError
 from hope_megatron.training.batches import BatchReader, SampleSource
 from hope_megatron.training.phases import PhaseClock

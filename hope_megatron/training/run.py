@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hope_megatron.checkpoint.checkpointer import Checkpointer
+from hope_megatron.checkpoint.format import Checkpoint, list_checkpoints
+from hope_megatron.checkpoint.generators import seed_generators
 from hope_megatron.config import RunConfig, dump_config
 from hope_megatron.engine.build import build_engine
-from hope_megatron.engine.checkpoint import Checkpointer
-from hope_megatron.engine.checkpoint_format import Checkpoint, list_checkpoints
 from hope_megatron.engine.control import ControlGroup
 from hope_megatron.engine.distributed import Mesh, init_distributed
-from hope_megatron.engine.generators import seed_generators
 from hope_megatron.training.batches import SampleSource
 from hope_megatron.training.callbacks import default_callbacks, is_summarized
 from hope_megatron.training.loop import Outcome, Run, train

@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hope_megatron.checkpoint.errors import ConversionError
+from hope_megatron.checkpoint.find import CheckpointSource, find_checkpoint
+from hope_megatron.checkpoint.format import Checkpoint, read_full_tensors
+from hope_megatron.checkpoint.layout import Layout
+from hope_megatron.checkpoint.reshard import write_checkpoint
+from hope_megatron.checkpoint.unsharded import read_whole
 from hope_megatron.convert.begin_run import begin_run
-from hope_megatron.convert.deepspeed_native import read_native, write_native
-from hope_megatron.convert.deepspeed_zero import zero_shards
-from hope_megatron.convert.errors import ConversionError
-from hope_megatron.convert.layout import Layout
-from hope_megatron.convert.rewrite import write_checkpoint
-from hope_megatron.convert.source import CheckpointSource, find_checkpoint
-from hope_megatron.convert.whole import read_whole
-from hope_megatron.engine.checkpoint_format import Checkpoint, read_full_tensors
+from hope_megatron.convert.deepspeed.native import read_native, write_native
+from hope_megatron.convert.deepspeed.zero import zero_shards
 from hope_megatron.testing.distributed import run_distributed
 from hope_megatron.testing.tiny import tiny_run_config
 from hope_megatron.testing.training import advance, build
@@ -46,7 +46,7 @@ def run_config(layout: Layout, settings: dict[str, Any], **more: Any):
 
 def is_that_of(engine, checkpoint) -> bool:
     """Whether this rank holds what a checkpoint of ours holds for it: weights, optimizer states and clocks."""
-    from hope_megatron.engine.pieces import group_scalars, live_pieces
+    from hope_megatron.checkpoint.shards import group_scalars, live_pieces
 
     mesh = engine.mesh
     return group_scalars(engine) == checkpoint.description["optimizer"]["groups"] and all(
@@ -64,8 +64,8 @@ def is_that_of(engine, checkpoint) -> bool:
 
 def save_both(rank, world_size, directory):
     """Train two steps in each layout; DeepSpeed saves, and so do we. Then DeepSpeed loads what we make of ours."""
-    from hope_megatron.engine.checkpoint import Checkpointer
-    from hope_megatron.engine.generators import seed_generators
+    from hope_megatron.checkpoint.checkpointer import Checkpointer
+    from hope_megatron.checkpoint.generators import seed_generators
     from hope_megatron.training.state import TrainingState
 
     base, paths, next_steps, found = Path(directory), {}, {}, {}

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from hope_megatron.checkpoint.errors import ConversionError
+from hope_megatron.checkpoint.find import CheckpointSource, find_checkpoint
+from hope_megatron.checkpoint.unsharded import read_whole
 from hope_megatron.cli.main import main
 from hope_megatron.convert.begin_run import begin_run
-from hope_megatron.convert.deepspeed_universal import read_universal, universal_weights, write_universal
-from hope_megatron.convert.errors import ConversionError
-from hope_megatron.convert.source import CheckpointSource, find_checkpoint
-from hope_megatron.convert.whole import read_whole
+from hope_megatron.convert.deepspeed.universal import read_universal, universal_weights, write_universal
 
 MakeCheckpoint = Callable[..., CheckpointSource]
 BEGINNING = {"progress": {"step": 0}, "data": {"sample": 0}, "provenance": {"commit": None, "versions": {}}}

@@ -11,14 +11,14 @@ import torch
 import yaml
 from torch import nn
 
+from hope_megatron.checkpoint.errors import ConversionError, ExportCheckError
+from hope_megatron.checkpoint.find import find_checkpoint
+from hope_megatron.checkpoint.local_model import build_local_model
 from hope_megatron.cli.main import main
 from hope_megatron.config import CMSConfig, CMSLevelConfig, DataConfig, ModelConfig, RunConfig, TrainingConfig
 from hope_megatron.config.load import override_inner_clocks
 from hope_megatron.convert.begin_run import begin_run
-from hope_megatron.convert.errors import ConversionError, ExportCheckError
 from hope_megatron.convert.llama import check_against_transformers, import_llama, llama_model_config
-from hope_megatron.convert.local_model import build_local_model
-from hope_megatron.convert.source import find_checkpoint
 from hope_megatron.eval.perplexity import score_heldout
 from hope_megatron.model.in_context import set_inner_clocks
 

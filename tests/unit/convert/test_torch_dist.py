@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from hope_megatron.checkpoint.errors import ConversionError
+from hope_megatron.checkpoint.find import CheckpointSource, find_checkpoint
+from hope_megatron.checkpoint.unsharded import read_whole
 from hope_megatron.cli.main import main
 from hope_megatron.convert.begin_run import begin_run
-from hope_megatron.convert.errors import ConversionError
-from hope_megatron.convert.source import CheckpointSource, find_checkpoint
 from hope_megatron.convert.torch_dist import read_torch_dist, torch_dist_weights, write_torch_dist
-from hope_megatron.convert.whole import read_whole
 from hope_megatron.model import LanguageModel
 
 MakeCheckpoint = Callable[..., CheckpointSource]
