@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from hope_megatron.checkpoint import placement
 from hope_megatron.checkpoint.errors import ConversionError
 from hope_megatron.checkpoint.find import CheckpointSource
 from hope_megatron.checkpoint.layout import Layout
 from hope_megatron.checkpoint.skeleton import outline
 from hope_megatron.checkpoint.unsharded import compare_whole, read_whole
 from hope_megatron.cli.main import main
-from hope_megatron.checkpoint import placement
 from hope_megatron.convert.deepspeed.native import read_native, write_native
 from hope_megatron.convert.deepspeed.zero import ZeroDirectory
 from hope_megatron.testing.tiny import tiny_run_config
