@@ -33,7 +33,6 @@ from hope_megatron.checkpoint.format import (
     list_checkpoints,
     rank_file_name,
     step_directory_name,
-    sync_directory,
     write_json,
     write_manifest,
     write_safetensors,
@@ -42,6 +41,7 @@ from hope_megatron.checkpoint.generators import generator_states, restore_genera
 from hope_megatron.checkpoint.shards import group_scalars, live_pieces, load_pieces, parameter_table
 from hope_megatron.config.model import ModelConfig
 from hope_megatron.engine.engine import Engine
+from hope_megatron.runtime.files import sync_directory
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +29,7 @@ from torch import Tensor
 from hope_megatron.checkpoint.digested_file import DigestedFile, FileDigest, SafetensorsFile
 from hope_megatron.optim.geometry import full_shape, merge_shards, split_shards
 from hope_megatron.optim.tags import ParamTags
+from hope_megatron.runtime.files import sync_directory
 
 FORMAT = "hope-checkpoint-v1"
 MANIFEST = "manifest.json"
@@ -114,15 +114,6 @@ def write_manifest(directory: Path, files: Mapping[str, FileDigest]) -> None:
     entries = {name: {"sha256": digest.sha256, "size": digest.size} for name, digest in sorted(files.items())}
     write_json(directory / MANIFEST, {"format": FORMAT, "files": entries})
     sync_directory(directory)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make creations and renames inside a directory survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hope_megatron.checkpoint.errors import ConversionError
-from hope_megatron.checkpoint.format import sync_directory
+from hope_megatron.runtime.files import sync_directory
 
 
 @contextmanager

@@ -216,10 +216,10 @@ def _read_back(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    from hope_megatron.cli.train import open_sources
     from hope_megatron.config import load_run_config
     from hope_megatron.convert.begin_run import begin_run
     from hope_megatron.training.provenance import provenance
+    from hope_megatron.training.sources import open_sources
     from hope_megatron.training.state import TrainingState
 
     # The check of an import says what it compared.

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Start the processes, or be one of them."""
-    from launch.environment import is_worker
+    from hope_megatron.runtime.process import is_worker
 
     if args.batch_size < 1 or args.nproc < 1 or (args.limit is not None and args.limit < 1):
         raise ModelReferenceError("--batch-size, --nproc and --limit must be positive")
@@ -72,7 +72,8 @@ def _argv(args: argparse.Namespace) -> list[str]:
 
 def _work(args: argparse.Namespace) -> int:
     """Be one process of a world that a launcher has started."""
-    from launch.environment import die_with_parent, report_failure
+    from hope_megatron.runtime.process import die_with_parent
+    from hope_megatron.runtime.reports import report_failure
 
     die_with_parent()
     try:

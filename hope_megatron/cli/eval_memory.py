@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from hope_megatron.cli.heldout import heldout_tokens
     from hope_megatron.eval.memory_plot import plot_memory
     from hope_megatron.eval.memory_text import read_text
-    from hope_megatron.eval.report import write_json
+    from hope_megatron.runtime.files import write_json
 
     opened = open_model(args.model, args.tokenizer)
     count = args.max_tokens or 2 * opened.window_tokens

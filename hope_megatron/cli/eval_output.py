@@ -35,7 +35,7 @@ def write_output(
         tables: Markdown.
         metrics: what MLflow gets, by name.
     """
-    from hope_megatron.eval.report import write_json, write_text
+    from hope_megatron.runtime.files import write_json, write_text
 
     if args.json:
         write_json(args.json, result)

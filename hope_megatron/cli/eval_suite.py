@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     """Run what is missing, print the tables."""
     _check(args)
     prepare_process(args.threads)
-    from hope_megatron.eval.report import write_text
+    from hope_megatron.runtime.files import write_text
     from hope_megatron.suites.registry import build_suite
     from hope_megatron.suites.report import plot_suite, suite_markdown, suite_outline
     from hope_megatron.suites.suite import SuiteOptions, run_suite

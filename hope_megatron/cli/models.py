@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.environment import apply_process_environment, available_cpus
+from hope_megatron.runtime.process import apply_process_environment, available_cpus
 
 if TYPE_CHECKING:
     from data_pipeline.tokenizer import Tokenizer

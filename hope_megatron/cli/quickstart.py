@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from hope_megatron.cli.models import open_model, prepare_process
 from hope_megatron.cli.quickstart_report import build_report, write_report
-from launch.environment import available_cpus, count_gpus
+from hope_megatron.runtime.process import available_cpus, count_gpus
 
 if TYPE_CHECKING:
     from hope_megatron.config import RunConfig

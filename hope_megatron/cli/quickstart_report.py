@@ -40,7 +40,8 @@ def build_report(
 
 def write_report(directory: Path, config: RunConfig, report: dict[str, Any]) -> None:
     """Write report.json, report.md, losses.png and curves.png."""
-    from hope_megatron.eval.report import plot_losses, write_json, write_text
+    from hope_megatron.eval.report import plot_losses
+    from hope_megatron.runtime.files import write_json, write_text
     from hope_megatron.training.plots import plot_curves
 
     losses = {"unigram": report["unigram_loss"], "bigram": report["bigram_loss"], "HOPE": report["heldout_loss"]}

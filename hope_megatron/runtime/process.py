@@ -1,4 +1,4 @@
-"""What a training process finds in its environment, and how it reports back to the process that started it.
+"""What a training process finds in its environment: cores, GPUs, and the variables that it and its launcher share.
 
 Nothing here imports torch: most of these variables only count when they are set before torch is loaded.
 """
@@ -10,26 +10,12 @@ import os
 import signal
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-
-LAUNCH_DIR_VARIABLE = "HOPE_LAUNCH_DIR"
-"""Directory through which the workers of a local launch report their process ids and failures to the launcher."""
 
 LAUNCH_TIME_VARIABLE = "HOPE_LAUNCH_TIME"
 """Unix time at which the start of the workers began: the job's allocation, or the launcher's own start."""
-
-
-_STOP_FILE = "stop-signal"
-
-
-class LaunchError(Exception):
-    """The processes could not be started, or not as asked."""
-
-    is_user_error = True
 
 
 def available_cpus() -> int:
@@ -121,67 +107,3 @@ def die_with_parent() -> None:
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why one worker ended: what it wrote for the launcher before it exited."""
-
-    rank: int
-    time: float
-    is_user_error: bool
-    message: str
-
-
-def report_ready(rank: int) -> int:
-    """Tell the launcher that this worker handles signals itself from now on.
-
-    Returns:
-        The stop signal that came before, for which no worker was ready; 0 if none did.
-    """
-    directory = os.environ.get(LAUNCH_DIR_VARIABLE)
-    if not directory:
-        return 0
-    _write(Path(directory) / f"worker-{rank}.pid", str(os.getpid()))
-    early = Path(directory) / _STOP_FILE  # looked at after the line above, and written before the launcher looks for it
-    return int(early.read_text()) if early.exists() else 0
-
-
-def record_stop_signal(directory: Path, number: int) -> None:
-    """Leave a stop signal to the workers that are not ready for it yet."""
-    _write(directory / _STOP_FILE, str(number))
-
-
-def report_failure(rank: int, error: BaseException) -> bool:
-    """Leave the reason of this worker's end to the launcher, which prints one for all workers.
-
-    Returns:
-        False if there is no launcher to report to; the caller then prints the error itself.
-    """
-    directory = os.environ.get(LAUNCH_DIR_VARIABLE)
-    if not directory:
-        return False
-    user_error = bool(getattr(error, "is_user_error", False))
-    message = str(error) if user_error else "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    _write(Path(directory) / f"failure-{rank}.txt", f"{time.time()}\n{int(user_error)}\n{message}")
-    return True
-
-
-def read_worker_pids(directory: Path) -> list[int]:
-    """Process ids of the workers that handle signals themselves."""
-    return [int(path.read_text()) for path in sorted(directory.glob("worker-*.pid"))]
-
-
-def read_failures(directory: Path) -> list[Failure]:
-    """What the workers reported, earliest first: the first failure is the cause, later ones mostly lost their peer."""
-    failures = []
-    for path in directory.glob("failure-*.txt"):
-        when, user_error, message = path.read_text().split("\n", 2)
-        failures.append(Failure(int(path.stem.split("-")[1]), float(when), user_error == "1", message))
-    return sorted(failures, key=lambda failure: failure.time)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

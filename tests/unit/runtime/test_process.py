@@ -10,19 +10,21 @@ import time
 
 import pytest
 
-from launch.environment import (
-    LAUNCH_DIR_VARIABLE,
+from hope_megatron.runtime.process import (
     LAUNCH_TIME_VARIABLE,
     count_gpus,
     launch_time,
     process_environment,
     process_start_time,
+    start_up_text,
+)
+from hope_megatron.runtime.reports import (
+    LAUNCH_DIR_VARIABLE,
     read_failures,
     read_worker_pids,
     record_stop_signal,
     report_failure,
     report_ready,
-    start_up_text,
 )
 
 
@@ -68,15 +70,13 @@ def test_without_a_launcher_nothing_is_reported(monkeypatch):
 
 
 def test_launch_imports_no_torch():
-    code = "import launch.local, launch.environment, sys; sys.exit('torch' in sys.modules)"
+    code = "import launch.local, hope_megatron.runtime.process, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_a_process_knows_when_it_was_started():
     before = time.time()
-    code = (
-        "import time; time.sleep(0.5); from launch.environment import process_start_time; print(process_start_time())"
-    )
+    code = "import time; time.sleep(0.5); from hope_megatron.runtime.process import process_start_time; print(process_start_time())"
     started = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert before - 0.1 <= started <= time.time() - 0.5  # the kernel counts in hundredths of a second
     assert process_start_time() < before
