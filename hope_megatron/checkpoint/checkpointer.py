@@ -242,13 +242,7 @@ class Checkpointer:
         config, mesh = self.engine.config, self.engine.mesh
         return {
             "format": FORMAT,
-            "layout": {
-                "world_size": mesh.world_size,
-                "tensor_parallel": mesh.tp_size,
-                "data_parallel": mesh.dp_size,
-                "sequence_parallel": config.parallel.sequence_parallel,
-                "zero_stage": config.parallel.zero_stage,
-            },
+            "layout": config.layout(mesh.world_size).describe(),
             "optimizer": {"name": config.optim.name, "groups": group_scalars(self.engine)},
             "parameters": parameter_table(self.engine),
             "files": files,

@@ -11,3 +11,9 @@ class ConversionError(ValueError):
 
 class ExportCheckError(ConversionError):
     """The exported model, read back, does not compute what the checkpoint computes. Nothing was left behind."""
+
+
+class ModelReferenceError(ValueError):
+    """A model reference or its tokenizer leads nowhere."""
+
+    is_user_error = True

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hope_megatron.checkpoint.layout import Layout
 from hope_megatron.checkpoint.unsharded import WholeParameter
+from hope_megatron.config.layout import ParallelLayout
 from hope_megatron.optim.geometry import shard_segments
 from hope_megatron.optim.zero import Run, partition_runs, split_runs
 
@@ -46,7 +46,7 @@ def shard_shape(parameter: WholeParameter, tp_size: int) -> tuple[int, ...]:
 
 
 def place(
-    parameters: Mapping[str, WholeParameter], members: Mapping[str, Sequence[str]], layout: Layout
+    parameters: Mapping[str, WholeParameter], members: Mapping[str, Sequence[str]], layout: ParallelLayout
 ) -> dict[str, tuple[Run, ...]]:
     """Runs of every parameter's flattened shard over the data-parallel ranks.
 
@@ -59,7 +59,7 @@ def place(
 
 
 def flat_vectors(
-    parameters: Mapping[str, WholeParameter], members: Mapping[str, Sequence[str]], layout: Layout
+    parameters: Mapping[str, WholeParameter], members: Mapping[str, Sequence[str]], layout: ParallelLayout
 ) -> list[FlatVector]:
     """The vectors of ZeRO 1, 2 or 3, in the order of the optimizer.
 
@@ -76,7 +76,7 @@ def flat_vectors(
     return vectors
 
 
-def _shard_numel(parameter: WholeParameter, layout: Layout) -> int:
+def _shard_numel(parameter: WholeParameter, layout: ParallelLayout) -> int:
     return torch.Size(shard_shape(parameter, layout.tensor_parallel)).numel()
 
 

@@ -18,11 +18,12 @@ from hope_megatron.checkpoint.digested_file import DigestedFile, FileDigest, Saf
 from hope_megatron.checkpoint.errors import ConversionError
 from hope_megatron.checkpoint.find import CheckpointSource
 from hope_megatron.checkpoint.format import DESCRIPTION, FORMAT, rank_file_name, write_json, write_manifest
-from hope_megatron.checkpoint.layout import Layout
 from hope_megatron.checkpoint.output import fresh_directory
 from hope_megatron.checkpoint.placement import place, shard_shape
 from hope_megatron.checkpoint.skeleton import outline_of
 from hope_megatron.checkpoint.unsharded import GENERATOR_PREFIX, WholeCheckpoint, compare_whole, read_whole
+from hope_megatron.config import in_layout
+from hope_megatron.config.layout import ParallelLayout
 from hope_megatron.optim import split_shards
 from hope_megatron.optim.zero import Run
 
@@ -32,13 +33,13 @@ class Rewritten:
     """What `write_checkpoint` made and how it proved itself."""
 
     directory: Path
-    layout: Layout
+    layout: ParallelLayout
     num_files: int
     num_elements: int
     """Elements compared with the source after writing."""
 
 
-def reshard(source: CheckpointSource, layout: Layout, out_dir: Path) -> Rewritten:
+def reshard(source: CheckpointSource, layout: ParallelLayout, out_dir: Path) -> Rewritten:
     """Rewrite a checkpoint for another layout: weights, optimizer states, clocks, data position, generators, probe.
 
     Raises:
@@ -51,7 +52,7 @@ def reshard(source: CheckpointSource, layout: Layout, out_dir: Path) -> Rewritte
 
 
 def write_checkpoint(
-    whole: WholeCheckpoint, layout: Layout, out_dir: Path, replaceable: Callable[[Path], bool] = lambda _: False
+    whole: WholeCheckpoint, layout: ParallelLayout, out_dir: Path, replaceable: Callable[[Path], bool] = lambda _: False
 ) -> Rewritten:
     """Write a checkpoint of ours, as training in `layout` would have, then read it back and compare every tensor.
 
@@ -65,7 +66,7 @@ def write_checkpoint(
         ConfigError: the layout does not divide the model or the batch.
         ConversionError: `out_dir` is taken or cannot be written, or what was written differs; nothing is left then.
     """
-    config = layout.apply(whole.config)
+    config = in_layout(whole.config, layout)
     with fresh_directory(out_dir, replaceable) as directory:
         runs = place(whole.parameters, outline_of(whole).members, layout)
         digests = _write_ranks(whole, layout, runs, directory)
@@ -78,14 +79,14 @@ def write_checkpoint(
     return Rewritten(out_dir, layout, len(digests), num_elements)
 
 
-def _ranks(layout: Layout) -> list[tuple[int, int, int]]:
+def _ranks(layout: ParallelLayout) -> list[tuple[int, int, int]]:
     """(rank, dp_rank, tp_rank): tensor-parallel ranks are neighbours."""
     tp_size = layout.tensor_parallel
     return [(rank, rank // tp_size, rank % tp_size) for rank in range(layout.world_size)]
 
 
 def _write_ranks(
-    whole: WholeCheckpoint, layout: Layout, runs: dict[str, tuple[Run, ...]], directory: Path
+    whole: WholeCheckpoint, layout: ParallelLayout, runs: dict[str, tuple[Run, ...]], directory: Path
 ) -> dict[str, FileDigest]:
     """The files of all ranks, filled in one pass over the tensors."""
     files: dict[tuple[int, int], SafetensorsFile] = {}
@@ -130,7 +131,7 @@ def _write_tensor(
             files[run.dp_rank, tp_rank].append(f"{state}/{name}", flat.narrow(0, run.shard_start, run.numel))
 
 
-def _describe(whole: WholeCheckpoint, layout: Layout, runs: dict[str, tuple[Run, ...]]) -> dict[str, Any]:
+def _describe(whole: WholeCheckpoint, layout: ParallelLayout, runs: dict[str, tuple[Run, ...]]) -> dict[str, Any]:
     """The part of checkpoint.json that a layout determines."""
     files = []
     for rank, dp_rank, tp_rank in _ranks(layout):

@@ -17,8 +17,8 @@ from hope_megatron.checkpoint.errors import ConversionError
 from hope_megatron.checkpoint.find import PROBE_NAME, CheckpointSource
 from hope_megatron.checkpoint.format import MASTER, Checkpoint
 from hope_megatron.checkpoint.generators import fresh_generator_states
-from hope_megatron.checkpoint.layout import Layout
 from hope_megatron.config import RunConfig, resolve_run_config
+from hope_megatron.config.layout import ParallelLayout
 from hope_megatron.optim import ParamTags
 
 GENERATOR_PREFIX = "generator/"
@@ -57,7 +57,7 @@ class WholeCheckpoint:
     origin: str
     parameters: Mapping[str, WholeParameter]
     description: dict[str, Any]
-    layout: Layout
+    layout: ParallelLayout
     read: Callable[[str, str], Tensor]
     generators: Callable[[int, int], dict[str, Tensor]]
     extra_files: tuple[Path, ...] = ()
@@ -101,7 +101,7 @@ def read_whole(source: CheckpointSource) -> WholeCheckpoint:
         str(source.path),
         parameters,
         description,
-        Layout.of(checkpoint.description["layout"]),
+        ParallelLayout.of(checkpoint.description["layout"]),
         checkpoint.full_tensor,
         lambda dp_rank, tp_rank: _generators(checkpoint, dp_rank, tp_rank),
         (probe,) if probe.is_file() else (),

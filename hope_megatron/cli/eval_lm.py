@@ -19,8 +19,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hope_megatron.checkpoint.errors import ModelReferenceError
 from hope_megatron.cli.eval_output import add_output_arguments, check_output, write_output
-from hope_megatron.cli.models import MODEL_HELP, ModelReferenceError, OpenModel, open_model, prepare_process
+from hope_megatron.cli.models import MODEL_HELP, prepare_process
+from hope_megatron.convert.open_model import OpenModel, open_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

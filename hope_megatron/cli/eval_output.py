@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hope_megatron.cli.models import ModelReferenceError, OpenModel
+from hope_megatron.checkpoint.errors import ModelReferenceError
 from hope_megatron.cli.output_files import check_writable
+from hope_megatron.convert.open_model import OpenModel
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,8 +22,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hope_megatron.cli.models import MODEL_HELP, ModelReferenceError, open_model, prepare_process
+from hope_megatron.checkpoint.errors import ModelReferenceError
+from hope_megatron.cli.models import MODEL_HELP, prepare_process
 from hope_megatron.cli.output_files import check_writable
+from hope_megatron.convert.open_model import open_model
 
 SUITES = {
     "languages": "formal languages: parity, (aa)*, (abab)*, a^n b^n, a^n b^n c^n, shuffle-2",

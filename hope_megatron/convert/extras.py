@@ -20,8 +20,8 @@ from hope_megatron.checkpoint.errors import ConversionError
 from hope_megatron.checkpoint.find import PROBE_NAME
 from hope_megatron.checkpoint.format import DESCRIPTION, MANIFEST, foreign_files, write_json
 from hope_megatron.checkpoint.generators import fresh_generator_states
-from hope_megatron.checkpoint.layout import Layout
 from hope_megatron.checkpoint.unsharded import WholeCheckpoint, WholeParameter
+from hope_megatron.config.layout import ParallelLayout
 from hope_megatron.optim import ParamTags
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def read_sidecar(directory: Path, open_reader: Callable[[Parameters], Callable[[
     _verify(directory)
     folder = directory / FOLDER
     description = json.loads((folder / DESCRIPTION).read_text())
-    layout = Layout.of(description.pop("layout"))
+    layout = ParallelLayout.of(description.pop("layout"))
     parameters = {
         entry["name"]: WholeParameter(
             entry["name"],

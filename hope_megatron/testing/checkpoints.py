@@ -20,8 +20,8 @@ from hope_megatron.checkpoint.format import (
     write_manifest,
     write_safetensors,
 )
-from hope_megatron.checkpoint.layout import Layout
 from hope_megatron.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from hope_megatron.config.layout import ParallelLayout
 from hope_megatron.engine.distributed import init_distributed
 from hope_megatron.model import LanguageModel, build_model
 from hope_megatron.optim import read_tags, split_shards
@@ -138,7 +138,7 @@ def _description(config: RunConfig, model: LanguageModel, digests: dict[str, Fil
         "config": config.model_dump(mode="json"),
         "provenance": {"commit": None, "versions": {"torch": torch.__version__}},
         "data": {"sample": 160},
-        "layout": Layout(TP, DP, 1, True).describe(),
+        "layout": ParallelLayout(TP, DP, 1, True).describe(),
         "optimizer": {"name": config.optim.name, "groups": {}},
         "parameters": parameters,
         "files": files,

@@ -144,15 +144,15 @@ def converted_layouts(rank, world_size, directory):
     """Save under one layout, rewrite for another with one process, load that, and save what was loaded."""
     from hope_megatron.checkpoint.checkpointer import Checkpointer
     from hope_megatron.checkpoint.find import CheckpointSource
-    from hope_megatron.checkpoint.layout import Layout
     from hope_megatron.checkpoint.reshard import reshard
+    from hope_megatron.config.layout import ParallelLayout
     from hope_megatron.training.state import TrainingState
 
     layouts = {
-        "tp2": (mup_config(tp=2, sequence_parallel=True, zero_stage=1), Layout(2, 1, 1, True)),
-        "dp2-zero3": (mup_config(zero_stage=3), Layout(1, 2, 3)),
-        "dp2-zero2": (mup_config(zero_stage=2), Layout(1, 2, 2)),
-        "dp2-zero0": (mup_config(zero_stage=0), Layout(1, 2, 0)),
+        "tp2": (mup_config(tp=2, sequence_parallel=True, zero_stage=1), ParallelLayout(2, 1, 1, True)),
+        "dp2-zero3": (mup_config(zero_stage=3), ParallelLayout(1, 2, 3)),
+        "dp2-zero2": (mup_config(zero_stage=2), ParallelLayout(1, 2, 2)),
+        "dp2-zero0": (mup_config(zero_stage=0), ParallelLayout(1, 2, 0)),
     }
     base, results = Path(directory), {}
     for source, targets in {"dp2-zero3": ("tp2", "dp2-zero0"), "tp2": ("dp2-zero3", "dp2-zero2")}.items():

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from hope_megatron.checkpoint.errors import ConversionError
 from hope_megatron.checkpoint.find import CheckpointSource, find_checkpoint
 from hope_megatron.checkpoint.format import Checkpoint, read_full_tensors
-from hope_megatron.checkpoint.layout import Layout
 from hope_megatron.checkpoint.reshard import write_checkpoint
 from hope_megatron.checkpoint.unsharded import read_whole
+from hope_megatron.config.layout import ParallelLayout
 from hope_megatron.convert.begin_run import begin_run
 from hope_megatron.convert.deepspeed.native import read_native, write_native
 from hope_megatron.convert.deepspeed.zero import zero_shards
@@ -26,21 +26,21 @@ from hope_megatron.testing.tiny import tiny_run_config
 from hope_megatron.testing.training import advance, build
 
 # ZeRO 1 and 3 keep different wrappers for float32, bf16 with float32 gradients, and learning rates by width.
-LAYOUTS: dict[str, tuple[Layout, dict[str, Any]]] = {
-    "tp2dp2-zero1": (Layout(2, 2, 1), {}),
-    "tp2dp2-zero1-bf16": (Layout(2, 2, 1), {"precision": "bf16"}),
-    "dp4-zero2-bf16": (Layout(1, 4, 2), {"precision": "bf16"}),
-    "tp2dp2-zero3-mup": (Layout(2, 2, 3), {"mup_base_width": 16}),
+LAYOUTS: dict[str, tuple[ParallelLayout, dict[str, Any]]] = {
+    "tp2dp2-zero1": (ParallelLayout(2, 2, 1), {}),
+    "tp2dp2-zero1-bf16": (ParallelLayout(2, 2, 1), {"precision": "bf16"}),
+    "dp4-zero2-bf16": (ParallelLayout(1, 4, 2), {"precision": "bf16"}),
+    "tp2dp2-zero3-mup": (ParallelLayout(2, 2, 3), {"mup_base_width": 16}),
 }
 LOADS = {  # a checkpoint, and the layout in which DeepSpeed loads it
-    ("tp2dp2-zero1", "tp2dp2-zero3"): Layout(2, 2, 3),
-    ("tp2dp2-zero3-mup", "tp2dp2-zero2-mup"): Layout(2, 2, 2),
-    ("tp2dp2-zero1-bf16", "dp4-zero1-bf16"): Layout(1, 4, 1),
-    ("dp4-zero2-bf16", "dp4-zero3-bf16"): Layout(1, 4, 3),
+    ("tp2dp2-zero1", "tp2dp2-zero3"): ParallelLayout(2, 2, 3),
+    ("tp2dp2-zero3-mup", "tp2dp2-zero2-mup"): ParallelLayout(2, 2, 2),
+    ("tp2dp2-zero1-bf16", "dp4-zero1-bf16"): ParallelLayout(1, 4, 1),
+    ("dp4-zero2-bf16", "dp4-zero3-bf16"): ParallelLayout(1, 4, 3),
 }
 
 
-def run_config(layout: Layout, settings: dict[str, Any], **more: Any):
+def run_config(layout: ParallelLayout, settings: dict[str, Any], **more: Any):
     return tiny_run_config(tp=layout.tensor_parallel, zero_stage=layout.zero_stage, **settings, **more)
 
 
@@ -145,7 +145,7 @@ BEGINNING = {"progress": {"step": 0}, "data": {}, "provenance": {"commit": None,
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_weights_start_a_run_bit_for_bit(saved, tmp_path: Path, name: str) -> None:
     directory, _ = saved
-    config = run_config(Layout(), LAYOUTS[name][1], output_dir=tmp_path)
+    config = run_config(ParallelLayout(), LAYOUTS[name][1], output_dir=tmp_path)
     begin_run(directory / name / "deepspeed", "deepspeed", config, BEGINNING)
     source = find_checkpoint(str(config.run_dir))
     found, expected = dict(source.tensors()), dict(read_full_tensors(directory / name / "ours/step-00000002"))

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from hope_megatron.checkpoint.errors import ConversionError
 from hope_megatron.checkpoint.format import MASTER
-from hope_megatron.checkpoint.layout import Layout
 from hope_megatron.checkpoint.output import fresh_directory
 from hope_megatron.checkpoint.placement import FlatVector, flat_vectors, shard_shape
 from hope_megatron.checkpoint.skeleton import Outline, outline_of
 from hope_megatron.checkpoint.unsharded import WholeCheckpoint, WholeParameter, compare_whole
+from hope_megatron.config import in_layout
+from hope_megatron.config.layout import ParallelLayout
 from hope_megatron.convert.deepspeed.rank_files import VERSION, Module, Vectors, model_file, optimizer_file
 from hope_megatron.convert.deepspeed.universal import read_universal
 from hope_megatron.convert.deepspeed.zero import LATEST, ZeroDirectory, is_zero_checkpoint
@@ -35,7 +36,7 @@ from hope_megatron.optim import merge_shards, split_shards
 _SCRATCH = ".scratch"
 
 
-def write_native(whole: WholeCheckpoint, layout: Layout, out_dir: Path) -> int:
+def write_native(whole: WholeCheckpoint, layout: ParallelLayout, out_dir: Path) -> int:
     """Write the files of every rank of `layout`, then read them back and compare every tensor.
 
     Vectors are filled in files that stand in for memory, and take the space once more: memory holds one whole tensor and
@@ -51,7 +52,7 @@ def write_native(whole: WholeCheckpoint, layout: Layout, out_dir: Path) -> int:
     """
     if layout.zero_stage == 0:
         raise ConversionError("without ZeRO DeepSpeed has no files of its own for this; give --zero-stage 1, 2 or 3")
-    config = layout.apply(whole.config)
+    config = in_layout(whole.config, layout)
     description = {**whole.description, "config": config.model_dump(mode="json")}
     whole = replace(whole, layout=layout, description=description)
     with fresh_directory(out_dir, has_sidecar) as directory:
@@ -82,7 +83,7 @@ def read_native(directory: Path) -> WholeCheckpoint:
     if not has_sidecar(directory):
         raise ConversionError(
             f"{directory} was saved by DeepSpeed: its files do not say what model, clocks and data position they belong "
-            "to; start a run from its weights with --from deepspeed --to run CONFIG"
+            "to; start a run from its weights with `hope import deepspeed DIR CONFIG`"
         )
 
     def open_reader(parameters: Parameters) -> Callable[[str, str], Tensor]:
@@ -92,7 +93,7 @@ def read_native(directory: Path) -> WholeCheckpoint:
     return read_sidecar(directory, open_reader)
 
 
-def _ranks(layout: Layout) -> Iterable[tuple[int, int]]:
+def _ranks(layout: ParallelLayout) -> Iterable[tuple[int, int]]:
     """(dp_rank, tp_rank) of all ranks."""
     return ((dp, tp) for dp in range(layout.data_parallel) for tp in range(layout.tensor_parallel))
 

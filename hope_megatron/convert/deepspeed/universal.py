@@ -81,8 +81,8 @@ def read_universal(directory: Path) -> WholeCheckpoint:
     """
     if not has_sidecar(directory):
         raise ConversionError(
-            f"{directory} was not written by `hope convert --to deepspeed`: its files do not say what model, clocks and "
-            "data position they belong to; start a run from its weights with --from deepspeed --to run CONFIG"
+            f"{directory} was not written by `hope export deepspeed`: its files do not say what model, clocks and "
+            "data position they belong to; start a run from its weights with `hope import deepspeed DIR CONFIG`"
         )
 
     def open_reader(_: Parameters) -> Callable[[str, str], Tensor]:

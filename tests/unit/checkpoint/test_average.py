@@ -12,10 +12,10 @@ import torch
 from hope_megatron.checkpoint.average import average
 from hope_megatron.checkpoint.errors import ConversionError
 from hope_megatron.checkpoint.find import CheckpointSource
-from hope_megatron.checkpoint.layout import Layout
 from hope_megatron.checkpoint.reshard import write_checkpoint
 from hope_megatron.checkpoint.unsharded import WholeCheckpoint, read_whole
 from hope_megatron.cli.main import main
+from hope_megatron.config.layout import ParallelLayout
 
 MakeCheckpoint = Callable[..., CheckpointSource]
 
@@ -38,10 +38,10 @@ def test_the_command_averages_weights(
 ) -> None:
     whole = read_whole(make_checkpoint())
     for name, factor, step in (("a", 1.0, 40), ("b", 2.0, 60), ("c", 4.0, 50)):
-        write_checkpoint(trained(whole, factor, step), Layout(2, 1, 3), tmp_path / name)
+        write_checkpoint(trained(whole, factor, step), ParallelLayout(2, 1, 3), tmp_path / name)
     sources = [str(tmp_path / name) for name in "abc"]
-    assert main(["convert", "average", *sources, "--weights", "1,2,1", str(tmp_path / "mean")]) == 0
-    assert main(["convert", "average", *sources[:2], str(tmp_path / "plain"), "--tp", "1", "--dp", "2"]) == 0
+    assert main(["checkpoint", "average", *sources, str(tmp_path / "mean"), "--weights", "1,2,1"]) == 0
+    assert main(["checkpoint", "average", *sources[:2], str(tmp_path / "plain"), "--tp", "1", "--dp", "2"]) == 0
     capsys.readouterr()
     for out, factor in (("mean", 2.25), ("plain", 1.5)):
         found = CheckpointSource(tmp_path / out)
@@ -54,14 +54,14 @@ def test_the_command_averages_weights(
         assert found.checkpoint.description["data"] == whole.description["data"]
         draws = [found.checkpoint.rank_tensors(rank, "generator/")["torch"] for rank in range(2)]
         assert torch.equal(draws[0], whole.generators(0, 0)["torch"])
-    assert main(["convert", "average", *sources, str(tmp_path / "x"), "--weights", "1,2"]) == 2
+    assert main(["checkpoint", "average", *sources, str(tmp_path / "x"), "--weights", "1,2"]) == 2
     assert "2 numbers for 3 checkpoints" in capsys.readouterr().err
 
 
 def test_the_command_extracts_weights(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     whole = read_whole(make_checkpoint())
-    write_checkpoint(trained(whole, 3.0, 50), Layout(), tmp_path / "a")
-    assert main(["convert", "weights", str(tmp_path / "a"), str(tmp_path / "out")]) == 0
+    write_checkpoint(trained(whole, 3.0, 50), ParallelLayout(), tmp_path / "a")
+    assert main(["checkpoint", "weights", str(tmp_path / "a"), str(tmp_path / "out")]) == 0
     found = CheckpointSource(tmp_path / "out")
     assert all(torch.equal(tensor, whole.read(name, "master") * 3.0) for name, tensor in found.tensors())
     assert all(found.checkpoint.states(name) == ("master",) for name in found.checkpoint.parameters)

@@ -12,22 +12,29 @@ import torch
 from hope_megatron.checkpoint.errors import ConversionError
 from hope_megatron.checkpoint.find import CheckpointSource
 from hope_megatron.checkpoint.format import CheckpointDamagedError
-from hope_megatron.checkpoint.layout import Layout
 from hope_megatron.checkpoint.reshard import reshard, write_checkpoint
 from hope_megatron.checkpoint.unsharded import compare_whole, read_whole
 from hope_megatron.cli.main import main
 from hope_megatron.config import ConfigError
+from hope_megatron.config.layout import ParallelLayout
 
 MakeCheckpoint = Callable[..., CheckpointSource]
 
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(), Layout(4, 1, 1, True), Layout(1, 4, 3), Layout(2, 2, 2), Layout(2, 2, 0), Layout(1, 4, 1)],
+    [
+        ParallelLayout(),
+        ParallelLayout(4, 1, 1, True),
+        ParallelLayout(1, 4, 3),
+        ParallelLayout(2, 2, 2),
+        ParallelLayout(2, 2, 0),
+        ParallelLayout(1, 4, 1),
+    ],
     ids=str,
 )
 def test_every_tensor_is_the_same_in_every_layout(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path, layout: Layout
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, layout: ParallelLayout
 ) -> None:
     source = make_checkpoint()
     written = reshard(source, layout, tmp_path / "out")
@@ -55,17 +62,17 @@ def test_every_tensor_is_the_same_in_every_layout(
 def test_a_layout_that_does_not_divide_leaves_nothing(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = make_checkpoint()
     with pytest.raises(ConfigError, match=r"num_heads=4 is not divisible by parallel\.tensor_parallel=8"):
-        reshard(source, Layout(8), tmp_path / "out")
+        reshard(source, ParallelLayout(8), tmp_path / "out")
     with pytest.raises(ConfigError, match="global_batch_size=4 is not divisible by data parallel 3"):
-        reshard(source, Layout(1, 3), tmp_path / "out")
+        reshard(source, ParallelLayout(1, 3), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_what_is_there_already_stays(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = make_checkpoint()
-    reshard(source, Layout(), tmp_path / "out")
+    reshard(source, ParallelLayout(), tmp_path / "out")
     with pytest.raises(ConversionError, match="exists"):
-        reshard(source, Layout(), tmp_path / "out")
+        reshard(source, ParallelLayout(), tmp_path / "out")
     assert CheckpointSource(tmp_path / "out").checkpoint.verify() is None
 
 
@@ -73,7 +80,7 @@ def test_a_damaged_source_is_refused(make_checkpoint: MakeCheckpoint, tmp_path: 
     source = make_checkpoint()
     damage(source.path / "rank-00002.safetensors")
     with pytest.raises(CheckpointDamagedError, match="rank-00002"):
-        reshard(source, Layout(), tmp_path / "out")
+        reshard(source, ParallelLayout(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -97,25 +104,25 @@ def test_a_wrong_result_is_found_and_undone(make_checkpoint: MakeCheckpoint, tmp
         return tensor
 
     with pytest.raises(ConversionError, match=r"master of norm\.weight"):
-        write_checkpoint(replace(whole, read=changing), Layout(), tmp_path / "out")
+        write_checkpoint(replace(whole, read=changing), ParallelLayout(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert compare_whole(whole, whole) > 0
 
 
 def test_command(make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = make_checkpoint(), tmp_path / "out"
-    assert main(["convert", str(source.path), "--tp", "4", "--zero-stage", "0", str(out)]) == 0
-    assert "tensor parallel 4, data parallel 1, sequence parallel False, zero stage 0" in capsys.readouterr().out
-    assert main(["convert", "inspect", str(out)]) == 0
+    assert main(["checkpoint", "reshard", str(source.path), str(out), "--tp", "4", "--zero-stage", "0"]) == 0
+    assert "tensor parallel 4, data parallel 1, zero stage 0, sequence parallel False" in capsys.readouterr().out
+    assert main(["checkpoint", "inspect", str(out)]) == 0
     shown = capsys.readouterr().out
     assert f"made by reshard of {source.path}" in shown and "all digests right" in shown and "foreign" not in shown
     (out / "rank-99999.safetensors").write_bytes(b"")
-    assert main(["convert", "inspect", str(out)]) == 0
+    assert main(["checkpoint", "inspect", str(out)]) == 0
     assert "foreign: rank-99999.safetensors is not in the manifest" in capsys.readouterr().out
     damage(out / "rank-00003.safetensors")
-    assert main(["convert", "inspect", str(out)]) == 2
+    assert main(["checkpoint", "inspect", str(out)]) == 2
     assert "rank-00003.safetensors is corrupt" in capsys.readouterr().err
-    assert main(["convert", str(source.path), "--tp", "3", str(tmp_path / "three")]) == 2
+    assert main(["checkpoint", "reshard", str(source.path), str(tmp_path / "three"), "--tp", "3"]) == 2
     assert "do not divide into tensor-parallel groups of 3" in capsys.readouterr().err
-    assert main(["convert", str(source.path), "--tp", "2", "--to", "hf", str(out)]) == 2
-    assert "have no meaning with --to hf" in capsys.readouterr().err
+    assert main(["export", "hf", str(source.path), str(out), "--tp", "2"]) == 2
+    assert "hope export hf does not take --tp" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import numpy as np
 from data_pipeline.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from hope_megatron.cli.models import OpenModel
+    from hope_megatron.convert.open_model import OpenModel
     from hope_megatron.eval.baselines import NGramCounts
 
 _PIECE_TOKENS = 1 << 16
