@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from hope_megatron.config.base import ConfigError, Section
+from hope_megatron.config.layout import ParallelLayout
 from hope_megatron.config.model import ModelConfig
 from hope_megatron.config.optim import OptimConfig
 from hope_megatron.config.parallel import ParallelConfig
@@ -80,6 +81,17 @@ class RunConfig(Section):
                 f"micro_batch_size {self.training.micro_batch_size} = {per_pass}; change one of them"
             )
         return dp
+
+    def layout(self, world_size: int) -> ParallelLayout:
+        """How a world of `world_size` ranks is arranged.
+
+        Raises:
+            ConfigError: as for `data_parallel`.
+        """
+        parallel = self.parallel
+        return ParallelLayout(
+            parallel.tensor_parallel, self.data_parallel(world_size), parallel.zero_stage, parallel.sequence_parallel
+        )
 
     def accumulation_steps(self, world_size: int) -> int:
         """Forward-backward passes per optimizer step."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from hope_megatron.eval.report import write_json
+from hope_megatron.runtime.files import write_json
 from hope_megatron.suites.errors import SuiteError
 from hope_megatron.training.progress import format_duration
 

@@ -185,17 +185,17 @@ class MemoryRule:
         """One-layer memories meet |k|^2 = 1, and the gradient of "dot" does not depend on what it changes."""
         return self.normalize_steps and self.num_layers == 2 and self.objective == "l2"
 
-    def conflict(self) -> str | None:
-        """Why these values do not go together, and what to do; None if they do."""
+    def conflict(self, section: str = "") -> str | None:
+        """Why these values do not go together, and what to do; None if they do. section: what stands before the names of fields."""
         small, large = sorted((self.chunk_tokens, self.self_chunk_tokens or self.chunk_tokens))
         if self.adaptive and large % small:
             return (
-                f"chunk_tokens={self.chunk_tokens} and self_chunk_tokens={self.self_chunk_tokens}: "
+                f"{section}chunk_tokens={self.chunk_tokens} and {section}self_chunk_tokens={self.self_chunk_tokens}: "
                 f"one must divide the other; for example self_chunk_tokens={small}"
             )
         if self.num_layers == 1 and (self.adaptive or self.own_targets):
             return (
-                "num_layers=1 (a matrix memory) has static projections and external targets; set "
+                f"{section}num_layers=1 (a matrix memory) has static projections and external targets; set "
                 "adaptive_key, adaptive_value, adaptive_eta, adaptive_alpha and own_targets to false, or num_layers=2"
             )
         return None

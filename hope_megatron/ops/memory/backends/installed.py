@@ -1,4 +1,4 @@
-"""Every backend of the memory operator, best first. An exported model has a list of its own (convert/hf_model)."""
+"""Every backend of the memory operator, best first. An exported model has a list of its own (convert/huggingface/model)."""
 
 from hope_megatron.ops.memory.backends.autograd import AUTOGRAD
 from hope_megatron.ops.memory.backends.cpu.scan import CPU
