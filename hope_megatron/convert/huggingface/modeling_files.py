@@ -15,6 +15,8 @@ AUTO_MAP = {"AutoConfig": "configuration_hope.HopeConfig", "AutoModelForCausalLM
 
 _PACKAGE = Path(hope_megatron.__file__).resolve().parent
 _OURS = re.compile(r"^from hope_megatron\.ops\.((?:\w+\.)*\w+) import", re.MULTILINE)
+_INSTEAD = {"memory.backends.installed": "convert/huggingface/model/memory_backends.py"}
+"""Compiled kernels stay here: what an exported model runs on is PyTorch."""
 _HEADER = "# From hope_megatron {version}, Apache License 2.0.\n"
 
 
@@ -27,7 +29,7 @@ def modeling_files() -> dict[str, str]:
         name, path = waiting.popitem()
         text = path.read_text(encoding="utf-8")
         waiting |= {
-            f"{_flat_name(module)}.py": _PACKAGE / "ops" / f"{module.replace('.', '/')}.py"
+            f"{_flat_name(module)}.py": _PACKAGE / _INSTEAD.get(module, f"ops/{module.replace('.', '/')}.py")
             for module in _OURS.findall(text)
             if f"{_flat_name(module)}.py" not in files
         }

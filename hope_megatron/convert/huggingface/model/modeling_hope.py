@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hope_megatron.ops.memory.chunk import memory_chunked
-from hope_megatron.ops.memory.types import Bank, MemoryParams, MemoryRule, RateLogits
+from hope_megatron.ops.memory.operator import memory_chunked
+from hope_megatron.ops.memory.rule import MemoryRule, pick
+from hope_megatron.ops.memory.types import Bank, MemoryParams, RateLogits
 from hope_megatron.ops.short_conv import short_conv
 
 from .configuration_hope import HopeConfig
@@ -66,14 +67,7 @@ class MemoryMixer(nn.Module):
         memory = model.memory
         self.heads, self.d = model.num_heads, model.head_dim
         width = self.heads * self.d
-        fields = set(MemoryRule.__dataclass_fields__) - {"self_chunk_tokens", "theta_max"}
-        adaptive = memory.adaptive_key or memory.adaptive_value or memory.adaptive_eta or memory.adaptive_alpha
-        self_chunk = memory.self_chunk_tokens if adaptive else None
-        self.rule = MemoryRule(
-            self_chunk_tokens=self_chunk or memory.chunk_tokens,
-            theta_max=memory.momentum_max,
-            **{name: getattr(memory, name) for name in fields},
-        )
+        self.rule = pick(MemoryRule, memory)
         settings = {"alpha": memory.decay, "theta": memory.momentum}
         self.rate_names = ("eta", *(name for name, kind in settings.items() if kind == "data"))
         constants = (name for name, kind in settings.items() if kind == "constant")

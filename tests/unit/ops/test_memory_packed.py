@@ -9,15 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hope_megatron.ops.memory import Bank, MemoryParams, MemoryRule, RateLogits, memory_chunked, memory_documents
+from hope_megatron.ops.memory import Bank, MemoryParams, MemoryRule, RateLogits, memory_chunked, memory_packed
 from hope_megatron.ops.short_conv import short_conv
 
 B, H, T, d, h = 2, 2, 41, 6, 5
 cuts = st.lists(st.integers(1, T - 1), max_size=6, unique=True).map(sorted)
 rules = st.sampled_from(
     [
+        MemoryRule(8, 8, decay_to="zero"),
         MemoryRule(8, 8),
-        MemoryRule(8, 8, decay_to="initial"),
         MemoryRule(4, 8),
         MemoryRule(8, 8, objective="l2", dgd_layers="input", eta_max=0.02),
     ]
@@ -53,7 +53,7 @@ def test_documents_equal_the_documents_apart(rows, rule, momentum, seed):
     qkv, params = [normal(B, T, H, d) for _ in range(3)], MemoryParams(*banks)
     inputs, tensors = (*qkv, RateLogits(*rates)), [*qkv, *rates, *(w for bank in banks for w in bank)]
     target = torch.randn_like(qkv[0])
-    together = memory_documents(*inputs, params, rule, numbers(rows))
+    together = memory_packed(*inputs, params, rule, numbers(rows))
     alone = apart(*inputs, params, rule, rows)
     torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
     found = torch.autograd.grad((together * target).sum(), tensors)

@@ -1,86 +1,58 @@
-"""The chunk form of HOPE's own memories with its backward written out: what trains by default.
+"""The chunk form of HOPE's own memories with its backward written out.
 
-The same numbers as chunk.py for one rule (`supports`): five two-layer memories with common chunk borders, DGD on all layers, own
+The same numbers as chunk.py for one rule (`why_not`): five two-layer memories with common chunk borders, DGD on all layers, own
 targets, no momentum. Autograd's tape of such a chunk is some 800 small operators; written out it is less than half, the triangular
 inverse is reused where autograd would solve again, and backward can recompute a chunk without building a graph.
 
-fused_forward.py has a chunk's forward and what it keeps, fused_backward.py its backward. On a CPU the same lines are
-compiled (native/).
+forward.py has a chunk's forward and what it keeps, backward.py its backward. backends/cpu/ has the same lines in C++.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hope_megatron.ops.memory.bounded import default_segment_tokens
-from hope_megatron.ops.memory.fused_backward import ChunkBackward
-from hope_megatron.ops.memory.fused_forward import Tape, end, read, write
+from hope_megatron.ops.memory.backends.manual.backward import ChunkBackward
+from hope_megatron.ops.memory.backends.manual.forward import Tape, end, read, write
+from hope_megatron.ops.memory.backends.registry import Backend, Case
 from hope_megatron.ops.memory.inner import unit
 from hope_megatron.ops.memory.layout import Group, Weights
-from hope_megatron.ops.memory.types import MemoryRule
-
-_NAMES = ("mem", "k", "v", "eta", "alpha")
-
-
-class Kernel(NamedTuple):
-    """Compiled code for the same rule on one kind of device."""
-
-    fits: Callable[[list[Tensor], Group], bool]
-    scan: Callable[..., tuple[Tensor, Group]]  # as `fused_scan`, on [B, T, H, d] and [B, T, H]
+from hope_megatron.ops.memory.recompute import default_segment_tokens
+from hope_megatron.ops.memory.rule import MemoryRule, why_not_hopes_own
 
 
-kernels: dict[str, Kernel] = {}
-"""By device type. Kernels enter themselves; a model exported to Hugging Face has none, and PyTorch's operators do."""
+def why_not(case: Case) -> str | None:
+    """See `Backend.why_not`."""
+    eta, alpha, theta = case.rates
+    return why_not_hopes_own(case.rule, eta=eta, alpha=alpha, theta=theta)
 
 
-def kernel_for(tensors: list[Tensor], group: Group) -> Kernel | None:
-    """The kernel that can take these, if there is one."""
-    kernel = kernels.get(tensors[0].device.type)
-    return kernel if kernel is not None and kernel.fits(tensors, group) else None
-
-
-def supports(rule: MemoryRule, groups: tuple[Group, ...], tensors: list[Tensor | None]) -> bool:
-    """Whether this rule and these memories are those written out here. tensors: q, k, v, eta, alpha, theta."""
-    _, _, _, eta, alpha, theta = tensors
-    rates_fit = eta is not None and alpha is not None and theta is None and rule.eta_max > 0
-    memories_fit = len(groups) == 1 and groups[0].names == _NAMES and groups[0].start.w_in is not None
-    targets_fit = rule.own_targets and rule.objective == "dot" and rule.normalize_values and rule.normalize_targets
-    rule_fits = rule.dgd_layers == "all" and not rule.decay_erased and rule.read == "causal"
-    return rates_fit and memories_fit and targets_fit and rule_fits
-
-
-def fused_scan(
-    tensors: list[Tensor], rule: MemoryRule, group: Group, *, recompute: bool, segment_tokens: int | None
-) -> tuple[Tensor, Group]:
-    """Whole chunks, from a chunk border on.
-
-    Args:
-        tensors: q, x_k, x_v [N, T, d], logits of eta and alpha [N, T]; T a multiple of the chunk.
-        recompute: keep only weights at segment borders for backward, else everything backward needs.
-        segment_tokens: see chunk.py.
-
-    Returns:
-        y [N, T, d], and the group after the last token.
-    """
-    if kernel := kernel_for(tensors, group):
-        one_head = [x.unsqueeze(2) for x in tensors]
-        y, group = kernel.scan(one_head, rule, group, recompute=recompute, segment_tokens=segment_tokens)
-        return y.squeeze(2), group
-    N, T, _ = tensors[0].shape
+def manual_scan(
+    tensors: list[Tensor | None],
+    rule: MemoryRule,
+    groups: tuple[Group, ...],
+    *,
+    recompute: bool,
+    segment_tokens: int | None,
+) -> tuple[Tensor, tuple[Group, ...]]:
+    """See `Backend.scan`. recompute: keep weights at segment borders only, else everything that backward needs."""
+    (B, T, H, _), (group,) = tensors[0].shape, groups
+    rows = [x.transpose(1, 2).flatten(0, 1) for x in tensors[:5]]
     segment_chunks = None
     if recompute:
-        tokens = segment_tokens or default_segment_tokens(T, rule.chunk_tokens, (group,))
+        tokens = segment_tokens or default_segment_tokens(T, rule.chunk_tokens, groups)
         segment_chunks = -(-tokens // rule.chunk_tokens)
-    anchor = (None, None, None) if group.anchor is None else _memory_major(group.anchor, N)
-    y, *weights = _FusedScan.apply(
-        rule, segment_chunks, unit(tensors[0]), *tensors[1:], *_memory_major(group.now, N), *anchor
+    anchor = (None, None, None) if group.anchor is None else _memory_major(group.anchor, B * H)
+    y, *weights = _ManualScan.apply(
+        rule, segment_chunks, unit(rows[0]), *rows[1:], *_memory_major(group.now, B * H), *anchor
     )
-    now = _head_major(Weights(*weights), N)
-    return y, group._replace(now=now, start=now)
+    now = _head_major(Weights(*weights), B * H)
+    return y.unflatten(0, (B, H)).transpose(1, 2), (group._replace(now=now, start=now),)
+
+
+MANUAL = Backend("the backward written out (PyTorch)", "torch", why_not, manual_scan)
 
 
 def _memory_major(w: Weights, N: int) -> Weights:
@@ -93,7 +65,7 @@ def _head_major(w: Weights, N: int) -> Weights:
     return Weights(*(x.unflatten(0, (-1, N)).transpose(0, 1).reshape(x.shape) for x in w))
 
 
-class _FusedScan(torch.autograd.Function):
+class _ManualScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rule, segment_chunks, q, x_k, x_v, eta, alpha, w_in, w_vector, w_scalar, *anchors):
         w, anchor, keeps = Weights(w_in, w_vector, w_scalar), _anchor(anchors), any(ctx.needs_input_grad)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hope_megatron.ops.memory.layout import Group, Weights
-from hope_megatron.ops.memory.types import MemoryRule
+from hope_megatron.ops.memory.rule import MemoryRule
 
 Scan = Callable[..., tuple[Tensor, tuple[Group, ...]]]
 """(tensors [N, T, ...], rule, groups, position) -> y [N, T, d], groups."""
@@ -36,7 +36,7 @@ def default_segment_tokens(num_tokens: int, period: int, groups: tuple[Group, ..
     return max(1, round(periods)) * period
 
 
-def bounded_scan(
+def recomputed_scan(
     scan: Scan,
     tensors: list[Tensor | None],
     rule: MemoryRule,
@@ -46,11 +46,11 @@ def bounded_scan(
 ) -> tuple[Tensor, tuple[Group, ...]]:
     """`scan`, with at most one segment of activations alive. `position` must be at a border of the period."""
     weights = _flatten(groups)
-    y, *end = _BoundedScan.apply(scan, rule, groups, position, segment_tokens, len(tensors), *tensors, *weights)
+    y, *end = _RecomputedScan.apply(scan, rule, groups, position, segment_tokens, len(tensors), *tensors, *weights)
     return y, _rebuild(end, groups)
 
 
-class _BoundedScan(torch.autograd.Function):
+class _RecomputedScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scan: Scan, rule, groups, position, segment_tokens, num_inputs, *arguments: Tensor | None):
         inputs, weights = arguments[:num_inputs], list(arguments[num_inputs:])

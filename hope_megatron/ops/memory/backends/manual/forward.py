@@ -1,4 +1,4 @@
-"""A chunk of HOPE's own memories: forward, and what backward needs of it (fused.py says for which rule).
+"""A chunk of HOPE's own memories: forward, and what backward needs of it (scan.py says for which rule).
 
 Shapes: N = B H. Memories are stacked memory-major, in the order mem, k, v, eta, alpha: [5 N, ...], so that the vector memories
 ([3 N, ...]), the scalar ones ([2 N, ...]) and single memories are slices. README.md has the notation and the formulas.
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hope_megatron.ops.memory.inner import EPSILON
 from hope_megatron.ops.memory.layout import Weights
+from hope_megatron.ops.memory.rule import MemoryRule
 from hope_megatron.ops.memory.tables import decay_matrix, unit_lower_inverse
-from hope_megatron.ops.memory.types import MemoryRule
 
 
 class Tape(NamedTuple):
@@ -70,7 +70,7 @@ class Tape(NamedTuple):
 
 
 def write(q, x_k, x_v, eta_logit, alpha_logit, w: Weights, anchor: Weights | None, rule: MemoryRule) -> Tape:
-    """What a chunk writes. Arguments as of `fused_scan`, of one chunk. anchor: what retention forgets towards, None: zero."""
+    """What a chunk writes. Arguments as of `_ManualScan`, of one chunk. anchor: what retention forgets towards, None: zero."""
     N, C, _ = q.shape
     x = torch.cat([q, x_k, x_v, x_k, x_k])
     z_x = torch.bmm(x, w.w_in.mT)

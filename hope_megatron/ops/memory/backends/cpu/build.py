@@ -18,10 +18,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-log = logging.getLogger(__name__)
+import torch  # noqa: F401  the library resolves OpenMP to the runtime that PyTorch brings along
 
-SWITCH = "HOPE_NATIVE"
-"""Environment variable: 0 leaves the kernel out."""
+log = logging.getLogger(__name__)
 
 _HERE = Path(__file__).resolve().parent
 _SOURCES = ("scan.cpp", "backward.h", "chunk.h", "products.h", "vector.h")
@@ -31,24 +30,33 @@ class NoKernel(RuntimeError):
     """Why there is no kernel on this machine."""
 
 
+def library() -> ctypes.CDLL:
+    """The compiled kernel, loaded once per process.
+
+    Raises:
+        NoKernel: it cannot be built; the reason stays, and a warning said it once.
+    """
+    found = _library()
+    if isinstance(found, NoKernel):
+        raise found
+    return found
+
+
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernel; None where it is switched off or cannot be built, which is said once."""
+def _library() -> ctypes.CDLL | NoKernel:
     try:
         return load()
     except NoKernel as reason:
         log.warning("memories run through PyTorch's operators, several times slower on a CPU: %s", reason)
-        return None
+        return reason
 
 
 def load() -> ctypes.CDLL:
     """Build the kernel if it is not there yet, and load it.
 
     Raises:
-        NoKernel: it is switched off, there is no C++ compiler, or it failed.
+        NoKernel: there is no C++ compiler, or it failed.
     """
-    if os.environ.get(SWITCH) == "0":
-        raise NoKernel(f"{SWITCH}=0 is set")
     compiler = _compiler()
     path = _cache() / f"memory-{_digest(compiler)}.so"
     try:
@@ -69,7 +77,8 @@ def _compiler() -> str:
 
 def _flags() -> list[str]:
     here = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
-    return ["-std=c++17", "-O3", here, "-fno-math-errno", "-fopenmp", "-fPIC"]
+    more = os.environ.get("CXXFLAGS", "").split()
+    return ["-std=c++17", "-O3", here, "-fno-math-errno", "-fopenmp", "-fPIC", *more]
 
 
 def _digest(compiler: str) -> str:

@@ -1,4 +1,4 @@
-// The backward of chunk.h: every line of its forward in reverse order, as fused_backward.py has it. d_x is the gradient of x.
+// The backward of chunk.h: every line of its forward in reverse order, as backends/manual/backward.py has it. d_x is the gradient of x.
 #pragma once
 
 #include "chunk.h"

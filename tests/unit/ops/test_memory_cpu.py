@@ -21,8 +21,9 @@ from hope_megatron.ops.memory import (
     memory_chunked,
     memory_recurrent,
 )
-from hope_megatron.ops.memory import fused as fused_form
-from hope_megatron.ops.memory.native import build, scan
+from hope_megatron.ops.memory.backends.cpu import build
+from hope_megatron.ops.memory.backends.cpu.scan import CPU
+from hope_megatron.ops.memory.backends.manual.scan import MANUAL
 
 B, H = 2, 2
 # Largest difference from float64 over the largest entry: sums of up to a thousand float32 products, some of them through a
@@ -79,17 +80,18 @@ def outputs_and_gradients(case, state: MemoryState | None, rule: MemoryRule, dty
         return tree
 
     arguments, state = leaf(case), leaf(state)
-    y, end = memory_chunked(*arguments, rule, state, **options)
+    y, end = options.pop("operator", memory_chunked)(*arguments, rule, state, **options)
     results = tensors_of(y, end.now)
     generator = torch.Generator().manual_seed(7)
     loss = sum((x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype)).sum() for x in results)
     return [x.detach() for x in results], torch.autograd.grad(loss, found, allow_unused=True)
 
 
-def largest_difference(case, state, rule, **options) -> float:
+def largest_difference(case, state, rule, operator, **options) -> float:
+    """`operator` in float32 against the written-out form in float64."""
     results = []
-    for dtype in (torch.float64, torch.float32):
-        outputs, gradients = outputs_and_gradients(case, state, rule, dtype, **options)
+    for dtype, chosen in ((torch.float64, {}), (torch.float32, {"operator": operator})):
+        outputs, gradients = outputs_and_gradients(case, state, rule, dtype, **options, **chosen)
         results.append([*outputs, *gradients])
     found = 0.0
     for exact, x in zip(*results):
@@ -99,7 +101,8 @@ def largest_difference(case, state, rule, **options) -> float:
     return found
 
 
-ANCHORED, FULL = {"decay_to": "initial"}, {"dot_target": "full", "read_skip": True}
+ZERO = {"decay_to": "zero"}
+ANCHORED, FULL = {"decay_to": "initial"}, {"dot_target": "full", "read_skip": True} | ZERO
 OUTPUT = {"written_layers": "output"}
 
 
@@ -109,33 +112,29 @@ OUTPUT = {"written_layers": "output"}
         (9, 1, 16, 16, ANCHORED, 0, True),
         (9, 1, 16, 32, FULL, 7, False),
         (40, 5, 16, 32, ANCHORED, 7, True),
-        (75, 16, 32, 16, {}, 7, False),
+        (75, 16, 32, 16, ZERO, 7, False),
         (75, 16, 16, 16, ANCHORED, 0, False),
         (100, 48, 16, 16, FULL, 0, True),
         (100, 32, 16, 48, ANCHORED, 7, True),
         (135, 64, 48, 48, ANCHORED, 7, False),
         (128, 64, 64, 64, FULL, 0, True),
-        (64, 64, 64, 16, {}, 0, False),
+        (64, 64, 64, 16, ZERO, 0, False),
         (40, 5, 16, 32, OUTPUT | ANCHORED, 7, True),
-        (75, 16, 32, 16, OUTPUT, 7, False),
+        (75, 16, 32, 16, OUTPUT | ZERO, 7, False),
         (128, 64, 48, 48, OUTPUT | ANCHORED, 0, False),
         (96, 48, 16, 16, OUTPUT | FULL, 0, True),
     ],
 )
-def test_the_kernel_equals_float64(T, chunk, d, h, changes, warm, recompute, monkeypatch):
+def test_the_kernel_equals_float64(T, chunk, d, h, changes, warm, recompute, backend_alone):
     rule = MemoryRule(chunk_tokens=chunk, self_chunk_tokens=chunk, **changes)
     case, state = make_case(T, d, h, rule, warm=warm)
-    calls = []
-    counted = fused_form.Kernel(scan.fits, lambda *a, **kw: calls.append(a) or scan.native_scan(*a, **kw))
-    monkeypatch.setitem(fused_form.kernels, "cpu", counted)
-    assert largest_difference(case, state, rule, recompute=recompute, segment_tokens=2 * chunk) < FLOAT32
-    assert calls
+    options = dict(recompute=recompute, segment_tokens=2 * chunk)
+    assert largest_difference(case, state, rule, backend_alone(CPU), **options) < FLOAT32
 
 
-def test_pytorchs_operators_lie_within_the_same_bound(monkeypatch):
-    monkeypatch.delitem(fused_form.kernels, "cpu")
-    rule = MemoryRule(chunk_tokens=64, self_chunk_tokens=64, decay_to="initial")
-    assert largest_difference(*make_case(130, 64, 64, rule, warm=7), rule) < FLOAT32
+def test_pytorchs_operators_lie_within_the_same_bound(backend_alone):
+    rule = MemoryRule(chunk_tokens=64, self_chunk_tokens=64)
+    assert largest_difference(*make_case(130, 64, 64, rule, warm=7), rule, backend_alone(MANUAL)) < FLOAT32
 
 
 def test_threads_segments_and_cuts_at_borders_change_no_bit():
@@ -171,26 +170,15 @@ def test_what_is_not_finite_is_not_hidden():
         assert not all(x.isfinite().all() for x in gradients)
 
 
-@pytest.mark.parametrize("d, dtype", [(24, torch.float32), (16, torch.float64)])
-def test_what_it_cannot_do_goes_through_pytorch(d, dtype, monkeypatch):
-    rule = MemoryRule(chunk_tokens=8, self_chunk_tokens=8)
-    case, state = make_case(16, d, d, rule)
-    monkeypatch.setitem(fused_form.kernels, "cpu", fused_form.Kernel(scan.fits, pytest.fail))
-    outputs_and_gradients(case, state, rule, dtype)
-
-
 def test_a_missing_kernel_says_why_once(monkeypatch, caplog, tmp_path):
-    monkeypatch.setattr(build, "library", functools.cache(build.library.__wrapped__))
-    monkeypatch.setenv(build.SWITCH, "0")
-    with caplog.at_level(logging.WARNING):
-        assert build.library() is None and build.library() is None
-    assert [record.getMessage().endswith("HOPE_NATIVE=0 is set") for record in caplog.records] == [True]
-
-    monkeypatch.delenv(build.SWITCH)
+    monkeypatch.setattr(build, "_library", functools.cache(build._library.__wrapped__))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(build.NoKernel, match=r"no C\+\+ compiler; install one"):
-        build.load()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            with pytest.raises(build.NoKernel, match=r"no C\+\+ compiler; install one"):
+                build.library()
+    assert len(caplog.records) == 1
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\necho out of order >&2; exit 1\n")
     broken.chmod(0o755)
@@ -202,7 +190,7 @@ def test_a_missing_kernel_says_why_once(monkeypatch, caplog, tmp_path):
 
 def test_two_processes_build_it_once(tmp_path: Path):
     """Both have it in the end, and nothing else is left."""
-    code = "from hope_megatron.ops.memory.native.build import load; print(load()._name)"
+    code = "from hope_megatron.ops.memory.backends.cpu.build import load; print(load()._name)"
     environment = {**build.os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     command = [sys.executable, "-c", code]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]

@@ -1,13 +1,13 @@
-"""The backward of fused_forward.py: every line of its forward in reverse order. `d_x` is the gradient of x."""
+"""The backward of forward.py: every line of its forward in reverse order. `d_x` is the gradient of x."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from hope_megatron.ops.memory.fused_forward import Tape, by_head, inverses
+from hope_megatron.ops.memory.backends.manual.forward import Tape, by_head, inverses
 from hope_megatron.ops.memory.layout import Weights
-from hope_megatron.ops.memory.types import MemoryRule
+from hope_megatron.ops.memory.rule import MemoryRule
 
 _silu_backward = torch.ops.aten.silu_backward
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hope_megatron.ops.memory.chunk import memory_chunked, period_tokens
-from hope_megatron.ops.memory.types import MemoryParams, MemoryRule, MemoryState, RateLogits, initial_state, map_params
+from hope_megatron.ops.memory.operator import memory_chunked
+from hope_megatron.ops.memory.rule import AUTO, MemoryCompute, MemoryRule
+from hope_megatron.ops.memory.types import MemoryParams, MemoryState, RateLogits, initial_state, map_params
 
 
-def memory_documents(
+def memory_packed(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -22,18 +23,19 @@ def memory_documents(
     rule: MemoryRule,
     documents: Tensor,
     *,
+    compute: MemoryCompute = AUTO,
     recompute: bool = False,
 ) -> Tensor:
     """`memory_chunked` of every document apart, put together again.
 
     Args:
-        q, k, v, logits, params, rule, recompute: as for `memory_chunked`.
+        q, k, v, logits, params, rule, compute, recompute: as for `memory_chunked`.
         documents: number of the document that each token belongs to, [B, T] integers; where it changes, a new one begins.
 
     Returns:
         y [B, T, H, d]. There is no state to go on from: the last document of every row ends here.
     """
-    B, period = q.size(0), period_tokens(rule)
+    B, period = q.size(0), rule.period
     place, borders = _move_apart(documents, period)
     rows = torch.arange(B, device=q.device).unsqueeze(1)
     length = int(place[:, -1].max()) + 1
@@ -45,7 +47,8 @@ def memory_documents(
     for i, tokens in enumerate(borders):
         piece = [None if x is None else x[i] for x in pieces]
         state = _reset(state, fresh, (begins & (place == at)).any(1))
-        y, state = memory_chunked(*piece[:3], RateLogits(*piece[3:]), params, rule, state, recompute=recompute)
+        rates = RateLogits(*piece[3:])
+        y, state = memory_chunked(*piece[:3], rates, params, rule, state, compute=compute, recompute=recompute)
         outputs.append(y)
         at += tokens
     return torch.cat(outputs, 1)[rows, place]

@@ -1,6 +1,6 @@
 // A chunk of HOPE's own memories, for one head of one sequence: forward, and what backward needs of it.
 //
-// The same computation as fused_forward.py, whose names it keeps; README.md has the formulas. Memories are ordered mem, k, v, eta,
+// The same computation as backends/manual/forward.py, whose names it keeps; README.md has the formulas. Memories are ordered mem, k, v, eta,
 // alpha. What every memory has per hidden unit lies in one row per token, [C, 5 h] ("wide"), so that the input layers of all
 // five are one matrix [5 h, d], one product and one triangular system; the vector memories' outputs lie in [C, 3 d].
 #pragma once
