@@ -18,7 +18,7 @@ from pathlib import Path
 from hope_megatron.checkpoint.errors import ModelReferenceError
 from hope_megatron.cli.layout_options import add_layout_arguments, asked_layout
 from hope_megatron.cli.models import prepare_process
-from hope_megatron.convert.formats import FORMATS, ExportOptions, format_table, open_format
+from hope_megatron.convert.formats import FORMATS, ExportOptions, open_format
 
 _OPTIONS = {
     "tokenizer": "--tokenizer",
@@ -29,7 +29,7 @@ _OPTIONS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.epilog = f"formats:\n{format_table()}"
+    parser.epilog = f"formats:\n{FORMATS.table()}"
     parser.add_argument("format", metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("directory", type=Path, metavar="DIR", help="made new; an earlier export is replaced")

@@ -41,6 +41,7 @@ COMMANDS = {
         "hope_megatron.cli.eval_suite", "the paper's tests: small models of each family, trained here"
     ),
     "generate": Command("hope_megatron.cli.generate", "sample text from a checkpoint"),
+    "list": Command("hope_megatron.cli.list", "what can be chosen by name: presets, optimizers, formats, suites"),
     "checkpoint": Command("hope_megatron.cli.checkpoint", "inspect, reshard and average checkpoints"),
     "export": Command(
         "hope_megatron.cli.export", "a checkpoint in the format of transformers, Megatron-Core or DeepSpeed"

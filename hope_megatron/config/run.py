@@ -10,6 +10,7 @@ from hope_megatron.config.base import ConfigError, Section
 from hope_megatron.config.layout import ParallelLayout
 from hope_megatron.config.model import ModelConfig
 from hope_megatron.config.optim import OptimConfig
+from hope_megatron.config.optimizers import OPTIMIZERS
 from hope_megatron.config.parallel import ParallelConfig
 from hope_megatron.config.training import CheckpointConfig, DataConfig, TrackingConfig, TrainingConfig
 
@@ -49,10 +50,11 @@ class RunConfig(Section):
                 "parallel.zero_stage=0 with training.precision=bf16 computes a wrong gradient norm in DeepSpeed; "
                 "set zero_stage=1, or precision=fp32"
             )
-        if self.model.mup and self.optim.name == "sgd":
+        if self.model.mup and not OPTIMIZERS[self.optim.name].scales_with_width:
+            known = ", ".join(name for name, entry in OPTIMIZERS.items() if entry.scales_with_width)
             raise ConfigError(
-                "model.mup has learning-rate rules for adamw, muon, adamuon and m3, not for optim.name=sgd, whose updates shrink "
-                "with the gradients; choose one of those, or remove model.mup"
+                f"model.mup has no learning-rate rule for optim.name={self.optim.name}, whose updates shrink with the "
+                f"gradients; choose one of {known}, or remove model.mup"
             )
         if self.checkpoint.keep_best:
             check_checkpoints_are_evaluated(self.checkpoint, self.training, self.data)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from hope_megatron.checkpoint.errors import ConversionError
+from hope_megatron.runtime.registry import Entry, Registry
 
 if TYPE_CHECKING:
     from hope_megatron.checkpoint.find import CheckpointSource
@@ -49,40 +47,30 @@ class Format:
     read_model_config: Callable[[Path], ModelConfig] | None = None
 
 
-class _Entry(NamedTuple):
-    module: str
-    help: str
-
-
-FORMATS = {
-    "hf": _Entry("hope_megatron.convert.huggingface.format", "Hugging Face layout, with its own modelling code"),
-    "torch_dist": _Entry(
-        "hope_megatron.convert.torch_dist", "Megatron-Core's distributed checkpoint, optimizer and all"
-    ),
-    "deepspeed": _Entry(
-        "hope_megatron.convert.deepspeed.format",
-        "DeepSpeed's universal checkpoint, or with a layout the files of its own save_checkpoint",
-    ),
-    "llama": _Entry(
-        "hope_megatron.convert.llama", "a Llama or Mistral model in Hugging Face layout, as Hope-Attention"
-    ),
-}
+FORMATS = Registry(
+    "format",
+    {
+        "hf": Entry(
+            "hope_megatron.convert.huggingface.format:FORMAT", "Hugging Face layout, with its own modelling code"
+        ),
+        "torch_dist": Entry(
+            "hope_megatron.convert.torch_dist:FORMAT", "Megatron-Core's distributed checkpoint, optimizer and all"
+        ),
+        "deepspeed": Entry(
+            "hope_megatron.convert.deepspeed.format:FORMAT",
+            "DeepSpeed's universal checkpoint, or with a layout the files of its own save_checkpoint",
+        ),
+        "llama": Entry(
+            "hope_megatron.convert.llama:FORMAT", "a Llama or Mistral model in Hugging Face layout, as Hope-Attention"
+        ),
+    },
+)
 
 
 def open_format(name: str) -> Format:
-    """The format of that name; imports its module.
+    """The format of that name.
 
     Raises:
-        ConversionError: there is none; names the nearest and all.
+        UnknownNameError: there is none.
     """
-    if name not in FORMATS:
-        near = difflib.get_close_matches(name, FORMATS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConversionError(f"unknown format {name!r}{hint} Formats: {', '.join(FORMATS)}")
-    return importlib.import_module(FORMATS[name].module).FORMAT
-
-
-def format_table() -> str:
-    """Names and one line about each, for help texts."""
-    width = max(map(len, FORMATS))
-    return "\n".join(f"  {name:<{width}}  {entry.help}" for name, entry in FORMATS.items())
+    return FORMATS.open(name)

@@ -22,6 +22,7 @@ from hope_megatron.cli.main import main
         (["import", "hf", "nowhere", "--checkpoint", "out"], "hf holds weights only"),
         (["import", "hf", "nowhere", "--model", "out"], "hf carries its own configuration"),
         (["import", "hf", "nowhere", "run.yaml", "--tp", "2"], "need --checkpoint OUT"),
+        (["list", "optimisers"], "hope list knows optimizers, "),
         (["checkpoint", "inspect", "nowhere"], "no run directory with a complete checkpoint"),
         (["checkpoint", "reshard", "nowhere", "out"], "give the new layout"),
         (["checkpoint", "average", "nowhere", "out"], "at least two checkpoints"),
