@@ -29,7 +29,6 @@ def memory_chunked(
     *,
     compute: MemoryCompute = AUTO,
     recompute: bool = False,
-    segment_tokens: int | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """Read and write the memories of every head along a piece of a stream (eqs. 83-93).
 
@@ -39,9 +38,8 @@ def memory_chunked(
         params: learned initial memories, [H, n, ...]; used when `state` is None.
         rule: how the memories learn.
         state: where an earlier piece of the same streams ended; None starts new streams.
-        compute: which kernel, and how.
-        recompute: keep only the weights at segment borders for backward, and recompute the rest.
-        segment_tokens: tokens per segment, rounded up to whole periods; None chooses by memory.
+        compute: which kernel, in which precision, and how often weights are kept.
+        recompute: keep only weights for backward, those of every `compute.keep_every`-th chunk, and recompute the rest.
 
     Returns:
         y [B, T, H, d] in q's dtype, and the state after the last token. Differentiable with respect to everything,
@@ -61,10 +59,10 @@ def memory_chunked(
     anchored = logits.alpha is not None and rule.decay_to == "initial"
     groups = split_state(state, rule, fresh.now if anchored else None)
     tensors = [x if x is None else x.to(dtype) for x in (q, k, v, *logits)]
-    backend = choose(Case.of(tensors, params, rule), compute, BACKENDS)
+    backend = choose(Case.of(tensors, params, rule, compute), compute, BACKENDS)
 
     def whole(tensors: list[Tensor | None], groups: tuple[Group, ...], position: int):
-        return backend.scan(tensors, rule, groups, recompute=recompute, segment_tokens=segment_tokens)
+        return backend.scan(tensors, rule, groups, compute=compute, recompute=recompute)
 
     def part(tensors: list[Tensor | None], groups: tuple[Group, ...], position: int):
         rows = [None if x is None else x.transpose(1, 2).flatten(0, 1) for x in tensors]

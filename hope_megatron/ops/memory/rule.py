@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-Kernel = Literal["auto", "torch", "cpu", "triton"]
+Kernel = Literal["auto", "torch", "phases", "cpu", "triton"]
 
 
 class MemoryRuleError(ValueError):
@@ -214,8 +214,15 @@ class MemoryCompute:
     """How the rule is computed: nothing here changes what a memory learns but by rounding."""
 
     kernel: Kernel = "auto"
-    """What computes the memories: the best there is for the device (auto), PyTorch's operators, the kernel compiled for CPUs, or
-    Triton's. One that cannot take the rule, the shape or the device is refused, with the reason."""
+    """What computes the memories: the best there is for the device (auto); PyTorch's operators chunk by chunk (torch) or in
+    phases over all chunks, which launch less (phases); the kernel compiled for CPUs; or Triton's. One that cannot take the rule,
+    the shape or the device is refused, with the reason."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Operands of products inside the memories: as they are, or rounded to bf16. Sums and the memories themselves are fp32 in both.
+    bf16 is for the phases and Triton."""
+    keep_every: Annotated[int | None, Bound(gt=0)] = None
+    """Weights are kept for backward at the start of every this many chunks; what lies between is computed again. None: chosen by
+    the kernel, for the least memory together."""
 
     def __post_init__(self) -> None:
         check_fields(self)

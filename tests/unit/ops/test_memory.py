@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from hope_megatron.ops.memory import (
     Bank,
+    MemoryCompute,
     MemoryParams,
     MemoryRule,
     RateLogits,
@@ -283,7 +284,7 @@ def test_the_written_out_backward_is_that_of_autograd(changes, warm, recompute, 
     state = memory_recurrent(*make_inputs(21), params, rule)[1] if warm else None
     by_hand, by_autograd = (
         outputs_and_gradients(
-            functools.partial(backend_alone(backend), recompute=recompute, segment_tokens=32),
+            functools.partial(backend_alone(backend), recompute=recompute, compute=MemoryCompute(keep_every=2)),
             *inputs, params, rule, state,
         )
         for backend in (MANUAL, AUTOGRAD)
@@ -303,7 +304,7 @@ def test_a_recomputed_piece_leaves_the_state_of_a_plain_one(rule, T):
     for x in leaves(params):
         x.requires_grad_()
     plain = memory_chunked(*inputs, params, rule)[1]
-    recomputed = memory_chunked(*inputs, params, rule, recompute=True, segment_tokens=8)[1]
+    recomputed = memory_chunked(*inputs, params, rule, recompute=True, compute=MemoryCompute(keep_every=1))[1]
     assert recomputed.position == plain.position
     expected, found = (memory_chunked(*more, params, rule, state)[0] for state in (plain, recomputed))
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
@@ -311,14 +312,14 @@ def test_a_recomputed_piece_leaves_the_state_of_a_plain_one(rule, T):
 
 @pytest.mark.parametrize("momentum", [False, True])
 @pytest.mark.parametrize("chunk, self_chunk, warm", [(8, 8, False), (4, 16, True), (8, 8, True)])
-@pytest.mark.parametrize("segment_tokens", [None, 16, 1000])
+@pytest.mark.parametrize("keep_every", [None, 1, 1000])
 @pytest.mark.parametrize("decay_to", ["zero", "initial"])
-def test_recomputing_changes_no_gradient(decay_to, momentum, chunk, self_chunk, warm, segment_tokens):
+def test_recomputing_changes_no_gradient(decay_to, momentum, chunk, self_chunk, warm, keep_every):
     rule = MemoryRule(chunk, self_chunk, decay_to=decay_to)
     params = make_params(rule)
     q, k, v, logits = make_inputs(77, momentum=momentum)
     state = memory_recurrent(*make_inputs(11, momentum=momentum), params, rule)[1] if warm else None
-    recomputing = functools.partial(memory_chunked, recompute=True, segment_tokens=segment_tokens)
+    recomputing = functools.partial(memory_chunked, recompute=True, compute=MemoryCompute(keep_every=keep_every))
     plain = outputs_and_gradients(memory_chunked, q, k, v, logits, params, rule, state)
     bounded = outputs_and_gradients(recomputing, q, k, v, logits, params, rule, state)
     for a, b in zip(itertools.chain(*plain), itertools.chain(*bounded)):

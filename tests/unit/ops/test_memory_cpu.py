@@ -14,6 +14,7 @@ import torch
 
 from hope_megatron.ops.memory import (
     Bank,
+    MemoryCompute,
     MemoryParams,
     MemoryRule,
     MemoryState,
@@ -128,7 +129,7 @@ OUTPUT = {"written_layers": "output"}
 def test_the_kernel_equals_float64(T, chunk, d, h, changes, warm, recompute, backend_alone):
     rule = MemoryRule(chunk_tokens=chunk, self_chunk_tokens=chunk, **changes)
     case, state = make_case(T, d, h, rule, warm=warm)
-    options = dict(recompute=recompute, segment_tokens=2 * chunk)
+    options = dict(recompute=recompute, compute=MemoryCompute(keep_every=2))
     assert largest_difference(case, state, rule, backend_alone(CPU), **options) < FLOAT32
 
 
@@ -145,7 +146,9 @@ def test_threads_segments_and_cuts_at_borders_change_no_bit():
         torch.set_num_threads(1)
         outputs, gradients = outputs_and_gradients(case, None, rule, torch.float32)
         torch.set_num_threads(3)
-        several = outputs_and_gradients(case, None, rule, torch.float32, recompute=True, segment_tokens=48)
+        several = outputs_and_gradients(
+            case, None, rule, torch.float32, recompute=True, compute=MemoryCompute(keep_every=3)
+        )
     finally:
         torch.set_num_threads(before)
     assert all(map(torch.equal, [*outputs, *gradients], [*several[0], *several[1]]))
