@@ -50,6 +50,7 @@ class Retry:
         Raises:
             StoreError: there is none: the failure is a lasting one, or has come too often.
         """
+        error = _cause(error)
         if isinstance(error, _BUGS):
             raise error
         reason = _reason(error)
@@ -68,6 +69,13 @@ class Retry:
 RETRY = Retry()
 
 
+def _cause(error: Exception) -> Exception:
+    """What really happened: fsspec says "not found" of a web server whatever the server said, or if there is none."""
+    cause = error.__cause__
+    from_web = isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp")
+    return cause if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and from_web else error
+
+
 def _is_lasting(error: Exception) -> bool:
     status = getattr(error, "status", None)
     if isinstance(status, int) and 400 <= status < 500:
@@ -78,14 +86,14 @@ def _is_lasting(error: Exception) -> bool:
 def _reason(error: Exception) -> str:
     status, message = getattr(error, "status", None), getattr(error, "message", None)
     if isinstance(status, int):
-        return f"the server answers {status} {message or ''}".rstrip()
+        return " ".join(f"the server answers {status} {message or ''}".split())
     if isinstance(error, FileNotFoundError):
         return "there is no such object"
     if isinstance(error, PermissionError):
         return f"access is denied ({error})"
     if isinstance(error, TimeoutError):
         return f"no answer in time ({error or type(error).__name__})"
-    return str(error) or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _retry_after(error: Exception, longest: float) -> float:
@@ -223,6 +231,8 @@ class RemoteFile(io.RawIOBase):
             except Exception as error:
                 self._drop()
                 failures += 1
+                if getattr(error, "status", None) == 416:  # there is no such range: the object is shorter
+                    raise StoreError(self._url, f"it ended after {self._position} of {self._size} bytes") from error
                 self._retry.pause(failures, self._url, error)
         buffer[: len(data)] = data
         self._position += len(data)
