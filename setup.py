@@ -16,16 +16,22 @@ CONFIGS = {
 }
 
 # Other places and formats that text can come in; each is asked for by name when it is missing.
-DATA = ["fsspec>=2024.2", "pyarrow>=15", "zstandard>=0.22,<1"]
+DATA = ["fsspec>=2024.2", "pyarrow>=15", "backports.zstd>=1,<2; python_version < '3.14'"]
+
+# Text and shards in web servers and object stores.
+REMOTE = ["fsspec>=2024.2", "aiohttp>=3.9,<4", "s3fs>=2024.2"]
+GCS = ["gcsfs>=2024.2"]  # Google's store, with Google's many packages
 
 # Public benchmarks: `hope eval lm`.
 EVAL = ["lm-eval>=0.4.9,<0.5"]
 
 TEST = [
     *DATA,
+    *REMOTE,
     *EVAL,
     "hypothesis>=6.100,<7",
     "import-linter>=2.1,<3",
+    "moto[s3]>=5.1,<6",
     "pytest>=8,<10",
     "pytest-timeout>=2.3,<3",
     "transformers>=4.50,<6",
@@ -63,6 +69,8 @@ setup(
     ],
     extras_require={
         "data": DATA,
+        "remote": REMOTE,
+        "gcs": GCS,
         "test": TEST,
         "dev": [*TEST, "mypy>=1.13,<3", "pre-commit>=4,<5", "ruff>=0.9,<1", "types-PyYAML"],
         # Alternative kernels, CUDA only. NVIDIA's apex is not on PyPI (the package named apex there is another one).

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from data_pipeline.loader import Batch, BatchLoader
     from data_pipeline.manifest import Manifest, ShardInfo
     from data_pipeline.mixture import MixtureStream
-    from data_pipeline.prepare import PrepareReport
+    from data_pipeline.report import PrepareReport
     from data_pipeline.samples import NO_TOKEN, DocumentSpan, SampleStream, document_ids
     from data_pipeline.stream import TokenStream
     from data_pipeline.tokenizer import Tokenizer, train_tokenizer
@@ -76,7 +76,7 @@ _MODULES = {
     "Manifest": "manifest",
     "ShardInfo": "manifest",
     "MixtureStream": "mixture",
-    "PrepareReport": "prepare",
+    "PrepareReport": "report",
     "NO_TOKEN": "samples",
     "DocumentSpan": "samples",
     "SampleStream": "samples",

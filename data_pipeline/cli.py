@@ -8,8 +8,11 @@ from collections.abc import Callable, Sequence
 
 _SOURCES = """\
 sources:
-  files (.txt .md .rst .py .jsonl .ndjson .parquet, also with .gz or .zst), directories and globs of them,
-  URLs that fsspec knows (https://..., s3://..., memory://...), or
+  files           text (.txt .md .rst .py), JSON lines (.jsonl .ndjson), .json, .parquet, .tar of such files;
+                  all but .parquet also with .gz .zst .bz2 .xz
+  directories     every such file in them; the rest is left out and counted
+  patterns        'corpus/*.log': files of other names are taken as text
+  URLs            https://..., s3://..., gs://... and whatever fsspec knows
   python-stdlib   the Python standard library's own sources, which every machine has
 """
 
@@ -100,7 +103,15 @@ def slice_of(text: str) -> tuple[int, int]:
 
 def _add_read_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reading")
-    group.add_argument("--text-field", default="text", metavar="NAME", help="JSON field or parquet column (text)")
+    group.add_argument(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="JSON field or parquet column with the text (text); meta.text is the field text of meta",
+    )
+    group.add_argument(
+        "--follow-links", action="store_true", help="read links that lead out of a directory; loops are cut in any case"
+    )
     group.add_argument(
         "--text-unit",
         choices=("file", "line", "chunk"),

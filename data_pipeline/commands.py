@@ -18,7 +18,8 @@ from data_pipeline.filters import Filters
 from data_pipeline.ledger import documents_in_step
 from data_pipeline.manifest import Manifest
 from data_pipeline.merge import merge
-from data_pipeline.prepare import PrepareReport, prepare
+from data_pipeline.prepare import prepare
+from data_pipeline.report import PrepareReport
 from data_pipeline.stream import TokenStream
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 
@@ -38,7 +39,7 @@ def run_tokenizer(arguments: argparse.Namespace) -> int:
     elif arguments.sources:
         with Progress("training the tokenizer"):
             tokenizer = train_tokenizer(
-                iterate_texts(arguments.sources, _read_options(arguments)),
+                iterate_texts(arguments.sources, _read_options(arguments), follow_links=arguments.follow_links),
                 arguments.out,
                 arguments.vocab_size,
                 arguments.model_type,
@@ -80,26 +81,18 @@ def run_prepare(arguments: argparse.Namespace) -> int:
             deduplicate=not arguments.keep_duplicates,
             near_duplicates=arguments.near_duplicates,
             slice=arguments.slice,
+            follow_links=arguments.follow_links,
             overwrite=arguments.overwrite,
             progress=show,
         )
-    _print(arguments, dataclasses.asdict(report), _describe(report))
+    _print(arguments, dataclasses.asdict(report), report.describe(arguments.text_field))
     return 0
 
 
 def run_merge(arguments: argparse.Namespace) -> int:
     report = merge(arguments.out, overwrite=arguments.overwrite)
-    _print(arguments, dataclasses.asdict(report), _describe(report))
+    _print(arguments, dataclasses.asdict(report), report.describe())
     return 0
-
-
-def _describe(report: PrepareReport) -> str:
-    lines = [f"documents read      {report.documents_in:>14,}"]
-    for split, path in report.manifests.items():
-        documents, tokens, shards = report.documents[split], report.tokens[split], report.shards[split]
-        lines.append(f"  to {split:<16} {documents:>14,}   {tokens:,} tokens in {shards} shards: {path}")
-    lines += [f"  {reason:<19} {count:>14,}   rejected" for reason, count in report.rejected.items()]
-    return "\n".join(lines)
 
 
 def run_verify(arguments: argparse.Namespace) -> int:

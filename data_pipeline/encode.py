@@ -32,7 +32,9 @@ class EncodedDocument:
     source: str
     position: int
     num_bytes: int = 0  # of its text in UTF-8
+    file_bytes: int = 0  # how far its file had been read
     reason: str | None = None
+    fields: tuple[str, ...] = ()  # text fields of a record that has not the one asked for
     sha256: bytes = b""  # of its text in UTF-8
     tokens: np.ndarray | None = None
     signature: np.ndarray | None = None  # MinHash, when near-duplicates are looked for
@@ -52,12 +54,20 @@ class Encoder:
             text = document_text(document, self.text_field)
             self.filters.check(text)
         except Rejected as reason:
-            return EncodedDocument(document.source, document.position, len(document.data), reason=str(reason))
+            return EncodedDocument(
+                document.source,
+                document.position,
+                len(document.data),
+                document.file_bytes,
+                reason=str(reason),
+                fields=reason.fields,
+            )
         data = text.encode("utf-8")
         return EncodedDocument(
             source=document.source,
             position=document.position,
             num_bytes=len(data),
+            file_bytes=document.file_bytes,
             sha256=hashlib.sha256(data).digest(),
             tokens=self.tokenizer.encode(text, self.tokenizer.token_dtype),
             signature=minhash(text) if self.with_signature else None,

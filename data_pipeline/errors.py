@@ -16,6 +16,14 @@ class SourceError(DataError):
     """A source of text is missing, unreadable, or of a kind that cannot be read."""
 
 
+class StoreError(SourceError):
+    """A web server or object store does not give what it was asked for. ``reason`` is the message without the URL."""
+
+    def __init__(self, url: str, reason: str) -> None:
+        super().__init__(f"cannot read {url}: {reason}.")
+        self.reason = reason
+
+
 class TokenizerError(DataError):
     """A tokenizer model is missing, damaged, or does not fit the data."""
 
@@ -64,18 +72,19 @@ class MissingDependencyError(DataError):
     """An optional package is needed for what was asked."""
 
 
-def require(module: str, *, purpose: str, install: str) -> ModuleType:
+def require(module: str, *, purpose: str, install: str, extra: str = "data") -> ModuleType:
     """Import an optional module, or say which package to install.
 
     Args:
         module: dotted module name.
         purpose: what it is needed for, e.g. ``"reading .zst files"``.
         install: what to hand to ``pip install``.
+        extra: the extra of this project that holds it.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingDependencyError(
             f"{purpose} needs the Python package '{install}', which cannot be imported ({error}). "
-            f"Install it (pip install {install}), or all that data preparation can use (pip install -e '.[data]')."
+            f"Install it (pip install {install}), or everything of its kind (pip install -e '.[{extra}]')."
         ) from error

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
-import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,10 +15,8 @@ import numpy as np
 from data_pipeline.errors import DataError, ManifestError, SamplingError, ShardError, TokenizerError, require
 from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, ShardInfo
 from data_pipeline.prepare import SPLITS
-from data_pipeline.shards import BLOCK, TOKEN_EXTENSIONS, ShardReader
+from data_pipeline.shards import ShardReader
 from data_pipeline.tokenizer import Tokenizer
-
-_KEY = re.compile(r"[A-Za-z0-9_]+")
 
 
 def find_manifests(path: str | Path) -> list[Manifest]:
@@ -89,7 +85,6 @@ def verify(
 def _verify_shard(manifest: Manifest, info: ShardInfo, tokenizer: Tokenizer | None) -> str | None:
     try:
         reader = ShardReader(manifest.path(info.name), info, manifest.token_dtype)
-        check_structure(reader, manifest.dtype)
         for number, (tokens, provenance) in enumerate(reader.documents()):
             _check_document(reader, number, tokens, provenance, manifest, tokenizer)
     except DataError as error:
@@ -114,47 +109,6 @@ def _check_document(
         text = tokenizer.decode(tokens)
         if hashlib.sha256(text.encode("utf-8")).hexdigest() != provenance.get("sha256"):
             raise ShardError(f"document {number} of {reader.path} is not the text that its provenance names.")
-
-
-def check_structure(reader: ShardReader, dtype: str) -> None:
-    """A shard holds nothing but pairs of plain members KEY.u16 and KEY.json without gaps, then zeros.
-
-    Raises:
-        ShardError: any other member: a path, a link, a device, an extended header, data after the end.
-    """
-    data = reader.buffer
-    position = 0
-    for number, (offset, length) in enumerate(zip(reader.offsets.tolist(), reader.lengths.tolist(), strict=True)):
-        tokens_size = length * np.dtype(dtype).itemsize
-        key, extension, size = _plain_member(reader, position)
-        if extension != TOKEN_EXTENSIONS[dtype] or size != tokens_size or position + BLOCK != offset:
-            raise ShardError(f"{reader.path}: document {number} is not where its index says. Prepare the data again.")
-        position += BLOCK + _padded(size)
-        json_key, extension, size = _plain_member(reader, position)
-        if extension != "json" or json_key != key:
-            raise ShardError(f"{reader.path}: document {number} has no provenance beside it. Prepare the data again.")
-        position += BLOCK + _padded(size)
-    if len(data) - position != 2 * BLOCK or any(data[position:]):
-        raise ShardError(f"{reader.path} holds more than its {reader.info.documents} documents. Do not trust it.")
-
-
-def _padded(size: int) -> int:
-    return size + (-size % BLOCK)
-
-
-def _plain_member(reader: ShardReader, position: int) -> tuple[str, str, int]:
-    """Key, extension and size of the member whose header is at a position."""
-    try:
-        header = tarfile.TarInfo.frombuf(reader.buffer[position : position + BLOCK], "ascii", "strict")
-    except (tarfile.HeaderError, ValueError) as error:
-        raise ShardError(f"{reader.path} is no valid tar at byte {position} ({error}). Do not trust it.") from error
-    key, _, extension = header.name.partition(".")
-    if header.type != tarfile.REGTYPE or header.linkname or not _KEY.fullmatch(key):
-        raise ShardError(
-            f"{reader.path} holds the member {header.name!r} of type {header.type!r} at byte {position}, which none of "
-            f"our shards does. Do not trust it."
-        )
-    return key, extension, header.size
 
 
 # ---- inspect, decode -----------------------------------------------------------------------------------------------

@@ -143,6 +143,9 @@ class _Merge:
             shards={split: len(writer.shards) for split, writer in writers.items()},
             rejected=dict(sorted(rejected.items())),
             text_bytes=sum(report.text_bytes for report in self._reports) - self._duplicate_bytes,
+            files=sum(report.files for report in self._reports),
+            left_out=self._reports[0].left_out,  # every slice finds the same
+            text_fields=sorted({name for report in self._reports for name in report.text_fields}),
         )
 
     def _take(self, manifest: Manifest, writer: ShardWriter) -> None:

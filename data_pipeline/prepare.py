@@ -20,14 +20,25 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.corpus import Document, ReadOptions, SourceFile, expand_sources, read_documents
+from data_pipeline.corpus import (
+    FIELDS_SHOWN,
+    Document,
+    ReadOptions,
+    SourceFile,
+    describe_missing_field,
+    find_sources,
+    read_documents,
+)
 from data_pipeline.dedup import SEEN_NAMES, SeenDocuments
 from data_pipeline.encode import EncodedDocument, Encoder, encode_all
 from data_pipeline.errors import EmptySplitError, OutputError, ShardError
 from data_pipeline.files import canonical_json, exclusive, read_json, write_json
 from data_pipeline.filters import Filters
 from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAME, WIDS_NAME, Manifest, ShardInfo
+from data_pipeline.report import PrepareReport
 from data_pipeline.shards import ShardWriter
+from data_pipeline.sources import Sources
+from data_pipeline.streams import size_of
 from data_pipeline.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -37,31 +48,6 @@ SPLITS = (TRAIN, HELD_OUT)
 SUMMARY_NAME = "prepare.json"
 PROGRESS_NAME = ".progress.json"
 FORMAT = "hope-prepare-v1"
-
-
-@dataclass(frozen=True)
-class PrepareReport:
-    """What became of every document: ``documents_in == documents_train + documents_heldout + rejected``."""
-
-    documents_in: int
-    documents: dict[str, int]  # by split
-    tokens: dict[str, int]  # by split, without end marks
-    shards: dict[str, int]  # by split
-    rejected: dict[str, int]  # by reason
-    text_bytes: int  # UTF-8 bytes of the documents that were kept
-    manifests: dict[str, str] = field(default_factory=dict)  # path by split
-    seconds: float = 0.0
-
-    @property
-    def documents_out(self) -> int:
-        return sum(self.documents.values())
-
-    @property
-    def documents_rejected(self) -> int:
-        return sum(self.rejected.values())
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -91,6 +77,7 @@ def prepare(
     deduplicate: bool = True,
     near_duplicates: float | None = None,
     slice: tuple[int, int] = (0, 1),
+    follow_links: bool = False,
     overwrite: bool = False,
     progress: Callable[[PrepareReport, float | None], None] | None = None,
     commit_seconds: float = 5.0,
@@ -109,6 +96,7 @@ def prepare(
         deduplicate: reject documents whose text occurred before.
         near_duplicates: reject documents of at least this estimated similarity with an earlier one, in (0, 1].
         slice: ``(i, n)``: only every n-th source file from the i-th, into ``out_dir/slice-i-of-n``, for `merge`.
+        follow_links: read links that lead out of a directory or pattern too.
         overwrite: remove an earlier result first.
         progress: called about once a second with the counts so far and the part of the input that is read, 0 to 1
             (None when the sources do not say how large they are).
@@ -127,17 +115,18 @@ def prepare(
         *slice,
     )
     _check_settings(settings)
-    files = expand_sources(sources)[settings.slice_index :: settings.slice_count]
+    found = find_sources(sources, follow_links=follow_links)
+    found.files = found.files[settings.slice_index :: settings.slice_count]
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.load(tokenizer)
     directory = Path(out_dir)
     if settings.slice_count > 1:
         directory = directory / slice_name(*slice)
     with exclusive(directory):
-        run = _Preparation(files, tokenizer, directory, settings)
+        run = _Preparation(found, tokenizer, directory, settings)
         if overwrite:
             remove_result(directory)
-        return run.run(_number_of_workers(workers, files), progress, commit_seconds)
+        return run.run(_number_of_workers(workers, found.files), progress, commit_seconds)
 
 
 def slice_name(index: int, count: int) -> str:
@@ -201,13 +190,17 @@ class _Counts:
     documents_in: int = 0
     text_bytes: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
+    text_fields: list[str] = field(default_factory=list)  # of records that have not the field asked for
 
 
 class _Preparation:
     """One run, from the first or the last committed document to the manifests."""
 
-    def __init__(self, files: list[SourceFile], tokenizer: Tokenizer, directory: Path, settings: Settings) -> None:
-        self._files, self._tokenizer, self._directory, self._settings = files, tokenizer, directory, settings
+    def __init__(self, sources: Sources, tokenizer: Tokenizer, directory: Path, settings: Settings) -> None:
+        files = sources.files
+        self._files, self._left_out = files, sources.left_out
+        self._tokenizer, self._directory, self._settings = tokenizer, directory, settings
+        self._bytes_before = list(itertools.accumulate(map(size_of, files), initial=0))
         self._file_numbers = {file.name: number for number, file in enumerate(files)}
         self._splits = SPLITS if settings.held_out_fraction else (TRAIN,)
         self._identity = {
@@ -265,6 +258,8 @@ class _Preparation:
         counts.documents_in += 1
         if reason := document.reason or self._seen.admit(document.sha256, document.signature):
             counts.rejected[reason] += 1
+            new_fields = [name for name in document.fields if name not in counts.text_fields]
+            counts.text_fields += new_fields[: FIELDS_SHOWN - len(counts.text_fields)]
             return
         assert document.tokens is not None
         counts.text_bytes += document.num_bytes
@@ -346,16 +341,21 @@ class _Preparation:
         self._close()
         remove_result(self._directory)
         if not report.documents_out:
-            reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(report.rejected.items()))
-            raise EmptySplitError(
-                f"none of the {report.documents_in} documents was kept (rejected: {reasons or 'none'}). "
-                f"Give text, or loosen the limits; text_unit='chunk' (--text-unit chunk) cuts long text files."
-            )
+            raise EmptySplitError(self._describe_nothing_kept(report))
         raise EmptySplitError(
             f"no document of {report.documents_out} falls into {empty[0]} at "
             f"held_out_fraction={self._settings.held_out_fraction}. Give more documents, change the fraction, or make "
             f"documents smaller: text_unit='chunk' (--text-unit chunk) cuts long text files."
         )
+
+    def _describe_nothing_kept(self, report: PrepareReport) -> str:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(report.rejected.items()))
+        said = f"none of the {report.documents_in} documents was kept (rejected: {reasons or 'none'})."
+        if "missing_field" in report.rejected:
+            return f"{said} There is {describe_missing_field(self._settings.read.text_field, report.text_fields)}"
+        if "too_long" in report.rejected:
+            return f"{said} text_unit='chunk' (--text-unit chunk) cuts long text files; or loosen the limits."
+        return f"{said} Give text, or loosen the limits."
 
     def _finish(self) -> PrepareReport:
         """Seal the shards, then write what makes the directory complete, the summary last."""
@@ -369,11 +369,11 @@ class _Preparation:
         return report
 
     def _part_read(self, document: EncodedDocument) -> float | None:
-        sizes = [file.size for file in self._files]
-        if None in sizes:
+        """The part of all bytes of the sources, as they are stored, that has been read."""
+        number = self._file_numbers[document.source]
+        if any(file.size is None for file in self._files):
             return None
-        done = sum(size or 0 for size in sizes[: self._file_numbers[document.source]])
-        return done / max(1, sum(size or 0 for size in sizes))
+        return min(1.0, (self._bytes_before[number] + document.file_bytes) / max(1, self._bytes_before[-1]))
 
     def _report(self) -> PrepareReport:
         return PrepareReport(
@@ -383,6 +383,9 @@ class _Preparation:
             shards={split: len(writer.shards) for split, writer in self._writers.items()},
             rejected=dict(sorted(self._counts.rejected.items())),
             text_bytes=self._counts.text_bytes,
+            files=len(self._files),
+            left_out=self._left_out.to_dict(),
+            text_fields=self._counts.text_fields,
         )
 
     def _checked_report(self, report: PrepareReport) -> PrepareReport:

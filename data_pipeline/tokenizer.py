@@ -8,6 +8,7 @@ pieces itself.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import heapq
 import io
@@ -20,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data_pipeline.corpus import Document, decode_documents
+from data_pipeline.corpus import Document, Rejected, document_text
 from data_pipeline.errors import TokenizerError, VocabularyError, require
 from data_pipeline.files import write_atomic
 
@@ -238,10 +239,11 @@ _MAX_LINE_BYTES = 1 << 16
 
 def _texts(documents: Iterable[str | Document]) -> Iterator[str]:
     for document in documents:
-        if isinstance(document, Document):
-            yield from decode_documents([document])
-        else:
+        if isinstance(document, str):
             yield document
+            continue
+        with contextlib.suppress(Rejected):
+            yield document_text(document)
 
 
 def _lines(text: str) -> Iterator[str]:

@@ -89,7 +89,7 @@ def _prompts(args: argparse.Namespace) -> list[str] | None:
     if args.file is None and sys.stdin.isatty():
         return None
     try:
-        text = sys.stdin.read() if args.file in (None, Path("-")) else args.file.read_text(encoding="utf-8")
+        text = sys.stdin.read() if args.file in (None, Path("-")) else args.file.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ModelReferenceError(f"cannot read the prompt {args.file}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -173,6 +173,7 @@ class Quickstart:
 
     def _shards(self) -> None:
         from data_pipeline.prepare import prepare
+        from data_pipeline.report import describe_names
 
         report = prepare(
             self.sources, self.tokenizer, self.directory / "data", held_out_fraction=HELD_OUT_FRACTION, read=self.read
@@ -180,8 +181,10 @@ class Quickstart:
         self.facts |= {"documents": report.documents, "corpus_tokens": report.tokens}
         for split, documents in report.documents.items():
             _say(f"{split}: {documents:,} documents, {report.tokens[split]:,} tokens")
+        for reason, entry in report.left_out.items():
+            _say(f"left out: {entry['files']:,} files, {reason}: {describe_names(entry)}")
         if report.documents_rejected:
-            _say("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in report.rejected.items()))
+            _say("rejected: " + ", ".join(f"{count:,} {reason}" for reason, count in report.rejected.items()))
 
     def _pretrain(self) -> None:
         from hope_megatron.config import dump_config

@@ -66,7 +66,7 @@ def text_tokens(files: list[Path], tokenizer: Tokenizer) -> np.ndarray:
     pieces = [np.array([tokenizer.eos_id])]
     for path in files:
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except OSError as error:
             raise HeldoutDataError(f"cannot read {path}: {error.strerror}") from error
         except UnicodeDecodeError as error:

@@ -98,7 +98,7 @@ def _labelled(name: str, train: Rows, test: Rows) -> Labelled:
 
 def _clinc(path: Path) -> tuple[Rows, Rows]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
         splits = [[(str(text), str(label)) for text, label in data[split]] for split in ("train", "test")]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SuiteError(f'{path} has no lists of [text, intent] under "train" and "test": {error!r}') from None
@@ -107,7 +107,7 @@ def _clinc(path: Path) -> tuple[Rows, Rows]:
 
 def _csv(path: Path, names_file: Path) -> Rows:
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             rows = list(csv.reader(file))
         names = names_file.read_text(encoding="utf-8").split() if names_file.is_file() else []
     except (OSError, ValueError, csv.Error) as error:

@@ -172,7 +172,7 @@ def read_csv(path: Path) -> list[Observation]:
         SweepError: if the file cannot be read, a column is missing, or a value is not a positive number.
     """
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise SweepError(f"{path} cannot be read as CSV: {error}") from None

@@ -27,7 +27,7 @@ def quickstart(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     [
         (["--text", "nowhere.txt"], "nowhere.txt does not exist"),
         (["--text", "empty.txt"], "holds no text"),
-        (["--text", "binary.txt"], "holds no text"),
+        (["--text", "binary.txt"], "none of the 1 documents is text (bad_utf8 1)"),
         (["--text", "no_*.txt"], "matches no file"),
         (["--text", "folder"], "holds no file"),
         (["--text", "small.txt"], "more than the corpus supports. The largest that works is"),

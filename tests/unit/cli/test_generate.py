@@ -24,6 +24,8 @@ def test_prompts_follow_the_file(tmp_path):
     questions = ("--prompt", "The key is", "--prompt", "Not")
     assert prompts("--file", str(book), *questions) == ["The key is 7421.\nThe key is", "The key is 7421.\nNot"]
     assert prompts(*questions) == ["The key is", "Not"]
+    book.write_bytes(b"\xef\xbb\xbfThe key")  # as some editors save it
+    assert prompts("--file", str(book)) == ["The key"]
 
 
 @pytest.mark.parametrize("arguments", [(), ("--file", "-")])

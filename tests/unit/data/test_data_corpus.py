@@ -55,8 +55,8 @@ def test_plain_and_compressed_files_give_the_same_documents(tmp_path: Path, comp
     if compress == "gz":
         path, data = path.with_suffix(f".{kind}.gz"), gzip.compress(data)
     elif compress == "zst":
-        zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed")
-        path, data = path.with_suffix(f".{kind}.zst"), zstandard.compress(data)
+        zstd = pytest.importorskip("backports.zstd", reason="backports.zstd is not installed")
+        path, data = path.with_suffix(f".{kind}.zst"), zstd.compress(data)
     path.write_bytes(data)
     documents = read_all(path, text_unit="line")
     assert texts_of(documents) == TEXTS
@@ -92,7 +92,7 @@ def test_urls_are_read_through_fsspec(tmp_path: Path) -> None:
     try:
         assert list(iterate_texts(["memory://corpus/*"])) == ["zero", *TEXTS]
         assert list(iterate_texts(["memory://corpus"])) == ["zero", *TEXTS]
-        with pytest.raises(SourceError, match="cannot reach"):
+        with pytest.raises(SourceError, match="no such object"):
             expand_sources(["memory://nothing/here.txt"])
     finally:
         memory.rm("/corpus", recursive=True)
@@ -104,7 +104,7 @@ def test_a_store_that_fails_stops_the_reading_instead_of_losing_documents(tmp_pa
     memory.pipe("/gone/a.jsonl", json_lines(TEXTS))
     files = expand_sources(["memory://gone/a.jsonl"])
     memory.rm("/gone", recursive=True)
-    with pytest.raises(SourceError, match="broke off"):
+    with pytest.raises(SourceError, match="no such object"):
         list(read_documents(files[0]))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.errors import ShardError
+from data_pipeline.errors import CorruptShardError, SamplingError, ShardError, TokenRangeError
 from data_pipeline.inspection import verify
 from data_pipeline.manifest import Manifest, ShardInfo
 from data_pipeline.shards import ShardReader
@@ -97,8 +97,22 @@ CORPUS: dict[str, tuple[list[Member], list[tuple[int, int]] | None, bytes]] = {
     "index unaligned": (GOOD, [(514, 19)], b""),
     "index too long": (GOOD, [(512, 21)], b""),
     "index twice": (GOOD, [(512, 20), (512, 20)], b""),
+    "another mode": ([Member("0_0.u16", TOKENS.tobytes(), mode=0o755), GOOD[1]], None, b""),
+    "key with a slash": ([Member("a/0.u16", TOKENS.tobytes()), Member("a/0.json", b"{}")], None, b""),
+    "two dots": ([Member("0_0.x.u16", TOKENS.tobytes()), Member("0_0.x.json", b"{}")], None, b""),
+    "no key": ([Member(".u16", TOKENS.tobytes()), Member(".json", b"{}")], None, b""),
+    "other extension": ([Member("0_0.u32", TOKENS.tobytes()), GOOD[1]], [(512, 20)], b""),
+    "a gap": (
+        [GOOD[0], GOOD[1], Member("0_1.txt", b"x"), Member("0_2.u16", TOKENS.tobytes()), Member("0_2.json", b"{}")],
+        None,
+        b"",
+    ),
     "token outside the vocabulary": ([Member("0_0.u16", b"\xff" * 40), GOOD[1]], None, b""),
 }
+
+
+OPENED = ("provenance no object", "provenance too deep", "token outside the vocabulary")
+"""What streaming opens although `verify` refuses it: the structure is sound, and what is wrong is found when it is read."""
 
 
 @pytest.fixture
@@ -123,12 +137,21 @@ def test_hostile_shards_are_refused_and_do_nothing(in_empty_directory: Path, nam
     before = sorted(in_empty_directory.rglob("*"))
     report = verify(manifest)
     assert len(report.problems) == 1 and report.documents == 0, report
-    if name.startswith("index") or name in ("link as tokens", "very long name"):  # refused as soon as it is opened
-        with pytest.raises(ShardError):
-            ShardReader(data / "shard-000000.tar", manifest.shards[0], np.dtype("<u2"))
-    else:  # whatever else it holds is never looked at
-        reader = ShardReader(data / "shard-000000.tar", manifest.shards[0], np.dtype("<u2"))
-        assert reader.document(0).tolist() in (TOKENS.tolist(), [65535] * 20)
+    if name not in OPENED:
+        for opened in (
+            lambda: ShardReader(data / "shard-000000.tar", manifest.shards[0], np.dtype("<u2")),
+            lambda: TokenStream(manifest, 5).sample(0),
+        ):
+            with pytest.raises((CorruptShardError, SamplingError)):  # the latter: too few tokens for a sample
+                opened()
+    elif name == "token outside the vocabulary":
+        with pytest.raises(TokenRangeError):
+            TokenStream(manifest, 5).sample(0)
+    else:  # what a document's provenance says is ignored until it is asked for
+        stream = TokenStream(manifest, 5)
+        assert set(stream.sample(0).tolist()) <= {*TOKENS.tolist(), manifest.eos_id}
+        with pytest.raises(ShardError, match="no provenance"):
+            stream.provenance(stream.documents(0)[0])
     assert sorted(in_empty_directory.rglob("*")) == before
     assert not os.path.exists(f"/tmp/{CANARY}.u16")
 

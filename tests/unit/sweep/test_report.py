@@ -90,6 +90,8 @@ def test_report_is_complete_and_self_contained(plan: Plan, tmp_path: Path) -> No
     with open(tmp_path / "coefficients.csv", newline="") as file:
         assert {row["law"] for row in csv.DictReader(file)} >= {"approach 2", "approach 3"}
     assert [o.loss for o in read_csv(tmp_path / "cells.csv")] == [o.loss for o in observations]
+    (tmp_path / "bom.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "cells.csv").read_bytes())  # from a spreadsheet
+    assert read_csv(tmp_path / "bom.csv") == read_csv(tmp_path / "cells.csv")
 
 
 def test_report_without_a_law_says_what_is_missing(plan: Plan, tmp_path: Path) -> None:
