@@ -24,11 +24,12 @@ EVAL = ["lm-eval>=0.4.9,<0.5"]
 TEST = [
     *DATA,
     *EVAL,
+    "accelerate>=1.1,<2",
     "hypothesis>=6.100,<7",
     "import-linter>=2.1,<3",
-    "pytest>=8,<10",
     "pytest-timeout>=2.3,<3",
-    "transformers>=4.50,<6",
+    "pytest>=8,<10",
+    "transformers>=4.53,<6",
 ]
 
 setup(

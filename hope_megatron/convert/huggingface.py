@@ -20,6 +20,7 @@ from hope_megatron.config.model import ModelConfig
 from hope_megatron.convert.check import ExportCheck, check_against_training
 from hope_megatron.convert.errors import ConversionError
 from hope_megatron.convert.fast_tokenizer import fast_tokenizer
+from hope_megatron.convert.hf_names import from_transformers, to_transformers
 from hope_megatron.convert.local_model import build_local_model
 from hope_megatron.convert.model_card import model_card
 from hope_megatron.convert.modeling_files import AUTO_MAP, modeling_files
@@ -69,7 +70,7 @@ class HuggingFaceModel:
 
 def export_huggingface(
     source: CheckpointSource,
-    out_dir: Path,
+    out_dir: str | Path,
     tokenizer: TokenizerFile,
     *,
     heldout: Tensor | None = None,
@@ -89,14 +90,14 @@ def export_huggingface(
         CheckpointError: the checkpoint is damaged.
         ExportCheckError: the files do not compute what the checkpoint computes; `out_dir` is as it was.
     """
-    config = source.config.model
+    out_dir, config = Path(out_dir), source.config.model
     if tokenizer.vocab_size != config.vocab_size:
         raise ConversionError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model of {source.path} {config.vocab_size}; "
             f"give the one it was trained with"
         )
     with fresh_directory(out_dir, is_huggingface_model) as directory:
-        weight_bytes = write_weights(directory, source.tensors(), max_shard_bytes)
+        weight_bytes = write_weights(directory, to_transformers(source.tensors(), config), max_shard_bytes)
         _write_json(directory / CONFIG_NAME, _config_json(config, tokenizer, source.config.training.seq_length))
         _write_json(directory / "generation_config.json", _generation_json(tokenizer))
         _write_tokenizer(directory, tokenizer)
@@ -113,21 +114,22 @@ def export_huggingface(
     return Export(out_dir, num_parameters, weight_bytes, check)
 
 
-def load_huggingface(directory: Path) -> HuggingFaceModel:
+def load_huggingface(directory: str | Path) -> HuggingFaceModel:
     """Build the model of a directory in Hugging Face layout, in one process, and load its weights in float32.
 
     Raises:
         ConversionError: a file is missing or damaged, the configuration is not one of ours, or a tensor does not match.
     """
+    directory = Path(directory)
     config, values = _read_config(directory)
-    model = build_local_model(config, read_weights(directory), source=str(directory))
+    model = build_local_model(config, from_transformers(read_weights(directory), config), source=str(directory))
     return HuggingFaceModel(model, config, directory / TOKENIZER_NAME, values["train_tokens_per_sequence"])
 
 
-def is_huggingface_model(directory: Path) -> bool:
+def is_huggingface_model(directory: str | Path) -> bool:
     """Whether `directory` holds a model of ours in Hugging Face layout."""
     try:
-        return read_json(directory / CONFIG_NAME).get("model_type") == MODEL_TYPE
+        return read_json(Path(directory) / CONFIG_NAME).get("model_type") == MODEL_TYPE
     except ConversionError:
         return False
 
