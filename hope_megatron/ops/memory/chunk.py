@@ -74,7 +74,9 @@ def memory_chunked(
     elif recompute and torch.is_grad_enabled():
         scan = functools.partial(_recomputed, segment_tokens=segment_tokens)
     y, groups = _between_borders(scan, tensors, rule, groups, state.position)
-    return y.view(B, H, T, d).transpose(1, 2).to(q.dtype), join_state(groups, B, state.position + T)
+    end = state.position + T
+    groups = tuple(group.at(end, group_chunk(group, rule)) for group in groups)
+    return y.view(B, H, T, d).transpose(1, 2).to(q.dtype), join_state(groups, B, end)
 
 
 def _scan(tensors, rule: MemoryRule, groups: tuple[Group, ...], position: int) -> tuple[Tensor, tuple[Group, ...]]:
@@ -119,6 +121,11 @@ def period_tokens(rule: MemoryRule) -> int:
     """The longer of the chunk lengths that there are; the shorter one divides it."""
     adaptive = rule.adaptive_key or rule.adaptive_value or rule.adaptive_eta or rule.adaptive_alpha
     return max(rule.chunk_tokens, rule.self_chunk_tokens) if adaptive else rule.chunk_tokens
+
+
+def group_chunk(group: Group, rule: MemoryRule) -> int:
+    """Chunk length of a group; where M_mem and the self-memories share one group theirs are equal."""
+    return rule.chunk_tokens if "mem" in group.names else rule.self_chunk_tokens
 
 
 def _pieces(tensors: list[Tensor | None], position: int, chunk: int) -> list[tuple[Tensor | None, ...]]:

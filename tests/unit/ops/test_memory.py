@@ -437,3 +437,29 @@ def test_what_stays_when_nothing_is_written(decay_to, kept):
     for reached, first in zip(leaves(end.now), leaves(params)):
         assert torch.allclose(reached, first.expand_as(reached), rtol=1e-12, atol=1e-14) == kept
         assert kept or reached.norm() < 0.1 * first.expand_as(reached).norm()
+
+
+@pytest.mark.parametrize("path", ["recurrent", "plain", "written out", "recomputed"])
+@pytest.mark.parametrize("rule", [HOPE, MemoryRule(4, 8), MemoryRule(8, 4), MemoryRule(1, 8)], ids=str)
+@pytest.mark.parametrize("momentum", [False, True])
+def test_start_is_where_the_next_tokens_chunk_begins(path, rule, momentum, monkeypatch):
+    """`MemoryState.start` after 8, 16, 20 and 24 tokens, on every path: the weights at the last border, which may be `now`."""
+    params, inputs = make_params(rule), make_inputs(24, momentum=momentum)
+    if path == "plain":
+        monkeypatch.setattr(chunk_form, "supports", lambda *_: False)
+    run = memory_recurrent if path == "recurrent" else memory_chunked
+    if path == "recomputed":
+        run = functools.partial(memory_chunked, recompute=True, segment_tokens=8)
+        params = map_params(lambda x: x.requires_grad_(), params)
+
+    def after(T):
+        *qkv, logits = inputs
+        part = lambda x: None if x is None else x[:, :T]  # noqa: E731
+        return run(*map(part, qkv), RateLogits(*map(part, logits)), params, rule)[1]
+
+    for T in (8, 16, 20, 24):
+        state = after(T)
+        for field in MemoryParams._fields:
+            chunk = rule.chunk_tokens if field == "mem" else rule.self_chunk_tokens
+            border = after(T - T % chunk)
+            torch.testing.assert_close(leaves(getattr(state.start, field)), leaves(getattr(border.now, field)))

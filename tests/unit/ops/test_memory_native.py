@@ -132,6 +132,22 @@ def test_the_kernel_equals_float64(T, chunk, d, h, changes, warm, recompute, mon
     assert calls
 
 
+@pytest.mark.parametrize("T", [32, 40])
+def test_start_is_where_the_next_tokens_chunk_begins(T, monkeypatch):
+    rule, calls = MemoryRule(chunk_tokens=16, self_chunk_tokens=16), []
+    counted = fused_form.Kernel(scan.fits, lambda *a, **kw: calls.append(a) or scan.native_scan(*a, **kw))
+    monkeypatch.setitem(fused_form.kernels, "cpu", counted)
+    (q, k, v, logits, params), _ = make_case(40, 16, 16, rule)
+    params = MemoryParams(*(Bank(*(w.float() for w in bank)) for bank in params))
+
+    def after(T):
+        inputs = [x[:, :T].float() for x in (q, k, v, *logits[:2])]
+        return memory_chunked(*inputs[:3], RateLogits(*inputs[3:]), params, rule)[1]
+
+    torch.testing.assert_close(tensors_of(after(T).start), tensors_of(after(32).now))
+    assert calls
+
+
 def test_pytorchs_operators_lie_within_the_same_bound(monkeypatch):
     monkeypatch.delitem(fused_form.kernels, "cpu")
     rule = MemoryRule(chunk_tokens=64, self_chunk_tokens=64, decay_to="initial")
