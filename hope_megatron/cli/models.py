@@ -44,6 +44,14 @@ class OpenModel:
             return Path(self.name).name
         return f"{self.checkpoint.parent.parent.name}, {self.checkpoint.name}"
 
+    @property
+    def directory(self) -> Path:
+        """Where files about the model go: the run's directory, or the exported one."""
+        if self.checkpoint is None:
+            return Path(self.name)
+        folder = self.checkpoint.parent
+        return folder.parent if folder.name == "checkpoints" else folder
+
 
 def prepare_process(num_threads: int | None = None) -> None:
     """Set up a process that uses a model by itself. Call before anything imports torch.

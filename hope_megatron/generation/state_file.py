@@ -23,14 +23,14 @@ FORMAT = "hope-state-v1"
 _STATE_PREFIX = "state."
 
 
-def save_state(path: Path, decoder: Decoder) -> None:
+def save_state(path: str | Path, decoder: Decoder) -> None:
     """Write everything a decoder needs to go on, atomically.
 
     Args:
         path: a safetensors file; replaced if it exists.
         decoder: any decoder; one that has not read a token yet is saved too.
     """
-    tensors = {"pending": decoder.pending, "seen": decoder.seen}
+    path, tensors = Path(path), {"pending": decoder.pending, "seen": decoder.seen}
     if decoder.state is not None:
         tensors |= {_STATE_PREFIX + name: tensor for name, tensor in decoder.state.tensors().items()}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -49,7 +49,7 @@ def save_state(path: Path, decoder: Decoder) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load_state(path: Path, model: LanguageModel, kind: type[Decoder] = Decoder) -> Decoder:
+def load_state(path: str | Path, model: LanguageModel, kind: type[Decoder] = Decoder) -> Decoder:
     """The decoder as it was saved, over the same model.
 
     Args:
@@ -58,6 +58,7 @@ def load_state(path: Path, model: LanguageModel, kind: type[Decoder] = Decoder) 
     Raises:
         GenerationError: the file is missing or damaged, belongs to another model, or was learnt by other clocks.
     """
+    path = Path(path)
     if not path.is_file():
         raise GenerationError(f"the state file {path} does not exist")
     try:

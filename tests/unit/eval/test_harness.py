@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'hope_megatron[eval]'")
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install -e '.[eval]'")
 
 from data_pipeline.tokenizer import Tokenizer
 from hope_megatron.cli import eval_lm
