@@ -18,6 +18,7 @@ from hope_megatron.generation.decoder import Decoder
 from hope_megatron.generation.errors import GenerationError
 from hope_megatron.model import LanguageModel, ModelState
 from hope_megatron.model.in_context import InContextError, initial_inner_state
+from hope_megatron.model.state import UNLEARNT
 
 FORMAT = "hope-state-v1"
 _STATE_PREFIX = "state."
@@ -91,14 +92,20 @@ def _state_from(tensors: dict[str, Tensor], model: LanguageModel, batch_size: in
             raise GenerationError(
                 f"{path} was learnt in context; give the model its clocks with --learn KEY=VALUE"
             ) from None
-    fits = like.tensors().items()
-    if {name: t.shape for name, t in fits if name.startswith("inner.")} != {
-        name: t.shape for name, t in tensors.items() if name.startswith("inner.")
-    }:
+    if _learnt_shapes(like.tensors()) != _learnt_shapes(tensors):
         raise GenerationError(
             f"{path} was learnt in context by other clocks; give --learn the keys it was made with, or begin a new state file"
         )
     return ModelState.from_tensors(tensors, like=like)
+
+
+def _learnt_shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    """Of what clocks decide."""
+    return {
+        name: tensor.shape
+        for name, tensor in tensors.items()
+        if name.startswith("inner.") and not name.startswith(UNLEARNT)
+    }
 
 
 def model_identity(model: LanguageModel) -> str:
