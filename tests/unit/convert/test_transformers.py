@@ -20,9 +20,9 @@ from hope_megatron.testing.models import tiny_model
 
 transformers = pytest.importorskip("transformers", reason="the exported modelling code needs transformers")
 
-from hope_megatron.convert.hf_model.configuration_hope import HopeConfig  # noqa: E402
-from hope_megatron.convert.hf_model.modeling_hope import HopeForCausalLM, HopeModel  # noqa: E402
-from hope_megatron.convert.hf_names import to_transformers  # noqa: E402
+from hope_megatron.convert.huggingface.model.configuration_hope import HopeConfig  # noqa: E402
+from hope_megatron.convert.huggingface.model.modeling_hope import HopeForCausalLM, HopeModel  # noqa: E402
+from hope_megatron.convert.huggingface.names import to_transformers  # noqa: E402
 
 PAD, EOS, VOCAB = 3, 2, 61
 LENGTHS = (20, 7, 13)
