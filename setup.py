@@ -54,6 +54,7 @@ setup(
         "mlflow>=3.1,<4",
         "numpy>=1.26,<3",
         "packaging>=23",
+        "protobuf>=4.25,<8",
         "pydantic>=2.10,<3",
         "PyYAML>=6,<7",
         "rich>=13,<16",

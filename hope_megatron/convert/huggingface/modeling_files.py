@@ -17,7 +17,9 @@ AUTO_MAP = {
 }
 
 _PACKAGE = Path(hope_megatron.__file__).resolve().parent
-_OWN_FILES = tuple(sorted(path.name for path in Path(__file__).with_name("model").glob("*_hope.py")))
+_OWN_FILES = tuple(
+    f"{part}_hope.py" for part in ("configuration", "modeling", "generation", "layers", "padding", "cache")
+)
 _OURS = re.compile(r"^from hope_megatron\.ops\.((?:\w+\.)*\w+) import", re.MULTILINE)
 _INSTEAD = {"memory.backends.installed": "convert/huggingface/model/memory_backends.py"}
 """Compiled kernels stay here: what an exported model runs on is PyTorch."""

@@ -54,6 +54,7 @@ def test_files_say_what_they_are(make_checkpoint: MakeCheckpoint, tokenizer: Tok
     assert config["eos_token_id"] == tokenizer.eos_id
     card = (out / "README.md").read_text()
     assert "| tokens | 5,120 |" in card and "largest difference" in card
+    assert "`tokenizer.json` is the same tokenizer for transformers" in card
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == tokenizer.eos_id
 
 
