@@ -42,7 +42,8 @@ class HopeCache:
 
     def select(self, rows: Tensor) -> HopeCache:
         """The streams of the given rows [n] int64; a row may be there more than once."""
-        position = self.position if isinstance(self.position, int) else self.position[rows]
+        position = self.position
+        position = position if isinstance(position, int) else position[rows.to(position.device)]
         return HopeCache(map_tensors(lambda x: x[rows.to(x.device)], self.layers), position, self.num_columns)
 
     def repeat(self, times: int) -> HopeCache:
