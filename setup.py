@@ -29,12 +29,13 @@ TEST = [
     *DATA,
     *REMOTE,
     *EVAL,
+    "accelerate>=1.1,<2",
     "hypothesis>=6.100,<7",
     "import-linter>=2.1,<3",
     "moto[s3]>=5.1,<6",
     "pytest>=8,<10",
     "pytest-timeout>=2.3,<3",
-    "transformers>=4.50,<6",
+    "transformers>=4.53,<6",
 ]
 
 setup(
@@ -59,6 +60,7 @@ setup(
         "mlflow>=3.1,<4",
         "numpy>=1.26,<3",
         "packaging>=23",
+        "protobuf>=4.25,<8",
         "pydantic>=2.10,<3",
         "PyYAML>=6,<7",
         "rich>=13,<16",

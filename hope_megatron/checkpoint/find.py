@@ -63,13 +63,13 @@ class CheckpointSource:
         return read_full_tensors(self.path)
 
 
-def find_checkpoint(reference: str) -> CheckpointSource:
+def find_checkpoint(reference: str | Path) -> CheckpointSource:
     """The checkpoint that `RUN`, `RUN@STEP` or a step directory names; RUN alone means its newest complete one.
 
     Raises:
         ConversionError: there is none; says which there are.
     """
-    text, _, step = reference.partition("@")
+    text, _, step = str(reference).partition("@")
     path = Path(text)
     if not step and (path / MANIFEST).is_file():
         return CheckpointSource(path)

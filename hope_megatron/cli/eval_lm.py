@@ -7,7 +7,8 @@ Examples:
     hope eval lm runs/NAME --tasks paper --data DATA      their data from files, DATA/piqa/validation.jsonl and so on
     hope eval lm DIR --tasks mine --include TASKS         tasks of one's own: YAML files in the directory TASKS
 
-Needs the package lm-eval (pip install 'hope_megatron[eval]'). Task data come from local files or the Hugging Face cache.
+Needs the package lm-eval (pip install -e '.[eval]' in the source directory).
+Task data come from local files or the Hugging Face cache.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
     if args.batch_size < 1 or args.nproc < 1 or (args.limit is not None and args.limit < 1):
         raise ModelReferenceError("--batch-size, --nproc and --limit must be positive")
     if importlib.util.find_spec("lm_eval") is None:
-        raise ModelReferenceError("lm-evaluation-harness is not installed; pip install 'hope_megatron[eval]'")
+        raise ModelReferenceError(
+            "lm-evaluation-harness is not installed; run pip install -e '.[eval]' in the source directory"
+        )
     if args.include is not None and not args.include.is_dir():
         raise ModelReferenceError(f"--include {args.include} is no directory; name the one that holds the YAML files")
     if args.data is not None and not args.data.is_dir():

@@ -33,8 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top", type=int, default=12, metavar="N", help="rows of the table of surprises (default 12)")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: the one the model was trained with")
-    parser.add_argument("--json", type=Path, default=Path("memory.json"), metavar="FILE", help="default memory.json")
-    parser.add_argument("--png", type=Path, default=Path("memory.png"), metavar="FILE", help="default memory.png")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="default: memory.json in the run's or model's directory"
+    )
+    parser.add_argument(
+        "--png", type=Path, metavar="FILE", help="default: memory.png in the run's or model's directory"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
     from hope_megatron.runtime.files import write_json
 
     opened = open_model(args.model, args.tokenizer)
+    json_file, png_file = args.json or opened.directory / "memory.json", args.png or opened.directory / "memory.png"
+    check_writable(json_file, png_file)
     count = args.max_tokens or 2 * opened.window_tokens
     tokens = heldout_tokens(opened, args.text, args.data, count)[:count]
     health = read_text(opened.model, tokens, opened.window_tokens)
@@ -59,10 +65,10 @@ def run(args: argparse.Namespace) -> int:
             "\nsurprise, in standard deviations above each memory's mean over the text around, averaged over layers\n"
         )
         print(_surprise_table(health, opened, args.top))
-    write_json(args.json, {"model": opened.name, "trained_tokens": opened.window_tokens, **health.as_dict()})
+    write_json(json_file, {"model": opened.name, "trained_tokens": opened.window_tokens, **health.as_dict()})
     title = f"{opened.title}: {len(tokens):,} tokens of {_source(args)}"
-    plot_memory(args.png, health, title, lambda i: _shown(opened, health, i, before=0), opened.window_tokens)
-    print(f"\n{args.png}, {args.json}")
+    plot_memory(png_file, health, title, lambda i: _shown(opened, health, i, before=0), opened.window_tokens)
+    print(f"\nwritten: {png_file}, {json_file}")
     return 0
 
 

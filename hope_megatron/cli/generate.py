@@ -8,6 +8,7 @@ Examples:
     hope generate runs/NAME --file BOOK --state book.st     read a file and keep the state
     hope generate runs/NAME --state book.st --prompt Q      continue from there, as often as you like
     hope generate runs/NAME --learn --state me.st           it goes on learning from what is read and written
+    hope generate runs/NAME --learn --learn-rest --state me.st   the last tokens too, which fill no chunk
     hope generate runs/NAME                                 interactive: each line is read, then continued
 """
 
@@ -54,6 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--state", type=Path, metavar="FILE", help="continue from this state if it exists, and save it back"
     )
     add_learning_arguments(parser)
+    parser.add_argument(
+        "--learn-rest",
+        action="store_true",
+        help="before --state is saved, also learn from the last tokens, which fill no chunk; the clocks then begin anew",
+    )
     parser.add_argument("--ignore-end", action="store_true", help="go on after the end-of-document token")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: the one the model was trained with")
 
@@ -70,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
     prompts = _prompts(args)
     if args.state and (args.num_samples > 1 or len(prompts or []) > 1):
         raise ModelReferenceError("--state holds one stream: give one prompt and one sample with it")
+    if args.learn_rest and not args.state:
+        raise ModelReferenceError("--learn-rest changes what --state keeps; give --state FILE with it")
     session = _Session(open_model(args.model, args.tokenizer), options, args)
     if prompts is None:
         session.interactive()
@@ -114,6 +122,8 @@ class _Session:
         self.rng = torch.Generator(next(opened.model.parameters()).device).manual_seed(args.seed)
         self.end_id = -1 if args.ignore_end else opened.tokenizer.eos_id
         self.kind = LearningDecoder if prepare_learning(args, opened.model) else Decoder
+        if args.learn_rest and self.kind is Decoder:
+            raise ModelReferenceError("--learn-rest: the model does not learn here; give it clocks with --learn")
         if args.state and args.state.exists():
             self.decoder = load_state(args.state, opened.model, self.kind)
         else:
@@ -172,6 +182,8 @@ class _Session:
 
         if self.args.state:
             self.decoder.read_ahead()
+            if self.args.learn_rest:
+                self.decoder.finish()
             save_state(self.args.state, self.decoder)
 
 

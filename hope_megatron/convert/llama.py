@@ -33,13 +33,13 @@ NUM_CHECKED_TOKENS = 64
 log = logging.getLogger(__name__)
 
 
-def llama_model_config(directory: Path) -> ModelConfig:
+def llama_model_config(directory: str | Path) -> ModelConfig:
     """The Hope-Attention with one level that computes what a Llama checkpoint computes.
 
     Raises:
         ConversionError: the checkpoint is of another family, or has a part that Hope-Attention does not have.
     """
-    path = directory / "config.json"
+    path = Path(directory) / "config.json"
     values = read_json(path)
     architecture = next(iter(values.get("architectures") or ["nothing"]))
     if architecture not in ARCHITECTURES:
@@ -84,13 +84,14 @@ def _rope_base(values: dict[str, Any], path: Path) -> float:
     return float(rope.get("rope_theta", values.get("rope_theta", 10_000.0)))
 
 
-def import_llama(directory: Path, config: ModelConfig) -> LanguageModel:
+def import_llama(directory: str | Path, config: ModelConfig) -> LanguageModel:
     """The model of `config` with the weights of a Llama checkpoint in Hugging Face layout (safetensors only).
 
     Raises:
         ConversionError: the model of `config` does not begin as the source, or a tensor is missing or left over.
         ExportCheckError: it computes something else than transformers makes of the source, where that is installed.
     """
+    directory = Path(directory)
     source = llama_model_config(directory)
     _check_fits(config, source, directory)
     mesh = init_distributed(ParallelConfig(), num_threads=torch.get_num_threads())

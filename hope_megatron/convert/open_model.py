@@ -35,6 +35,14 @@ class OpenModel:
             return Path(self.name).name
         return f"{self.checkpoint.parent.parent.name}, {self.checkpoint.name}"
 
+    @property
+    def directory(self) -> Path:
+        """Where files about the model go: the run's directory, or the exported one."""
+        if self.checkpoint is None:
+            return Path(self.name)
+        folder = self.checkpoint.parent
+        return folder.parent if folder.name == "checkpoints" else folder
+
 
 def open_model(reference: str, tokenizer_file: Path | None = None) -> OpenModel:
     """Load the model that `reference` names.

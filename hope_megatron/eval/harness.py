@@ -48,6 +48,42 @@ class HarnessModel(TemplateLM):
         """Token ids of a text; no special tokens are added here."""
         return self._tokenizer.encode(string).tolist()
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihood of continuations after their contexts, and whether greedy decoding gives them.
+
+        Raises:
+            HarnessError: a continuation without a token; it would always be the likeliest.
+        """
+        for context, continuation in (request.args for request in requests):
+            if not self.tok_encode(continuation):
+                raise HarnessError(
+                    f"a task asks for the likelihood of {continuation!r} after {context[-60:]!r}: that is no token, and no text is "
+                    "always the likeliest; mend the task's choices or its doc_to_target"
+                )
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of a context and of what follows it. Spaces at the context's end belong to the continuation, as in the harness.
+
+        Both together are tokenized as one text. Where that merges the continuation with the context's last token, there is no
+        place to cut: then the continuation is tokenized alone.
+        """
+        moved = len(context) - len(context.rstrip())
+        text = context[len(context) - moved :] + continuation
+        head = self.tok_encode(context[: len(context) - moved])
+        whole = self.tok_encode(context + continuation)
+        if whole[: len(head)] == head and len(whole) > len(head):
+            return head, whole[len(head) :]
+        return head, self._encode_inside(text)
+
+    def _encode_inside(self, text: str) -> list[int]:
+        """Token ids of a text that does not begin a document: some tokenizers put a space before the first word."""
+        for mark in ("\n", "\0"):
+            head, whole = self.tok_encode(mark), self.tok_encode(mark + text)
+            if head and whole[: len(head)] == head:
+                return whole[len(head) :]
+        return self.tok_encode(text)
+
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole documents."""
         documents = [self.tok_encode(request.args[0]) for request in requests]
@@ -62,10 +98,12 @@ class HarnessModel(TemplateLM):
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation after its context, and whether it is what greedy decoding gives.
 
-        Rows of a batch have different lengths and are padded at the end, where a recurrent model does not see it.
+        Rows of a batch have different lengths and are padded at the end, where a recurrent model does not see it. A document
+        without a token has likelihood 1.
         """
         results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
-        order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+        scored_pairs = [i for i, (_, continuation) in enumerate(pairs) if continuation]
+        order = sorted(scored_pairs, key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
         for first in range(0, len(order), self.batch_size):
             rows = order[first : first + self.batch_size]
             inputs, targets = self._rows([pairs[i] for i in rows])

@@ -41,8 +41,22 @@ class LearningDecoder(Decoder):
         """Learn from every pending segment whose next token is known: a state saved now is small."""
         segment = self.model.model_config.cms.inner_segment_tokens
         most = max(1, PREFILL_TOKENS // segment) * segment
-        while self.pending.size(1) > segment:
-            n = min((self.pending.size(1) - 1) // segment * segment, most)
+        while self.pending.size(1) > (rest := self._to_border(segment)):
+            n = min(rest + (self.pending.size(1) - 1 - rest) // segment * segment, most)
             x, y = self.pending[:, :n], self.pending[:, 1 : n + 1]
             self.state = self.model(x, y, self.state, learn=True, return_state=True).state
             self.pending, self._num_ahead = self.pending[:, n:], 0
+
+    def _to_border(self, segment: int) -> int:
+        """Tokens that the segment still lacks in which `state` stands."""
+        inner = self.state.inner if self.state else None
+        return segment - (inner.position if inner else 0) % segment
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """The stream ends here: learn from the pending tokens that fill no segment too. The last one, whose next is not known,
+        stays pending; a stream that goes on all the same begins its clocks anew."""
+        self.read_ahead()
+        x, y = self.pending[:, :-1], self.pending[:, 1:]
+        self.state = self.model(x, y, self.state, learn=True, flush=True, return_state=True).state
+        self.pending, self._num_ahead = self.pending[:, -1:], 0

@@ -17,20 +17,21 @@ from hope_megatron.generation.decoder import Decoder
 from hope_megatron.generation.errors import GenerationError
 from hope_megatron.model import LanguageModel, ModelState
 from hope_megatron.model.in_context import InContextError, initial_inner_state
+from hope_megatron.model.state import UNLEARNT
 from hope_megatron.runtime.files import replacing
 
 FORMAT = "hope-state-v1"
 _STATE_PREFIX = "state."
 
 
-def save_state(path: Path, decoder: Decoder) -> None:
+def save_state(path: str | Path, decoder: Decoder) -> None:
     """Write everything a decoder needs to go on, atomically.
 
     Args:
         path: a safetensors file; replaced if it exists.
         decoder: any decoder; one that has not read a token yet is saved too.
     """
-    tensors = {"pending": decoder.pending, "seen": decoder.seen}
+    path, tensors = Path(path), {"pending": decoder.pending, "seen": decoder.seen}
     if decoder.state is not None:
         tensors |= {_STATE_PREFIX + name: tensor for name, tensor in decoder.state.tensors().items()}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -43,7 +44,7 @@ def save_state(path: Path, decoder: Decoder) -> None:
         ) from error
 
 
-def load_state(path: Path, model: LanguageModel, kind: type[Decoder] = Decoder) -> Decoder:
+def load_state(path: str | Path, model: LanguageModel, kind: type[Decoder] = Decoder) -> Decoder:
     """The decoder as it was saved, over the same model.
 
     Args:
@@ -52,6 +53,7 @@ def load_state(path: Path, model: LanguageModel, kind: type[Decoder] = Decoder) 
     Raises:
         GenerationError: the file is missing or damaged, belongs to another model, or was learnt by other clocks.
     """
+    path = Path(path)
     if not path.is_file():
         raise GenerationError(f"the state file {path} does not exist")
     try:
@@ -84,14 +86,20 @@ def _state_from(tensors: dict[str, Tensor], model: LanguageModel, batch_size: in
             raise GenerationError(
                 f"{path} was learnt in context; give the model its clocks with --learn KEY=VALUE"
             ) from None
-    fits = like.tensors().items()
-    if {name: t.shape for name, t in fits if name.startswith("inner.")} != {
-        name: t.shape for name, t in tensors.items() if name.startswith("inner.")
-    }:
+    if _learnt_shapes(like.tensors()) != _learnt_shapes(tensors):
         raise GenerationError(
             f"{path} was learnt in context by other clocks; give --learn the keys it was made with, or begin a new state file"
         )
     return ModelState.from_tensors(tensors, like=like)
+
+
+def _learnt_shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    """Of what clocks decide."""
+    return {
+        name: tensor.shape
+        for name, tensor in tensors.items()
+        if name.startswith("inner.") and not name.startswith(UNLEARNT)
+    }
 
 
 def model_identity(model: LanguageModel) -> str:

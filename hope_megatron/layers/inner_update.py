@@ -102,6 +102,8 @@ def step_level(
     state: LevelState,
     new: FastWeights,
     position: int,
+    *,
+    flush: bool = False,
 ) -> LevelState:
     """Take the gradient of one more segment in, and let the clocks tick that stand at `position`.
 
@@ -111,19 +113,21 @@ def step_level(
         state: before the segment.
         new: gradient of the segment's loss by the fast weights [B, ...]; no graph.
         position: tokens of the context read so far, a border of segments.
+        flush: `position` is the end of the stream, anywhere. The clocks tick that do not stand there: they have gathered something.
     """
+    due = lambda level: (position % (level.inner_chunk_tokens or 1) == 0) != flush  # noqa: E731
     level, clock = levels[index], clocks[index]
-    assert clock is not None and clock.config.inner_chunk_tokens is not None
+    assert clock is not None
     new = FastWeights(*(g.to(d.dtype) for g, d in zip(new, state.delta)))
     gathered = new if state.gradient is None else _map(torch.add, state.gradient, new)
     state = state._replace(gradient=None if state.gradient is None else gathered)
-    if position % clock.config.inner_chunk_tokens == 0:
+    if due(clock.config):
         state = _tick(level, clock, state, gathered)
     slower = None if clock.slower is None else clocks[clock.slower]
     if slower is not None and clock.slower is not None:
-        assert state.start_gradient is not None and slower.config.inner_chunk_tokens is not None
+        assert state.start_gradient is not None
         state = state._replace(start_gradient=_map(torch.add, state.start_gradient, new))
-        if position % slower.config.inner_chunk_tokens == 0:
+        if due(slower.config):
             state = _restart(level, levels[clock.slower], slower, state)
     return state
 

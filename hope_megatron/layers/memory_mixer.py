@@ -92,7 +92,8 @@ class MemoryMixer(MegatronModule):
         """The state of `batch_size` new streams."""
         uses_momentum = self.memory_config.momentum != "none"
         params = self.memories()
-        memory = initial_state(params, batch_size, momentum=uses_momentum, dtype=torch.float32)
+        dtype = torch.promote_types(params.mem.w_out.dtype, torch.float32)
+        memory = initial_state(params, batch_size, momentum=uses_momentum, dtype=dtype)
         if self.conv is None:
             return MemoryMixerState(None, memory)
         tail = self.conv.new_zeros(batch_size, self.conv.size(1) - 1, self.conv.size(0))

@@ -23,7 +23,7 @@ from hope_megatron.layers.inner_update import (
     inner_clocks,
     step_level,
 )
-from hope_megatron.model.state import InnerState, ModelState
+from hope_megatron.model.state import InnerState, ModelState, Unlearnt
 
 FastModel = tuple[FastLevels, ...]
 """Fast weights by layer and level."""
@@ -34,6 +34,10 @@ class LearningModel(Protocol):
 
     model_config: ModelConfig
     layers: nn.ModuleList
+
+    def init_state(self, batch_size: int) -> ModelState:
+        """The state of streams of which nothing has been read."""
+        ...
 
     def read(self, tokens: Tensor, states: tuple[Any, ...] | None, fast: FastModel | None) -> tuple[Tensor, Any]:
         """Logits of tokens [B, T], and the mixers' states after them."""
@@ -98,39 +102,67 @@ def read_and_learn(
     state: ModelState | None = None,
     *,
     return_state: bool = False,
+    flush: bool = False,
 ) -> tuple[Tensor, ModelState | None]:
-    """Read a piece of each stream, learning from it.
+    """Read a piece of each stream, learning from it. However a stream is cut into pieces, the same is learnt.
+
+    A piece may end inside a segment: the state then keeps its tokens, and where they began. When the segment is full it is read
+    once more, as a whole, and learnt from.
 
     Args:
-        tokens: [B, T] int64. Only the last piece of a stream may end inside a segment; nothing is learnt from that rest.
+        tokens: [B, T] int64.
         targets: [B, T] int64, the next tokens, or IGNORE: read, but not learnt from.
         state: where the streams stand; None begins new ones.
         return_state: also return where they stand now, cut from the graph.
+        flush: the streams end here. The rest that fills no segment is learnt from as well, every clock that has gathered gradients
+            since it last ticked ticks, and the clocks begin anew.
 
     Returns:
         Losses [B, T], each at the weights before its segment was learnt from; and the state if wanted.
 
     Raises:
-        InContextError: the model has no inner clock, or the stream stands inside a segment.
+        InContextError: the model has no inner clock.
     """
-    outer = torch.is_grad_enabled()
-    segment = model.model_config.cms.inner_segment_tokens if model.model_config.cms.learns_in_context else 1
     inner = state.inner if state is not None else None
     inner = initial_inner_state(model, tokens.size(0)) if inner is None else inner
-    if inner.position % segment:
-        raise InContextError(
-            f"the stream stands at token {inner.position}, inside a segment of {segment}; read pieces of a multiple of {segment} "
-            "tokens while learning"
-        )
     mixers: tuple[Any, ...] | None = state.layers if state is not None else None
+    segment, rest = model.model_config.cms.inner_segment_tokens, inner.unlearnt
+    num_before = 0 if rest is None else rest.tokens.size(1)
+    if rest is not None and num_before + tokens.size(1) < segment and not flush:
+        logits, mixers = model.read(tokens, mixers, _adapted(model, inner))
+        inner = inner._replace(position=inner.position + tokens.size(1), unlearnt=_longer(rest, tokens, targets))
+        return model.losses(logits, targets), ModelState(mixers, inner).detach() if return_state else None
+    if rest is not None:
+        longer = _longer(rest, tokens, targets)
+        mixers, tokens, targets = rest.layers, longer.tokens, longer.targets
+        inner = inner.without_rest()
+    losses, mixers, inner = _read_segments(
+        model, tokens, targets, mixers, inner, return_state=return_state, flush=flush
+    )
+    end = ModelState(mixers or (), inner).detach() if return_state else None
+    return torch.cat(losses, 1)[:, num_before:] if losses else tokens.new_zeros(tokens.shape, dtype=torch.float32), end
+
+
+def _read_segments(
+    model: LearningModel,
+    tokens: Tensor,
+    targets: Tensor,
+    mixers: Any,
+    inner: InnerState,
+    *,
+    return_state: bool,
+    flush: bool,
+) -> tuple[list[Tensor], Any, InnerState]:
+    """`read_and_learn` of streams that stand at a border of segments: losses by segment, and where they stand now."""
+    outer, segment = torch.is_grad_enabled(), model.model_config.cms.inner_segment_tokens
     fast, losses = _adapted(model, inner), []
     num_tokens = tokens.size(1)
     for first in range(0, num_tokens, segment):
-        last = first + segment >= num_tokens
-        learns = first + segment <= num_tokens and (return_state or not last)
+        full, last = first + segment <= num_tokens, first + segment >= num_tokens
+        learns = (full or flush) and (return_state or not last)
         piece = slice(first, first + segment)
         # a fresh view, so that the inner gradient knows this segment only, though slow levels keep their weights for several
-        here = _views(fast, needs_grad=learns)
+        here, before = _views(fast, needs_grad=learns), mixers
         with torch.set_grad_enabled(outer or learns):
             logits, mixers = model.read(tokens[:, piece], mixers, here)
             gradients = None
@@ -143,12 +175,31 @@ def read_and_learn(
                 gradients = _gradients(losses[-1], here, keep_graph=False)
         if not outer:
             losses[-1], mixers = losses[-1].detach(), ModelState(mixers).detach().layers
-        if gradients is None:
-            inner = inner._replace(position=inner.position + tokens[:, piece].size(1))
-        else:
-            inner, fast = _step(model, inner, fast, gradients, inner.position + segment)
-    end = ModelState(mixers or (), inner).detach() if return_state else None
-    return torch.cat(losses, 1), end
+        position = inner.position + tokens[:, piece].size(1)
+        if gradients is not None:
+            inner, fast = _step(model, inner, fast, gradients, position, flush=not full)
+        elif return_state:
+            before = model.init_state(tokens.size(0)).layers if before is None else before
+            inner = inner._replace(position=position, unlearnt=Unlearnt(before, tokens[:, piece], targets[:, piece]))
+    if flush and return_state:
+        inner = _end_clocks(model, inner, fast, ticked=num_tokens % segment > 0)
+        mixers = model.init_state(tokens.size(0)).layers if mixers is None else mixers
+    return losses, mixers, inner
+
+
+def _longer(rest: Unlearnt, tokens: Tensor, targets: Tensor) -> Unlearnt:
+    joined = (torch.cat(pair, 1) for pair in ((rest.tokens, tokens), (rest.targets, targets)))
+    return Unlearnt(rest.layers, *joined)
+
+
+def _end_clocks(model: LearningModel, inner: InnerState, fast: FastModel, *, ticked: bool) -> InnerState:
+    """The clocks begin anew; before that those tick that still hold gradients, unless they just did."""
+    if not ticked:
+        nothing = tuple(
+            tuple(None if w is None else FastWeights(*map(torch.zeros_like, w)) for w in levels) for levels in fast
+        )
+        inner, _ = _step(model, inner, fast, nothing, inner.position, flush=True)
+    return inner._replace(position=0)
 
 
 def _views(fast: FastModel, needs_grad: bool) -> FastModel:
@@ -172,7 +223,13 @@ def _gradients(losses: Tensor, fast: FastModel, *, keep_graph: bool) -> FastMode
 
 
 def _step(
-    model: LearningModel, inner: InnerState, fast: FastModel, gradients: FastModel, position: int
+    model: LearningModel,
+    inner: InnerState,
+    fast: FastModel,
+    gradients: FastModel,
+    position: int,
+    *,
+    flush: bool = False,
 ) -> tuple[InnerState, FastModel]:
     """Give every level its gradient; where a clock ticked, the weights are made anew."""
     clocks = inner_clocks(model.model_config.cms)
@@ -183,7 +240,11 @@ def _step(
         row: list[LevelState | None] = []
         fresh: list[FastWeights | None] = []
         for i, (state, weight, new) in enumerate(zip(old_states, old_weights, news, strict=True)):
-            after = None if state is None or new is None else step_level(levels, i, clocks, state, new, position)
+            after = (
+                None
+                if state is None or new is None
+                else step_level(levels, i, clocks, state, new, position, flush=flush)
+            )
             changed = after is not None and state is not None and after.delta is not state.delta
             row.append(after)
             fresh.append(adapted_weights(levels[i], after) if changed and after is not None else weight)

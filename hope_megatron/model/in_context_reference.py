@@ -26,6 +26,7 @@ def learn_reference(
     *,
     truncate_tokens: int | None = None,
     recorded: list[list[Matrices]] | None = None,
+    flush: bool = False,
 ) -> tuple[Tensor, list[list[Matrices]], list[Matrices]]:
     """Losses [B, T] of contexts that are learnt from as they are read.
 
@@ -34,6 +35,7 @@ def learn_reference(
         truncate_tokens: the outer graph is cut every so many tokens.
         recorded: inner gradients by context and segment, to be taken instead of new ones. With them the losses are an ordinary
             function of parameters and rates, whose derivative is the first-order gradient.
+        flush: learn from the last, partial chunk of every level too.
 
     Returns:
         Losses; inner gradients, as `recorded` wants them; and by context what the last segment left: weights minus learnt ones.
@@ -41,7 +43,7 @@ def learn_reference(
     losses, gradients, ends = [], [], []
     for row in range(tokens.size(0)):
         one = _Context(model, truncate_tokens, recorded[row] if recorded else None)
-        losses.append(one.read(tokens[row : row + 1], targets[row : row + 1]))
+        losses.append(one.read(tokens[row : row + 1], targets[row : row + 1], flush))
         gradients.append(one.gradients)
         ends.append({name: delta.detach() for name, delta in one.delta.items()})
     return torch.cat(losses), gradients, ends
@@ -66,7 +68,7 @@ class _Context:
         self.delta, self.start = dict(zeros), dict(zeros)  # minus the learnt weights
         self.gathered, self.of_slower, self.momentum = dict(zeros), dict(zeros), dict(zeros)
 
-    def read(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def read(self, tokens: Tensor, targets: Tensor, flush: bool = False) -> Tensor:
         """Losses [1, T]."""
         segment, state, losses = self.cms.inner_segment_tokens, None, []
         for first in range(0, tokens.size(1), segment):
@@ -82,9 +84,13 @@ class _Context:
                 call: dict[str, Any] = {"state": state, "return_state": True}
                 output = functional_call(self.model, weights, (tokens[:, piece], targets[:, piece].clone()), call)
             losses.append(output.losses)
-            if first + segment <= tokens.size(1):
-                self._learn(self._inner_gradient(tokens, targets, piece, state, weights), first + segment)
+            full = first + segment <= tokens.size(1)
+            if full or flush:
+                gradient = self._inner_gradient(tokens, targets, piece, state, weights)
+                self._learn(gradient, min(first + segment, tokens.size(1)), partial=not full)
             state = output.state
+        if flush and tokens.size(1) % segment == 0:
+            self._learn({name: torch.zeros_like(w) for name, w in self.learnt.items()}, tokens.size(1), partial=True)
         return torch.cat(losses, 1)
 
     def _inner_gradient(self, tokens: Tensor, targets: Tensor, piece: slice, state: Any, weights: Matrices) -> Matrices:
@@ -101,13 +107,14 @@ class _Context:
         self.gradients.append(gradient)
         return gradient
 
-    def _learn(self, gradient: Matrices, position: int) -> None:
-        """Every clock that stands at `position` ticks."""
+    def _learn(self, gradient: Matrices, position: int, partial: bool = False) -> None:
+        """Every clock that stands at `position` ticks; at the end of a stream every other one, which holds a part of a chunk."""
+        due = lambda level: (position % _chunk(level) == 0) != partial  # noqa: E731
         for name, new in gradient.items():
             level = self.cms.levels[self.level_of[name]]
             self.gathered[name] = self.gathered[name] + new
             self.of_slower[name] = self.of_slower[name] + new
-            if position % _chunk(level) == 0:
+            if due(level):
                 self.momentum[name] = level.inner_momentum * self.momentum[name] + self.gathered[name]
                 anchor = self.start[name] if self.cms.inner_decay_towards == "start" else -self.learnt[name].detach()
                 pull = level.inner_weight_decay * (self.delta[name] - anchor)
@@ -116,7 +123,7 @@ class _Context:
                 )
                 self.gathered[name] = torch.zeros_like(new)
             slower = _slower(self.cms, self.level_of[name])
-            if slower is not None and position % _chunk(self.cms.levels[slower]) == 0:
+            if slower is not None and due(self.cms.levels[slower]):
                 anchor = 0 if self.cms.inner_decay_towards == "start" else -self.learnt[name].detach()
                 pull = self.cms.levels[slower].inner_weight_decay * (self.start[name] - anchor)
                 step = self._rate(name, slower) * (self.of_slower[name] + pull)

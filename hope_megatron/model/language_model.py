@@ -95,6 +95,7 @@ class LanguageModel(MegatronModule):
         documents: Tensor | None = None,
         return_state: bool = False,
         learn: bool = False,
+        flush: bool = False,
         fast: FastModel | None = None,
     ) -> ModelOutput:
         """Read a piece of each stream.
@@ -108,6 +109,7 @@ class LanguageModel(MegatronModule):
             return_state: also return where they stand now.
             learn: let the inner clocks tick on the way; see `read_and_learn`. Otherwise what the state has learnt is used,
                 and stays as it is.
+            flush: with `learn`: the streams end here, so the rest that fills no chunk is learnt from too.
             fast: what `fast_weights` made of the state, for callers that read many pieces at the same weights.
 
         Under sequence parallelism T must be divisible by the tensor-parallel size.
@@ -116,9 +118,9 @@ class LanguageModel(MegatronModule):
             raise ValueError("documents that are read apart leave no state to go on or to learn from, and take none")
         if learn:
             assert targets is not None, "learning in context needs targets"
-            losses, state = read_and_learn(self, tokens, targets, state, return_state=return_state)
+            losses, state = read_and_learn(self, tokens, targets, state, return_state=return_state, flush=flush)
             return ModelOutput(losses, None, state)
-        inner = state.inner if state else None
+        inner = state.inner.without_rest() if state and state.inner else None
         fast = fast_weights(self, inner) if fast is None else fast
         logits, states = self.read(tokens, state.layers if state else None, fast, documents)
         end = ModelState(states, inner) if return_state else None

@@ -11,12 +11,32 @@ from torch import Tensor
 from hope_megatron.layers.inner_update import LevelState
 
 
+class Unlearnt(NamedTuple):
+    """Tokens of a segment that is not full yet: they are read, and learnt from once it is."""
+
+    layers: tuple[Any, ...]
+    """The mixers' states before them."""
+    tokens: Tensor  # [B, n] int64, fewer than a segment
+    targets: Tensor  # [B, n] int64
+
+
 class InnerState(NamedTuple):
-    """What streams have learnt in context: by layer and level, None for static levels. Constant in size."""
+    """What streams have learnt in context: by layer and level, None for static levels. Constant in size at segment borders."""
 
     layers: tuple[tuple[LevelState | None, ...], ...]
     position: int
-    """Tokens read while learning; all streams stand at the same one."""
+    """Tokens read while learning, since the clocks began; all streams stand at the same one."""
+    unlearnt: Unlearnt | None = None
+    """None at a border of segments."""
+
+    def without_rest(self) -> InnerState:
+        """Back at the last border: the rest will not be learnt from."""
+        rest = 0 if self.unlearnt is None else self.unlearnt.tokens.size(1)
+        return self._replace(position=self.position - rest, unlearnt=None)
+
+
+UNLEARNT = "inner.unlearnt."
+"""How the names of `ModelState.tensors()` begin that are there only inside a segment."""
 
 
 class ModelState(NamedTuple):
@@ -54,6 +74,9 @@ class ModelState(NamedTuple):
         Raises:
             KeyError: if the names differ from those of `like`.
         """
+        if like.inner is not None and any(name.startswith(UNLEARNT) for name in tensors):
+            empty = torch.empty(0, 0, dtype=torch.int64)
+            like = like._replace(inner=like.inner._replace(unlearnt=Unlearnt(like.layers, empty, empty)))
         names = set(like.tensors())
         if names != set(tensors):
             raise KeyError(

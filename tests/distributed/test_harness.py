@@ -8,7 +8,7 @@ import pytest
 
 from hope_megatron.testing.distributed import run_distributed
 
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'hope_megatron[eval]'")
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install -e '.[eval]'")
 
 TASK = """
 task: tiny_choice

@@ -7,10 +7,9 @@ processes computed. Otherwise nothing is left behind.
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pydantic import ValidationError
 from torch import Tensor
@@ -22,28 +21,15 @@ from hope_megatron.checkpoint.output import fresh_directory
 from hope_megatron.config.messages import explain
 from hope_megatron.config.model import ModelConfig
 from hope_megatron.convert.huggingface.check import ExportCheck, check_against_training
-from hope_megatron.convert.huggingface.fast_tokenizer import fast_tokenizer
 from hope_megatron.convert.huggingface.model_card import model_card
 from hope_megatron.convert.huggingface.modeling_files import AUTO_MAP, modeling_files
+from hope_megatron.convert.huggingface.names import from_transformers, to_transformers
+from hope_megatron.convert.huggingface.tokenizer_files import TOKENIZER_NAME, TokenizerFile, write_tokenizer
 from hope_megatron.convert.huggingface.weights import MAX_SHARD_BYTES, read_json, read_weights, write_weights
 from hope_megatron.model import LanguageModel
 
-log = logging.getLogger(__name__)
-
 MODEL_TYPE = "hope"
 CONFIG_NAME = "config.json"
-TOKENIZER_NAME = "tokenizer.model"
-
-
-class TokenizerFile(Protocol):
-    """What an export needs of a tokenizer."""
-
-    model: bytes
-    vocab_size: int
-    is_exact: bool
-    bos_id: int
-    eos_id: int
-    pad_id: int
 
 
 @dataclass(frozen=True)
@@ -54,6 +40,8 @@ class Export:
     num_parameters: int
     weight_bytes: int
     check: ExportCheck
+    tokenizer: str
+    """What transformers has for a tokenizer, in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +57,7 @@ class HuggingFaceModel:
 
 def export_huggingface(
     source: CheckpointSource,
-    out_dir: Path,
+    out_dir: str | Path,
     tokenizer: TokenizerFile,
     *,
     heldout: Tensor | None = None,
@@ -89,45 +77,46 @@ def export_huggingface(
         CheckpointError: the checkpoint is damaged.
         ExportCheckError: the files do not compute what the checkpoint computes; `out_dir` is as it was.
     """
-    config = source.config.model
+    out_dir, config = Path(out_dir), source.config.model
     if tokenizer.vocab_size != config.vocab_size:
         raise ConversionError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model of {source.path} {config.vocab_size}; "
             f"give the one it was trained with"
         )
     with fresh_directory(out_dir, is_huggingface_model) as directory:
-        weight_bytes = write_weights(directory, source.tensors(), max_shard_bytes)
+        weight_bytes = write_weights(directory, to_transformers(source.tensors(), config), max_shard_bytes)
         _write_json(directory / CONFIG_NAME, _config_json(config, tokenizer, source.config.training.seq_length))
         _write_json(directory / "generation_config.json", _generation_json(tokenizer))
-        _write_tokenizer(directory, tokenizer)
+        tokenizer_note = write_tokenizer(directory, tokenizer)
         for name, text in modeling_files().items():
             (directory / name).write_text(text, encoding="utf-8")
         model = load_huggingface(directory).model
         check = check_against_training(model, source, heldout)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        card = model_card(source, out_dir.name, num_parameters, check)
+        card = model_card(source, out_dir.name, num_parameters, check, tokenizer_note)
         (directory / "README.md").write_text(card, encoding="utf-8")
         mode = (directory / CONFIG_NAME).stat().st_mode  # safetensors makes files that only their owner may read
         for path in directory.iterdir():
             path.chmod(mode)
-    return Export(out_dir, num_parameters, weight_bytes, check)
+    return Export(out_dir, num_parameters, weight_bytes, check, tokenizer_note)
 
 
-def load_huggingface(directory: Path) -> HuggingFaceModel:
+def load_huggingface(directory: str | Path) -> HuggingFaceModel:
     """Build the model of a directory in Hugging Face layout, in one process, and load its weights in float32.
 
     Raises:
         ConversionError: a file is missing or damaged, the configuration is not one of ours, or a tensor does not match.
     """
+    directory = Path(directory)
     config, values = _read_config(directory)
-    model = build_local_model(config, read_weights(directory), source=str(directory))
+    model = build_local_model(config, from_transformers(read_weights(directory), config), source=str(directory))
     return HuggingFaceModel(model, config, directory / TOKENIZER_NAME, values["train_tokens_per_sequence"])
 
 
-def is_huggingface_model(directory: Path) -> bool:
+def is_huggingface_model(directory: str | Path) -> bool:
     """Whether `directory` holds a model of ours in Hugging Face layout."""
     try:
-        return read_json(directory / CONFIG_NAME).get("model_type") == MODEL_TYPE
+        return read_json(Path(directory) / CONFIG_NAME).get("model_type") == MODEL_TYPE
     except ConversionError:
         return False
 
@@ -177,26 +166,6 @@ def _config_json(config: ModelConfig, tokenizer: TokenizerFile, seq_length: int)
 
 def _generation_json(tokenizer: TokenizerFile) -> dict[str, Any]:
     return {"do_sample": True, "temperature": 0.8, "top_p": 0.95, **_token_ids(tokenizer)}
-
-
-def _write_tokenizer(directory: Path, tokenizer: TokenizerFile) -> None:
-    """The SentencePiece model, and the same as a fast tokenizer where that is exact."""
-    (directory / TOKENIZER_NAME).write_bytes(tokenizer.model)
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # "</s>" in a text is text
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "pad_token": "<pad>",
-    }
-    fast = fast_tokenizer(tokenizer.model) if tokenizer.is_exact else None
-    if fast is None:
-        log.warning("no tokenizer.json: only SentencePiece itself is exact for this tokenizer; use tokenizer.model")
-        return
-    _write_json(directory / "tokenizer.json", fast)
-    _write_json(directory / "tokenizer_config.json", settings)
 
 
 def _token_ids(tokenizer: TokenizerFile) -> dict[str, int]:

@@ -13,6 +13,7 @@ from hope_megatron.config import RunConfig
 from hope_megatron.convert.architecture import check_architecture
 from hope_megatron.convert.formats import ExportOptions, Format
 from hope_megatron.convert.huggingface.export import export_huggingface, load_huggingface
+from hope_megatron.convert.huggingface.tokenizer_files import SLOW
 from hope_megatron.convert.huggingface.weights import MAX_SHARD_BYTES
 from hope_megatron.eval.heldout import manifest_tokens
 from hope_megatron.model import LanguageModel
@@ -28,7 +29,8 @@ def _export(source: CheckpointSource, directory: Path, options: ExportOptions) -
         max_shard_bytes=MAX_SHARD_BYTES if options.max_shard_gib is None else int(options.max_shard_gib * 2**30),
     )
     size = f"{export.weight_bytes / 2**20:,.1f} MiB of weights"
-    return [f"{export.directory}: {export.num_parameters:,} parameters, {size}", f"checked: {export.check}"]
+    lines = [f"{export.directory}: {export.num_parameters:,} parameters, {size}", f"checked: {export.check}"]
+    return [*lines, export.tokenizer] if export.tokenizer == SLOW else lines
 
 
 def _heldout_sequence(source: CheckpointSource, tokenizer: Tokenizer) -> Tensor | None:

@@ -37,7 +37,7 @@ With hope_megatron:
     hope eval {name} --text FILE
 
 `model*.safetensors` holds the weights in float32, `config.json` the architecture, `tokenizer.model` the SentencePiece
-model, and `tokenizer.json` the same as a fast tokenizer, where that is exact.
+model. {tokenizer} `chat_template.jinja` writes the messages of a chat as plain text, because the model was trained on no other.
 
 ## Check
 
@@ -45,12 +45,18 @@ The files were read back into a fresh model. {check}.
 """
 
 
-def model_card(source: CheckpointSource, name: str, num_parameters: int, check: ExportCheck) -> str:
-    """Markdown with the facts of the run that trained the model."""
+def model_card(source: CheckpointSource, name: str, num_parameters: int, check: ExportCheck, tokenizer: str) -> str:
+    """Markdown with the facts of the run that trained the model.
+
+    Args:
+        tokenizer: a sentence about its files.
+    """
     rows = {"run": source.config.name} | _facts(source.config, source.checkpoint.description)
     facts = "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
     text = str(check)
-    return _TEMPLATE.format(name=name, num_parameters=num_parameters, facts=facts, check=text[0].upper() + text[1:])
+    return _TEMPLATE.format(
+        name=name, num_parameters=num_parameters, facts=facts, check=text[0].upper() + text[1:], tokenizer=tokenizer
+    )
 
 
 def _facts(config: RunConfig, description: dict[str, Any]) -> dict[str, Any]:

@@ -10,10 +10,16 @@ from pathlib import Path
 
 import hope_megatron
 
-ENTRY_FILES = ("configuration_hope.py", "modeling_hope.py")
-AUTO_MAP = {"AutoConfig": "configuration_hope.HopeConfig", "AutoModelForCausalLM": "modeling_hope.HopeForCausalLM"}
+AUTO_MAP = {
+    "AutoConfig": "configuration_hope.HopeConfig",
+    "AutoModel": "modeling_hope.HopeModel",
+    "AutoModelForCausalLM": "modeling_hope.HopeForCausalLM",
+}
 
 _PACKAGE = Path(hope_megatron.__file__).resolve().parent
+_OWN_FILES = tuple(
+    f"{part}_hope.py" for part in ("configuration", "modeling", "generation", "layers", "padding", "cache")
+)
 _OURS = re.compile(r"^from hope_megatron\.ops\.((?:\w+\.)*\w+) import", re.MULTILINE)
 _INSTEAD = {"memory.backends.installed": "convert/huggingface/model/memory_backends.py"}
 """Compiled kernels stay here: what an exported model runs on is PyTorch."""
@@ -24,7 +30,7 @@ def modeling_files() -> dict[str, str]:
     """Text of every file by its name: configuration, model, and the modules of the operator that they need."""
     header = _HEADER.format(version=hope_megatron.__version__)
     files: dict[str, str] = {}
-    waiting = {name: Path(__file__).with_name("model") / name for name in ENTRY_FILES}
+    waiting = {name: Path(__file__).with_name("model") / name for name in _OWN_FILES}
     while waiting:
         name, path = waiting.popitem()
         text = path.read_text(encoding="utf-8")
@@ -34,7 +40,7 @@ def modeling_files() -> dict[str, str]:
             if f"{_flat_name(module)}.py" not in files
         }
         files[name] = header + _OURS.sub(lambda found: f"from .{_flat_name(found[1])} import", text)
-    files["modeling_hope.py"] = _naming_all(files["modeling_hope.py"], sorted(files.keys() - set(ENTRY_FILES)))
+    files["modeling_hope.py"] = _naming_all(files["modeling_hope.py"], sorted(files.keys() - set(_OWN_FILES)))
     return files
 
 

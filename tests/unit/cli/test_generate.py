@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from hope_megatron.cli.generate import _prompts, add_arguments
+from hope_megatron.cli.main import main
 
 
 def prompts(*arguments: str) -> list[str] | None:
@@ -39,3 +40,8 @@ def test_a_terminal_is_asked(monkeypatch):
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stdin", terminal)
     assert prompts() is None
+
+
+def test_learning_the_rest_needs_a_state_to_keep(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "RUN", "--prompt", "x", "--learn-rest"]) == 2
+    assert "give --state FILE with it" in capsys.readouterr().err

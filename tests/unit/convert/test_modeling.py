@@ -14,8 +14,10 @@ import torch
 from data_pipeline.tokenizer import Tokenizer
 from hope_megatron.checkpoint.find import CheckpointSource
 from hope_megatron.config import AttentionConfig, CMSConfig, CMSLevelConfig, MemoryConfig, ModelConfig, ParallelConfig
+from hope_megatron.config.model import MupConfig
 from hope_megatron.convert.huggingface.export import export_huggingface
 from hope_megatron.convert.huggingface.modeling_files import modeling_files
+from hope_megatron.convert.huggingface.names import to_transformers
 from hope_megatron.engine.distributed import init_distributed
 from hope_megatron.model import build_model
 from hope_megatron.testing.models import tiny_model
@@ -34,6 +36,13 @@ VARIANTS = {
     "W1 alone written": {"memory": MemoryConfig(chunk_tokens=8, written_layers="output")},
     "titans": {"memory": MemoryConfig(chunk_tokens=8, hidden_size=12, own_targets=False, **STATIC)},
     "deltanet": {"memory": MemoryConfig(chunk_tokens=8, num_layers=1, decay="none", own_targets=False, **STATIC)},
+    "retnet": {"memory": MemoryConfig(chunk_tokens=8, num_layers=1, decay="retnet", own_targets=False, **STATIC)},
+    "fixed rate": {
+        "memory": MemoryConfig(
+            chunk_tokens=8, num_layers=1, eta="fixed", eta_max=0.5, decay="none", own_targets=False, **STATIC
+        )
+    },
+    "muP": {"mup": MupConfig(base_width=12)},
     "attention": {"layer_pattern": ("attention",), "head_size": 6},
     "levels side by side, learned inner rate": {
         "cms": CMSConfig(
@@ -62,8 +71,11 @@ def test_logits_and_streaming_equal_the_projects_model(name: str) -> None:
     for parameter in ours.parameters():
         if parameter.dim() > 1:
             parameter.data.mul_(3.0)
-    theirs = HopeForCausalLM(HopeConfig(architecture=_as_json(config), vocab_size=config.vocab_size)).eval()
-    theirs.load_state_dict(dict(ours.named_parameters()), strict=True)
+    theirs = HopeForCausalLM(HopeConfig(architecture=_as_json(config))).eval()
+    weights = dict(to_transformers(ours.named_parameters(), config))
+    if config.tie_embeddings:
+        weights["lm_head.weight"] = weights["model.embedding.weight"]
+    theirs.load_state_dict(weights, strict=True)
     tokens = torch.randint(config.vocab_size, (2, 21), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = ours(tokens).logits
@@ -114,7 +126,7 @@ with torch.no_grad():
         text = torch.cat((text, model(text).logits[:, -1:].argmax(-1)), 1)
 plain = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)
 refused = []
-for bad in ({"num_beams": 2}, {"attention_mask": torch.tensor([[0] + [1] * 8])}):
+for bad in ({"attention_mask": torch.tensor([[1, 0] + [1] * 7])}, {"cache_implementation": "static"}):
     try:
         model.generate(prompt, max_new_tokens=2, **bad)
     except ValueError as error:
@@ -146,4 +158,4 @@ def test_plain_transformers_loads_and_generates_without_this_project(
     assert found["same"] and found["model_type"] == "hope"
     assert found["ids"] == tokenizer.encode(SAMPLE).tolist() and found["decoded"] == SAMPLE
     assert found["eos"] == tokenizer.eos_id
-    assert "beam search" in found["refused"][0] and "padded" in found["refused"][1]
+    assert "zeros between the tokens of row 0" in found["refused"][0] and "a state of its own" in found["refused"][1]

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'hope_megatron[eval]'")
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install -e '.[eval]'")
 
+from data_pipeline.tokenizer import Tokenizer
 from hope_megatron.cli import eval_lm
 from hope_megatron.cli.main import main
 from hope_megatron.eval.harness import HarnessError, HarnessModel, evaluate_tasks
@@ -110,6 +111,58 @@ def test_documents_are_never_truncated(opened, model):
     ids = opened.tokenizer.encode(text).tolist()
     (found,) = model.loglikelihood_rolling([SimpleNamespace(args=(text,))])
     assert found == pytest.approx(log_likelihood(opened, [], ids)[0], rel=1e-4)
+
+
+def instance(*args: str) -> SimpleNamespace:
+    return SimpleNamespace(args=args)
+
+
+def test_a_continuation_that_merges_with_its_context_is_tokenized_alone(opened, model):
+    """With `target_delimiter: ""` "a" and "r" make one token, "ar", and there is no place to cut."""
+    encode = opened.tokenizer.encode
+    cases = [("def function_1(a", "r"), ("def function_1(a", "rgument"), ("va", "lue=")]
+    assert any(len(encode(a + b)) <= len(encode(a)) for a, b in cases)  # nothing would be left
+    assert any(len(encode(a + b)) > len(encode(a)) for a, b in cases)  # another continuation would be left
+    for (context, continuation), found in zip(cases, model.loglikelihood([instance(*case) for case in cases])):
+        expected = log_likelihood(opened, encode(context).tolist(), encode(continuation).tolist())
+        assert found[0] == pytest.approx(expected[0], rel=1e-4) and found[1] == expected[1] and found[0] < -1e-3
+    # where nothing merges it is cut as one text; spaces go with what follows
+    (found,) = model.loglikelihood([instance("def function_1(argument, ", "value=1):")])
+    assert found[0] == pytest.approx(
+        log_likelihood(opened, encode("def function_1(argument,").tolist(), encode(" value=1):").tolist())[0], rel=1e-4
+    )
+
+
+def test_a_tokenizer_that_begins_texts_with_a_space(opened, tmp_path):
+    """A dummy prefix, as in Llama: it is no part of a continuation."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["def function(argument, value=1): return argument"] * 50), vocab_size=300, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", model_prefix=str(tmp_path / "llama"), pad_id=3,
+        hard_vocab_limit=False,
+    )  # fmt: skip
+    tokenizer = Tokenizer.load(tmp_path / "llama.model")
+    harness = HarnessModel(opened.model, tokenizer, window_tokens=16)
+    pieces = lambda ids: [tokenizer._processor.id_to_piece(i) for i in ids]  # noqa: E731
+    head, tail = harness._encode_pair("argu", "ment")
+    assert pieces(tokenizer.encode("ment"))[0].startswith("\u2581")
+    assert pieces(head)[0].startswith("\u2581") and not pieces(tail)[0].startswith("\u2581")
+    assert "".join(pieces(head + tail)) == "\u2581argument"
+
+
+@pytest.mark.parametrize("context", ["", "def", "def "])
+def test_an_empty_continuation_is_refused(model, context):
+    with pytest.raises(HarnessError, match="always the likeliest"):
+        model.loglikelihood([instance("x", "y"), instance(context, "")])
+
+
+def test_an_empty_document_has_likelihood_one(opened, model):
+    assert model.loglikelihood_rolling([instance(""), instance("")]) == [0.0, 0.0]
+    empty, some = model.loglikelihood_rolling([instance(""), instance("def")])
+    assert empty == 0.0 and some == pytest.approx(
+        log_likelihood(opened, [], opened.tokenizer.encode("def").tolist())[0], rel=1e-4
+    )
 
 
 def test_generation_stops_where_told(model):

@@ -79,6 +79,23 @@ def test_command_draws_and_prints(opened, text_file, tmp_path, monkeypatch, caps
     assert result["losses"][0] is None and result["memories"] == ["mem", "k", "v", "eta", "alpha"]
 
 
+@pytest.mark.parametrize(
+    ("checkpoint", "directory"),
+    [("run/checkpoints/step-00000001", "run"), ("lone/step-00000001", "lone"), (None, "export")],
+)
+def test_files_go_beside_the_model(opened, text_file, tmp_path, monkeypatch, checkpoint, directory):
+    (tmp_path / directory).mkdir()
+    found = dataclasses.replace(
+        opened, name=str(tmp_path / "export"), checkpoint=None if checkpoint is None else tmp_path / checkpoint
+    )
+    monkeypatch.setattr(eval_memory, "open_model", lambda *_: found)
+    monkeypatch.chdir(text_file.parent)
+    before = sorted(text_file.parent.iterdir())
+    assert main(["eval", "memory", "tiny", "--text", str(text_file), "--max-tokens", "60"]) == 0
+    assert sorted(path.name for path in (tmp_path / directory).iterdir()) == ["memory.json", "memory.png"]
+    assert sorted(text_file.parent.iterdir()) == before
+
+
 def test_tokens_are_shown_with_what_stands_before(opened):
     ids = opened.tokenizer.encode("def function_1(argument)\n    return").tolist()
     health = read_text(opened.model, np.array([opened.tokenizer.eos_id, *ids]), 64)

@@ -66,6 +66,53 @@ def test_stepwise_logits_are_those_of_evaluation(prompt_tokens):
     assert decoder.pending.size(1) <= 4 + 1
 
 
+@pytest.mark.parametrize("lengths", [[2, 2, 2, 2, 3], [3] * 7, [5, 1, 5], [1] * 9])
+def test_calls_of_any_length_learn_the_same(lengths: list[int]):
+    """Tokens given two by two, with a clock of four; also from a state that stands inside a segment."""
+    model, total = trained_model(*CLOCKS), sum(lengths)
+    tokens = torch.randint(61, (2, total), generator=torch.Generator().manual_seed(4))
+    whole = LearningDecoder(model, batch_size=2)
+    whole.append(tokens)
+    expected = whole.next_logits()
+    decoder = LearningDecoder(model, batch_size=2)
+    for piece in tokens.split(lengths, 1):
+        decoder.append(piece)
+        found = decoder.next_logits()
+    torch.testing.assert_close(found, expected, atol=ATOL, rtol=0)
+    first = lengths[0]
+    state = model(tokens[:, :first], tokens[:, 1 : first + 1], learn=True, return_state=True).state
+    decoder = LearningDecoder(model, 2, state=state, pending=tokens[:, first:])
+    torch.testing.assert_close(decoder.next_logits(), expected, atol=ATOL, rtol=0)
+
+
+def test_a_stream_that_ends_is_learnt_to_its_end(tmp_path: Path):
+    model = trained_model(*CLOCKS)
+    tokens = torch.randint(61, (1, 11), generator=torch.Generator().manual_seed(5))
+    decoder = LearningDecoder(model, 1)
+    decoder.append(tokens)
+    decoder.finish()
+    expected = model(tokens[:, :10], tokens[:, 1:], learn=True, flush=True, return_state=True).state
+    found = decoder.state.tensors()
+    assert decoder.pending.tolist() == [[int(tokens[0, 10])]] and decoder.state.inner.position == 0
+    for name, tensor in expected.tensors().items():
+        torch.testing.assert_close(found[name], tensor, atol=ATOL, rtol=0)
+    save_state(tmp_path / "s", decoder)
+    again = load_state(str(tmp_path / "s"), model, LearningDecoder)
+    torch.testing.assert_close(again.next_logits(), decoder.next_logits(), atol=ATOL, rtol=0)
+
+
+def test_a_state_inside_a_segment_is_saved(tmp_path: Path):
+    model = trained_model(*CLOCKS)
+    tokens = torch.randint(61, (1, 12), generator=torch.Generator().manual_seed(6))
+    state = model(tokens[:, :6], tokens[:, 1:7], learn=True, return_state=True).state
+    decoder = LearningDecoder(model, 1, state=state, pending=tokens[:, 6:7])
+    save_state(tmp_path / "s", decoder)
+    again = load_state(tmp_path / "s", model, LearningDecoder)
+    for d in (decoder, again):
+        d.append(tokens[:, 7:])
+    torch.testing.assert_close(again.next_logits(), decoder.next_logits(), atol=ATOL, rtol=0)
+
+
 @pytest.mark.parametrize("read", [1, 6, 16, 17])
 def test_a_state_file_goes_on_as_if_nothing_had_happened(tmp_path: Path, read: int):
     model, options = trained_model(*CLOCKS), SamplingOptions(temperature=0)

@@ -165,11 +165,7 @@ def test_reading_a_stream_in_pieces_without_gradients(case, in_float64):
             state = ModelState.from_tensors(output.state.tensors(), like=like)
             parts.append(output.losses)
     assert largest_error([torch.cat(parts, 1)], [expected]) < 1e-10
-    for row, end in enumerate(ends):
-        for name, delta in end.items():
-            _, layer, _, _, level, part, _ = name.split(".")
-            found = getattr(state.inner.layers[int(layer)][int(level)].delta, part)[row]
-            assert largest_error([found], [delta]) < 1e-9, name
+    assert largest_learnt_error(state, ends) < 1e-9
 
 
 @pytest.mark.parametrize("kind", ["constant", "learned", "per_channel"])
@@ -213,12 +209,90 @@ def test_state_has_one_size_at_any_length():
     assert short.num_bytes() == long.num_bytes()
 
 
-def test_reading_on_inside_a_segment_is_refused():
+def in_pieces(model, tokens, targets, lengths, *, flush=False):
+    """Losses and the state at the end of a stream that is cut into pieces, its state saved in between."""
+    state, parts, at = None, [], 0
+    for length in lengths:
+        piece, end = slice(at, at + length), at + length == tokens.size(1)
+        output = model(tokens[:, piece], targets[:, piece], state, learn=True, return_state=True, flush=flush and end)
+        like = model.init_state(tokens.size(0))._replace(inner=initial_inner_state(model, tokens.size(0)))
+        state, at = ModelState.from_tensors(output.state.tensors(), like=like), at + length
+        parts.append(output.losses)
+    assert at == tokens.size(1)
+    return torch.cat(parts, 1), state
+
+
+CUTS = ([2] * 15, [1] * 30, [3, 5, 1, 21], [7, 23], [30], [4, 1, 3, 22])
+
+
+@pytest.mark.parametrize("outer", [False, True], ids=["reading", "training"])
+@pytest.mark.parametrize("case", ["two_clocks", "nested", "independent", "attention"])
+def test_any_cut_of_a_stream_learns_the_same(case, outer, in_float64):
+    model = model_in_float64(CASES[case])
+    tokens, targets = batch(CASES[case], 30)
+    expected, _, ends = learn_reference(model, tokens, targets)
+    with torch.set_grad_enabled(outer):
+        for lengths in CUTS:
+            losses, state = in_pieces(model, tokens, targets, lengths)
+            assert largest_error([losses], [expected]) < 1e-10, lengths
+            rest = 30 % CASES[case].cms.inner_segment_tokens
+            assert state.inner.position == 30 and state.inner.unlearnt.tokens.size(1) == rest
+            assert largest_learnt_error(state, ends) < 1e-9, lengths
+
+
+def largest_learnt_error(state, ends) -> float:
+    found = 0.0
+    for row, end in enumerate(ends):
+        for name, delta in end.items():
+            _, layer, _, _, level, part, _ = name.split(".")
+            learnt = getattr(state.inner.layers[int(layer)][int(level)].delta, part)[row]
+            found = max(found, largest_error([learnt], [delta]))
+    return found
+
+
+@pytest.mark.parametrize("length", [4, 20, 30, 32])
+@pytest.mark.parametrize("case", ["two_clocks", "nested", "nested_learned", "decay_to_zero"])
+def test_a_flush_learns_the_rest_of_every_chunk(case, length, in_float64):
+    model = model_in_float64(CASES[case])
+    tokens, targets = batch(CASES[case], length)
+    expected, _, ends = learn_reference(model, tokens, targets, flush=True)
+    with torch.no_grad():
+        for lengths in ([length], [3, length - 3], [length - 1, 1]):
+            losses, state = in_pieces(model, tokens, targets, lengths, flush=True)
+            assert largest_error([losses], [expected]) < 1e-10
+            assert largest_learnt_error(state, ends) < 1e-9
+            assert state.inner.position == 0 and state.inner.unlearnt is None
+        # nothing is learnt twice, and an empty piece can end a stream
+        _, state = in_pieces(model, tokens, targets, [length])
+        empty = tokens[:, :0]
+        for _ in range(2):
+            state = model(empty, empty, state, learn=True, return_state=True, flush=True).state
+            assert largest_learnt_error(state, ends) < 1e-9
+
+
+def test_a_flush_is_a_tick_of_a_clock_that_stands_there(in_float64):
+    """Five tokens of a chunk of eight, flushed, and five of a chunk of five: the same weights."""
+    ends = []
+    for chunk in (8, 5):
+        model = model_in_float64(tiny_model(cms=cms((chunk, 0.2, MOMENTUM), activation="gelu")))
+        tokens, targets = batch(model.model_config, 5)
+        with torch.no_grad():
+            ends.append(model(tokens, targets, learn=True, return_state=True, flush=True).state.inner.layers)
+    for flushed, ticked in zip(*ends):
+        assert flushed[0].delta.up.abs().max() > 1e-4
+        assert torch.equal(flushed[0].delta.up, ticked[0].delta.up)
+        assert torch.equal(flushed[0].momentum.down, ticked[0].momentum.down)
+
+
+def test_a_rest_that_was_read_on_without_learning_is_let_go():
     model = build_model(CASES["one_level"])
-    tokens, targets = random_batch(CASES["one_level"], seq_length=20)
-    state = model(tokens, targets, learn=True, return_state=True).state
-    with pytest.raises(InContextError, match="inside a segment of 8"):
-        model(tokens, targets, state, learn=True)
+    tokens, targets = random_batch(CASES["one_level"], seq_length=21)
+    with torch.no_grad():
+        state = model(tokens[:, :11], targets[:, :11], learn=True, return_state=True).state
+        static = model(tokens[:, 11:16], state=state, return_state=True)
+        assert static.state.inner.position == 8 and static.state.inner.unlearnt is None
+        whole = model(tokens[:, 8:16], state=model(tokens[:, :8], targets[:, :8], learn=True, return_state=True).state)
+    torch.testing.assert_close(static.logits, whole.logits[:, 3:], atol=1e-5, rtol=0)
 
 
 def test_a_model_without_clocks_is_refused():

@@ -1,13 +1,11 @@
 """A HOPE model for transformers: pure PyTorch, one device, the recurrent state as the cache.
 
-The memory operator is the one that trained the model. `generate()` needs constant memory at any length where all mixers
-are memories; attention mixers keep their keys and values.
+`generate()` needs constant memory at any length where all mixers are memories; attention mixers keep their keys and values.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,300 +14,264 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hope_megatron.ops.memory.operator import memory_chunked
-from hope_megatron.ops.memory.rule import MemoryRule, pick
-from hope_megatron.ops.memory.types import Bank, MemoryParams, RateLogits
-from hope_megatron.ops.short_conv import short_conv
-
+from .cache_hope import HopeCache
 from .configuration_hope import HopeConfig
+from .generation_hope import HopeGeneration, given_cache
+from .layers_hope import HopeLayer, RMSNorm, architecture, linear, wide
+from .padding_hope import read_aligned, read_rows, spans_of
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dim, in float32."""
+@dataclass
+class HopeModelOutput(ModelOutput):
+    """last_hidden_state [B, T, D]; the state of the streams after the last token; hidden_states as for HopeOutput."""
 
-    def __init__(self, size: int, epsilon: float) -> None:
-        super().__init__()
-        self.epsilon = epsilon
-        self.weight = nn.Parameter(torch.ones(size))
+    last_hidden_state: Tensor | None = None
+    cache: HopeCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.epsilon).to(x.dtype)
+    @property
+    def state(self) -> HopeCache | None:
+        """The cache, by the name that hope_megatron has for it."""
+        return self.cache
 
-
-class MemoryWeights(nn.Module):
-    """The learned initial states of a layer's memories, stacked by head and memory."""
-
-    def __init__(self, heads: int, d: int, h: int, memory: SimpleNamespace) -> None:
-        super().__init__()
-        vector, scalar = memory.adaptive_key + memory.adaptive_value, memory.adaptive_eta + memory.adaptive_alpha
-        shapes = {"mem_out": (1, d, d)} if memory.num_layers == 1 else {"mem_in": (1, h, d), "mem_out": (1, d, h)}
-        if memory.num_layers == 2 and vector:
-            shapes |= {"vector_in": (vector, h, d), "vector_out": (vector, d, h)}
-        if memory.num_layers == 2 and scalar:
-            shapes |= {"scalar_in": (scalar, h, d), "scalar_out": (scalar, 1, h)}
-        for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.zeros(heads, *shape)))
-
-    def forward(self) -> MemoryParams:
-        """As the operator takes them."""
-        return MemoryParams(*(self._bank(name) for name in ("mem", "vector", "scalar")))  # type: ignore[arg-type]
-
-    def _bank(self, name: str) -> Bank | None:
-        w_out = getattr(self, f"{name}_out", None)
-        return None if w_out is None else Bank(getattr(self, f"{name}_in", None), w_out)
-
-
-class MemoryMixer(nn.Module):
-    """x [B, T, D] -> y of the same shape, and the state of the streams."""
-
-    def __init__(self, model: SimpleNamespace) -> None:
-        super().__init__()
-        memory = model.memory
-        self.heads, self.d = model.num_heads, model.head_dim
-        width = self.heads * self.d
-        self.rule = pick(MemoryRule, memory)
-        settings = {"alpha": memory.decay, "theta": memory.momentum}
-        self.rate_names = ("eta", *(name for name, kind in settings.items() if kind == "data"))
-        constants = (name for name, kind in settings.items() if kind == "constant")
-        self.constants = nn.ParameterDict({name: nn.Parameter(torch.zeros(self.heads)) for name in constants})
-        self.qkv = nn.Linear(model.hidden_size, 3 * width, bias=False)
-        self.rates = nn.Linear(model.hidden_size, len(self.rate_names) * self.heads)
-        self.conv = nn.Parameter(torch.zeros(3 * width, memory.conv_width)) if memory.conv_width > 1 else None
-        self.memories = MemoryWeights(self.heads, self.d, memory.hidden_size or self.d, memory)
-        self.gate = nn.Linear(model.hidden_size, width, bias=False) if memory.output_gate == "silu" else None
-        self.head_norm = RMSNorm(self.d, model.norm_epsilon)
-        self.output = nn.Linear(width, model.hidden_size, bias=False)
-
-    def forward(self, x: Tensor, state: tuple[Any, Any] | None) -> tuple[Tensor, tuple[Any, Any]]:
-        batch_size, num_tokens = x.shape[:2]
-        tail, memory = state if state is not None else (None, None)
-        qkv = self.qkv(x)
-        if self.conv is not None:
-            qkv, tail = short_conv(qkv, self.conv, tail)
-        q, k, v = F.silu(qkv).view(batch_size, num_tokens, 3, self.heads, self.d).unbind(2)
-        y, memory = memory_chunked(q, k, v, self._rate_logits(x), self.memories(), self.rule, memory)
-        y = self.head_norm(y).flatten(2)
-        if self.gate is not None:
-            y = y * F.silu(self.gate(x))
-        return self.output(y), (tail, memory)
-
-    def _rate_logits(self, x: Tensor) -> RateLogits:
-        """[B, T, H] in float32 for each rate that exists."""
-        logits = F.linear(x, self.rates.weight).float() + self.rates.bias.float()
-        found = dict(zip(self.rate_names, logits.unflatten(-1, (-1, self.heads)).unbind(2)))
-        for name, value in self.constants.items():
-            found[name] = value.float().expand(*x.shape[:2], -1)
-        return RateLogits(found["eta"], found.get("alpha"), found.get("theta"))
-
-
-class Attention(nn.Module):
-    """Causal softmax attention with rotary embeddings; the state holds rotated keys, values and the position."""
-
-    def __init__(self, model: SimpleNamespace) -> None:
-        super().__init__()
-        self.heads, self.d, self.window = model.num_heads, model.head_dim, model.attention.window_tokens
-        self.groups, self.base = model.attention.num_kv_heads or model.num_heads, model.attention.rope_base
-        self.linear_qkv = nn.Linear(model.hidden_size, (self.heads + 2 * self.groups) * self.d, bias=False)
-        self.linear_proj = nn.Linear(self.heads * self.d, model.hidden_size, bias=False)
-
-    def forward(self, x: Tensor, state: tuple[Tensor, Tensor, int] | None) -> tuple[Tensor, Any]:
-        past, num_tokens = state[2] if state is not None else 0, x.size(1)
-        # Megatron-Core's layout: each group's queries, its key and its value stand together
-        qkv = self.linear_qkv(x).unflatten(-1, (self.groups, -1, self.d))  # [B, T, groups, heads / groups + 2, d]
-        q, k, v = qkv[..., :-2, :].flatten(2, 3), qkv[..., -2, :], qkv[..., -1, :]
-        q, k, v = (self._rotate(q, past).transpose(1, 2), self._rotate(k, past).transpose(1, 2), v.transpose(1, 2))
-        if state is not None:
-            k, v = torch.cat((state[0], k), 2), torch.cat((state[1], v), 2)
-        columns = torch.arange(k.size(2), device=x.device)
-        rows = columns[-num_tokens:, None]
-        mask = columns <= rows
-        if self.window is not None:
-            mask &= columns > rows - self.window
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.heads != self.groups)
-        kept = slice(-self.window if self.window else None, None)
-        return self.linear_proj(y.transpose(1, 2).flatten(2)), (k[:, :, kept], v[:, :, kept], past + num_tokens)
-
-    def _rotate(self, x: Tensor, past: int) -> Tensor:
-        """Rotary embedding of [B, T, heads, d], halves paired."""
-        exponents = torch.arange(0, self.d, 2, device=x.device).float() / self.d
-        positions = torch.arange(past, past + x.size(1), device=x.device).float()
-        angles = torch.outer(positions, self.base**-exponents).repeat(1, 2)[:, None]  # [T, 1, d]
-        first, second = x.chunk(2, -1)
-        return x * angles.cos().to(x.dtype) + torch.cat((-second, first), -1) * angles.sin().to(x.dtype)
-
-
-class AttentionMixer(nn.Module):
-    """Holds the attention under the name that checkpoints use."""
-
-    def __init__(self, model: SimpleNamespace) -> None:
-        super().__init__()
-        self.attention = Attention(model)
-
-    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        return self.attention(x, state)
-
-
-class CMSLevel(nn.Module):
-    """x + MLP(norm(x)), static: the clock inside the context is hope_megatron's, its learned rate is kept beside."""
-
-    def __init__(self, model: SimpleNamespace, level: dict[str, Any]) -> None:
-        super().__init__()
-        hidden_size, kind = level["hidden_size"], level.get("inner_rate_kind", "constant")
-        self.activation = model.cms.activation
-        blocks = 2 if self.activation == "swiglu" else 1
-        self.norm = RMSNorm(model.hidden_size, model.norm_epsilon)
-        self.up = nn.Linear(model.hidden_size, blocks * hidden_size, bias=False)
-        self.down = nn.Linear(hidden_size, model.hidden_size, bias=False)
-        ticks = level.get("inner_chunk_tokens") is not None and level.get("inner_rate", 0.0) > 0
-        size = {"constant": 0, "learned": 1, "per_channel": hidden_size}[kind]
-        self.log_rate = nn.Parameter(torch.zeros(size)) if ticks and size else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.branch(x)
-
-    def branch(self, x: Tensor) -> Tensor:
-        """MLP(norm(x))."""
-        hidden = self.up(self.norm(x))
-        if self.activation == "swiglu":
-            gate, hidden = hidden.chunk(2, dim=-1)
-            hidden = F.silu(gate) * hidden
-        else:
-            hidden = F.silu(hidden) if self.activation == "silu" else F.gelu(hidden)
-        return self.down(hidden)
-
-
-class ContinuumMLP(nn.Module):
-    """The continuum memory system: a chain of levels, or levels side by side."""
-
-    def __init__(self, model: SimpleNamespace) -> None:
-        super().__init__()
-        self.levels = nn.ModuleList(CMSLevel(model, level) for level in model.cms.levels)
-        independent = getattr(model.cms, "connection", "sequential") == "independent"
-        self.join = nn.Parameter(torch.ones(len(self.levels), model.hidden_size)) if independent else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.join is not None:
-            return x + sum(weight * level.branch(x) for weight, level in zip(self.join, self.levels))
-        for level in self.levels:
-            x = level(x)
-        return x
-
-
-class HopeLayer(nn.Module):
-    """x + Mixer(norm(x)), then the continuum memory system."""
-
-    def __init__(self, model: SimpleNamespace, mixer: str) -> None:
-        super().__init__()
-        self.norm = RMSNorm(model.hidden_size, model.norm_epsilon)
-        self.mixer = MemoryMixer(model) if mixer == "memory" else AttentionMixer(model)
-        self.mlp = ContinuumMLP(model)
-
-    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        y, state = self.mixer(self.norm(x), state)
-        return self.mlp(x + y), state
+    @property
+    def past_key_values(self) -> HopeCache | None:
+        """The cache, by the name that transformers 4 has for it."""
+        return self.cache
 
 
 @dataclass
 class HopeOutput(ModelOutput):
-    """loss (with labels), logits [B, T, vocab_size], and the state after the last token, one entry per layer."""
+    """loss (with labels), logits [B, T, vocab_size], the state of the streams after the last token, and hidden_states: the
+    embeddings, then the output of each layer, [B, T, D], the last one normed."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    state: tuple[Any, ...] | None = None
+    cache: HopeCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+    @property
+    def state(self) -> HopeCache | None:
+        """The cache, by the name that hope_megatron has for it."""
+        return self.cache
+
+    @property
+    def past_key_values(self) -> HopeCache | None:
+        """The cache, by the name that transformers 4 has for it."""
+        return self.cache
 
 
-class HopeForCausalLM(PreTrainedModel, GenerationMixin):
-    """A HOPE language model."""
+class HopePreTrainedModel(PreTrainedModel):
+    """What both models share: configuration and initial weights."""
 
     config_class = HopeConfig
-    base_model_prefix = ""
+    base_model_prefix = "model"
     main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HopeLayer"]  # noqa: RUF012 - as transformers has it
     _is_stateful = True  # a state cannot be rolled back, as assisted decoding would want
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The initial weights that hope_megatron trains from."""
+        if hasattr(module, "reset"):
+            module.reset()
+        elif isinstance(module, nn.Embedding) or hasattr(module, "init_std"):
+            nn.init.normal_(module.weight, std=getattr(module, "init_std", self.config.architecture["init_std"]))
+
+
+class HopeModel(HopePreTrainedModel):
+    """Embedding, layers and final norm."""
 
     def __init__(self, config: HopeConfig) -> None:
         super().__init__(config)
-        model = SimpleNamespace(**config.architecture)
-        model.memory, model.attention = SimpleNamespace(**model.memory), SimpleNamespace(**model.attention)
-        model.cms = SimpleNamespace(**model.cms)
-        model.head_dim = model.head_size or model.hidden_size // model.num_heads
-        rows = -(-model.vocab_size // model.vocab_multiple) * model.vocab_multiple
+        model = architecture(config)
         mixers = (model.layer_pattern[i % len(model.layer_pattern)] for i in range(model.num_layers))
-        self.embedding = nn.Embedding(rows, model.hidden_size)
+        self.embedding = nn.Embedding(model.vocab_size, model.hidden_size)
         self.layers = nn.ModuleList(HopeLayer(model, mixer) for mixer in mixers)
-        self.norm = RMSNorm(model.hidden_size, model.norm_epsilon)
-        self.head = None if model.tie_embeddings else nn.Linear(model.hidden_size, rows, bias=False)
+        self.norm = RMSNorm(model.hidden_size, model.norm_epsilon, initial=1 / model.width_multiplier)
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """Weights come from files; a fresh model is made by hope_megatron."""
-
     def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
         return self.embedding
 
-    def get_output_embeddings(self) -> None:
-        """None: a tied head has no parameter of its own."""
-        return
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding."""
+        self.embedding = value
 
     def forward(
         self,
-        input_ids: Tensor,
-        labels: Tensor | None = None,
-        state: tuple[Any, ...] | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: HopeCache | None = None,
+        past_key_values: HopeCache | None = None,
+        state: HopeCache | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
-        return_dict: bool = True,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> HopeOutput:
+    ) -> HopeModelOutput | tuple[Any, ...]:
         """Read a piece of each stream.
 
         Args:
-            input_ids: [B, T].
-            labels: [B, T], input_ids again; -100 is not counted. Position t is predicted from the tokens before it.
-            state: `state` of an earlier output of the same streams; None begins new ones.
-            attention_mask: must be all ones: a memory reads every token it is given, so prompts of different lengths
-                cannot be padded into one batch.
-            use_cache: False leaves the state out of the result.
-            logits_to_keep: compute the logits of this many last tokens only; 0 means all.
+            input_ids: [B, T] of at least one token.
+            attention_mask: [B, T], or longer with what was read before in front: zeros for padding, at the beginning or the end
+                of a row. Padding is not read: every row is as if it stood alone.
+            inputs_embeds: [B, T, D] in the place of input_ids.
+            position_ids: [B, T]; where they do not count on, another text begins (packed batches). Otherwise not needed.
+            cache, past_key_values, state: three names of one thing: where the streams stand; None begins new ones.
+            use_cache: whether to return where they stand now. By default unless the model is training.
+            output_hidden_states: whether to return what each layer gives.
+            return_dict: False returns a tuple of what is there.
         """
-        if attention_mask is not None and not bool(attention_mask.all()):
+        cache = given_cache(cache, past_key_values, state)
+        x = self._embed(input_ids, inputs_embeds)
+        if cache is not None and cache.batch_size != x.size(0):
             raise ValueError(
-                "padded batches are not supported: a memory reads every token; batch prompts of one length"
+                f"the cache has {cache.batch_size} streams, the input {x.size(0)} rows; give as many of both"
             )
-        x = self.embedding(input_ids)
-        states = []
-        for layer, layer_state in zip(self.layers, state if state is not None else [None] * len(self.layers)):
-            x, layer_state = layer(x, layer_state)
-            states.append(layer_state)
-        x = self.norm(x[:, -logits_to_keep:] if logits_to_keep else x)
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        logits = F.linear(x, weight).float()[..., : self.config.vocab_size]
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device))
-        return HopeOutput(loss=loss, logits=logits, state=None if use_cache is False else tuple(states))
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        spans = spans_of(attention_mask, position_ids, *x.shape[:2])
+        if use_cache is None:
+            packed = spans is not None and not spans.one_per_row(x.size(0))
+            use_cache = self.config.use_cache and not self.training and not packed
+        apart = cache is not None and not isinstance(cache.position, int) and x.size(1) > 1
 
-    # -- generate() ----------------------------------------------------------------------------------------------
+        def read(x: Tensor, cache: HopeCache | None) -> tuple[list[Tensor], HopeCache | None]:
+            return self._read(x, cache, all_layers=bool(output_hidden_states))
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; beams are refused, because they would mix up the states of their streams."""
-        config = kwargs.get("generation_config") or self.generation_config
-        if (kwargs.get("num_beams") or config.num_beams or 1) > 1:
-            raise ValueError("beam search is not supported with a recurrent state; use num_beams=1")
-        return super().generate(*args, **kwargs)
+        if spans is None and not apart:
+            hidden, after = read(x, cache)
+        elif cache is None and not use_cache:
+            assert spans is not None
+            hidden, after = read_aligned(read, x, spans), None
+        else:
+            hidden, after = read_rows(read, x, spans, cache)
+        output = HopeModelOutput(
+            last_hidden_state=hidden[-1],
+            cache=after if use_cache else None,
+            hidden_states=tuple(hidden) if output_hidden_states else None,
+        )
+        return output if _wants_dict(self.config, return_dict) else output.to_tuple()
 
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, state: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """The prompt at first, then the last token with the state."""
-        if state is None:
-            return {"input_ids": input_ids, "attention_mask": attention_mask, "logits_to_keep": 1}
-        return {"input_ids": input_ids[:, -1:], "state": state, "logits_to_keep": 1}
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """[B, T, D] of whichever is given."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        if x.size(1) == 0:
+            raise ValueError(
+                f"the input has no token, its shape is {list(x.shape[:2])}; begin a text with the end mark, as in training: "
+                f"input_ids=[[{self.config.eos_token_id}]]"
+            )
+        return x
 
-    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
-        """No key-value cache: the state travels as a model keyword."""
+    def _read(self, x: Tensor, cache: HopeCache | None, all_layers: bool) -> tuple[list[Tensor], HopeCache | None]:
+        """Every token of x [B, T, D] is real. Returns the last hidden state, after all others if wanted, and the new cache."""
+        num_tokens, position = x.size(1), 0 if cache is None else cache.position
+        hidden, states = [x], []
+        for i, layer in enumerate(self.layers):
+            before = None if cache is None else cache.layers[i]
+            x, after = layer(x, before, position)
+            hidden.append(x)
+            states.append(after)
+        hidden[-1] = self.norm(x)
+        columns = num_tokens + (0 if cache is None else cache.num_columns)
+        return hidden if all_layers else hidden[-1:], HopeCache(tuple(states), position + num_tokens, columns)
 
-    def _update_model_kwargs_for_generation(
-        self, outputs: HopeOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        return {**model_kwargs, "state": outputs.state}
+
+class HopeForCausalLM(HopePreTrainedModel, HopeGeneration, GenerationMixin):
+    """A HOPE language model."""
+
+    accepts_loss_kwargs = True  # the loss is a sum over labels, divided by the number that Trainer counts
+    _tied_weights_keys = {"lm_head.weight": "model.embedding.weight"}  # noqa: RUF012 - as transformers has it
+
+    def __init__(self, config: HopeConfig) -> None:
+        super().__init__(config)
+        model = architecture(config)
+        self.model = HopeModel(config)
+        self.lm_head = linear(model.hidden_size, model.vocab_size, model.init_std)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
+        return self.model.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding."""
+        self.model.embedding = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the output head."""
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        cache: HopeCache | None = None,
+        past_key_values: HopeCache | None = None,
+        state: HopeCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> HopeOutput | tuple[Any, ...]:
+        """Read a piece of each stream; see HopeModel.forward.
+
+        Args:
+            labels: [B, T], input_ids again; -100 is not counted. Position t is predicted from the tokens before it.
+            logits_to_keep: compute the logits of this many last tokens only, or of these positions [n]; 0 means all.
+            num_items_in_batch: what the sum over labels is divided by; None: the number of labels in this batch.
+            use_cache: by default unless the model is training or there are labels.
+            kwargs: `shift_labels` [B, T], labels that are the next tokens already; others are not used. (Trainer takes every
+                parameter with "label" in its name for one that a batch must have.)
+        """
+        shift_labels = kwargs.get("shift_labels")
+        if labels is not None and shift_labels is None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+        if use_cache is None and shift_labels is not None:
+            use_cache = False
+        output = self.model(
+            input_ids,
+            attention_mask,
+            inputs_embeds,
+            position_ids,
+            cache=given_cache(cache, past_key_values, state),
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        x = output.last_hidden_state
+        kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(x[:, kept])
+        logits = logits.to(wide(logits.dtype))
+        loss = None if shift_labels is None else _loss(logits, shift_labels, num_items_in_batch)
+        output = HopeOutput(loss=loss, logits=logits, cache=output.cache, hidden_states=output.hidden_states)
+        return output if _wants_dict(self.config, return_dict) else output.to_tuple()
+
+
+def _loss(logits: Tensor, targets: Tensor, num_items: int | Tensor | None) -> Tensor:
+    """Sum of the losses in nats over the targets that count, by their number or by `num_items`; 0 where none does."""
+    targets = targets.flatten().to(logits.device)
+    total = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-100, reduction="sum")
+    if num_items is None:
+        num_items = (targets != -100).sum().clamp(min=1)
+    return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
+
+
+def _wants_dict(config: HopeConfig, return_dict: bool | None) -> bool:
+    return bool(config.return_dict if return_dict is None else return_dict)
