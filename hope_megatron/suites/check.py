@@ -57,7 +57,8 @@ def suite_of(path: Path) -> tuple[Suite, dict[Cell, Outcome]]:
     try:
         suite = build_suite(stored["suite"], options_of(stored))
         found = {cell: outcome for cell, (outcome, _) in outcomes(stored).items() if outcome.scores}
-        ours, theirs = plain(suite.settings), stored["settings"]
+        ours = {**plain(suite.settings), **{f"model of {name}": value for name, value in suite.models.items()}}
+        theirs = {**stored["settings"], **{f"model of {name}": value for name, value in stored["models"].items()}}
     except (KeyError, TypeError) as error:
         raise SuiteError(f"{path} cannot be read as a record of a suite ({error!r})") from None
     if ours != theirs:

@@ -12,7 +12,7 @@ from hope_megatron.suites.grids import BOTH, STARTS, settings_of, started
 from hope_megatron.suites.held_out import TEST_SEQUENCES
 from hope_megatron.suites.languages import language_tasks
 from hope_megatron.suites.mad import mad_tasks
-from hope_megatron.suites.models import check_families, small_hope, suite_model
+from hope_megatron.suites.models import check_families, digest, small_hope, suite_model
 from hope_megatron.suites.needles import needle_tasks
 from hope_megatron.suites.permutations import permutation_tasks
 from hope_megatron.suites.recall import recall_tasks
@@ -23,13 +23,13 @@ from hope_megatron.suites.task import Task
 FAMILIES = (
     "hope",
     "hope_w1",
-    "titans",
     "deltanet",
     "deltanet_negative",
     "gated_deltanet",
-    "ttt_mlp",
     "samba",
     "transformer_pp",
+    "ttt_mlp",
+    "titans",
 )
 _COUNTING_STARTS = ("own", "forgetting", "adding")
 _KEEPING_STARTS = ("own", "keeping")
@@ -38,7 +38,7 @@ _FOUR_RATES = (("adamw", 1e-3), ("adamw", 3e-3), ("m3", 3e-3), ("m3", 1e-2))
 
 def languages(options: SuiteOptions) -> Suite:
     """Formal languages, at chunks of one token."""
-    longest = max(options.lengths or (20 if options.quick else 40,))
+    longest = max(options.lengths or (20 if options.quick else 24,))
     return _family_suite(
         "languages",
         "Formal languages",
@@ -197,4 +197,5 @@ def _family_suite(
         quantity=quantity,
         notes=notes,
         parameters={family: num_parameters(config(tasks[0], family)) for family in families},
+        models={family: digest(config(task, family) for task in tasks) for family in families},
     )

@@ -67,7 +67,8 @@ class Results:
     def load(self, others: Iterable[Path] = ()) -> None:
         """Take up what the file has, if it is there, and what other files have.
 
-        HOPE's own settings may differ in the others: then their cells of HOPE are left out.
+        Cells of a subject whose configuration has changed since are left out. HOPE's own settings (--hope) may differ in the
+        others: then their cells of HOPE are left out too.
 
         Raises:
             SuiteError: if one is of another suite or of other settings, or `others` cannot be read.
@@ -91,6 +92,7 @@ class Results:
             "settings": plain(self.suite.settings),
             "quantity": self.suite.quantity,
             "parameters": dict(self.suite.parameters),
+            "models": dict(self.suite.models),
             "provenance": dict(self.provenance),
             "chosen": {
                 subject: {task or "all tasks": str(self.choice(subject, task)) for task in (None, *self.suite.tasks)}
@@ -118,18 +120,18 @@ class Results:
         suite, ours = self.suite, plain(self.suite.settings)
         try:
             stored = read_record(path)
-            theirs, sizes, found = stored["settings"], stored["parameters"], outcomes(stored)
+            theirs, found = stored["settings"], outcomes(stored)
             if any_hope and theirs.get("hope") != ours.get("hope"):
                 theirs, ours = {**theirs, "hope": "any"}, {**ours, "hope": "any"}
                 found = {cell: kept for cell, kept in found.items() if cell.subject.split(":")[0] not in HOPES}
-            same_sizes = all(suite.parameters[name] == sizes[name] for name in suite.parameters.keys() & sizes)
-            same = stored["suite"] == suite.name and theirs == ours and same_sizes
+            other = {name for name, model in stored["models"].items() if suite.models.get(name, model) != model}
+            found = {cell: kept for cell, kept in found.items() if cell.subject not in other}
+            same = stored["suite"] == suite.name and theirs == ours
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise SuiteError(f"{path} cannot be read as results of a suite ({error}); {mend}") from None
         if not same:
             raise SuiteError(
-                f"{path} holds suite {stored['suite']} with settings {theirs} and parameters {sizes}, not "
-                f"{suite.name} with {ours} and {dict(suite.parameters)}; {mend}"
+                f"{path} holds suite {stored['suite']} with settings {theirs}, not {suite.name} with {ours}; {mend}"
             )
         for cell, (outcome, seconds) in found.items():
             self.outcomes.setdefault(cell, outcome)

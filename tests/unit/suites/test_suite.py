@@ -294,6 +294,17 @@ def test_results_of_other_settings_are_refused(tmp_path):
         Results(fake_suite([]), path).load()
 
 
+def test_cells_of_a_changed_model_are_run_again(tmp_path):
+    def suite(calls: list[Cell], **models: str) -> Suite:
+        run = lambda cell: calls.append(cell) or one_score(cell)  # noqa: E731
+        return Suite("s", "A suite", ("t",), tuple(models), 1, {}, run, models=models)
+
+    path, calls = tmp_path / "s.json", []
+    run_suite(suite([], a="1", b="1"), path, {}, tell=lambda line: None)
+    run_suite(suite(calls, a="2", b="1"), path, {}, tell=lambda line: None)
+    assert calls == [Cell("t", "a", 0)]
+
+
 def recall_task(name: str, *bins: str, draw=draw_recall, lessons: tuple[str, ...] = ()) -> Task:
     return Task(name, 129, bins, by_content(draw, (*lessons, bins[0])), lessons=lessons)
 
