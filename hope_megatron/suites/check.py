@@ -38,8 +38,9 @@ class Comparison(NamedTuple):
 
 
 def options_of(stored: Mapping[str, Any]) -> SuiteOptions:
-    """The options a record was made with."""
-    given = dict(stored["options"])
+    """The options a record was made with, for every task and family that it has a cell of."""
+    families = dict.fromkeys(row["subject"].split(": ")[0] for row in stored["cells"])
+    given = {**stored["options"], "families": list(families), "tasks": None}
     for name in ("families", "tasks", "lengths", "hope"):
         given[name] = tuple(given[name]) if given.get(name) is not None else None
     given["hope"] = given["hope"] or ()

@@ -28,6 +28,8 @@ class Results:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     """What the user chose: enough to build the suite again."""
+    others: dict[str, dict[str, Any]] = field(default_factory=lambda: {"parameters": {}, "models": {}})
+    """What the files say of subjects that this suite leaves out; their cells stay in the record."""
 
     def choice(self, subject: str, task: str | None = None) -> Choice | None:
         """What validation chose for a subject over all tasks, or for one task alone; None while tries are missing."""
@@ -91,8 +93,8 @@ class Results:
             "options": dict(self.options),
             "settings": plain(self.suite.settings),
             "quantity": self.suite.quantity,
-            "parameters": dict(self.suite.parameters),
-            "models": dict(self.suite.models),
+            "parameters": {**self.others["parameters"], **self.suite.parameters},
+            "models": {**self.others["models"], **self.suite.models},
             "provenance": dict(self.provenance),
             "chosen": {
                 subject: {task or "all tasks": str(self.choice(subject, task)) for task in (None, *self.suite.tasks)}
@@ -133,6 +135,8 @@ class Results:
             raise SuiteError(
                 f"{path} holds suite {stored['suite']} with settings {theirs}, not {suite.name} with {ours}; {mend}"
             )
+        for kind, known in self.others.items():
+            known.update(stored[kind])
         for cell, (outcome, seconds) in found.items():
             self.outcomes.setdefault(cell, outcome)
             self.seconds.setdefault(cell, seconds)

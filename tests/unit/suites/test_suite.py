@@ -303,6 +303,10 @@ def test_cells_of_a_changed_model_are_run_again(tmp_path):
     run_suite(suite([], a="1", b="1"), path, {}, tell=lambda line: None)
     run_suite(suite(calls, a="2", b="1"), path, {}, tell=lambda line: None)
     assert calls == [Cell("t", "a", 0)]
+    run_suite(suite(calls, b="1"), path, {}, tell=lambda line: None)  # a row by itself leaves the others in the file
+    assert json.loads(path.read_text())["models"] == {"a": "2", "b": "1"}
+    run_suite(suite(calls, a="2", b="1"), path, {}, tell=lambda line: None)
+    assert calls == [Cell("t", "a", 0)]
 
 
 def recall_task(name: str, *bins: str, draw=draw_recall, lessons: tuple[str, ...] = ()) -> Task:
