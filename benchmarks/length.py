@@ -21,8 +21,8 @@ import torch  # isort: skip  (after common has set OpenMP's wait policy)
 import numpy as np
 from torch import Tensor
 
-from hope_megatron.cli.heldout import heldout_tokens
-from hope_megatron.cli.models import open_model
+from hope_megatron.convert.open_model import open_model
+from hope_megatron.eval.heldout import heldout_tokens
 from hope_megatron.eval.memory_health import memory_mixers, observed_memories
 from hope_megatron.eval.report import save_figure
 from hope_megatron.layers.memory_mixer import MemoryMixer, MemoryMixerState

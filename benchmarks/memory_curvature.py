@@ -24,9 +24,10 @@ from memory_stability import batch, corpus
 from torch import Tensor
 
 from hope_megatron.layers.memory_mixer import MemoryMixer
-from hope_megatron.ops.memory.chunk import memory_chunked
+from hope_megatron.ops.memory import memory_chunked
 from hope_megatron.ops.memory.inner import dsilu, features, output_error, squared_norm, step_scale, unit
-from hope_megatron.ops.memory.types import MemoryParams, MemoryRule, MemoryState, RateLogits, initial_state
+from hope_megatron.ops.memory.rule import MemoryRule
+from hope_megatron.ops.memory.types import MemoryParams, MemoryState, RateLogits, initial_state
 
 POWER_ITERATIONS = 50
 LIMIT = 2.0

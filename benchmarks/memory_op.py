@@ -35,9 +35,7 @@ from torch import Tensor
 
 from hope_megatron.config.accounting import memory_macs
 from hope_megatron.config.model import CMSConfig, CMSLevelConfig, MemoryConfig, ModelConfig
-from hope_megatron.layers.memory_mixer import memory_rule
 from hope_megatron.ops.memory import Bank, MemoryParams, RateLogits, memory_chunked, memory_recurrent
-from hope_megatron.ops.memory.fused import kernels
 
 
 def main() -> None:
@@ -178,17 +176,16 @@ def measure_operator(args, dtype, length: int, chunk: int) -> list[dict]:
 
     def hope(what: str, recompute: bool = False, **memory: str) -> dict:
         model = model_of(args, chunk, **memory)
-        rule, flops = memory_rule(model.memory), 2 * args.heads * sum(memory_macs(model, length))
-        run = lambda: memory_chunked(*qkv, rates, params, rule, recompute=recompute)[0]  # noqa: E731
+        rule, flops = model.memory.rule, 2 * args.heads * sum(memory_macs(model, length))
+        compute = model.memory.compute
+        run = lambda: memory_chunked(*qkv, rates, params, rule, compute=compute, recompute=recompute)[0]  # noqa: E731
         return row(args, what, length, chunk, run, leaves, flops)
 
     rows = [hope("HOPE"), hope("HOPE, recomputing", recompute=True)]
     rows.append(hope("HOPE, W1 alone written", written_layers="output"))
-    if args.device in kernels and length == args.lengths[0]:
-        kernel = kernels.pop(args.device)
-        rows.append(hope("HOPE, PyTorch's operators"))
-        rows.append(hope("HOPE, PyTorch's operators, W1 alone written", written_layers="output"))
-        kernels[args.device] = kernel
+    if length == args.lengths[0]:
+        rows.append(hope("HOPE, PyTorch's operators", kernel="torch"))
+        rows.append(hope("HOPE, PyTorch's operators, W1 alone written", written_layers="output", kernel="torch"))
     return rows
 
 
@@ -197,7 +194,7 @@ def measure_lengths(args, dtype) -> list[dict]:
     through as many tokens as the longest has, in whole passes. The machine's moods and the size of a sample are then the same
     for all."""
     chunk, longest = args.chunks[0], max(args.lengths)
-    params, rule = parameters(args), memory_rule(model_of(args, chunk).memory)
+    params, rule = parameters(args), model_of(args, chunk).memory.rule
     made = {length: inputs(args, dtype, length) for length in args.lengths}
     found: dict[tuple[int, bool], list[tuple[float, float]]] = {}
     for round_ in range(args.repeats + 1):
@@ -280,7 +277,7 @@ def _share(args, dtype, length: int, chunk: int, barrier, found) -> None:
     """One process of `measure_processes`."""
     keep_freed_memory()
     torch.set_num_threads(args.threads)
-    params, rule = parameters(args), memory_rule(model_of(args, chunk).memory)
+    params, rule = parameters(args), model_of(args, chunk).memory.rule
     qkv, rates = inputs(args, dtype, length)
     run = lambda: memory_chunked(*qkv, rates, params, rule)[0]  # noqa: E731
     repeats = max(2, min(args.repeats, 65536 // length))
@@ -294,7 +291,7 @@ def measure_others(args, dtype, length: int) -> list[dict]:
     qkv, rates = inputs(args, dtype, length)
     rows = []
     if length <= 1024:
-        params, rule, short = parameters(args), memory_rule(model_of(args, 64).memory), min(length, 128)
+        params, rule, short = parameters(args), model_of(args, 64).memory.rule, min(length, 128)
         cut = [x[:, :short].detach().requires_grad_() for x in qkv]
         cut_rates = RateLogits(*(None if r is None else r[:, :short].detach() for r in rates))
         rows.append(row(args, "token loop", short, 64, lambda: memory_recurrent(*cut, cut_rates, params, rule)[0], cut))
@@ -340,7 +337,7 @@ def measure_activations(args) -> dict:
     for length in args.lengths:
         model, params = model_of(args, 64), parameters(args)
         qkv, rates = inputs(args, torch.float32, length)
-        rule = memory_rule(model.memory)
+        rule = model.memory.rule
         sizes = {}
         for name, recompute in (("plain", False), ("recomputing", True)):
             storages: dict[int, int] = {}

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hope_megatron.runtime.process import start_up_text
 from launch.attempts import CRASHED, LOST, UNHEALTHY, History, is_finished, newest_checkpoint_step
-from launch.environment import start_up_text
 from launch.jobs import active_job
 from launch.submission import LaunchDirectory, read_submission
 

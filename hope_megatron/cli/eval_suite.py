@@ -26,8 +26,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hope_megatron.cli.models import MODEL_HELP, ModelReferenceError, open_model, prepare_process
+from hope_megatron.checkpoint.errors import ModelReferenceError
+from hope_megatron.cli.models import MODEL_HELP, prepare_process
 from hope_megatron.cli.output_files import check_writable
+from hope_megatron.convert.open_model import open_model
 
 if TYPE_CHECKING:
     from hope_megatron.suites.suite import Suite, SuiteOptions
@@ -144,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
     prepare_process(args.threads)
     if args.name == CHECK:
         return _check_record(args)
-    from hope_megatron.eval.report import write_text
+    from hope_megatron.runtime.files import write_text
     from hope_megatron.suites.plots import plot_suite, plot_trajectories
     from hope_megatron.suites.report import suite_markdown, suite_outline
     from hope_megatron.suites.running import run_suite
@@ -206,7 +208,8 @@ def _suite(args: argparse.Namespace, options: SuiteOptions) -> Suite:
 
 def _check_record(args: argparse.Namespace) -> int:
     """0 if no figure fell outside its spread."""
-    from hope_megatron.eval.report import markdown_table, write_json
+    from hope_megatron.eval.report import markdown_table
+    from hope_megatron.runtime.files import write_json
     from hope_megatron.suites.check import check_record
 
     check_writable(args.json)

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hope_megatron.optim.base import BoundOptimizer, BoundVector
+from hope_megatron.optim.base import BoundOptimizer
+from hope_megatron.optim.bound import BoundVector
 from hope_megatron.optim.errors import OptimError
 from hope_megatron.optim.plan import ParamLayout
 from hope_megatron.optim.tags import ParamTags

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hope_megatron.eval.report import write_text
+from hope_megatron.runtime.files import write_text
 from hope_megatron.suites.errors import SuiteError
 from hope_megatron.suites.scoring import Score
 from hope_megatron.suites.selection import Choice, choose

@@ -11,16 +11,17 @@ from typing import Any
 import torch
 
 from hope_megatron.eval.memory_health import cms_figure, measure_memories
+from hope_megatron.runtime.files import write_json
+from hope_megatron.runtime.process import start_up_text
 from hope_megatron.training.batches import heldout_batches, micro_batches, rank_samples
 from hope_megatron.training.loop import Callback, Run
 from hope_megatron.training.metrics import MetricsFile, read_metrics
 from hope_megatron.training.plots import plot_curves
 from hope_megatron.training.progress import Progress
-from hope_megatron.training.run_directory import RunDirectory, write_atomically
+from hope_megatron.training.run_directory import RunDirectory
 from hope_megatron.training.signals import signal_name
 from hope_megatron.training.step import StepResult, evaluate
 from hope_megatron.training.tracking import Tracker
-from launch.environment import start_up_text
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class FirstStep(Callback):
         if run.engine.mesh.rank == 0:
             phases = run.phases.start_up()
             log.info("started in %s", start_up_text(phases))
-            write_atomically(run.directory.start_up, json.dumps({"step": run.state.step, "phases_s": phases}) + "\n")
+            write_json(run.directory.start_up, {"step": run.state.step, "phases_s": phases})
 
     def finish(self, run: Run) -> None:
         run.phases.mark("steps")
@@ -237,7 +238,7 @@ class Summary(Callback):
             "phases_s": run.phases.rounded(),
             "provenance": run.provenance,
         }
-        write_atomically(run.directory.summary, json.dumps(summary, indent=1) + "\n")
+        write_json(run.directory.summary, summary)
 
 
 def is_summarized(directory: RunDirectory) -> bool:

@@ -20,6 +20,7 @@ from hope_megatron.optim import (
     export_state,
     import_state,
 )
+from hope_megatron.runtime.registry import UnknownNameError
 
 NAMES = ["m3", "muon", "adamuon", "adamw", "sgd"]
 
@@ -239,7 +240,7 @@ def test_half_precision_parameters_and_foreign_groups_are_refused():
         optimizer.step()
     with pytest.raises(OptimError, match="build_param_groups"):
         M3([nn.Parameter(torch.randn(4, 4))])
-    with pytest.raises(OptimError, match="lion"):
+    with pytest.raises(UnknownNameError, match="lion"):
         build_optimizer([("w", tagged(4, 4))], config(name="lion"))
 
 
