@@ -25,11 +25,12 @@ import torch
 
 from hope_megatron.layers.memory_mixer import MemoryMixer
 from hope_megatron.model import LanguageModel
-from hope_megatron.suites.fit import fit_options, fit_task, score
+from hope_megatron.suites.fit import FitOptions, fit_task
 from hope_megatron.suites.models import small_hope, suite_model
 from hope_megatron.suites.needles import ASK, FILLER, KEYS, MARK, VALUES, Kind, needle_tasks
-from hope_megatron.suites.suite import SuiteOptions
-from hope_megatron.suites.task import Task
+from hope_megatron.suites.scoring import score_batch
+from hope_megatron.suites.task import Batch, Task
+from hope_megatron.suites.training_data import TrainingData
 
 OFF = {"eta": -30.0, "alpha": 30.0}  # added to a logit: writes nothing, forgets nothing
 NEAR = 5  # tokens behind a needle that are not yet taken as filler
@@ -49,10 +50,10 @@ def main() -> None:
     task = {task.name: task for task in needle_tasks(tuple(args.lengths))}[args.kind]
     base = small_hope(task.vocab_size, width=64, layers=2, heads=2, chunk_tokens=16)
     config = suite_model(args.family, base, tuple(args.hope))
-    fitting = fit_options(SuiteOptions(steps=args.steps), args.steps, optimizer="m3")
+    fitting = FitOptions(args.steps, lr=1e-2, optimizer="m3")
     rows = []
     for seed in range(args.seeds):
-        model, _ = fit_task(config, task, fitting, seed)
+        model = fit_task(config, TrainingData(task, seed), fitting, seed).use("raw")
         rows.append(look(model, task, seed, args.sequences))
         show(rows[-1])
     write_json(args.json, {"machine": machine(), "arguments": vars(args), "rows": rows})
@@ -77,13 +78,19 @@ def parse() -> argparse.Namespace:
 def look(model: LanguageModel, task: Task, seed: int, sequences: int) -> dict[str, Any]:
     """Share of questions answered without a mistake at the last length in every case, and the mean rates by kind of token."""
     mixers = [module for module in model.modules() if isinstance(module, MemoryMixer)]
-    far = torch.from_numpy(is_filler(task.test_batch(task.bins[-1], sequences).tokens)).float()
+    batch = held_out(task, seed, task.bins[-1], sequences)
+    far = torch.from_numpy(is_filler(batch.tokens)).float()
     shares = {}
     for case, (silenced, layer) in CASES.items():
         chosen = mixers if layer is None else mixers[layer : layer + 1]
         with rates_changed(chosen, {name: OFF[name] * far for name in silenced}):
-            shares[case] = score(model, task, task.bins[-1], sequences)
-    return {"seed": seed, "length": task.bins[-1], "share": shares, "rates": rates(model, mixers, task, sequences)}
+            shares[case] = score_batch(model, batch, task.metric).value
+    trained = held_out(task, seed, task.bins[0], sequences)
+    return {"seed": seed, "length": task.bins[-1], "share": shares, "rates": rates(model, mixers, trained)}
+
+
+def held_out(task: Task, seed: int, name: str, sequences: int) -> Batch:
+    return task.source("test", seed)(name, sequences, np.random.default_rng(seed))
 
 
 def is_filler(tokens: np.ndarray) -> np.ndarray:
@@ -123,9 +130,8 @@ def rates_changed(mixers: list[MemoryMixer], added: dict[str, torch.Tensor]) -> 
 
 
 @torch.no_grad()
-def rates(model: LanguageModel, mixers: list[MemoryMixer], task: Task, sequences: int) -> list[dict[str, Any]]:
+def rates(model: LanguageModel, mixers: list[MemoryMixer], batch: Batch) -> list[dict[str, Any]]:
     """Mean rates before the self-memories' part, by layer, rate and kind of token, a figure per head; at the trained length."""
-    batch = task.test_batch(task.bins[0], sequences)
     kinds = {
         "filler": is_filler(batch.tokens),
         "mark": batch.tokens == MARK,

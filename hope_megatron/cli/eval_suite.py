@@ -13,29 +13,38 @@ Examples:
     hope eval suite recall --quick                          minutes instead of hours, to see that it works
     hope eval suite mad --json mad.json --png mad.png       interrupted? the same command goes on
     hope eval suite mad --merge a/mad.json b/mad.json       one table of what two machines ran
+    hope eval suite check docs/records/data/languages.json  does a record repeat? some of its trainings again
 
-Finished trainings are kept in the JSON file; the same command again goes on with the rest.
+Settings are chosen on validation data at the trained lengths, with as many tries for every family. The test is read once
+after each training. Finished trainings are kept in the JSON file; the same command again goes on with the rest.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hope_megatron.checkpoint.errors import ModelReferenceError
 from hope_megatron.cli.models import MODEL_HELP, prepare_process
 from hope_megatron.cli.output_files import check_writable
 from hope_megatron.convert.open_model import open_model
 
+if TYPE_CHECKING:
+    from hope_megatron.suites.suite import Suite, SuiteOptions
+
 SUITES = {
     "languages": "formal languages: parity, (aa)*, (abab)*, a^n b^n, a^n b^n c^n, shuffle-2",
+    "permutations": "state tracking: products of permutations of three and of five things",
     "recall": "copying and associative recall",
     "mad": "MAD: compression, in-context and fuzzy recall, selective copying, memorization",
     "needles": "needles in a haystack by length: models trained here, or RUN",
     "ablations": "HOPE without one of its parts at a time, on text and on recall",
-    "classes": "classes that arrive in groups: in context, fine-tuned, EWC",
-    "domains": "continual pretraining over domains of text, by number of CMS levels",
+    "classes": "classes that arrive in groups: in context, InCA, fine-tuned, EWC",
+    "domains": "continual pretraining over domains of text, by number of CMS levels and beside other families",
 }
+CHECK = "check"
 
 
 # Which suites have a use for an option; a RUN is trained, so that "needles RUN" takes none that is about training.
@@ -43,8 +52,8 @@ _TAKEN_BY = {
     **dict.fromkeys(
         ("families", "steps", "lr", "optimizer", "chunk_tokens", "width", "layers", "heads"), tuple(SUITES)
     ),
-    "hope": ("languages", "recall", "mad", "needles", "classes"),
-    "lengths": ("languages", "recall", "mad", "needles", "needles RUN", "domains"),
+    "hope": ("languages", "permutations", "recall", "mad", "needles", "classes"),
+    "lengths": ("languages", "permutations", "recall", "mad", "needles", "needles RUN", "domains"),
     "data": ("classes", "domains", "needles RUN"),
 }
 
@@ -52,9 +61,13 @@ _TAKEN_BY = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     listed = "; ".join(f"{name}: {text}" for name, text in SUITES.items())
-    parser.add_argument("name", choices=SUITES, metavar="NAME", help=listed)
+    listed += "; check: run a sample of a record's trainings again and compare"
+    parser.add_argument("name", choices=[*SUITES, CHECK], metavar="NAME", help=listed)
     parser.add_argument(
-        "model", nargs="?", metavar="RUN", help=f"needles: {MODEL_HELP}; default: train small ones here"
+        "model",
+        nargs="?",
+        metavar="RUN|RECORD",
+        help=f"needles: {MODEL_HELP}; default: train small ones here. check: a suite's JSON file",
     )
     parser.add_argument(
         "--families",
@@ -63,13 +76,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="hope, transformer_pp, or of configs/families; or some of a suite's own rows",
     )
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="some of the suite's tasks (default: all)")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each cell (default 3)")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="tested trainings of each cell (default 5)")
     parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps of each training")
     parser.add_argument(
-        "--lr", type=float, metavar="RATE", help="peak learning rate (default: AdamW 3e-3; M3, Muon 1e-2)"
+        "--lr",
+        type=float,
+        metavar="RATE",
+        help="the one peak learning rate (default: several, chosen on validation data)",
     )
     parser.add_argument(
-        "--optimizer", choices=["adamw", "m3", "muon"], help="default adamw; languages, mad, needles, classes m3"
+        "--optimizer", choices=["adamw", "m3", "muon"], help="the one optimizer (default: chosen on validation data)"
     )
     parser.add_argument("--chunk-tokens", type=int, metavar="C", help="tokens per chunk of every memory")
     parser.add_argument("--width", type=int, metavar="D", help="model width")
@@ -80,14 +96,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="languages, recall, mad, needles, classes: settings of HOPE, for example memory.eta_init=0.5",
+        help="languages, permutations, recall, mad, needles, classes: settings of HOPE, for example memory.eta_init=0.5",
     )
     parser.add_argument(
         "--lengths",
         type=int,
         nargs="+",
         metavar="T",
-        help="needles: lengths to ask at, the first is trained; languages, recall, mad: longest trained length; domains: context",
+        help="needles: lengths to ask at, the first is trained; languages, permutations, recall, mad: longest trained "
+        "length; domains: context",
     )
     parser.add_argument(
         "--data",
@@ -102,7 +119,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, default=1, metavar="N", help="CPU threads (default 1: the models are small)"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="DIR/NAME.json, DIR/NAME.md and DIR/NAME.png")
+    parser.add_argument("--cells", type=int, default=3, metavar="N", help="check: trainings to run again (default 3)")
+    parser.add_argument("--sample", type=int, default=0, metavar="SEED", help="check: which trainings (default 0)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="DIR/NAME.json, DIR/NAME.md, DIR/NAME.png and DIR/NAME-steps.png"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep finished cells here, and go on from them")
     parser.add_argument(
         "--merge",
@@ -114,19 +135,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the tables")
+    parser.add_argument(
+        "--steps-png", type=Path, metavar="FILE", help="draw how the next longer bin went over the steps of training"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run what is missing, print the tables."""
+    """Run what is missing, print the tables; or check a record."""
     _check(args)
     prepare_process(args.threads)
+    if args.name == CHECK:
+        return _check_record(args)
     from hope_megatron.runtime.files import write_text
-    from hope_megatron.suites.registry import build_suite
-    from hope_megatron.suites.report import plot_suite, suite_markdown, suite_outline
-    from hope_megatron.suites.suite import SuiteOptions, run_suite
+    from hope_megatron.suites.plots import plot_suite, plot_trajectories
+    from hope_megatron.suites.report import suite_markdown, suite_outline
+    from hope_megatron.suites.running import run_suite
     from hope_megatron.training.provenance import provenance
 
-    options = SuiteOptions(
+    options = _options(args)
+    suite = _suite(args, options)
+    json_file, markdown_file, png_file, steps_file = _outputs(args)
+    if args.dry_run:
+        print(suite_outline(suite, json_file, args.merge))
+        return 0
+    check_writable(json_file, markdown_file, png_file, steps_file)
+    results = run_suite(
+        suite, json_file, provenance(), args.merge, tell=lambda line: print(line, flush=True), options=asdict(options)
+    )
+    results.save()
+    text = suite_markdown(results)
+    print(f"\n{text}")
+    if markdown_file:
+        write_text(markdown_file, text)
+    if png_file:
+        plot_suite(results, png_file)
+    if steps_file:
+        plot_trajectories(results, steps_file)
+    return 0
+
+
+def _options(args: argparse.Namespace) -> SuiteOptions:
+    from hope_megatron.suites.suite import SuiteOptions
+
+    return SuiteOptions(
         families=tuple(args.families) if args.families else None,
         tasks=tuple(args.tasks) if args.tasks else None,
         seeds=args.seeds,
@@ -142,37 +193,48 @@ def run(args: argparse.Namespace) -> int:
         data=tuple(args.data),
         quick=args.quick,
     )
-    if args.model:
-        from hope_megatron.suites.needle_text import build
 
-        opened = open_model(args.model)
-        suite = build(opened.model, opened.tokenizer.encode, opened.name, opened.title, opened.window_tokens, options)
-    else:
-        suite = build_suite(args.name, options)
-    json_file, markdown_file, png_file = _outputs(args)
-    if args.dry_run:
-        print(suite_outline(suite, json_file, args.merge))
-        return 0
-    check_writable(json_file, markdown_file, png_file)
-    results = run_suite(suite, json_file, provenance(), args.merge, tell=lambda line: print(line, flush=True))
-    results.save()
-    text = suite_markdown(results)
-    print(f"\n{text}")
-    if markdown_file:
-        write_text(markdown_file, text)
-    if png_file:
-        plot_suite(results, png_file)
-    return 0
+
+def _suite(args: argparse.Namespace, options: SuiteOptions) -> Suite:
+    from hope_megatron.suites.registry import build_suite
+
+    if not args.model:
+        return build_suite(args.name, options)
+    from hope_megatron.suites.needle_text import build
+
+    opened = open_model(args.model)
+    return build(opened.model, opened.tokenizer.encode, opened.name, opened.title, opened.window_tokens, options)
+
+
+def _check_record(args: argparse.Namespace) -> int:
+    """0 if no figure fell outside its spread."""
+    from hope_megatron.eval.report import markdown_table
+    from hope_megatron.runtime.files import write_json
+    from hope_megatron.suites.check import check_record
+
+    check_writable(args.json)
+    found = check_record(Path(args.model), args.cells, args.sample, tell=lambda line: print(line, flush=True))
+    header = ["cell", "weights", "bin", "recorded", "found", "seeds from", "to", "verdict"]
+    rows = [[str(c.cell), c.weights, c.name, c.recorded, c.found, c.low, c.high, c.verdict] for c in found]
+    print("\n" + markdown_table(header, rows))
+    outside = sum(c.verdict == "outside the spread" for c in found)
+    same = sum(c.verdict == "same bits" for c in found)
+    print(f"\n{len(found)} figures: {same} with the same bits, {outside} outside the spread over seeds")
+    if args.json:
+        write_json(args.json, {"record": args.model, "figures": [dict(zip(header, row)) for row in rows]})
+    return 1 if outside else 0
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.model and args.name != "needles":
+    if args.name == CHECK and not args.model:
+        raise ModelReferenceError("check: name a record, the JSON file of a suite (hope eval suite check RECORD.json)")
+    if args.model and args.name not in ("needles", CHECK):
         raise ModelReferenceError(f"suite {args.name} trains its models; only needles takes a RUN ({args.model})")
-    suite = f"{args.name} RUN" if args.model else args.name
+    suite = f"{args.name} RUN" if args.model and args.name != CHECK else args.name
     for option, suites in _TAKEN_BY.items():
         if getattr(args, option) and suite not in suites:
             raise ModelReferenceError(f"suite {suite} has no use for --{option.replace('_', '-')}; leave it out")
-    for option in ("seeds", "steps", "chunk_tokens", "width", "layers", "heads", "threads"):
+    for option in ("seeds", "steps", "chunk_tokens", "width", "layers", "heads", "threads", "cells"):
         value = getattr(args, option)
         if value is not None and value < 1:
             raise ModelReferenceError(f"--{option.replace('_', '-')} {value} must be at least 1")
@@ -182,10 +244,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ModelReferenceError(f"--lr {args.lr} must be positive")
 
 
-def _outputs(args: argparse.Namespace) -> tuple[Path | None, Path | None, Path | None]:
-    """JSON, Markdown, PNG: what was named, else what --out says."""
-    given = (args.json, args.markdown, args.png)
+def _outputs(args: argparse.Namespace) -> tuple[Path | None, ...]:
+    """JSON, Markdown, PNG of tables, PNG over steps: what was named, else what --out says."""
+    given = (args.json, args.markdown, args.png, args.steps_png)
     if args.out is None:
         return given
-    defaults = (args.out / f"{args.name}.{suffix}" for suffix in ("json", "md", "png"))
-    return tuple(path or default for path, default in zip(given, defaults))  # type: ignore[return-value]
+    defaults = (args.out / f"{args.name}{ending}" for ending in (".json", ".md", ".png", "-steps.png"))
+    return tuple(path or default for path, default in zip(given, defaults))

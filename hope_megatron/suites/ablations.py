@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from hope_megatron.config.accounting import num_parameters
 from hope_megatron.config.model import ModelConfig
-from hope_megatron.suites.fit import fit_options, fit_task, score
-from hope_megatron.suites.models import changed, matched, small_hope
+from hope_megatron.suites.cells import train_and_test
+from hope_megatron.suites.fit import FitOptions
+from hope_megatron.suites.grids import settings_of
+from hope_megatron.suites.models import changed, digest, matched, small_hope
 from hope_megatron.suites.recall import associative_recall
-from hope_megatron.suites.suite import Cell, Scores, Suite, SuiteOptions, chosen
-from hope_megatron.suites.task import Batch, Task
-from hope_megatron.suites.text import heldout_split, python_text, windows
+from hope_megatron.suites.suite import Cell, Outcome, Suite, SuiteOptions, chosen
+from hope_megatron.suites.task import Task
+from hope_megatron.suites.text import python_text, text_source
+
+_RATES = (("adamw", 1e-3), ("adamw", 3e-3), ("adamw", 1e-2))
+_BATCH = 16
 
 # Every part is there in the whole model, as in the paper: momentum, which HOPE here has off by default, is on. With it a
 # write of rate eta adds up to eta / (1 - theta), so the rate is bounded by half.
@@ -44,8 +47,7 @@ def build(options: SuiteOptions) -> Suite:
     """The whole model and each ablation, on text and on associative recall."""
     context = 64 if options.quick else 256
     tasks = {task.name: task for task in (text_task(context), associative_recall(4 if options.quick else 8))}
-    fitting = fit_options(options, 100 if options.quick else 1500, batch_size=16)
-    layers, heads = options.layers or 2, options.heads or 2
+    layers, heads, steps = options.layers or 2, options.heads or 2, options.steps or (100 if options.quick else 1500)
     chunk, width = options.chunk_tokens or 16, options.width or (32 if options.quick else 64)
 
     def hope(task: Task) -> ModelConfig:
@@ -56,12 +58,14 @@ def build(options: SuiteOptions) -> Suite:
         model = changed(whole, ablations(whole)[name])
         return model if name == "whole" else matched(model, whole)
 
-    def run(cell: Cell) -> Scores:
-        task = tasks[cell.task]
-        model, _ = fit_task(config(task, cell.subject), task, fitting, cell.seed)
-        return {name: score(model, task, name) for name in task.bins}
-
     names = chosen("ablation", options.families, tuple(ablations(hope(tasks["text"]))))
+    grid = {s.name: s for s in settings_of(hope(tasks["text"]), options, ("own",), _RATES)}
+
+    def run(cell: Cell) -> Outcome:
+        setting = grid[cell.setting]
+        fitting = FitOptions(steps, batch_size=_BATCH, lr=setting.lr, optimizer=setting.optimizer)
+        return train_and_test(config(tasks[cell.task], cell.subject), tasks[cell.task], fitting, cell)
+
     return Suite(
         name="ablations",
         title="HOPE without one part at a time",
@@ -75,28 +79,22 @@ def build(options: SuiteOptions) -> Suite:
             "layers": layers,
             "heads": heads,
             "chunk_tokens": chunk,
-            "steps": fitting.steps,
-            "batch_size": fitting.batch_size,
-            "lr": fitting.lr,
-            "optimizer": fitting.optimizer,
+            "steps": steps,
+            "batch_size": _BATCH,
+            "ema": FitOptions(steps).ema,
+            "rates": list(grid),
         },
         run=run,
+        grid=dict.fromkeys(names, tuple(grid)),
         quantity="text: nats per byte (lower is better); recall: share of right answers (higher is better)",
         less_is_better=("text",),
         unbounded=("text",),
-        paper="DGD, momentum, weight decay, CMS and each inner projection are load-bearing (table 6).",
-        notes='Queries are a plain projection in every row: "w/o adaptive q" is the whole model. "rates 0" never writes.',
+        notes='"rates 0" never writes.',
         parameters={name: num_parameters(config(tasks["text"], name)) for name in names},
+        models={name: digest(config(task, name) for task in tasks.values()) for name in names},
     )
 
 
 def text_task(context: int) -> Task:
     """Next bytes of the Python standard library; asked of files that were not trained on."""
-    parts: list[np.ndarray] = []
-
-    def draw(name: str, size: int, rng: np.random.Generator) -> Batch:
-        if not parts:
-            parts.extend(heldout_split(python_text()))
-        return windows(parts[name == "unseen files"], context, size, rng)
-
-    return Task("text", 256, ("trained files", "unseen files"), draw, metric="loss")
+    return Task("text", 256, ("unseen files",), text_source(python_text, context), metric="loss")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,40 +10,57 @@ import numpy as np
 from hope_megatron.config.accounting import num_parameters
 from hope_megatron.config.model import ModelConfig
 from hope_megatron.suites.errors import SuiteError
-from hope_megatron.suites.fit import FitOptions, fit, fit_options, score, small_model
-from hope_megatron.suites.models import changed, matched, small_hope
-from hope_megatron.suites.suite import Cell, Scores, Suite, SuiteOptions, chosen
-from hope_megatron.suites.task import Batch, Task
+from hope_megatron.suites.fit import FitOptions, Trained, Weights
+from hope_megatron.suites.grids import settings_of
+from hope_megatron.suites.held_out import score_test
+from hope_megatron.suites.models import changed, digest, family_choices, family_model, matched, small_hope
+from hope_megatron.suites.sequential import learn_in_sequence
+from hope_megatron.suites.suite import Cell, Outcome, Scores, Suite, SuiteOptions, chosen
+from hope_megatron.suites.task import Task
 from hope_megatron.suites.text import (
     code_without_docstrings,
     docstrings,
-    heldout_split,
     read_texts,
     system_text,
-    windows,
+    text_source,
 )
+from hope_megatron.suites.training_data import TrainingData
 
 TASK = "domains in sequence"
 PERIODS = (1, 4, 16)  # optimizer steps between changes of each level, fastest first
+RIVALS = ("titans", "deltanet", "gated_deltanet", "transformer_pp")
 _TEST_WINDOWS = 64
+_HELD_OUT = "held out"
+_RATES = (("adamw", 1e-3), ("adamw", 3e-3), ("adamw", 1e-2))
+_BATCH = 8
 
 Sources = Mapping[str, Callable[[], tuple[bytes, ...]]]
 OWN_TEXT: Sources = {"code": code_without_docstrings, "docs": docstrings, "system": system_text}
 
 
 def build(options: SuiteOptions) -> Suite:
-    """HOPE with one, two and three CMS levels of equal parameters, over the domains named, else the machine's own text."""
+    """HOPE with one, two and three CMS levels, and other families, of equal parameters, over the domains named, else the machine's
+    own text."""
     sources = named_sources(options.data) or OWN_TEXT
     context = max(options.lengths or (64 if options.quick else 256,))
-    fitting = fit_options(options, 50 if options.quick else 1000, batch_size=8)
+    layers, heads, steps = options.layers or 2, options.heads or 2, options.steps or (50 if options.quick else 1000)
     chunk, width = options.chunk_tokens or 16, options.width or (32 if options.quick else 64)
-    layers, heads = options.layers or 2, options.heads or 2
-    configs = cms_models(small_hope(256, width=width, layers=layers, heads=heads, chunk_tokens=chunk))
-    subjects = chosen("number of levels", options.families, tuple(configs))
-    tasks = [domain_task(name, source, context) for name, source in sources.items()]
+    hope = small_hope(256, width=width, layers=layers, heads=heads, chunk_tokens=chunk)
+    configs = {**cms_models(hope), **{family: family_model(family, hope) for family in family_choices()}}
+    subjects = chosen("number of levels or family", options.families or (*cms_models(hope), *RIVALS), tuple(configs))
+    grid = {s.name: s for s in settings_of(hope, options, ("own",), _RATES)}
+    tasks = [Task(name, 256, (_HELD_OUT,), text_source(source, context), "loss") for name, source in sources.items()]
 
-    def run(cell: Cell) -> Scores:
-        return learn_in_sequence(configs[cell.subject], tasks, fitting, cell.seed)
+    def run(cell: Cell) -> Outcome:
+        setting = grid[cell.setting]
+        fitting = FitOptions(steps, batch_size=_BATCH, lr=setting.lr, optimizer=setting.optimizer)
+        data = [TrainingData(task, cell.seed) for task in tasks]
+        trained = learn_in_sequence(configs[cell.subject], data, fitting, cell.seed)
+        if cell.is_try:
+            return Outcome(trained.validation)
+        return Outcome(
+            trained.validation, {kind: scores_by_domain(trained, tasks, cell.seed, kind) for kind in trained.validation}
+        )
 
     return Suite(
         name="domains",
@@ -60,17 +77,20 @@ def build(options: SuiteOptions) -> Suite:
             "layers": layers,
             "heads": heads,
             "chunk_tokens": chunk,
-            "steps_per_domain": fitting.steps,
-            "batch_size": fitting.batch_size,
-            "lr": fitting.lr,
-            "optimizer": fitting.optimizer,
+            "steps_per_domain": steps,
+            "batch_size": _BATCH,
+            "ema": FitOptions(steps).ema,
+            "rates": list(grid),
         },
         run=run,
+        grid=dict.fromkeys(subjects, tuple(grid)),
         quantity="nats per held-out byte of each domain after each; forgetting: what earlier domains lost since they were learnt",
         less_is_better=(TASK,),
         unbounded=(TASK,),
-        notes="Every level beyond the first changes its weights only every 4, then every 16 steps; parameters are equal.",
+        notes="Every level beyond the first changes its weights only every 4, then every 16 steps; parameters are equal. "
+        "The rate is chosen by the mean validation loss over all domains at the end.",
         parameters={name: num_parameters(configs[name]) for name in subjects},
+        models={name: digest([configs[name]]) for name in subjects},
     )
 
 
@@ -101,25 +121,14 @@ def named_sources(paths: tuple[Path, ...]) -> Sources:
     return {path.stem: lambda path=path: read_texts(path) for path in paths}  # type: ignore[misc]
 
 
-def domain_task(name: str, source: Callable[[], tuple[bytes, ...]], context: int) -> Task:
-    """Next bytes of a domain, "train" or "held out"."""
-    parts: list[np.ndarray] = []
-
-    def draw(bin_name: str, size: int, rng: np.random.Generator) -> Batch:
-        if not parts:
-            parts.extend(heldout_split(source()))
-        return windows(parts[bin_name == "held out"], context, size, rng)
-
-    return Task(name, 256, ("train", "held out"), draw, metric="loss")
-
-
-def learn_in_sequence(config: ModelConfig, tasks: list[Task], options: FitOptions, seed: int) -> Scores:
-    """Held-out loss of every domain after each, and the mean of what the earlier ones lost by the end."""
-    model, scores = small_model(config, seed), {}
-    for number, task in enumerate(tasks):
-        fit(model, lambda step: task.train_batch(options.batch_size, seed + 1000 * number, step), options)  # noqa: B023
-        for asked in tasks:
-            scores[f"{asked.name} after {task.name}"] = score(model, asked, "held out", _TEST_WINDOWS)
+def scores_by_domain(trained: Trained, tasks: Sequence[Task], seed: int, weights: Weights) -> Scores:
+    """Test loss of every domain after each, and the mean of what the earlier ones lost by the end."""
+    scores = {
+        f"{asked.name} after {learnt.name}": found
+        for number, learnt in enumerate(tasks)
+        for asked in tasks
+        for found in score_test(trained, asked, seed, weights, _TEST_WINDOWS, snapshot=number).values()
+    }
     last = tasks[-1].name
     lost = [scores[f"{t.name} after {last}"] - scores[f"{t.name} after {t.name}"] for t in tasks[:-1]]
     return {**scores, "forgetting": float(np.mean(lost))}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from itertools import pairwise
 
 import numpy as np
 
 from hope_megatron.suites.errors import SuiteError
 from hope_megatron.suites.labelled import NUM_WORDS, PER_CLASS, Labelled
-from hope_megatron.suites.task import IGNORE, Batch, Task, pad_batch
+from hope_megatron.suites.task import IGNORE, Batch, Draw, Split, Task, pad_batch
 
 ASK = 1
 WORD = 2  # first word id
@@ -18,13 +19,16 @@ CLASSES_PER_GROUP = 6  # at most; all other classes are for learning to learn
 Groups = list[list[str]]
 
 
-def split_classes(labelled: Labelled, num_groups: int) -> tuple[list[str], Groups]:
-    """The classes to learn to learn from, and groups of the last ones: at most half, at most `CLASSES_PER_GROUP` a group.
+def split_classes(labelled: Labelled, num_groups: int, seed: int = 0) -> tuple[list[str], Groups]:
+    """The classes to learn to learn from, and groups of others: at most half, at most `CLASSES_PER_GROUP` a group.
+
+    Args:
+        seed: which classes are which.
 
     Raises:
         SuiteError: if there are too few.
     """
-    names = labelled.classes
+    names = np.random.default_rng((seed, 4)).permutation(labelled.classes).tolist()
     new = min(len(names) - len(names) // 2, num_groups * CLASSES_PER_GROUP)
     base, rest = names[:-new], names[-new:]
     if len(rest) < num_groups:
@@ -38,24 +42,35 @@ def split_classes(labelled: Labelled, num_groups: int) -> tuple[list[str], Group
 def episode_task(labelled: Labelled, num_groups: int, shots: int) -> Task:
     """Learning to learn: as many base classes at a time as come in a group. Bins are "classes x sentences".
 
+    Validation episodes are told and asked of sentences that no training episode has.
+
     Without lessons of one sentence per class HOPE only guessed among the labels after 900 steps: that a sentence is followed by
     what followed it before comes first, that similar ones are too comes after.
     """
-    base, groups = split_classes(labelled, num_groups)
+    _, groups = split_classes(labelled, num_groups)
     num_labels, in_group = sum(map(len, groups)), max(map(len, groups))
 
-    def draw(bin_name: str, size: int, rng: np.random.Generator) -> Batch:
-        classes, sentences = map(int, bin_name.split(" x "))
-        return episodes(
-            labelled, base, size, rng, num_classes=classes, num_sentences=sentences, num_labels=num_labels, shots=shots
-        )
+    def source(split: Split, seed: int) -> Draw:
+        train, validation = labelled.without_validation(seed)
+        sentences = train.train if split == "training" else validation.test
+        base, _ = split_classes(labelled, num_groups, seed)
+
+        def draw(bin_name: str, size: int, rng: np.random.Generator) -> Batch:
+            classes, most = map(int, bin_name.split(" x "))
+            return episodes(
+                sentences, base, size, rng, num_classes=classes, num_sentences=most, num_labels=num_labels, shots=shots
+            )
+
+        if split == "test":
+            raise SuiteError("episodes are for learning to learn; the test is of other classes")
+        return draw
 
     lessons = (f"{min(2, in_group)} x 1", f"{in_group} x 1", f"{in_group} x 3")
     return Task(
         "episodes",
         LABEL + num_labels,
         (f"{in_group} x {PER_CLASS}",),
-        draw,
+        source,
         lessons=lessons,
         known=0.85,
         longest_lesson=1 / 4,
@@ -63,7 +78,7 @@ def episode_task(labelled: Labelled, num_groups: int, shots: int) -> Task:
 
 
 def episodes(
-    labelled: Labelled,
+    sentences: Mapping[str, list[np.ndarray]],
     base: list[str],
     size: int,
     rng: np.random.Generator,
@@ -76,6 +91,8 @@ def episodes(
     """Sequences in which some classes have random labels: sentence, mark, label; asked of all that can be known.
 
     Args:
+        sentences: by class.
+        base: the classes to pick from.
         size: sequences.
         num_sentences: different sentences of a class at most; they take turns.
         num_labels: labels to draw from.
@@ -85,9 +102,9 @@ def episodes(
     for _ in range(size):
         picked = rng.choice(base, min(num_classes, len(base)), replace=False)
         labels = rng.choice(num_labels, len(picked), replace=False)
-        some = {name: rng.permutation(len(labelled.train[name]))[:num_sentences] for name in picked}
-        sentences = {name: [labelled.train[name][i] for i in chosen] for name, chosen in some.items()}
-        rows.append(told(sentences, dict(zip(picked, labels)), shots, rng))
+        some = {name: rng.permutation(len(sentences[name]))[:num_sentences] for name in picked}
+        told_of = {name: [sentences[name][i] for i in chosen] for name, chosen in some.items()}
+        rows.append(told(told_of, dict(zip(picked, labels)), shots, rng))
     return pad_batch(rows)
 
 

@@ -1,4 +1,4 @@
-"""Suites that train every family on synthetic tasks: formal languages, recall, MAD, needles."""
+"""Suites that train every family on synthetic tasks: formal languages, permutations, recall, MAD, needles."""
 
 from __future__ import annotations
 
@@ -6,33 +6,39 @@ from collections.abc import Mapping
 
 from hope_megatron.config.accounting import num_parameters
 from hope_megatron.config.model import ModelConfig
-from hope_megatron.suites.fit import TEST_SEQUENCES, fit_options, fit_task, score
-from hope_megatron.suites.languages import LANGUAGES, language_tasks
+from hope_megatron.suites.cells import train_and_test
+from hope_megatron.suites.fit import FitOptions
+from hope_megatron.suites.grids import BOTH, STARTS, settings_of, started
+from hope_megatron.suites.held_out import TEST_SEQUENCES
+from hope_megatron.suites.languages import language_tasks
 from hope_megatron.suites.mad import mad_tasks
-from hope_megatron.suites.models import DEFAULT_FAMILIES, check_families, small_hope, suite_model
-from hope_megatron.suites.needles import KINDS, needle_tasks
+from hope_megatron.suites.models import check_families, digest, small_hope, suite_model
+from hope_megatron.suites.needles import needle_tasks
+from hope_megatron.suites.permutations import permutation_tasks
 from hope_megatron.suites.recall import recall_tasks
-from hope_megatron.suites.suite import Cell, Scores, Suite, SuiteOptions, chosen
+from hope_megatron.suites.selection import Setting
+from hope_megatron.suites.suite import Cell, Outcome, Suite, SuiteOptions, chosen
 from hope_megatron.suites.task import Task
 
-# Counting modulo a number: a write must be able to turn what its key holds round, hence rates up to 2; retention takes what tokens
-# did to features and keys back to the learned initial state within some tens of them. Counting without bound: writes so small
-# that they nearly add up, and hardly any forgetting. Three counts at once: writes that do add up, neither erased by DGD nor made
-# under features that move (docs/suites.md).
-_PERIODIC_HOPE = ("memory.eta_max=2", "memory.eta_init=0.5", "memory.alpha_init=0.9")
-_COUNTING_HOPE = ("memory.eta_max=0.01", "memory.eta_init=0.5", "memory.alpha_init=0.9999")
-_ADDING_HOPE = (*_COUNTING_HOPE, "memory.dgd_layers=none", "memory.written_layers=output")
-_LANGUAGES_HOPE = {
-    name: _PERIODIC_HOPE if language.periodic else _COUNTING_HOPE for name, language in LANGUAGES.items()
-} | {"a^n b^n c^n": _ADDING_HOPE}
-# What filler writes fades a needle. Hence features near SiLU's linear range, where those of orthogonal keys hardly overlap, and
-# hardly any forgetting.
-_NEEDLES_HOPE = ("memory.input_scale=0.3", "memory.alpha_init=0.99999")
+FAMILIES = (
+    "hope",
+    "hope_w1",
+    "deltanet",
+    "deltanet_negative",
+    "gated_deltanet",
+    "samba",
+    "transformer_pp",
+    "ttt_mlp",
+    "titans",
+)
+_COUNTING_STARTS = ("own", "forgetting", "adding")
+_KEEPING_STARTS = ("own", "keeping")
+_FOUR_RATES = (("adamw", 1e-3), ("adamw", 3e-3), ("m3", 3e-3), ("m3", 1e-2))
 
 
 def languages(options: SuiteOptions) -> Suite:
     """Formal languages, at chunks of one token."""
-    longest = max(options.lengths or (12 if options.quick else 40,))
+    longest = max(options.lengths or (20 if options.quick else 24,))
     return _family_suite(
         "languages",
         "Formal languages",
@@ -40,16 +46,34 @@ def languages(options: SuiteOptions) -> Suite:
         options,
         width=16 if options.quick else 32,
         chunk_tokens=1,
-        steps=150 if options.quick else 1000,
-        optimizer="m3",
-        hope=_LANGUAGES_HOPE,
+        steps=150 if options.quick else 400,
+        starts=_COUNTING_STARTS,
         quantity="share of strings without a mistake",
-        paper="HOPE solves all six at 100 % in the training length and in the longer bin.",
-        notes="Memories are written and read token by token (chunk_tokens 1), as what a write depends on must be there before "
-        "the next token; matrix memories compute the same in longer chunks. HOPE has one setting for parity, (aa)* and (abab)*, "
-        "and one for the languages whose counts grow, a^n b^n c^n without DGD and with W1 alone written; the other families have "
-        "theirs throughout.",
+        notes=_TOKEN_BY_TOKEN,
     )
+
+
+def permutations(options: SuiteOptions) -> Suite:
+    """State tracking: products of permutations of three and of five things, at chunks of one token."""
+    longest = max(options.lengths or (8 if options.quick else 16,))
+    return _family_suite(
+        "permutations",
+        "State tracking on permutations",
+        permutation_tasks(longest),
+        options,
+        width=16 if options.quick else 32,
+        chunk_tokens=1,
+        steps=150 if options.quick else 600,
+        starts=_COUNTING_STARTS,
+        quantity="share of sequences without a mistake",
+        notes=_TOKEN_BY_TOKEN,
+    )
+
+
+_TOKEN_BY_TOKEN = (
+    "Memories are written and read token by token (chunk_tokens 1), as what a write depends on must be there before the next "
+    "token; matrix memories compute the same in longer chunks."
+)
 
 
 def recall(options: SuiteOptions) -> Suite:
@@ -62,6 +86,8 @@ def recall(options: SuiteOptions) -> Suite:
         width=32 if options.quick else 64,
         chunk_tokens=8,
         steps=150 if options.quick else 1500,
+        starts=("own",),
+        rates=_FOUR_RATES,
     )
 
 
@@ -75,9 +101,8 @@ def mad(options: SuiteOptions) -> Suite:
         width=32 if options.quick else 64,
         chunk_tokens=16,
         steps=150 if options.quick else 1500,
-        optimizer="m3",
-        paper="HOPE leads the attention-free families on compression, in-context recall, fuzzy recall, selective copying "
-        "and memorization.",
+        starts=("own",),
+        rates=_FOUR_RATES,
         notes="Sequences are shorter and vocabularies smaller than in MAD itself; compression is asked by position.",
     )
 
@@ -93,12 +118,9 @@ def needles(options: SuiteOptions) -> Suite:
         width=32 if options.quick else 64,
         chunk_tokens=16,
         steps=150 if options.quick else 500,
-        optimizer="m3",
-        hope=dict.fromkeys(KINDS, _NEEDLES_HOPE),
+        starts=_KEEPING_STARTS,
         quantity="share of questions answered without a mistake, by length",
-        paper="HOPE leads the attention-free families on RULER's needles.",
-        notes=f"Trained at {lengths[0]} tokens; longer ones are streamed with the state carried on. HOPE begins with a smaller W2 "
-        "and less forgetting than its defaults; the other families have theirs.",
+        notes=f"Trained at {lengths[0]} tokens; longer ones are streamed with the state carried on.",
         test_tokens=1 << 18,
     )
 
@@ -112,34 +134,42 @@ def _family_suite(
     width: int,
     chunk_tokens: int,
     steps: int,
-    optimizer: str = "adamw",
-    hope: Mapping[str, tuple[str, ...]] | None = None,
+    starts: tuple[str, ...],
+    rates: tuple[tuple[str, float], ...] = BOTH,
     quantity: str = "share of answers that are right",
-    paper: str = "",
     notes: str = "",
     test_tokens: int | None = None,
 ) -> Suite:
+    """A suite of small models of every family.
+
+    Args:
+        starts, rates: the grid that every family tries.
+        test_tokens: most tokens of a test bin, whose names then begin with a length; at least 16 sequences.
+    """
     by_name = {task.name: task for task in tasks}
-    families = check_families(options.families or DEFAULT_FAMILIES)
-    hope_settings = {task.name: (*(hope or {}).get(task.name, ()), *options.hope) for task in tasks}
+    families = check_families(options.families or FAMILIES)
     chunk, width = options.chunk_tokens or chunk_tokens, options.width or width
-    layers, heads = options.layers or 2, options.heads or 2
-    fitting = fit_options(options, steps, optimizer=optimizer)
+    layers, heads, steps = options.layers or 2, options.heads or 2, options.steps or steps
 
     def config(task: Task, family: str) -> ModelConfig:
         base = small_hope(task.vocab_size, width=width, layers=layers, heads=heads, chunk_tokens=chunk)
-        return suite_model(family, base, hope_settings[task.name])
+        return suite_model(family, base, options.hope)
 
-    def _test_sequences(bin_name: str) -> int:
-        """As many as `test_tokens` allow at the bin's length; at least 16."""
+    grid: Mapping[str, dict[str, Setting]] = {
+        family: {s.name: s for s in settings_of(config(tasks[0], family), options, starts, rates)}
+        for family in families
+    }
+
+    def test_sequences(bin_name: str) -> int:
         if test_tokens is None:
             return TEST_SEQUENCES
         return max(16, min(TEST_SEQUENCES, test_tokens // int(bin_name.split()[0].replace(",", ""))))
 
-    def run(cell: Cell) -> Scores:
-        task = by_name[cell.task]
-        model, _ = fit_task(config(task, cell.subject), task, fitting, cell.seed)
-        return {name: score(model, task, name, _test_sequences(name)) for name in task.bins}
+    def run(cell: Cell) -> Outcome:
+        task, setting = by_name[cell.task], grid[cell.subject][cell.setting]
+        model = started(config(task, cell.subject), setting.start)
+        fitting = FitOptions(steps, lr=setting.lr, optimizer=setting.optimizer)
+        return train_and_test(model, task, fitting, cell, {name: test_sequences(name) for name in task.bins})
 
     return Suite(
         name=name,
@@ -153,17 +183,19 @@ def _family_suite(
             "layers": layers,
             "heads": heads,
             "chunk_tokens": chunk,
-            "steps": fitting.steps,
-            "batch_size": fitting.batch_size,
-            "lr": fitting.lr,
-            "optimizer": fitting.optimizer,
-            "hope": hope_settings,
+            "steps": steps,
+            "batch_size": FitOptions(steps).batch_size,
+            "ema": FitOptions(steps).ema,
+            "starts": {start: dict(STARTS[start]) for start in starts},
+            "rates": [f"{optimizer} {lr:g}" for optimizer, lr in rates],
+            "hope": list(options.hope),
             "bins": {task.name: list(task.bins) for task in tasks},
             "lessons": {task.name: list(task.lessons) for task in tasks},
         },
         run=run,
+        grid={family: tuple(names) for family, names in grid.items()},
         quantity=quantity,
-        paper=paper,
         notes=notes,
         parameters={family: num_parameters(config(tasks[0], family)) for family in families},
+        models={family: digest(config(task, family) for task in tasks) for family in families},
     )

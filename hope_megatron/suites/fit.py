@@ -1,10 +1,15 @@
-"""Training a small model in this process, and asking it what it has learnt."""
+"""Training a small model in this process, watched on validation data alone.
+
+Nothing here can reach a test set: `TrainingData` has none, and an import contract keeps `suites.held_out` out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
 from types import SimpleNamespace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,15 +21,14 @@ from hope_megatron.engine.distributed import init_distributed
 from hope_megatron.model import LanguageModel, build_model
 from hope_megatron.optim import build_optimizer
 from hope_megatron.optim.schedule import apply_lr, lr_at
-from hope_megatron.suites.streamed import streamed_answers
-from hope_megatron.suites.suite import SuiteOptions
-from hope_megatron.suites.task import IGNORE, Batch, Task
+from hope_megatron.suites.scoring import Score, batch_loss, score_batch
+from hope_megatron.suites.task import Batch
+from hope_megatron.suites.training_data import TrainingData
 
-_CHECK_EVERY = 50  # steps between looks at whether a task is solved
-TEST_SEQUENCES = 128
+NUM_LOOKS = 20  # snapshots of the weights during a training
+VALIDATION_SEQUENCES = 128
 _GRAD_CLIP = 1.0
-_PIECE_TOKENS = 1024
-_LR = {"adamw": 3e-3, "m3": 1e-2, "muon": 1e-2}
+Weights = Literal["raw", "averaged"]
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,34 @@ class FitOptions:
     batch_size: int = 32
     lr: float = 3e-3
     optimizer: str = "adamw"
+    ema: float = 0.98
+    """Decay per step of the exponential average of weights that is kept beside the raw ones."""
 
 
-def fit_options(options: SuiteOptions, steps: int, *, batch_size: int = 32, optimizer: str = "adamw") -> FitOptions:
-    """What the user chose, else the suite's own steps and optimizer; every optimizer comes with its rate."""
-    name = options.optimizer or optimizer
-    return FitOptions(options.steps or steps, batch_size, options.lr or _LR[name], name)
+class Snapshot(NamedTuple):
+    """The weights after some steps."""
+
+    step: int
+    weights: dict[Weights, list[Tensor]]
+
+
+@dataclass
+class Trained:
+    """A model after its last step. Its test is taken once (`suites.held_out`)."""
+
+    model: LanguageModel
+    snapshots: list[Snapshot]
+    validation: dict[Weights, Score]
+    """Of the last step's weights, at the trained lengths."""
+    tested: set[tuple[str, Weights, int]] = field(default_factory=set)
+    """Tests that were read: task, weights, snapshot."""
+
+    def use(self, weights: Weights, snapshot: int = -1) -> LanguageModel:
+        """The model with the weights of a snapshot."""
+        with torch.no_grad():
+            for parameter, value in zip(self.model.parameters(), self.snapshots[snapshot].weights[weights]):
+                parameter.copy_(value)
+        return self.model
 
 
 def fit(
@@ -48,24 +74,24 @@ def fit(
     batches: Callable[[int], Batch],
     options: FitOptions,
     *,
-    solved: Callable[[int], bool] = lambda steps: False,
+    after: Callable[[int], None] = lambda steps: None,
     penalty: Callable[[], Tensor] | None = None,
-) -> int:
-    """Train on the mean loss of the answers; returns the number of steps made.
+) -> None:
+    """Train on the mean loss of the answers, for all of the steps.
 
     Warm-up over a tenth of the steps (at most 100), then cosine to a tenth; gradients clipped to norm 1.
 
     Args:
         batches: from the step to its batch.
-        solved: asked every 50 steps, with the steps made; True ends the training.
+        after: called after every step with the steps made.
         penalty: added to the loss of every step.
     """
     optim = OptimConfig.model_validate(dict(name=options.optimizer, lr=options.lr, weight_decay=0.01))
     optimizer = build_optimizer(model.named_parameters(), optim)
     warmup = min(100, options.steps // 10)
     schedule = SimpleNamespace(schedule="cosine", warmup_steps=warmup, total_steps=options.steps, min_lr_ratio=0.1)
-    model.train()
     for step in range(options.steps):
+        model.train()
         apply_lr(optimizer, lr_at(step, schedule))
         loss = batch_loss(model, batches(step))
         if penalty is not None:
@@ -74,9 +100,7 @@ def fit(
         torch.nn.utils.clip_grad_norm_(model.parameters(), _GRAD_CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        if (step + 1) % _CHECK_EVERY == 0 and solved(step + 1):
-            return step + 1
-    return options.steps
+        after(step + 1)
 
 
 def small_model(config: ModelConfig, seed: int) -> LanguageModel:
@@ -85,57 +109,71 @@ def small_model(config: ModelConfig, seed: int) -> LanguageModel:
     return build_model(config, seed=seed).to(mesh.device)
 
 
-def batch_loss(model: LanguageModel, batch: Batch) -> Tensor:
-    """Nats per answer."""
-    tokens, targets = on_device(model, batch)
-    return model(tokens, targets).losses.sum() / (targets != IGNORE).sum()
+def fit_task(config: ModelConfig, data: TrainingData, options: FitOptions, seed: int) -> Trained:
+    """Train a fresh model for all of the steps: no score ends a training early.
 
+    Lessons end by their validation score. Raw and averaged weights are kept at `NUM_LOOKS` steps.
+    """
+    model = small_model(config, seed)
+    lessons, average = _Lessons(data, options.steps), WeightAverage(model, options.ema)
+    snapshots: list[Snapshot] = []
+    every = max(1, options.steps // NUM_LOOKS)
 
-def on_device(model: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Tokens and targets as tensors where the model is."""
-    device = next(model.parameters()).device
-    return torch.from_numpy(batch.tokens).to(device), torch.from_numpy(batch.targets).to(device)
-
-
-@torch.no_grad()
-def score(model: LanguageModel, task: Task, bin_name: str, sequences: int = TEST_SEQUENCES) -> float:
-    """What the task's metric says in a bin. Long sequences are read in pieces."""
-    batch = task.test_batch(bin_name, sequences)
-    if task.metric == "loss":
-        return batch_loss(model, batch).item()
-    answers = streamed_answers(model, *on_device(model, batch), piece=_PIECE_TOKENS)
-    if task.metric == "sequences":
-        return (answers.right == answers.asked).float().mean().item()
-    return (answers.right.sum() / answers.asked.sum()).item()
-
-
-def fit_task(
-    config: ModelConfig, task: Task, options: FitOptions, seed: int, *, test_sequences: int = TEST_SEQUENCES
-) -> tuple[LanguageModel, int]:
-    """Train a fresh model on a task, until the trained bin and the next are answered without a mistake, or the steps are over."""
-    model, lessons = small_model(config, seed), _Lessons(task, options.steps)
-
-    def solved(steps: int) -> bool:
-        if lessons.left:
-            lessons.look(steps, score(model, task, lessons.left[0], test_sequences))
-            return False
-        return task.metric != "loss" and all(score(model, task, name, test_sequences) == 1.0 for name in task.bins[:2])
+    def after(steps: int) -> None:
+        average.update()
+        if steps % every == 0 or steps == options.steps:
+            snapshots.append(snapshot(model, average, steps))
+        if lessons.left and steps % max(1, options.steps // 60) == 0:
+            lessons.look(steps, score_batch(model, data.validation(VALIDATION_SEQUENCES, lessons.left[0]), data.metric))
 
     def batch(step: int) -> Batch:
-        return task.train_batch(options.batch_size, seed, step, lessons.left[0] if lessons.left else None)
+        return data.batch(step, options.batch_size, lessons.left[0] if lessons.left else None)
 
-    return model, fit(model, batch, options, solved=solved)
+    fit(model, batch, options, after=after)
+    return validated(model, snapshots, [data])
+
+
+def validated(model: LanguageModel, snapshots: list[Snapshot], data: Sequence[TrainingData]) -> Trained:
+    """A training that is over, its last weights scored on validation data: the mean over the tasks."""
+    trained = Trained(model, snapshots, {})
+    for kind in snapshots[-1].weights:
+        scores = [score_batch(trained.use(kind), d.validation(VALIDATION_SEQUENCES), d.metric) for d in data]
+        trained.validation[kind] = Score(*(fmean(part) for part in zip(*scores)))
+    return trained
+
+
+def snapshot(model: LanguageModel, average: WeightAverage, step: int) -> Snapshot:
+    """Copies of the weights as they are, and of their average."""
+    return Snapshot(step, {"raw": [p.detach().clone() for p in model.parameters()], "averaged": average.values()})
+
+
+class WeightAverage:
+    """Exponential average of a model's weights, divided by the weight that the steps made so far have in it."""
+
+    def __init__(self, model: LanguageModel, decay: float):
+        self._parameters, self._decay, self._share = [*model.parameters()], decay, 0.0
+        self._sums = [torch.zeros_like(p) for p in self._parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take up the weights as they are now."""
+        self._share = self._decay * self._share + 1 - self._decay
+        torch._foreach_lerp_(self._sums, self._parameters, 1 - self._decay)
+
+    def values(self) -> list[Tensor]:
+        """The average, as new tensors."""
+        return [total / self._share for total in self._sums]
 
 
 class _Lessons:
     """The lessons of a task that are still to be learnt. Each ends when it is known, at the latest after a share of the steps."""
 
-    def __init__(self, task: Task, steps: int):
-        self.left, self._began = list(task.lessons), 0
-        self._known, self._longest = task.known, int(steps * task.longest_lesson)
+    def __init__(self, data: TrainingData, steps: int):
+        self.left, self._began = list(data.lessons), 0
+        self._known, self._longest = data.known, int(steps * data.longest_lesson)
 
-    def look(self, steps: int, reached: float) -> None:
-        """After some steps of training the first lesson left is answered with a score."""
-        if reached >= self._known or steps - self._began >= self._longest:
+    def look(self, steps: int, reached: Score) -> None:
+        """After some steps of training the first lesson left is answered with a validation score."""
+        if reached.value >= self._known or steps - self._began >= self._longest:
             self.left.pop(0)
             self._began = steps

@@ -2,45 +2,49 @@
 
 A model is first trained to learn classes in context: episodes of sentences of some base classes, each followed by a label
 that means another class in every episode; the same sentence again and again first. Then new classes arrive, a group at a time,
-with labels that stay:
-
-- "in context": the weights stand still; the examples of each group are read once, and the state is all that is kept;
-- "fine-tuned": the weights are trained on each group's examples;
-- "EWC": the same, held where earlier groups need them by their Fisher information (arXiv 1612.00796).
-
-After each group every class so far is tested, the label chosen among those seen so far.
+with labels that stay, and are learnt by one of the METHODS (`incremental_methods`). After the last group every stage is
+asked about every class so far, the label chosen among those seen so far.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial
+from collections.abc import Mapping
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from hope_megatron.config.accounting import num_parameters
 from hope_megatron.config.model import ModelConfig
-from hope_megatron.model import LanguageModel, ModelState
-from hope_megatron.suites.episodes import (
-    CLASSES_PER_GROUP,
-    LABEL,
-    Groups,
-    episode_task,
-    question,
-    split_classes,
-    told,
-)
-from hope_megatron.suites.fit import FitOptions, batch_loss, fit, fit_options, fit_task, on_device, small_model
+from hope_megatron.suites.class_questions import stage_accuracy
+from hope_megatron.suites.episodes import CLASSES_PER_GROUP, LABEL, Groups, episode_task, split_classes
+from hope_megatron.suites.fit import FitOptions, Trained, Weights, fit_task
+from hope_megatron.suites.grids import STARTS, settings_of, started
+from hope_megatron.suites.incremental_methods import Sentences, Stage, learn_in_context, learn_in_weights
 from hope_megatron.suites.labelled import Labelled, load_labelled, synthetic_labelled
-from hope_megatron.suites.models import check_families, small_hope, suite_model
-from hope_megatron.suites.suite import Cell, Scores, Suite, SuiteOptions, chosen
-from hope_megatron.suites.task import IGNORE, Batch, pad_batch
+from hope_megatron.suites.models import check_families, digest, small_hope, suite_model
+from hope_megatron.suites.scoring import Score
+from hope_megatron.suites.selection import Setting
+from hope_megatron.suites.suite import Cell, Outcome, Scores, Suite, SuiteOptions, chosen
+from hope_megatron.suites.training_data import TrainingData
 
-METHODS = ("in context", "fine-tuned", "EWC")
-EWC_STRENGTH = 1e8  # of mean squared gradients, which are tiny once a group is learnt: 1e3 held nothing
-_PIECE_TOKENS = 256
+METHODS = ("in context", "in context, InCA", "fine-tuned", "EWC")
+FAMILIES = ("hope", "hope_w1", "titans", "deltanet", "gated_deltanet", "transformer_pp")
+# Tries of a method, equally many for each: how memories start, how fast weights are tuned, how hard EWC holds them.
+# EWC's strength multiplies mean squared gradients, which are tiny once a group is learnt.
+_STARTS = ("own", "keeping")
+_TUNING_RATES = (1e-3, 3e-3)
+_STRENGTHS = (1e6, 1e8)
+_BASE_RATE = ("m3", 1e-2)
+
+
+class Try(NamedTuple):
+    """A base training, and how its weights are tuned."""
+
+    base: Setting
+    tuning_rate: float = 3e-3
+    strength: float = 0.0
 
 
 def build(options: SuiteOptions) -> Suite:
@@ -49,107 +53,139 @@ def build(options: SuiteOptions) -> Suite:
         "synthetic": synthetic_labelled(24 if options.quick else 230)
     }
     num_groups, shots = (3, 4) if options.quick else (5, 8)
-    fitting = fit_options(options, 100 if options.quick else 1500, batch_size=8, optimizer="m3")
-    # EWC holds weights by its gradient's size, which Muon's updates do not have; fine-tuned by the same for a fair comparison
-    tuning = FitOptions(max(1, fitting.steps // 10), fitting.batch_size)
+    steps, batch_size = options.steps or (100 if options.quick else 1500), 8
     chunk, width = options.chunk_tokens or 16, options.width or (32 if options.quick else 64)
     layers, heads = options.layers or 2, options.heads or 2
-    families = check_families(options.families or ("hope", "transformer_pp"))
+    families = check_families(options.families or FAMILIES)
+    tuning_steps = max(1, steps // 10)
 
     def config(labelled: Labelled, family: str) -> ModelConfig:
         vocab = LABEL + sum(map(len, split_classes(labelled, num_groups)[1]))
         hope = small_hope(vocab, width=width, layers=layers, heads=heads, chunk_tokens=chunk)
         return suite_model(family, hope, options.hope)
 
-    @cache
-    def base_weights(name: str, family: str, seed: int) -> list[Tensor]:
-        """After learning to learn: the same for every method."""
-        labelled = data[name]
-        model, _ = fit_task(config(labelled, family), episode_task(labelled, num_groups, shots), fitting, seed)
-        return [p.detach().clone() for p in model.parameters()]
-
-    def run(cell: Cell) -> Scores:
-        family, method = cell.subject.split(": ")
-        labelled = data[cell.task]
-        model, base = small_model(config(labelled, family), cell.seed), base_weights(cell.task, family, cell.seed)
-        with torch.no_grad():
-            for parameter, value in zip(model.parameters(), base):
-                parameter.copy_(value)
-        _, groups = split_classes(labelled, num_groups)
-        if method == "in context":
-            return _scores(learn_in_context(model, labelled, groups, shots, cell.seed))
-        strength = EWC_STRENGTH if method == "EWC" else 0.0
-        return _scores(learn_in_weights(model, labelled, groups, shots, tuning, strength, cell.seed))
-
     first = next(iter(data.values()))
+    grid = {
+        f"{family}: {method}": tries(config(first, family), method, options)
+        for family in families
+        for method in METHODS
+    }
+
+    @cache
+    def base(name: str, family: str, setting: Setting, seed: int) -> Trained:
+        """After learning to learn: the same for every method."""
+        task = episode_task(data[name], num_groups, shots)
+        fitting = FitOptions(steps, batch_size, setting.lr, setting.optimizer)
+        model = started(config(data[name], family), setting.start)
+        return fit_task(model, TrainingData(task, seed), fitting, seed)
+
+    def run(cell: Cell) -> Outcome:
+        family, method = cell.subject.split(": ")
+        this, labelled = grid[cell.subject][cell.setting], data[cell.task]
+        trained = base(cell.task, family, this.base, cell.seed)
+        train, validation = labelled.without_validation(cell.seed)
+        _, groups = split_classes(labelled, num_groups, cell.seed)
+        shown = {name: train.train[name][:shots] for group in groups for name in group}
+        tuning = FitOptions(tuning_steps, batch_size, this.tuning_rate)
+        validated: dict[Weights, Score] = {}
+        scores: dict[Weights, Scores] = {}
+        for kind in trained.validation:
+            model = trained.use(kind)
+            if method.startswith("in context"):
+                stages = learn_in_context(model, shown, groups, cell.seed)
+            else:
+                stages = learn_in_weights(model, shown, groups, tuning, this.strength, cell.seed)
+            asked = _Asked(trained, stages, shown, groups, method, cell.seed)
+            value = float(np.mean(asked.accuracies(validation.test, stages[-1:])[0]))
+            validated[kind] = Score(value, 1 - value)
+            if not cell.is_try:
+                scores[kind] = _scores(asked.accuracies(labelled.test, stages))
+        return Outcome(validated, scores)
+
     return Suite(
         name="classes",
         title="Class-incremental learning",
         tasks=chosen("data set", options.tasks, tuple(data)),
-        subjects=tuple(f"{family}: {method}" for family in families for method in METHODS),
+        subjects=tuple(grid),
         seeds=options.seeds,
         settings={
             "quick": options.quick,
             "groups": num_groups,
             "shots": shots,
-            "steps": fitting.steps,
-            "steps_per_group": tuning.steps,
-            "lr_per_group": tuning.lr,
-            "optimizer_per_group": tuning.optimizer,
-            "ewc_strength": EWC_STRENGTH,
+            "steps": steps,
+            "steps_per_group": tuning_steps,
+            "batch_size": batch_size,
             "width": width,
             "layers": layers,
             "heads": heads,
             "chunk_tokens": chunk,
-            "lr": fitting.lr,
-            "optimizer": fitting.optimizer,
+            "ema": FitOptions(steps).ema,
+            "starts": {start: dict(STARTS[start]) for start in _STARTS},
+            "tuning_rates": list(_TUNING_RATES),
+            "ewc_strengths": list(_STRENGTHS),
             "classes": {name: len(labelled.classes) for name, labelled in data.items()},
-            "hope": options.hope,
+            "hope": list(options.hope),
         },
         run=run,
+        grid={subject: tuple(names) for subject, names in grid.items()},
         quantity="accuracy over all classes seen so far, after each group; forgetting: accuracy that earlier groups lost",
         less_is_better=("forgetting",),
-        paper="HOPE is compared on CLINC, Banking77 and DBpedia with in-context learning, EWC and other baselines.",
-        notes=f"At most half of the classes, {CLASSES_PER_GROUP} a group, arrive in groups; the rest are for learning to learn.",
+        notes=f"At most half of the classes, {CLASSES_PER_GROUP} a group, arrive in groups; the rest are for learning to learn. "
+        "Which classes are which changes with the seed.",
         parameters={family: num_parameters(config(first, family)) for family in families},
+        models={subject: digest(config(d, subject.split(": ")[0]) for d in data.values()) for subject in grid},
     )
 
 
-def learn_in_context(
-    model: LanguageModel, labelled: Labelled, groups: Groups, shots: int, seed: int
-) -> list[list[float]]:
-    """Accuracy of each group so far, after each group; the state goes on from group to group."""
-    model.eval()
-    labels, state, accuracies = _fixed_labels(groups), None, []
-    for number, group in enumerate(groups):
-        rng = np.random.default_rng((seed, 10**6 + number))
-        tokens, _ = told(_shown(labelled, group, shots), {name: labels[name] for name in group}, shots, rng)
-        state = _read(model, tokens, state)
-        accuracies.append(_accuracies(model, labelled, labels, groups[: number + 1], state))
-    return accuracies
+def tries(model: ModelConfig, method: str, options: SuiteOptions) -> dict[str, Try]:
+    """The grid of a family and a method."""
+    bases = settings_of(model, options, _STARTS, (_BASE_RATE,))
+    if method.startswith("in context"):
+        return {setting.name: Try(setting) for setting in bases}
+    if method == "fine-tuned":
+        found = {f"{bases[0].name}, tuned at {rate:g}": Try(bases[0], rate) for rate in _TUNING_RATES}
+    else:
+        found = {f"{bases[0].name}, held by {s:g}": Try(bases[0], strength=s) for s in _STRENGTHS}
+    return dict(list(found.items())[: len(bases)])
 
 
-def learn_in_weights(
-    model: LanguageModel,
-    labelled: Labelled,
-    groups: Groups,
-    shots: int,
-    options: FitOptions,
-    strength: float,
-    seed: int,
-) -> list[list[float]]:
-    """The same by training on single sentences of each group; strength 0 is plain fine-tuning."""
-    labels, accuracies = _fixed_labels(groups), []
-    anchors: list[tuple[Tensor, Tensor, Tensor]] = []
-    for number, group in enumerate(groups):
-        rng = np.random.default_rng((seed, 10**6 + number))
-        draw = partial(_single_sentences, labelled, labels, group, shots)
-        penalty = partial(_ewc_penalty, anchors, strength) if anchors and strength else None
-        fit(model, lambda step: draw(options.batch_size, rng), options, penalty=penalty)  # noqa: B023 (used at once)
-        if strength:
-            anchors += _fisher(model, lambda: draw(1, rng))  # noqa: B023
-        accuracies.append(_accuracies(model, labelled, labels, groups[: number + 1], None))
-    return accuracies
+class _Asked(NamedTuple):
+    """A model that has learnt, and how it is to be asked."""
+
+    trained: Trained
+    stages: list[Stage]
+    shown: Sentences
+    groups: Groups
+    method: str
+    seed: int
+
+    def accuracies(self, sentences: Mapping[str, list[np.ndarray]], stages: list[Stage]) -> list[list[float]]:
+        """Of each group so far, for each of some stages; at most 8 sentences a class, which ones changes with the seed."""
+        rng = np.random.default_rng((self.seed, 5))
+        picked = {
+            name: [sentences[name][i] for i in rng.permutation(len(sentences[name]))[:8]]
+            for group in self.groups
+            for name in group
+        }
+        found = []
+        for stage in stages:
+            with torch.no_grad():
+                for parameter, value in zip(self.trained.model.parameters(), stage.weights):
+                    parameter.copy_(value)
+            groups = [group for group in self.groups if set(group) <= set(stage.classes)]
+            found.append(
+                [
+                    stage_accuracy(
+                        self.trained.model,
+                        stage,
+                        {name: picked[name] for name in group},
+                        self.shown if self.method.endswith("InCA") else None,
+                        self.seed,
+                    )
+                    for group in groups
+                ]
+            )
+        return found
 
 
 def forgetting(accuracies: list[list[float]]) -> float:
@@ -161,88 +197,3 @@ def forgetting(accuracies: list[list[float]]) -> float:
 def _scores(accuracies: list[list[float]]) -> Scores:
     after = {f"after {i}": float(np.mean(row)) for i, row in enumerate(accuracies, 1)}
     return {**after, "forgetting": forgetting(accuracies)}
-
-
-def _shown(labelled: Labelled, group: list[str], shots: int) -> dict[str, list[np.ndarray]]:
-    """The sentences of a group that are told: the first ones of every class."""
-    return {name: labelled.train[name][:shots] for name in group}
-
-
-def _fixed_labels(groups: Groups) -> dict[str, int]:
-    return {name: i for i, name in enumerate(name for group in groups for name in group)}
-
-
-def _single_sentences(
-    labelled: Labelled, labels: dict[str, int], group: list[str], shots: int, size: int, rng: np.random.Generator
-) -> Batch:
-    """Sentences of a group, each alone, of those that in-context learning gets to read."""
-    rows, shown = [], _shown(labelled, group, shots)
-    for name in rng.choice(group, size):
-        sentences = shown[name]
-        rows.append(question(sentences[int(rng.integers(len(sentences)))], labels[name]))
-    return pad_batch(rows)
-
-
-def _accuracies(
-    model: LanguageModel, labelled: Labelled, labels: dict[str, int], seen: Groups, state: ModelState | None
-) -> list[float]:
-    """Of each group seen."""
-    return [_accuracy(model, labelled, labels, seen, tested, state) for tested in seen]
-
-
-@torch.no_grad()
-def _accuracy(
-    model: LanguageModel,
-    labelled: Labelled,
-    labels: dict[str, int],
-    seen: Groups,
-    tested: list[str],
-    state: ModelState | None,
-) -> float:
-    """Share of a group's test sentences whose label is the likeliest among those seen."""
-    model.eval()
-    batch = pad_batch([question(words, labels[name]) for name in tested for words in labelled.test[name][:8]])
-    tokens, targets = on_device(model, batch)
-    start = repeat_state(model, state, len(tokens)) if state is not None else None
-    logits = model(tokens, state=start).logits
-    asked = targets != IGNORE
-    known = LABEL + torch.tensor([labels[name] for group in seen for name in group], device=tokens.device)
-    answers = known[logits[asked][:, known].argmax(1)]
-    return (answers == targets[asked]).float().mean().item()
-
-
-@torch.no_grad()
-def _read(model: LanguageModel, tokens: list[int], state: ModelState | None) -> ModelState:
-    """The state of one stream after some more tokens."""
-    stream = torch.tensor([tokens], device=next(model.parameters()).device)
-    for piece in stream.split(_PIECE_TOKENS, 1):
-        state = model(piece, state=state, return_state=True).state
-    assert state is not None
-    return state
-
-
-def repeat_state(model: LanguageModel, state: ModelState, times: int) -> ModelState:
-    """The state of one stream as that of `times` equal ones; which axis counts streams, two new states tell."""
-    one, two = model.init_state(1).tensors(), model.init_state(2).tensors()
-    repeated = {}
-    for name, tensor in state.tensors().items():
-        axes = [i for i, (a, b) in enumerate(zip(one[name].shape, two[name].shape)) if a != b]
-        repeated[name] = tensor.repeat_interleave(times, axes[0]) if axes else tensor
-    return ModelState.from_tensors(repeated, like=state)
-
-
-def _fisher(model: LanguageModel, draw: Callable[[], Batch], samples: int = 32) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(parameter, where it is, mean squared gradient of single sentences), for every parameter."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    squares = [torch.zeros_like(p) for p in parameters]
-    for _ in range(samples):
-        gradients = torch.autograd.grad(batch_loss(model, draw()), parameters, allow_unused=True)
-        for square, gradient in zip(squares, gradients):
-            if gradient is not None:
-                square += gradient.detach() ** 2 / samples
-    return [(p, p.detach().clone(), square) for p, square in zip(parameters, squares)]
-
-
-def _ewc_penalty(anchors: list[tuple[Tensor, Tensor, Tensor]], strength: float) -> Tensor:
-    """strength / 2 times the sum over groups of F (theta - theta*)^2."""
-    return 0.5 * strength * torch.stack([(fisher * (p - at) ** 2).sum() for p, at, fisher in anchors]).sum()

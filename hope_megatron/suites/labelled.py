@@ -37,6 +37,25 @@ class Labelled:
         """Names, sorted."""
         return sorted(self.train)
 
+    def without_validation(self, seed: int) -> tuple[Labelled, Labelled]:
+        """The training sentences in two, a quarter of each class held out: (rest, with the test sentences; held out ones as test).
+
+        A sentence that occurs twice goes to one side with all its copies, and so does none that the test has.
+        """
+        parts: list[dict[str, list[np.ndarray]]] = [{}, {}]
+        for number, name in enumerate(self.classes):
+            asked = {words.tobytes() for words in self.test[name]}
+            distinct = {w.tobytes(): w for w in self.train[name] if w.tobytes() not in asked}
+            order = np.random.default_rng((seed, number)).permutation(len(distinct))
+            sentences = [list(distinct.values())[i] for i in order]
+            held = max(1, len(sentences) // 4)
+            if len(sentences) <= held:
+                raise SuiteError(
+                    f"{self.name}: class {name!r} has {len(sentences)} training sentences; give at least two"
+                )
+            parts[0][name], parts[1][name] = sentences[held:], sentences[:held]
+        return Labelled(self.name, parts[0], self.test), Labelled(self.name, parts[0], parts[1])
+
 
 def load_labelled(path: Path) -> Labelled:
     """Read a published file or directory.

@@ -7,14 +7,17 @@ recurrence whose writes depend on what the memory holds, read at the very token:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from hope_megatron.suites.task import Batch, Task, pad_batch
+from hope_megatron.suites.errors import SuiteError
+from hope_megatron.suites.splits import by_content, dealt
+from hope_megatron.suites.task import Batch, Draw, Source, Split, Task, pad_batch
 
 END = "end"
+_HELD_OUT = 0.2  # share of a finite language's trained lengths for validation, and as many for the test
 BEGIN = 1  # token before the first symbol; 0 pads
 Steps = list[tuple[str, frozenset[str]]]  # each symbol, and what may follow it
 
@@ -32,20 +35,43 @@ class Language:
     """Lengths are multiples of this."""
     string: Callable[[int, np.random.Generator], Steps]
     """A string of a length."""
-    periodic: bool = False
-    """Whether counting modulo a number tells what may follow; else counts grow with the string."""
+    one_per_length: bool = False
+    """Whether there is a single string of each length."""
 
     @property
     def vocab_size(self) -> int:
         """Padding, begin, the alphabet, the answers."""
         return 2 + len(self.alphabet) + len(self.answers)
 
+    def lengths(self, bin_name: str) -> list[int]:
+        """The lengths of a bin "2-40" that strings have."""
+        low, high = (int(text) for text in bin_name.split("-"))
+        return [n for n in range(low, high + 1) if n % self.multiple == 0]
+
     def draw(self, bin_name: str, size: int, rng: np.random.Generator) -> Batch:
         """Strings whose lengths are spread evenly over the bin."""
-        low, high = (int(text) for text in bin_name.split("-"))
-        lengths = [n for n in range(low, high + 1) if n % self.multiple == 0]
-        rows = [self.string(int(length), rng) for length in rng.choice(lengths, size)]
-        return pad_batch([self._encode(row) for row in rows])
+        return self._batch(rng.choice(self.lengths(bin_name), size), rng)
+
+    def source(self, trained: str) -> Source:
+        """Splits by content; where each length has one string, lengths are dealt out, and those held out are asked once each."""
+        if not self.one_per_length:
+            return by_content(self.draw, (trained,))
+
+        def source(split: Split, seed: int) -> Draw:
+            def draw(name: str, size: int, rng: np.random.Generator) -> Batch:
+                if name != trained:
+                    if split != "test":
+                        raise SuiteError(f"strings of {name} symbols are for the test alone; trained are {trained}")
+                    return self._batch(self.lengths(name), rng)
+                own = dealt(self.lengths(name), split, seed, share=_HELD_OUT, keep_ends=True)
+                return self._batch(rng.choice(own, size) if split == "training" else own, rng)
+
+            return draw
+
+        return source
+
+    def _batch(self, lengths: Iterable[int], rng: np.random.Generator) -> Batch:
+        return pad_batch([self._encode(self.string(int(length), rng)) for length in lengths])
 
     def _encode(self, steps: Steps) -> tuple[list[int], list[int]]:
         answer = {legal: 2 + len(self.alphabet) + i for i, legal in enumerate(self.answers)}
@@ -106,21 +132,21 @@ def _shuffle_answers() -> tuple[frozenset[str], ...]:
 
 A, B, C = "a", "b", "c"
 LANGUAGES = {
-    "parity": Language("01", (_legal("even"), _legal("odd")), _legal("even"), 1, _parity, periodic=True),
-    "(aa)*": Language("a", (_legal(A), _legal(A, END)), _legal(A, END), 2, _cycle("aa"), periodic=True),
-    "(abab)*": Language("ab", (_legal(A), _legal(B), _legal(A, END)), _legal(A, END), 4, _cycle("abab"), periodic=True),
-    "a^n b^n": Language("ab", (_legal(A), _legal(A, B), _legal(B), _legal(END)), _legal(A), 2, _blocks("ab")),
+    "parity": Language("01", (_legal("even"), _legal("odd")), _legal("even"), 1, _parity),
+    "(aa)*": Language("a", (_legal(A), _legal(A, END)), _legal(A, END), 2, _cycle("aa"), True),
+    "(abab)*": Language("ab", (_legal(A), _legal(B), _legal(A, END)), _legal(A, END), 4, _cycle("abab"), True),
+    "a^n b^n": Language("ab", (_legal(A), _legal(A, B), _legal(B), _legal(END)), _legal(A), 2, _blocks("ab"), True),
     "a^n b^n c^n": Language(
-        "abc", (_legal(A), _legal(A, B), _legal(B), _legal(C), _legal(END)), _legal(A), 3, _blocks("abc")
+        "abc", (_legal(A), _legal(A, B), _legal(B), _legal(C), _legal(END)), _legal(A), 3, _blocks("abc"), True
     ),
     "shuffle-2": Language("([)]", _shuffle_answers(), _legal("(", "[", END), 2, _shuffle2),
 }
 
 
 def language_tasks(longest: int) -> list[Task]:
-    """Each language, trained on strings of up to `longest` symbols, asked there and up to twice as long.
+    """Each language, trained on strings of up to `longest` symbols, asked there, up to twice and up to four times as long.
 
     Without lessons: models that began with short strings learnt them by heart, and then did not count.
     """
-    bins = (f"2-{longest}", f"{longest + 1}-{2 * longest}")
-    return [Task(name, x.vocab_size, bins, x.draw, metric="sequences") for name, x in LANGUAGES.items()]
+    bins = (f"2-{longest}", f"{longest + 1}-{2 * longest}", f"{2 * longest + 1}-{4 * longest}")
+    return [Task(name, x.vocab_size, bins, x.source(bins[0]), metric="sequences") for name, x in LANGUAGES.items()]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from hope_megatron.suites.task import IGNORE, Batch, Task
+from hope_megatron.suites.splits import by_content
+from hope_megatron.suites.task import IGNORE, Batch, Draw, Task
 
 BLANK, ASK = 1, 2
 FIRST = 3  # first id that is neither padding nor a mark
@@ -26,7 +27,7 @@ def compression(length: int, symbols: int = 16) -> Task:
         targets[:, length + 1 :] = np.take_along_axis(told, asked, axis=1)
         return Batch(tokens, targets)
 
-    return Task("compression", FIRST + symbols + length, (f"{length} tokens",), draw)
+    return _task("compression", FIRST + symbols + length, f"{length} tokens", draw)
 
 
 def in_context_recall(length: int, keys: int = 16, values: int = 16) -> Task:
@@ -41,7 +42,7 @@ def in_context_recall(length: int, keys: int = 16, values: int = 16) -> Task:
         targets[:, ::2] = np.where(_seen_before(key), value, IGNORE)
         return Batch(tokens, targets)
 
-    return Task("in-context recall", FIRST + keys + values, (f"{length} tokens",), draw)
+    return _task("in-context recall", FIRST + keys + values, f"{length} tokens", draw)
 
 
 def fuzzy_recall(length: int, keys: int = 8, symbols: int = 12) -> Task:
@@ -53,7 +54,7 @@ def fuzzy_recall(length: int, keys: int = 8, symbols: int = 12) -> Task:
             _fuzzy_sequence(row, target, keys, symbols, rng)
         return Batch(tokens, targets)
 
-    return Task("fuzzy recall", FIRST + 2 * symbols, (f"{length} tokens",), draw)
+    return _task("fuzzy recall", FIRST + 2 * symbols, f"{length} tokens", draw)
 
 
 def _fuzzy_sequence(row: np.ndarray, target: np.ndarray, keys: int, symbols: int, rng: np.random.Generator) -> None:
@@ -92,11 +93,14 @@ def selective_copying(length: int, copied: int, symbols: int = 16) -> Task:
         targets[:, length:] = told
         return Batch(tokens, targets)
 
-    return Task("selective copying", FIRST + symbols, (f"{copied} of {length}",), draw)
+    return _task("selective copying", FIRST + symbols, f"{copied} of {length}", draw)
 
 
 def memorization(facts: int, asked: int, values: int = 16) -> Task:
-    """A fixed dictionary that is never told: each key is followed by a mark, at which its value is asked."""
+    """A fixed dictionary that is never told: each key is followed by a mark, at which its value is asked.
+
+    Splits differ in which keys stand together; the facts are the same, as they must be.
+    """
     mapping = np.random.default_rng(20240326).integers(FIRST + facts, FIRST + facts + values, facts)
 
     def draw(name: str, size: int, rng: np.random.Generator) -> Batch:
@@ -106,7 +110,11 @@ def memorization(facts: int, asked: int, values: int = 16) -> Task:
         targets[:, 1::2] = mapping[key]
         return Batch(tokens, targets)
 
-    return Task("memorization", FIRST + facts + values, (f"{facts} facts",), draw)
+    return _task("memorization", FIRST + facts + values, f"{facts} facts", draw)
+
+
+def _task(name: str, vocab_size: int, bin_name: str, draw: Draw) -> Task:
+    return Task(name, vocab_size, (bin_name,), by_content(draw, (bin_name,)))
 
 
 def _seen_before(key: np.ndarray) -> np.ndarray:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hope_megatron.config.accounting import num_parameters
@@ -116,6 +117,12 @@ def _first_level(model: ModelConfig, units: int) -> ModelConfig:
     first, *rest = model.model_dump()["cms"]["levels"]
     levels = [{**first, "hidden_size": max(1, first["hidden_size"] + units)}, *rest]
     return changed(model, {"cms": {"levels": levels}})
+
+
+def digest(models: Iterable[ModelConfig]) -> str:
+    """A short name for some configurations: other settings, another name."""
+    text = "\n".join(model.model_dump_json() for model in models)
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
 def changed(model: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:

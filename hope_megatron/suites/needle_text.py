@@ -20,13 +20,13 @@ from hope_megatron.model import LanguageModel
 from hope_megatron.suites.errors import SuiteError
 from hope_megatron.suites.needle_questions import BABI, NEEDLES, Question
 from hope_megatron.suites.streamed import streamed_answers
-from hope_megatron.suites.suite import Cell, Scores, Suite, SuiteOptions, chosen
+from hope_megatron.suites.suite import Cell, Outcome, Suite, SuiteOptions, chosen
 from hope_megatron.suites.task import IGNORE, Batch
 from hope_megatron.suites.text import docstrings, read_texts
 
 Encode = Callable[[str], np.ndarray]
 DEFAULT_LENGTHS = (1024, 4096, 16384, 65536)
-SAMPLES = 4  # haystacks of a length and seed
+SAMPLES = 16  # haystacks of a length and seed
 KINDS = {**NEEDLES, **BABI}
 _NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 _TOKEN_BYTES = 8  # of filler read per token of the longest haystack
@@ -93,13 +93,13 @@ def build(
         answers = streamed_answers(model, tokens, targets)
         return (answers.right == answers.asked).float().mean().item(), (answers.nats / answers.asked).mean().item()
 
-    def run(cell: Cell) -> Scores:
+    def run(cell: Cell) -> Outcome:
         scores = {}
         for length in lengths:
             right, nats = ask(cell.subject, length, cell.seed, True)
             gained = cell.task == "nats gained"
             scores[f"{length:,}"] = ask(cell.subject, length, cell.seed, False)[1] - nats if gained else right
-        return scores
+        return Outcome(scores={"raw": scores})
 
     return Suite(
         name="needles",
@@ -118,7 +118,6 @@ def build(
         quantity="share of answers right to the last token, and nats per answer token gained by the needle, by length in tokens",
         unbounded=("nats gained",),
         subject_kind="needle",
-        paper="HOPE leads the attention-free families on RULER's needles; BABILong is reported up to 10M tokens.",
         notes=f"{SAMPLES} haystacks per seed, streamed in pieces; trained on {trained_tokens:,} tokens.",
     )
 

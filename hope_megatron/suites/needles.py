@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 
+from hope_megatron.suites.splits import by_content
 from hope_megatron.suites.task import IGNORE, Batch, Task
 
 MARK, ASK = 1, 2
@@ -39,7 +40,7 @@ def needle_tasks(lengths: tuple[int, ...]) -> list[Task]:
 
         bins = tuple(f"{n:,} tokens" for n in lengths)
         lessons = tuple(f"{lengths[0] // part:,} tokens" for part in (4, 2) if lengths[0] // part >= _SHORTEST)
-        return Task(kind, VALUES.stop, bins, draw, "sequences", lessons)
+        return Task(kind, VALUES.stop, bins, by_content(draw, (*lessons, bins[0])), "sequences", lessons)
 
     return [task(kind) for kind in KINDS]
 

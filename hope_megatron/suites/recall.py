@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from hope_megatron.suites.splits import by_content
 from hope_megatron.suites.task import IGNORE, Batch, Task, pad_batch
 
 SEPARATOR = 1
@@ -39,11 +40,13 @@ def recall_tasks(longest: int, pairs: int) -> list[Task]:
     """Both, begun small, each asked at the trained size and at twice that."""
     bins = (f"2-{longest}", f"{longest + 1}-{2 * longest}")
     lessons = tuple(f"2-{longest // part}" for part in (4, 2))
-    copying = Task("copying", COPY_SYMBOLS.stop, bins, draw_copying, lessons=lessons)
+    source = by_content(draw_copying, (*lessons, bins[0]))
+    copying = Task("copying", COPY_SYMBOLS.stop, bins, source, lessons=lessons)
     return [copying, associative_recall(pairs)]
 
 
 def associative_recall(pairs: int) -> Task:
     """Begun with half of the pairs, asked at the trained number and at twice that."""
     bins, lessons = (f"{pairs} pairs", f"{2 * pairs} pairs"), (f"{pairs // 2} pairs",)
-    return Task("associative recall", VALUES.stop, bins, draw_recall, lessons=lessons)
+    source = by_content(draw_recall, (*lessons, bins[0]))
+    return Task("associative recall", VALUES.stop, bins, source, lessons=lessons)

@@ -10,6 +10,7 @@ from hope_megatron.suites.suite import Suite, SuiteOptions
 
 _BUILDERS: dict[str, Callable[[SuiteOptions], Suite]] = {
     "languages": families.languages,
+    "permutations": families.permutations,
     "recall": families.recall,
     "mad": families.mad,
     "needles": families.needles,

@@ -1,31 +1,46 @@
-"""A suite's tables in Markdown, and the same tables as a picture."""
+"""A suite's tables in Markdown: figures over seeds, with what was chosen and by how many tries, beside the paper's."""
 
 from __future__ import annotations
 
-import math
-import statistics
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hope_megatron.eval.report import INK, markdown_table, save_figure
-from hope_megatron.suites.suite import Cell, Results, Suite
+import numpy as np
 
-_PANELS_ACROSS = 3
-_CHARACTER_INCHES = 0.068  # of the picture's small print
+from hope_megatron.eval.report import markdown_table
+from hope_megatron.suites.paper import paper_of
+from hope_megatron.suites.results import Results
+from hope_megatron.suites.selection import Choice
+from hope_megatron.suites.suite import Cell, Suite
+
+SOLVED = 0.99
+SOLVING_SEEDS = 5  # a claim of fewer is none
+_RESAMPLES = 10_000
+_FIGURE = "mean [95 % bootstrap interval of the mean], median, worst over seeds, on test data"
+_RULE = (
+    "Chosen on validation data at the trained lengths, over all tasks, among {tries} candidates for each row alike. "
+    "It solves a task if the worst of at least five seeds is 0.99 or more in every bin."
+)
+_BEST = "Chosen in the same way among the same candidates, but for each task by itself."
 
 
 class Spread(NamedTuple):
     """One figure over seeds."""
 
     mean: float
-    deviation: float
-    """Sample standard deviation; 0 for one seed."""
+    low: float
+    """95 % bootstrap interval of the mean: from here"""
+    high: float
+    """to here."""
+    median: float
+    worst: float
     seeds: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} ± {self.deviation:.3f}" if self.seeds > 1 else f"{self.mean:.3f}"
+        if self.seeds == 1:
+            return f"{self.mean:.3f} (one seed)"
+        return f"{self.mean:.3f} [{self.low:.2f}, {self.high:.2f}], {self.median:.2f}, {self.worst:.2f}"
 
 
 class Table(NamedTuple):
@@ -35,54 +50,105 @@ class Table(NamedTuple):
     rows: dict[str, list[Spread | None]]
 
 
-def spread(results: Results, cell: tuple[str, str], column: str) -> Spread | None:
-    """A score of (task, subject) over the seeds there are."""
-    found = [
-        value
-        for seed in range(results.suite.seeds)
-        if (value := results.scores.get(Cell(*cell, seed), {}).get(column)) is not None
-    ]
-    if not found:
-        return None
-    return Spread(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else 0.0, len(found))
+def summarise(values: Sequence[float], *, less_is_better: bool = False) -> Spread:
+    """Mean, interval, median and worst of figures over seeds. The interval is by percentile over 10,000 resamples."""
+    found = np.asarray(values, float)
+    means = np.random.default_rng(0).choice(found, (_RESAMPLES, len(found))).mean(1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    worst = found.max() if less_is_better else found.min()
+    return Spread(found.mean().item(), float(low), float(high), float(np.median(found)), worst.item(), len(found))
 
 
-def table(results: Results, task: str) -> Table:
-    """A task's figures. Scores named "X after Y" become a matrix: rows of what was learnt last, columns of what is asked."""
-    names: dict[str, None] = {}
-    for cell, scores in results.scores.items():
-        if cell.task == task:
-            names.update(dict.fromkeys(scores))
+def scores_of(results: Results, cell: tuple[str, str], choice: Choice) -> dict[int, Mapping[str, float]]:
+    """Test scores of (task, subject) by seed, with the setting and weights of a choice."""
+    found = {}
+    for seed in range(results.suite.seeds):
+        outcome = results.outcomes.get(Cell(*cell, seed, choice.setting))
+        if outcome is not None and choice.weights in outcome.scores:
+            found[seed] = outcome.scores[choice.weights]
+    return found
+
+
+def table(results: Results, task: str, *, best: bool = False) -> Table:
+    """A task's test figures. Scores named "X after Y" become a matrix: rows of what was learnt last, columns of what is asked.
+
+    Args:
+        best: of each subject's setting for this task alone; else of its one setting for all tasks.
+    """
+    suite = results.suite
+    by_subject: dict[str, dict[int, Mapping[str, float]]] = {}
+    for subject in suite.subjects:
+        choice = results.choice(subject, task if best else None)
+        by_subject[subject] = scores_of(results, (task, subject), choice) if choice else {}
+    names = list(dict.fromkeys(name for seeds in by_subject.values() for found in seeds.values() for name in found))
+
+    def spread(subject: str, name: str) -> Spread | None:
+        values = [found[name] for found in by_subject[subject].values() if name in found]
+        if not values:
+            return None
+        return summarise(values, less_is_better=bool({task, name} & set(suite.less_is_better)))
+
     if not any(" after " in name for name in names):
-        rows = {s: [spread(results, (task, s), name) for name in names] for s in results.suite.subjects}
-        return Table(list(names), rows)
+        return Table(names, {s: [spread(s, name) for name in names] for s in suite.subjects})
     pairs = [name.split(" after ") for name in names if " after " in name]
     asked, learnt = (list(dict.fromkeys(part)) for part in zip(*pairs))
     rest = [name for name in names if " after " not in name]
     rows = {}
-    for subject in results.suite.subjects:
+    for subject in suite.subjects:
         for phase in learnt:
-            found = [spread(results, (task, subject), f"{name} after {phase}") for name in asked]
-            at_end = [spread(results, (task, subject), name) if phase == learnt[-1] else None for name in rest]
+            found = [spread(subject, f"{name} after {phase}") for name in asked]
+            at_end = [spread(subject, name) if phase == learnt[-1] else None for name in rest]
             rows[f"{subject}, after {phase}"] = found + at_end
     return Table(asked + rest, rows)
 
 
+def solved(row: Sequence[Spread | None]) -> str:
+    """Whether every bin is solved: "yes", "no", or "-" with too few seeds to say."""
+    if any(found is None or found.seeds < SOLVING_SEEDS for found in row):
+        return "-"
+    return "yes" if all(found is not None and found.worst >= SOLVED for found in row) else "no"
+
+
 def suite_markdown(results: Results) -> str:
-    """Title, what the paper says, a table per task, how it was run."""
+    """Title, what the paper says, the tables with one setting per subject and then with the best per task, how it was run."""
     suite = results.suite
     parts = [f"# {suite.title}"]
-    if suite.paper:
-        parts.append(f"The paper: {suite.paper}")
-    parts.append(f"Ours: {suite.quantity}; mean ± standard deviation over seeds. {suite.notes}".rstrip())
-    for task in suite.tasks:
-        columns, rows = table(results, task)
-        cells = [[name, *("-" if x is None else str(x) for x in row)] for name, row in rows.items()]
-        parts.append(f"**{task}**\n\n" + markdown_table([suite.subject_kind, *columns], cells))
+    if published := paper_of(suite.name):
+        parts.append(f"The paper: {published.text}")
+    parts.append(f"Ours: {suite.quantity}. Each figure: {_FIGURE}. {suite.notes}".rstrip())
+    if suite.grid:
+        parts.append("## One setting per " + suite.subject_kind + f"\n\n{_RULE.format(tries=suite.num_tries)}")
+    parts += [_task_section(results, task, best=False) for task in suite.tasks]
+    if suite.grid and len(suite.tasks) > 1:
+        parts.append(f"## The best setting for each task\n\n{_BEST}")
+        parts += [_task_section(results, task, best=True) for task in suite.tasks]
     if suite.parameters:
         parts.append("Parameters: " + ", ".join(f"{name} {count:,}" for name, count in suite.parameters.items()) + ".")
     parts.append("Settings: " + "; ".join(f"{name} {value}" for name, value in _settings(suite)) + ".")
     return "\n\n".join(parts) + "\n"
+
+
+def _task_section(results: Results, task: str, *, best: bool) -> str:
+    suite = results.suite
+    columns, rows = table(results, task, best=best)
+    published = paper_of(suite.name)
+    cells = []
+    for name, row in rows.items():
+        subject = name.split(", after ")[0]
+        choice = results.choice(subject, task if best else None)
+        line = [name, *("-" if x is None else str(x) for x in row)]
+        if suite.grid:
+            line += [str(choice) if choice else "tries are missing", str(suite.num_tries)]
+        if task not in suite.unbounded:
+            line.append(solved(row))
+        if published:
+            line.append(published.cell(task, subject))
+        cells.append(line)
+    header = [suite.subject_kind, *columns]
+    header += ["setting", "tries"] if suite.grid else []
+    header += ["solves"] if task not in suite.unbounded else []
+    header += ["the paper"] if published else []
+    return f"**{task}**\n\n" + markdown_table(header, cells)
 
 
 def suite_outline(suite: Suite, path: Path | None, others: Sequence[Path] = ()) -> str:
@@ -93,16 +159,19 @@ def suite_outline(suite: Suite, path: Path | None, others: Sequence[Path] = ()) 
     """
     results = Results(suite, path)
     results.load(others)
-    cells = list(suite.cells())
-    done = sum(cell in results.scores for cell in cells)
+    planned = [*results.planned()]
+    total = len(planned) + len(results.to_follow())
+    done = sum(cell in results.outcomes for cell in planned)
     files = [file for file in (path, *others) if file and file.exists()]
+    tried = suite.grid and sum(len(suite.tries(subject)) for subject in suite.subjects)
     rows = [
         ("tasks", ", ".join(suite.tasks)),
         (suite.subject_kind + "s", ", ".join(suite.subjects)),
         ("seeds", str(suite.seeds)),
+        ("tries", f"{suite.num_tries} candidates per {suite.subject_kind}, {tried} trainings" if tried else ""),
         ("parameters", ", ".join(f"{name} {count:,}" for name, count in suite.parameters.items())),
         *_settings(suite),
-        ("cells", f"{len(cells)}, of which {done} are in {', '.join(map(str, files))}" if done else str(len(cells))),
+        ("cells", f"{total}, of which {done} are in {', '.join(map(str, files))}" if done else str(total)),
     ]
     return f"{suite.title}\n" + "\n".join(f"  {name:<20} {value}" for name, value in rows if value)
 
@@ -118,58 +187,3 @@ def _settings(suite: Suite) -> list[tuple[str, str]]:
         return ", ".join(map(said, value)) if isinstance(value, (list, tuple)) else str(value)
 
     return [(key.replace("_", " "), text) for key, value in suite.settings.items() if (text := said(value))]
-
-
-def plot_suite(results: Results, path: Path) -> None:
-    """A panel per task: the table with its cells coloured, the better the brighter; shares from 0 to 1, all else from the column's
-    worst to its best."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    suite = results.suite
-    tables = {task: table(results, task) for task in suite.tasks}
-    across = min(_PANELS_ACROSS, len(tables))
-    down = math.ceil(len(tables) / across)
-    width = sum(_width(t) for t in list(tables.values())[:across])
-    height = down * (0.9 + 0.27 * max(len(t.rows) for t in tables.values()))
-    title = textwrap.fill(f"{suite.title}: {suite.quantity} (brighter is better)", int(width / _CHARACTER_INCHES / 1.2))
-    figure = Figure(figsize=(width, height + 0.25 + 0.2 * title.count("\n")), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(down, across, squeeze=False)
-    for axes, (task, figures) in zip(grid.flat, tables.items()):
-        _panel(axes, task, figures, suite)
-    for axes in list(grid.flat)[len(tables) :]:
-        axes.set_axis_off()
-    figure.suptitle(title, color=INK, fontsize=9, x=0.01, ha="left")
-    save_figure(figure, path)
-
-
-def _width(figures: Table) -> float:
-    """Inches of a panel: its row names and its columns."""
-    return (
-        0.4
-        + _CHARACTER_INCHES * max(map(len, figures.rows))
-        + sum(max(0.95, 0.08 * len(name)) for name in figures.columns)
-    )
-
-
-def _panel(axes, task: str, figures: Table, suite: Suite) -> None:
-    levels = [[math.nan] * len(figures.columns) for _ in figures.rows]  # worst 0 to best 1, for the colours
-    for x, column in enumerate(figures.columns):
-        means = [found.mean for row in figures.rows.values() if (found := row[x]) is not None]
-        worst, best = (min(means), max(means)) if task in suite.unbounded and means else (0.0, 1.0)
-        if {task, column} & set(suite.less_is_better):
-            worst, best = best, worst
-        for y, row in enumerate(figures.rows.values()):
-            if (value := row[x]) is not None:
-                levels[y][x] = (value.mean - worst) / (best - worst) if best != worst else 0.5
-                text = f"{value.mean:.2f}" + (f" ±{value.deviation:.2f}" if value.seeds > 1 else "")
-                axes.text(
-                    x, y, text, ha="center", va="center", fontsize=7, color=INK if levels[y][x] > 0.5 else "white"
-                )
-    axes.imshow(levels, aspect="auto", cmap="viridis", vmin=0, vmax=1, alpha=0.85)
-    axes.set_xticks(range(len(figures.columns)), figures.columns, fontsize=7)
-    axes.set_yticks(range(len(figures.rows)), list(figures.rows), fontsize=7)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    axes.set_title(task, loc="left", fontsize=8, color=INK)

@@ -1,4 +1,4 @@
-"""A task: batches of tokens and targets drawn by length, or by whatever its bins stand for."""
+"""A task: batches of tokens and targets, drawn from three disjoint splits."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from hope_megatron.model import IGNORE
 
 PAD = 0  # token behind the end of a shorter sequence
 
+Split = Literal["training", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("training", "validation", "test")
+
 
 class Batch(NamedTuple):
     """What a model reads and what it is asked."""
@@ -21,6 +24,9 @@ class Batch(NamedTuple):
 
 
 Draw = Callable[[str, int, np.random.Generator], Batch]
+"""(bin, sequences, random numbers) -> batch; fewer sequences than asked for where there are no more."""
+Source = Callable[[Split, int], Draw]
+"""(split, seed) -> how that split is drawn. The seed decides which sequences belong to which split."""
 
 
 @dataclass(frozen=True)
@@ -31,26 +37,22 @@ class Task:
     vocab_size: int
     """Token ids and answers share one vocabulary."""
     bins: tuple[str, ...]
-    """What is asked of a trained model, one score each. Training ends with the first."""
-    draw: Draw
-    """(bin, sequences, random numbers) -> batch."""
+    """What is asked of a trained model, one score each. The first is trained, the others are beyond it."""
+    source: Source
+    """No sequence of one split may occur in another."""
     metric: Literal["sequences", "answers", "loss"] = "answers"
     """Share of sequences without a mistake, share of right answers, or nats per answer."""
     lessons: tuple[str, ...] = ()
     """Smaller bins that training begins with, one after the other."""
     known: float = 0.95
-    """Score at which a lesson ends."""
+    """Validation score at which a lesson ends."""
     longest_lesson: float = 1 / 8
     """Share of the steps at which it ends anyway."""
 
-    def train_batch(self, size: int, seed: int, step: int, name: str | None = None) -> Batch:
-        """The batch of a training step: a function of seed and step. name: a lesson; None: the first bin."""
-        return self.draw(name or self.bins[0], size, np.random.default_rng((seed, step)))
-
-    def test_batch(self, name: str, size: int) -> Batch:
-        """The sequences every model of this task is asked in a bin; other random numbers than any training step's."""
-        number = (*self.bins, *self.lessons).index(name)
-        return self.draw(name, size, np.random.default_rng((10**9, 7, number)))
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The bins that training and validation draw from."""
+        return (*self.lessons, self.bins[0])
 
 
 def pad_batch(rows: list[tuple[list[int], list[int]]]) -> Batch:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import ast
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from data_pipeline.corpus import python_stdlib_documents
 from hope_megatron.suites.errors import SuiteError
-from hope_megatron.suites.task import Batch
+from hope_megatron.suites.splits import dealt
+from hope_megatron.suites.task import Batch, Draw, Source, Split
 
 Documents = list[bytes]
-_HELD_OUT_EVERY = 20
+_MIN_DOCUMENTS = 20  # to be dealt as they are
 _SEPARATOR = b"\n\n"
 MAX_BYTES = 8 << 20  # of one domain
 
@@ -97,15 +99,35 @@ def system_text() -> tuple[bytes, ...]:
     return read_texts(Path(sysconfig.get_path("stdlib")) / "LICENSE.txt")
 
 
-def heldout_split(documents: tuple[bytes, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes of training documents and of every twentieth, held out; a single document is cut at its last twentieth."""
-    if len(documents) < _HELD_OUT_EVERY:
-        whole = _SEPARATOR.join(documents)
-        cut = len(whole) - len(whole) // _HELD_OUT_EVERY
-        return _bytes(whole[:cut]), _bytes(whole[cut:])
-    held = documents[::_HELD_OUT_EVERY]
-    trained = [document for i, document in enumerate(documents) if i % _HELD_OUT_EVERY]
-    return _bytes(_SEPARATOR.join(trained)), _bytes(_SEPARATOR.join(held))
+def split_text(documents: tuple[bytes, ...], split: Split, seed: int) -> np.ndarray:
+    """Bytes of a split's documents. Few documents are cut into blocks first, which are dealt like documents.
+
+    Args:
+        seed: which documents are held out.
+    """
+    pieces = documents if len(documents) >= _MIN_DOCUMENTS else _blocks(_SEPARATOR.join(documents))
+    return np.frombuffer(_SEPARATOR.join(dealt(pieces, split, seed)), dtype=np.uint8)
+
+
+def text_source(read: Callable[[], tuple[bytes, ...]], context: int) -> Source:
+    """Windows of text, whose documents are divided among the splits by seed. Text is read when first drawn from."""
+
+    def source(split: Split, seed: int) -> Draw:
+        data: list[np.ndarray] = []
+
+        def draw(name: str, size: int, rng: np.random.Generator) -> Batch:
+            if not data:
+                data.append(split_text(read(), split, seed))
+            return windows(data[0], context, size, rng)
+
+        return draw
+
+    return source
+
+
+def _blocks(text: bytes) -> tuple[bytes, ...]:
+    bounds = np.linspace(0, len(text), _MIN_DOCUMENTS + 1).astype(int)
+    return tuple(text[a:b] for a, b in pairwise(bounds))
 
 
 def windows(data: np.ndarray, context: int, size: int, rng: np.random.Generator) -> Batch:
@@ -119,7 +141,3 @@ def windows(data: np.ndarray, context: int, size: int, rng: np.random.Generator)
     starts = rng.integers(0, len(data) - context - 1, size)
     rows = np.stack([data[i : i + context + 1] for i in starts]).astype(np.int64)
     return Batch(rows[:, :-1], np.ascontiguousarray(rows[:, 1:]))
-
-
-def _bytes(data: bytes) -> np.ndarray:
-    return np.frombuffer(data, dtype=np.uint8)

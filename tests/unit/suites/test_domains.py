@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 
 from hope_megatron.config.accounting import num_parameters
-from hope_megatron.suites.domains import cms_models, domain_task, learn_in_sequence, named_sources
+from hope_megatron.suites.domains import cms_models, named_sources, scores_by_domain
 from hope_megatron.suites.errors import SuiteError
 from hope_megatron.suites.fit import FitOptions
 from hope_megatron.suites.models import small_hope
 from hope_megatron.suites.registry import build_suite
+from hope_megatron.suites.sequential import learn_in_sequence
 from hope_megatron.suites.suite import SuiteOptions
-from hope_megatron.suites.text import _bare, heldout_split, read_texts, system_text, windows
+from hope_megatron.suites.task import SPLITS, Task
+from hope_megatron.suites.text import _bare, read_texts, split_text, system_text, text_source, windows
+from hope_megatron.suites.training_data import TrainingData
 
 
 def test_documentation_strings_and_comments_are_taken_out_of_code():
@@ -28,11 +31,14 @@ def test_documentation_strings_and_comments_are_taken_out_of_code():
 
 def test_held_out_text_is_not_trained_on():
     documents = tuple(b"document %d" % i for i in range(45))
-    train, held = (part.tobytes().split(b"\n\n") for part in heldout_split(documents))
-    assert held == [documents[0], documents[20], documents[40]] and not set(train) & set(held)
-    assert len(train) + len(held) == 45
-    single = heldout_split((b"x" * 950 + b"y" * 50,))
-    assert single[0].tobytes() == b"x" * 950 and single[1].tobytes() == b"y" * 50
+    parts = [split_text(documents, split, 7).tobytes().split(b"\n\n") for split in SPLITS]
+    assert sorted(document for part in parts for document in part) == sorted(documents) and [
+        len(part) for part in parts
+    ] == [37, 4, 4]
+    assert split_text(documents, "test", 8).tobytes().split(b"\n\n") != parts[2]
+    single = [split_text((bytes(range(200)),), split, 0).tobytes().replace(b"\n\n", b"") for split in SPLITS]
+    assert [len(part) for part in single] == [160, 20, 20]
+    assert sorted(b"".join(single)) == list(range(200))
 
 
 def test_targets_are_the_next_bytes():
@@ -67,15 +73,23 @@ def test_levels_have_equal_parameters_and_slower_clocks():
 
 def test_a_domain_that_contradicts_the_first_is_learnt_over_it():
     """In one domain a is followed by b, in the other by c: learning the second must cost the first."""
-    tasks = [domain_task(name, lambda text=text: (text * 400,), 16) for name, text in (("b", b"ab"), ("c", b"ac"))]
+    tasks = [
+        Task(name, 256, ("held out",), text_source(lambda text=text: (text * 400,), 16), "loss")
+        for name, text in (("b", b"ab"), ("c", b"ac"))
+    ]
     config = cms_models(small_hope(256, width=16, layers=1, heads=2, chunk_tokens=8))["1 level"]
-    scores = learn_in_sequence(config, tasks, FitOptions(steps=60, batch_size=4, lr=3e-2), 0)
+    options = FitOptions(steps=60, batch_size=4, lr=3e-2)
+    trained = learn_in_sequence(config, [TrainingData(task, 0) for task in tasks], options, 0)
+    scores = scores_by_domain(trained, tasks, 0, "raw")
     assert scores["b after b"] < 0.5 and scores["c after c"] < 0.5
     assert (
         scores["forgetting"] == pytest.approx(scores["b after c"] - scores["b after b"]) and scores["forgetting"] > 0.5
     )
+    last = (scores["b after c"] + scores["c after c"]) / 2
+    assert trained.validation["raw"].value == pytest.approx(last, abs=0.3)
 
 
 def test_the_suite_is_there():
-    suite = build_suite("domains", SuiteOptions(quick=True, families=("1 level", "3 levels")))
-    assert suite.subjects == ("1 level", "3 levels") and suite.settings["domains"] == ["code", "docs", "system"]
+    suite = build_suite("domains", SuiteOptions(quick=True, families=("1 level", "deltanet")))
+    assert suite.subjects == ("1 level", "deltanet") and suite.settings["domains"] == ["code", "docs", "system"]
+    assert set(build_suite("domains", SuiteOptions()).subjects) >= {"3 levels", "transformer_pp", "gated_deltanet"}

@@ -10,23 +10,25 @@ import pytest
 
 from hope_megatron.suites.languages import BEGIN, END, LANGUAGES, language_tasks
 from hope_megatron.suites.mad import ASK, BLANK, FIRST, mad_tasks
+from hope_megatron.suites.permutations import elements, permutation_tasks
 from hope_megatron.suites.recall import SEPARATOR, recall_tasks
 from hope_megatron.suites.task import IGNORE, PAD
+from hope_megatron.suites.training_data import TrainingData
 
-TASKS = {task.name: task for task in [*language_tasks(12), *recall_tasks(8, 4), *mad_tasks(32)]}
+TASKS = {task.name: task for task in [*language_tasks(20), *permutation_tasks(6), *recall_tasks(8, 4), *mad_tasks(32)]}
 
 
 def rows(name: str, bin_number: int = 0, size: int = 50):
     """(tokens, targets) of test sequences."""
     task = TASKS[name]
-    batch = task.test_batch(task.bins[bin_number], size)
+    batch = task.source("test", 0)(task.bins[bin_number], size, np.random.default_rng(bin_number))
     yield from zip(batch.tokens.tolist(), batch.targets.tolist())
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_the_seed_alone_decides(name):
     task = TASKS[name]
-    first, again, other = (task.train_batch(8, seed, 3) for seed in (1, 1, 2))
+    first, again, other = (TrainingData(task, seed).batch(3, 8) for seed in (1, 1, 2))
     assert np.array_equal(first.tokens, again.tokens) and np.array_equal(first.targets, again.targets)
     if name not in ("(aa)*", "(abab)*", "a^n b^n", "a^n b^n c^n"):  # few strings: seeds may agree
         assert not np.array_equal(first.tokens, other.tokens)
@@ -36,7 +38,7 @@ def test_the_seed_alone_decides(name):
 def test_ids_lie_in_the_vocabulary_and_something_is_asked(name):
     task = TASKS[name]
     for bin_name in task.bins:
-        batch = task.test_batch(bin_name, 20)
+        batch = task.source("test", 0)(bin_name, 20, np.random.default_rng(0))
         asked = batch.targets[batch.targets != IGNORE]
         assert batch.tokens.shape == batch.targets.shape and batch.tokens.dtype == np.int64
         assert batch.tokens.min() >= 0 and batch.tokens.max() < task.vocab_size
@@ -61,7 +63,7 @@ def _balanced(text: str) -> bool:
 
 @pytest.mark.parametrize("name", MEMBERS)
 def test_legal_next_symbols_are_those_that_some_member_continues_with(name):
-    """Against all strings of the language up to a length, by membership alone."""
+    """Of training strings, against all strings of the language up to a length, by membership alone."""
     language, longest = LANGUAGES[name], 9 if name == "a^n b^n c^n" else 8
     members = {
         word
@@ -74,7 +76,8 @@ def test_legal_next_symbols_are_those_that_some_member_continues_with(name):
         for i in range(len(word) + 1):
             followed.setdefault(word[:i], set()).add(word[i] if i < len(word) else END)
     checked = 0
-    for tokens, targets in rows(name, size=200):
+    batch = TrainingData(TASKS[name], 0).batch(0, 400)
+    for tokens, targets in zip(batch.tokens.tolist(), batch.targets.tolist()):
         word = "".join(language.alphabet[t - 2] for t in tokens[1:] if t != PAD)
         assert MEMBERS[name](word) and tokens[0] == BEGIN
         for i in range(len(word) + 1):
@@ -98,10 +101,25 @@ def test_parity_counts_the_ones():
 
 @pytest.mark.parametrize("name", LANGUAGES)
 def test_lengths_lie_in_their_bins(name):
-    for number, (low, high) in enumerate([(2, 12), (13, 24)]):
+    for number, (low, high) in enumerate([(2, 20), (21, 40), (41, 80)]):
         lengths = {sum(t != PAD for t in tokens) - 1 for tokens, _ in rows(name, number, 200)}
         assert low <= min(lengths) and max(lengths) <= high
-        assert all(n % LANGUAGES[name].multiple == 0 for n in lengths) and len(lengths) > 1
+        assert all(n % LANGUAGES[name].multiple == 0 for n in lengths) and len(lengths) >= (1 if number == 0 else 5)
+
+
+@pytest.mark.parametrize("degree", [3, 5])
+def test_permutations_are_asked_for_their_product_so_far(degree):
+    every, count = elements(degree), len(elements(degree))
+    for number in range(3):
+        for tokens, targets in rows(f"S{degree}", number, 20):
+            things = np.arange(degree)
+            assert targets[0] == IGNORE
+            for token, target in zip(tokens[1:], targets[1:]):
+                if token == PAD:
+                    assert target == IGNORE
+                    continue
+                things = every[token - 2][things]  # where the thing at each place goes next
+                assert np.array_equal(every[target - 2 - count], things)
 
 
 @pytest.mark.parametrize("bin_number, low, high", [(0, 2, 8), (1, 9, 16)])

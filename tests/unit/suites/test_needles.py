@@ -13,8 +13,9 @@ from hope_megatron.suites.errors import SuiteError
 from hope_megatron.suites.needle_questions import BABI
 from hope_megatron.suites.needle_text import KINDS, build, haystack
 from hope_megatron.suites.needles import ASK, FILLER, MARK, needle_tasks
+from hope_megatron.suites.running import run_suite
 from hope_megatron.suites.streamed import streamed_answers
-from hope_megatron.suites.suite import Cell, SuiteOptions, run_suite
+from hope_megatron.suites.suite import Cell, SuiteOptions
 from hope_megatron.suites.task import IGNORE
 from hope_megatron.testing.models import tiny_model
 
@@ -26,7 +27,7 @@ def encode(text: str) -> np.ndarray:
 def test_synthetic_questions_are_about_hidden_needles():
     for task in needle_tasks((64, 256)):
         for name, length in zip(task.bins, (64, 256)):
-            batch = task.test_batch(name, 20)
+            batch = task.source("test", 0)(name, 20, np.random.default_rng(0))
             assert batch.tokens.shape == batch.targets.shape == (20, length)
             for tokens, targets in zip(batch.tokens.tolist(), batch.targets.tolist()):
                 told = [(tokens[i + 1], tokens[i + 2]) for i, t in enumerate(tokens) if t == MARK]
@@ -126,7 +127,7 @@ def test_needles_of_a_model():
     options = SuiteOptions(tasks=("pass-key",), seeds=1, lengths=(256,))
     results = run_suite(build(model, encode, "tiny", "tiny", 32, options), None, {}, tell=lambda line: None)
     (right,), (gained,) = (
-        results.scores[Cell(task, "pass-key", 0)].values() for task in ("answers right", "nats gained")
+        results.outcomes[Cell(task, "pass-key", 0)].scores["raw"].values() for task in ("answers right", "nats gained")
     )
     assert right == 0.0 and 0 < abs(gained) < 1.0
 
