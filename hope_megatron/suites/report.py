@@ -61,7 +61,7 @@ def summarise(values: Sequence[float], *, less_is_better: bool = False) -> Sprea
 
 def scores_of(results: Results, cell: tuple[str, str], choice: Choice) -> dict[int, Mapping[str, float]]:
     """Test scores of (task, subject) by seed, with the setting and weights of a choice."""
-    found = {}
+    found: dict[int, Mapping[str, float]] = {}
     for seed in range(results.suite.seeds):
         outcome = results.outcomes.get(Cell(*cell, seed, choice.setting))
         if outcome is not None and choice.weights in outcome.scores:

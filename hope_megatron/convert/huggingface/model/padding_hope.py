@@ -42,7 +42,9 @@ def spans_of(mask: Tensor | None, position_ids: Tensor | None, batch_size: int, 
     """
     if mask is None and (position_ids is None or num_tokens == 1):
         return None
-    device = position_ids.device if mask is None else mask.device
+    given = position_ids if mask is None else mask
+    assert given is not None
+    device = given.device
     real = torch.ones(batch_size, num_tokens, dtype=torch.bool, device=device)
     if mask is not None:
         if mask.dim() != 2 or mask.size(0) != batch_size or mask.size(1) < num_tokens:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
-from hope_megatron.cli.heldout import text_tokens
+from hope_megatron.eval.heldout import text_tokens
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
