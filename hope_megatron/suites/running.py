@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from hope_megatron.runtime.formatting import duration_text
 from hope_megatron.suites.results import Results
 from hope_megatron.suites.suite import Outcome, Suite
-from hope_megatron.runtime.formatting import duration_text
 
 
 def run_suite(
