@@ -17,7 +17,9 @@ pytest.importorskip("accelerate", reason="Trainer needs accelerate, which `pip i
 ROWS = torch.randint(4, 61, (8, 32), generator=torch.Generator().manual_seed(0))
 LABELS = ROWS.clone()
 for _row in range(8):
-    LABELS[_row, : 4 * _row + 1] = -100  # from 31 labels down to 3; the first is never predicted, but older Trainers count it
+    LABELS[
+        _row, : 4 * _row + 1
+    ] = -100  # from 31 labels down to 3; the first is never predicted, but older Trainers count it
 
 
 class Sum(transformers.TrainerCallback):
