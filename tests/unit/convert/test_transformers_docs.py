@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from data_pipeline.tokenizer import Tokenizer
 from hope_megatron.checkpoint.find import CheckpointSource
+from hope_megatron.cli.main import main
 from hope_megatron.convert.huggingface.export import export_huggingface, load_huggingface
 
 pytest.importorskip("transformers", reason="the page is about transformers")
@@ -43,6 +45,10 @@ def test_every_block_runs(
     reread = names["AutoTokenizer"].from_pretrained("tuned/chat", trust_remote_code=True)
     ids = reread("<|user|>def main(", return_tensors="pt")["input_ids"]
     assert int(ids[0, 0]) == 300 and again(ids).logits.size(-1) == 302
+    assert main(["import", "hf", "tuned/chat", "--tokenizer", "chat.model"]) == 0
+    assert main(["import", "hf", "tuned/chat", "--model", "chat.yaml"]) == 0
+    assert Tokenizer.load("chat.model").encode("<|user|>def main(").tolist() == ids[0].tolist()
+    assert yaml.safe_load(Path("chat.yaml").read_text())["model"]["vocab_size"] == 302
     for directory, vocab_size in (("tuned/model", 300), ("tuned/chat", 302)):
         ours = load_huggingface(directory)
         theirs = names["AutoModelForCausalLM"].from_pretrained(directory, trust_remote_code=True)
