@@ -178,11 +178,12 @@ class _Session:
 
     def save(self) -> None:
         """Keep the stream in the state file, if there is to be one."""
+        from hope_megatron.generation.learning import LearningDecoder
         from hope_megatron.generation.state_file import save_state
 
         if self.args.state:
             self.decoder.read_ahead()
-            if self.args.learn_rest:
+            if self.args.learn_rest and isinstance(self.decoder, LearningDecoder):
                 self.decoder.finish()
             save_state(self.args.state, self.decoder)
 

@@ -101,7 +101,7 @@ def _name_special(directory: Path, trainer: Any, vocabulary: dict[str, int]) -> 
         token = config.get(f"{name}_token")
         piece = token["content"] if isinstance(token, dict) else token
         taken = name == "pad" and piece == trainer.eos_piece  # a model without a pad piece pads with its end mark
-        there = piece in vocabulary and not taken
-        setattr(trainer, f"{name}_id", vocabulary[piece] if there else -1)
-        if there:
+        token_id = vocabulary.get(str(piece), -1)
+        setattr(trainer, f"{name}_id", -1 if taken else token_id)
+        if token_id >= 0 and not taken:
             setattr(trainer, f"{name}_piece", piece)
