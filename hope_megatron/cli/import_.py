@@ -4,7 +4,8 @@ Examples:
 
     hope import hf DIR RUN_FILE                 start the run of a run file from an exported model
     hope import deepspeed DIR RUN_FILE          from the weights of a DeepSpeed checkpoint (or torch_dist), whoever wrote it
-    hope import llama DIR --model model.yaml    write the model section that fits a Llama or Mistral model
+    hope import hf DIR --tokenizer FILE         the SentencePiece model, with the tokens that fine-tuning added
+    hope import llama DIR --model model.yaml    write the model section that fits a Llama or Mistral model (hf: a fine-tuned one)
     hope import llama DIR RUN_FILE              start a run from it: its MLPs are the levels' initial states
     hope import torch_dist DIR --checkpoint OUT a checkpoint of ours from an earlier export, optimizer states and all
 """
@@ -32,13 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", type=Path, metavar="OUT", help="write the whole checkpoint of an export of ours"
     )
     parser.add_argument("--model", type=Path, metavar="FILE", help="write the model section of a run file")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="write the SentencePiece model that belongs to DIR"
+    )
     add_layout_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Import."""
-    if sum(target is not None for target in (args.run_file, args.checkpoint, args.model)) != 1:
-        raise ModelReferenceError("give one target: RUN_FILE, --checkpoint OUT or --model FILE")
+    targets = (args.run_file, args.checkpoint, args.model, args.tokenizer)
+    if sum(target is not None for target in targets) != 1:
+        raise ModelReferenceError("give one target: RUN_FILE, --checkpoint OUT, --model FILE or --tokenizer FILE")
     if asked_layout(args) and args.checkpoint is None:
         raise ModelReferenceError("--tp, --dp, --zero-stage and --sequence-parallel need --checkpoint OUT")
     prepare_process()
@@ -47,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
         _restore(source, args)
     elif args.model is not None:
         _write_model_section(source, args)
+    elif args.tokenizer is not None:
+        _write_tokenizer(source, args)
     else:
         _begin_run(args)
     return 0
@@ -65,12 +72,28 @@ def _write_model_section(source: Format, args: argparse.Namespace) -> None:
     from hope_megatron.config import dump_config
 
     if source.read_model_config is None:
-        raise ModelReferenceError(f"--model is for foreign architectures; {args.format} carries its own configuration")
+        raise ModelReferenceError(
+            f"{args.format} holds no model section; a checkpoint of ours carries its configuration"
+        )
     if args.model.exists():
         raise ModelReferenceError(f"{args.model} exists; name another file, or move it away")
     section = dump_config(source.read_model_config(args.directory))
     args.model.write_text("model:\n" + textwrap.indent(section, "  "), encoding="utf-8")
     print(f"{args.model}: the model section of a run file; levels may be added to its cms.levels")
+
+
+def _write_tokenizer(source: Format, args: argparse.Namespace) -> None:
+    from data_pipeline.tokenizer import Tokenizer
+
+    if source.read_tokenizer is None:
+        raise ModelReferenceError(f"{args.format} holds no tokenizer; use the file that the model was trained with")
+    if args.tokenizer.exists():
+        raise ModelReferenceError(f"{args.tokenizer} exists; name another file, or move it away")
+    tokenizer = Tokenizer(source.read_tokenizer(args.directory), f"the tokenizer of {args.directory}")
+    tokenizer.save(args.tokenizer)
+    print(
+        f"{args.tokenizer}: {tokenizer.vocab_size} ids; `hope data prepare --tokenizer {args.tokenizer}` makes data with it"
+    )
 
 
 def _begin_run(args: argparse.Namespace) -> None:

@@ -38,6 +38,7 @@ class Format:
         restore: the whole checkpoint that an earlier export holds.
         load_model: the weights of a directory, whoever wrote it, as a model of a run's configuration.
         read_model_config: the model section of a run file that fits a directory.
+        read_tokenizer: the SentencePiece model that belongs to a directory, whatever was added to it.
     """
 
     export: Callable[[CheckpointSource, Path, ExportOptions], list[str]] | None = None
@@ -45,6 +46,7 @@ class Format:
     restore: Callable[[Path], WholeCheckpoint] | None = None
     load_model: Callable[[Path, RunConfig], LanguageModel] | None = None
     read_model_config: Callable[[Path], ModelConfig] | None = None
+    read_tokenizer: Callable[[Path], bytes] | None = None
 
 
 FORMATS = Registry(

@@ -55,11 +55,15 @@ def open_model(reference: str, tokenizer_file: Path | None = None) -> OpenModel:
     from hope_megatron.checkpoint.find import find_checkpoint
     from hope_megatron.checkpoint.local_model import build_local_model
     from hope_megatron.convert.huggingface.export import is_huggingface_model, load_huggingface
+    from hope_megatron.convert.huggingface.tokenizer_back import read_tokenizer
 
     directory = Path(reference)
     if is_huggingface_model(directory):
         loaded = load_huggingface(directory)
-        tokenizer = Tokenizer.load(tokenizer_file or loaded.tokenizer_file)
+        if tokenizer_file is None:
+            tokenizer = Tokenizer(read_tokenizer(directory), f"the tokenizer of {directory}")
+        else:
+            tokenizer = Tokenizer.load(tokenizer_file)
         opened = OpenModel(reference, loaded.model, tokenizer, loaded.train_tokens_per_sequence, None)
     else:
         source = find_checkpoint(reference)

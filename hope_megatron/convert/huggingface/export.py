@@ -121,6 +121,11 @@ def is_huggingface_model(directory: str | Path) -> bool:
         return False
 
 
+def read_config(directory: Path) -> ModelConfig:
+    """The architecture of a model of ours in Hugging Face layout."""
+    return _read_config(directory)[0]
+
+
 def _read_config(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
     path = directory / CONFIG_NAME
     values = read_json(path)

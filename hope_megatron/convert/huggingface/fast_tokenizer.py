@@ -17,7 +17,9 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 SPACE_MARK = "\u2581"
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # kinds of pieces in a SentencePiece model
+KINDS = {"normal": 1, "unknown": 2, "control": 3, "user_defined": 4, "byte": 6}
+"""Kinds of pieces in a SentencePiece model."""
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = KINDS.values()
 
 
 def fast_tokenizer(model: bytes) -> dict[str, Any] | None:

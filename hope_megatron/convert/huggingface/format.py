@@ -12,7 +12,8 @@ from hope_megatron.checkpoint.find import CheckpointSource
 from hope_megatron.config import RunConfig
 from hope_megatron.convert.architecture import check_architecture
 from hope_megatron.convert.formats import ExportOptions, Format
-from hope_megatron.convert.huggingface.export import export_huggingface, load_huggingface
+from hope_megatron.convert.huggingface.export import export_huggingface, load_huggingface, read_config
+from hope_megatron.convert.huggingface.tokenizer_back import read_tokenizer
 from hope_megatron.convert.huggingface.tokenizer_files import SLOW
 from hope_megatron.convert.huggingface.weights import MAX_SHARD_BYTES
 from hope_megatron.eval.heldout import manifest_tokens
@@ -48,4 +49,10 @@ def _load_model(directory: Path, config: RunConfig) -> LanguageModel:
     return loaded.model
 
 
-FORMAT = Format(export=_export, takes=frozenset({"tokenizer", "max_shard_gib"}), load_model=_load_model)
+FORMAT = Format(
+    export=_export,
+    takes=frozenset({"tokenizer", "max_shard_gib"}),
+    load_model=_load_model,
+    read_model_config=read_config,
+    read_tokenizer=read_tokenizer,
+)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from hope_megatron.checkpoint.errors import ConversionError, ExportCheckError
@@ -16,6 +17,7 @@ from hope_megatron.checkpoint.find import CheckpointSource, find_checkpoint
 from hope_megatron.checkpoint.format import CheckpointDamagedError
 from hope_megatron.convert.huggingface.check import ExportCheck
 from hope_megatron.convert.huggingface.export import export_huggingface, load_huggingface
+from hope_megatron.convert.huggingface.weights import SINGLE_NAME
 from hope_megatron.model import LanguageModel
 
 MakeCheckpoint = Callable[..., CheckpointSource]
@@ -43,6 +45,17 @@ def test_round_trip_from_tensor_and_data_parallel_pieces_is_bitwise(
     assert load_huggingface(str(out)).config == loaded.config
     assert export.check.max_difference == 0.0 and export.check.reference == "the training processes"
     assert (len(list(out.glob("*.safetensors"))) > 1) == (max_shard_bytes < 1 << 20)
+
+
+def test_an_export_of_an_earlier_version_is_read(
+    make_checkpoint: MakeCheckpoint, model: LanguageModel, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Our names, and rows that pad the vocabulary."""
+    export_huggingface(make_checkpoint(), tmp_path / "model", tokenizer)
+    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    save_file(weights, tmp_path / "model" / SINGLE_NAME, metadata={"format": "pt"})
+    found = dict(load_huggingface(tmp_path / "model").model.named_parameters())
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
 
 
 def test_files_say_what_they_are(make_checkpoint: MakeCheckpoint, tokenizer: Tokenizer, tmp_path: Path) -> None:

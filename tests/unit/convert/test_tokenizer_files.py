@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.tokenizer import Tokenizer
+from hope_megatron.checkpoint.errors import ConversionError
+from hope_megatron.convert.huggingface.tokenizer_back import read_tokenizer
 from hope_megatron.convert.huggingface.tokenizer_files import FAST, SLOW, write_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="the files are for transformers")
@@ -93,7 +95,23 @@ def test_ids_are_those_of_sentencepiece(name: str, tmp_path: Path, monkeypatch: 
     loaded.save_pretrained(tmp_path / "again")
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=expected == SLOW)
     assert all(same_ids(again, processor, text) for text in TEXTS)
-    assert (tmp_path / "again/tokenizer.model").exists() or expected == FAST
+    # and back into a SentencePiece model, with what was added
+    back = Tokenizer(read_tokenizer(tmp_path / "again"))
+    assert (back.eos_id, back.bos_id, back.pad_id) == (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id)
+    assert back.is_exact == tokenizer.is_exact
+    assert all(back._processor.encode(text) == processor.encode(text) for text in TEXTS)
+    again.add_tokens(["<|user|>"])
+    again.add_tokens(["<|end|>"], special_tokens=True)
+    again.save_pretrained(tmp_path / "chat")
+    if expected == FAST and changes.get("add_dummy_prefix"):
+        with pytest.raises(ConversionError, match="puts a space before a text"):
+            read_tokenizer(tmp_path / "chat")
+        return
+    chat = Tokenizer(read_tokenizer(tmp_path / "chat"))
+    assert chat.vocab_size == len(again) == tokenizer.vocab_size + 2
+    for text in ("def <|user|>f(x) <|user|></s><|end|>", "<|user|>a", *TEXTS):
+        assert same_ids(again, chat._processor, text), text
+    assert chat._processor.is_control(chat.vocab_size - 1)
 
 
 @pytest.mark.parametrize("name", [name for name, (_, kind) in MODELS.items() if kind == FAST])

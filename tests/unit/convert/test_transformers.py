@@ -119,6 +119,10 @@ def test_packed_texts_do_not_see_each_other(name: str) -> None:
     packed = model(ids, position_ids=positions).logits
     expected = torch.cat([model(ids[:, :7]).logits, model(ids[:, 7:]).logits], 1)
     torch.testing.assert_close(packed, expected, atol=1e-12, rtol=0)
+    rows = [{"input_ids": row[:n].tolist()} for row, n in zip(ids, LENGTHS)]
+    flat = transformers.DataCollatorWithFlattening(return_tensors="pt")(rows)
+    parts = [model(row[None, :n], labels=row[None, :n]).loss.item() * (n - 1) for row, n in zip(ids, LENGTHS)]
+    assert model(**flat).loss.item() == pytest.approx(sum(parts) / (sum(LENGTHS) - 3), rel=1e-12)
     with pytest.raises(ValueError, match="row 0 of the batch holds 2 texts"):
         model(ids, position_ids=positions, use_cache=True)
 

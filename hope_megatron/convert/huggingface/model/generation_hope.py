@@ -114,7 +114,11 @@ class HopeGeneration(GenerationMixin):
     ) -> dict[str, Any]:
         """The prompt or what of it the state has not read; then the last token."""
         cache = given_cache(cache, past_key_values)
-        common: dict[str, Any] = {"use_cache": use_cache, "output_hidden_states": output_hidden_states, "logits_to_keep": 1}
+        common: dict[str, Any] = {
+            "use_cache": use_cache,
+            "output_hidden_states": output_hidden_states,
+            "logits_to_keep": 1,
+        }
         if in_loop:
             return {"input_ids": input_ids[:, -1:], "cache": cache, **common}
         common |= {"cache": cache, "attention_mask": attention_mask}

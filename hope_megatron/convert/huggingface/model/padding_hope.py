@@ -40,12 +40,10 @@ def spans_of(mask: Tensor | None, position_ids: Tensor | None, batch_size: int, 
         mask: [B, S] of ones and zeros. S may be more than `num_tokens`: then its last columns are those of this call.
         position_ids: [B, T] or [1, T]; where they do not count on, another text begins, as in packed batches.
     """
-    if mask is None and (position_ids is None or num_tokens == 1):
-        return None
     given = position_ids if mask is None else mask
-    assert given is not None
-    device = given.device
-    real = torch.ones(batch_size, num_tokens, dtype=torch.bool, device=device)
+    if given is None or (mask is None and num_tokens == 1):
+        return None
+    real = torch.ones(batch_size, num_tokens, dtype=torch.bool, device=given.device)
     if mask is not None:
         if mask.dim() != 2 or mask.size(0) != batch_size or mask.size(1) < num_tokens:
             raise ValueError(

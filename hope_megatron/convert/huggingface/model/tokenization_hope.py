@@ -19,7 +19,21 @@ class HopeTokenizer(PreTrainedTokenizer):
         from sentencepiece import SentencePieceProcessor
 
         self.vocab_file, self.processor = vocab_file, SentencePieceProcessor(model_file=vocab_file)
+        self._longer: tuple[int, Any] = (0, self.processor)
         super().__init__(**{"split_special_tokens": True, **kwargs})
+
+    def _with_added(self) -> Any:
+        """SentencePiece with the tokens that were added: symbols of the user's, or control symbols where they are special."""
+        added = [token for i, token in sorted(self.added_tokens_decoder.items()) if i >= self.vocab_size]
+        if len(added) != self._longer[0]:
+            from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+
+            model = sentencepiece_model_pb2.ModelProto()
+            model.ParseFromString(self.processor.serialized_model_proto())
+            for token in added:
+                model.pieces.add(piece=token.content, score=0.0, type=3 if token.special else 4)
+            self._longer = (len(added), SentencePieceProcessor(model_proto=model.SerializeToString()))
+        return self._longer[1]
 
     @property
     def vocab_size(self) -> int:
@@ -31,7 +45,7 @@ class HopeTokenizer(PreTrainedTokenizer):
         return {self.processor.id_to_piece(i): i for i in range(self.vocab_size)} | self.added_tokens_encoder
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        return self.processor.encode(text, out_type=str)
+        return self._with_added().encode(text, out_type=str)
 
     def _convert_token_to_id(self, token: str) -> int:
         return self.processor.piece_to_id(token)
