@@ -48,6 +48,8 @@ The files were read back into a fresh model. {check}.
 def model_card(source: CheckpointSource, name: str, num_parameters: int, check: ExportCheck) -> str:
     """Markdown with the facts of the run that trained the model."""
     rows = {"run": source.config.name} | _facts(source.config, source.checkpoint.description)
+    if source.averaged:
+        rows["weights"] = f"exponential average over steps, decay {source.config.training.ema:g}"
     facts = "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
     text = str(check)
     return _TEMPLATE.format(name=name, num_parameters=num_parameters, facts=facts, check=text[0].upper() + text[1:])
