@@ -13,6 +13,7 @@ from torch import Tensor
 from hope_megatron.checkpoint.errors import ConversionError
 from hope_megatron.checkpoint.format import (
     MANIFEST,
+    PROBE_NAME,
     Checkpoint,
     checkpoint_step,
     list_checkpoints,
@@ -20,8 +21,6 @@ from hope_megatron.checkpoint.format import (
     step_directory_name,
 )
 from hope_megatron.config import RunConfig, resolve_run_config
-
-PROBE_NAME = "probe.safetensors"
 
 
 @dataclass(frozen=True)
