@@ -61,9 +61,7 @@ class SegmentBackward:
         self._rooms(outside)
         self.d_q = None if outside.y is None else self._reads(outside.y)
         if self.form.generates:
-            if self.form.mem:
-                self.d_logs[:, :, 1] += self.rho @ self.c.onward.mT
-            self.d_logs = self.d_logs.permute(1, 2, 3, 0).reshape(self.b, 2 * self.form.C, self.N).contiguous()
+            self._rates_from_outside(outside)
         for i in reversed(range(self.b)):
             self._chunk(slice(i, i + 1), i)
         return self._gradients()
@@ -113,10 +111,18 @@ class SegmentBackward:
             self.kv = self.tape.kv.flatten(2, 3).expand(n, N, self.b, 2 * C, d).contiguous()
             self.kept_V_in = torch.cat([co.V_in[:, :, 1:], w.inner_end], 2)
         if form.generates:
-            self._generation_rooms(outside)
+            self._generation_rooms()
         self.read_keys = self.read_V = self.read_V_in = None
 
-    def _generation_rooms(self, outside: Outside) -> None:
+    def _rates_from_outside(self, outside: Outside) -> None:
+        """Gradients of log-rates that do not come from the loop, [b, 2 C, N]."""
+        if outside.logs is None:
+            given = torch.stack([torch.zeros_like(self.rho), self.rho @ self.c.onward.mT], 2)
+        else:
+            given = outside.logs
+        self.d_logs = given.permute(1, 2, 3, 0).reshape(self.b, 2 * self.form.C, self.N).contiguous()
+
+    def _generation_rooms(self) -> None:
         form, g, C, N, n = self.form, self.tape.generated, self.form.C, self.N, self.form.n
         # raw rows are kept unscaled: d_raw = scale rows
         self.scale = g.raw.new_empty(4, N, self.b, C, 1)
@@ -128,7 +134,6 @@ class SegmentBackward:
         self.of_sums = self.c.rates(n).repeat(1, sets)
         self.num_input_sums = (n + 2 * n * C) * form.writes_in
         self.sums = g.raw.new_empty(self.num_input_sums + n + len(self.co.drive_sums) * n * C, N)
-        self.d_logs = g.raw.new_zeros(N, self.b, 2, C) if outside.logs is None else outside.logs.clone()
         if form.writes_in:
             self.d_z_x, self.slope_x = g.raw.new_empty(4, N, self.b, C, self.h), dsilu(g.z_x) * self.scale
 
@@ -381,20 +386,13 @@ class SegmentBackward:
         return d_x[:3].sum(0), d_x[3], raw[0, ..., 0], raw[1, ..., 0]
 
     def _rates(self) -> tuple[Tensor, Tensor]:
-        """Gradients of log-rates that came from outside: all chunks at once."""
+        """Gradients of log-rates that came from outside, for M_mem alone: all chunks at once."""
         C = self.form.C
-        layers = [(self.pair["r"], self.co.drive_sums, self.right, self.kept_V)]
-        if self.form.writes_in:
-            layers.append((self.pair_in, self.co.drive_sums_in, self.right_in, self.kept_V_in))
-        e = f = ends = 0
-        for pair, drive_sums, right, kept in layers:
-            sums = (pair[..., 0, :] * drive_sums[:2]).sum((1, -1))
-            e, f = e + sums[0], f + sums[1]
-            ends = ends + (right[..., C:, :] * kept).sum((0, -2, -1))
-        d_alpha = f @ self.c.later.mT - e + ends.unsqueeze(-1)
-        if self.form.mem:
-            d_alpha = d_alpha + self.rho @ self.c.onward.mT
-        return e, d_alpha
+        sums = (self.pair["r"][..., 0, :] * self.co.drive_sums[:2]).sum((1, -1))
+        e, f = sums + (self.pair_in[..., 0, :] * self.co.drive_sums_in).sum((1, -1))
+        ends = (self.right[..., C:, :] * self.kept_V).sum((0, -2, -1))
+        ends = ends + (self.right_in[..., C:, :] * self.kept_V_in).sum((0, -2, -1))
+        return e, f @ self.c.later.mT + self.rho @ self.c.onward.mT - e + ends.unsqueeze(-1)
 
 
 def _kept(dV: Tensor, end: Tensor, read: Tensor | None, out: Tensor) -> None:
