@@ -24,6 +24,7 @@ from torch import Tensor
 from hope_megatron.checkpoint.format import (
     DESCRIPTION,
     FORMAT,
+    GENERATOR_PREFIX,
     MANIFEST,
     Checkpoint,
     CheckpointDamagedError,
@@ -45,7 +46,6 @@ from hope_megatron.runtime.files import sync_directory
 
 log = logging.getLogger(__name__)
 
-GENERATOR_PREFIX = "generator/"
 MAX_FAILED_SAVES = 3
 _TEMPORARY = ".tmp-"
 

@@ -14,6 +14,7 @@ from hope_megatron.checkpoint.errors import ConversionError
 from hope_megatron.checkpoint.format import (
     MANIFEST,
     MASTER,
+    PROBE_NAME,
     Checkpoint,
     checkpoint_step,
     list_checkpoints,
@@ -23,7 +24,6 @@ from hope_megatron.checkpoint.format import (
 from hope_megatron.config import RunConfig, resolve_run_config
 from hope_megatron.optim.average import EMA
 
-PROBE_NAME = "probe.safetensors"
 _AVERAGED = f":{EMA}"
 
 

@@ -33,6 +33,8 @@ from hope_megatron.runtime.files import sync_directory
 
 FORMAT = "hope-checkpoint-v1"
 MANIFEST = "manifest.json"
+PROBE_NAME = "probe.safetensors"
+GENERATOR_PREFIX = "generator/"
 DESCRIPTION = "checkpoint.json"
 MASTER = "master"
 STEP_PREFIX = "step-"

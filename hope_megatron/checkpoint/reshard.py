@@ -17,11 +17,18 @@ import torch
 from hope_megatron.checkpoint.digested_file import DigestedFile, FileDigest, SafetensorsFile
 from hope_megatron.checkpoint.errors import ConversionError
 from hope_megatron.checkpoint.find import CheckpointSource
-from hope_megatron.checkpoint.format import DESCRIPTION, FORMAT, rank_file_name, write_json, write_manifest
+from hope_megatron.checkpoint.format import (
+    DESCRIPTION,
+    FORMAT,
+    GENERATOR_PREFIX,
+    rank_file_name,
+    write_json,
+    write_manifest,
+)
 from hope_megatron.checkpoint.output import fresh_directory
 from hope_megatron.checkpoint.placement import place, shard_shape
 from hope_megatron.checkpoint.skeleton import outline_of
-from hope_megatron.checkpoint.unsharded import GENERATOR_PREFIX, WholeCheckpoint, compare_whole, read_whole
+from hope_megatron.checkpoint.unsharded import WholeCheckpoint, compare_whole, read_whole
 from hope_megatron.config import in_layout
 from hope_megatron.config.layout import ParallelLayout
 from hope_megatron.optim import split_shards

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from hope_megatron.checkpoint.errors import ConversionError
-from hope_megatron.checkpoint.find import PROBE_NAME, CheckpointSource
-from hope_megatron.checkpoint.format import MASTER, Checkpoint
+from hope_megatron.checkpoint.find import CheckpointSource
+from hope_megatron.checkpoint.format import GENERATOR_PREFIX, MASTER, PROBE_NAME, Checkpoint
 from hope_megatron.checkpoint.generators import fresh_generator_states
 from hope_megatron.config import RunConfig, resolve_run_config
 from hope_megatron.config.layout import ParallelLayout
 from hope_megatron.optim import ParamTags
 
-GENERATOR_PREFIX = "generator/"
 CARRIED = ("progress", "data", "config", "provenance", "optimizer", "heldout_loss", "history")
 """What checkpoint.json says beside the layout."""
 

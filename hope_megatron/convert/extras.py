@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hope_megatron.checkpoint.errors import ConversionError
-from hope_megatron.checkpoint.find import PROBE_NAME
-from hope_megatron.checkpoint.format import DESCRIPTION, MANIFEST, foreign_files, write_json
+from hope_megatron.checkpoint.format import DESCRIPTION, MANIFEST, PROBE_NAME, foreign_files, write_json
 from hope_megatron.checkpoint.generators import fresh_generator_states
 from hope_megatron.checkpoint.unsharded import WholeCheckpoint, WholeParameter
 from hope_megatron.config.layout import ParallelLayout

@@ -54,8 +54,8 @@ def _change(row: str) -> str:
 
 PUBLISHED: Mapping[str, Published] = {
     "languages": Published(
-        "table 5: HOPE solves all languages at 100 %, at the training length and in the longer bin; a Transformer has 0 % of parity in "
-        "the longer bin. Our models have some thirty thousand parameters and some hundred steps.",
+        "table 5: HOPE solves all languages at 100 %, at the training length and in the longer bin; a Transformer has 0 % of "
+        "parity in the longer bin. Our models have some thirty thousand parameters and some hundred steps.",
         {(language, "hope"): "100 %, longer bin 100 %" for language in _LANGUAGES}
         | {("parity", "transformer_pp"): "longer bin 0 %"},
     ),
@@ -69,8 +69,8 @@ PUBLISHED: Mapping[str, Published] = {
         },
     ),
     "needles": Published(
-        "table 1, percent at 4K / 8K / 16K tokens, RULER's needles. Its models have 760M and 1.3B parameters and are trained on text; ours "
-        "that are trained here have some ten thousand parameters and are trained on the needles themselves.",
+        "table 1, percent at 4K / 8K / 16K tokens, RULER's needles. Its models have 760M and 1.3B parameters and are trained on "
+        "text; ours that are trained here have some ten thousand parameters and are trained on the needles themselves.",
         {
             (
                 "answers right",
@@ -89,13 +89,13 @@ PUBLISHED: Mapping[str, Published] = {
         },
     ),
     "ablations": Published(
-        "table 6: perplexity on text and accuracy of reasoning tasks, 760M parameters. Taking out the query's memory makes perplexity "
-        "better there. Ours have about a hundred thousand parameters.",
+        "table 6: perplexity on text and accuracy of reasoning tasks, 760M parameters. Taking out the query's memory makes "
+        "perplexity better there. Ours have about a hundred thousand parameters.",
         {("text", row): _change(row) for row in _ABLATIONS},
     ),
     "classes": Published(
-        "figure 6, a plot: HOPE is above in-context learning, EWC and InCA on CLINC, Banking77 and DBpedia. It starts from pretrained "
-        "Llama models; ours are trained from scratch on the classes that are not asked."
+        "figure 6, a plot: HOPE is above in-context learning, EWC and InCA on CLINC, Banking77 and DBpedia. It starts from "
+        "pretrained Llama models; ours are trained from scratch on the classes that are not asked."
     ),
     "domains": Published(
         "no such test; figure 8, a plot, shows two languages learnt one after the other by pretrained models."

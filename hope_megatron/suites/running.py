@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from hope_megatron.runtime.formatting import duration_text
 from hope_megatron.suites.results import Results
 from hope_megatron.suites.suite import Outcome, Suite
-from hope_megatron.training.progress import format_duration
 
 
 def run_suite(
@@ -40,7 +40,7 @@ def run_suite(
         results.save()
         planned = [*results.planned()]
         done, total = sum(kept in results.outcomes for kept in planned), len(planned) + len(results.to_follow())
-        took, left = format_duration(results.seconds[cell]), format_duration(_seconds_left(results))
+        took, left = duration_text(results.seconds[cell]), duration_text(_seconds_left(results))
         tell(f"[{done}/{total}] {cell}: {_figures(results.outcomes[cell])} ({took}, {left} left)")
     return results
 

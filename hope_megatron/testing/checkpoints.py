@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
-from hope_megatron.checkpoint.find import PROBE_NAME, CheckpointSource
+from hope_megatron.checkpoint.find import CheckpointSource
 from hope_megatron.checkpoint.format import (
     DESCRIPTION,
+    PROBE_NAME,
     FileDigest,
     rank_file_name,
     step_directory_name,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hope_megatron.checkpoint.format import PROBE_NAME
 from hope_megatron.eval.memory_health import cms_figure, measure_memories
 from hope_megatron.runtime.files import write_json
 from hope_megatron.runtime.process import start_up_text
@@ -24,8 +25,6 @@ from hope_megatron.training.step import StepResult, evaluate
 from hope_megatron.training.tracking import Tracker
 
 log = logging.getLogger(__name__)
-
-PROBE_FILE = "probe.safetensors"
 
 
 def default_callbacks(progress: Progress, tracker: Tracker | None) -> list[Callback]:
@@ -215,7 +214,7 @@ class Checkpointing(Callback):
             return None
         tokens, _ = micro_batches(run.heldout_source, range(1), 1, run.engine.mesh.device)[0]
         logits = run.engine.logits(tokens)
-        return {PROBE_FILE: {"tokens": tokens.cpu(), "logits": logits.float().cpu()}}
+        return {PROBE_NAME: {"tokens": tokens.cpu(), "logits": logits.float().cpu()}}
 
 
 class Summary(Callback):

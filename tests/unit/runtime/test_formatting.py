@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hope_megatron.cli.formatting import bytes_text, count_text, duration_text, percent_text
+from hope_megatron.runtime.formatting import bytes_text, count_text, duration_text, percent_text
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ def test_bytes(value, text):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(5, "5 s"), (59.9, "60 s"), (300, "5 min"), (9000, "2 h 30 min"), (864_000, "10.0 days")]
+    ("seconds", "text"), [(0, "0s"), (59.6, "1m 00s"), (125, "2m 05s"), (9000, "2h 30m"), (187_200, "2d 04h")]
 )
 def test_duration(seconds, text):
     assert duration_text(seconds) == text

@@ -1,8 +1,8 @@
 """What fades a needle: the filler's writes, or forgetting? A trained model reads again with either switched off by hand.
 
-    python benchmarks/needle_fading.py                                       HOPE of today's defaults, multi-key, seeds 0 and 1
-    python benchmarks/needle_fading.py --kind multi-value --json fading.json
-    python benchmarks/needle_fading.py --hope memory.input_scale=0.3 memory.alpha_init=0.99999
+    python benchmarks/experiments/needle_fading.py    HOPE of today's defaults, multi-key, seeds 0 and 1
+    python benchmarks/experiments/needle_fading.py --kind multi-value --json fading.json
+    python benchmarks/experiments/needle_fading.py --hope memory.input_scale=0.3 memory.alpha_init=0.99999
 
 Models are trained as `hope eval suite needles --steps 400` does, but HOPE with its defaults where --hope does not say otherwise; at
 the first length, and asked at the last. Filler counts as such from the sixth token behind a needle on, so that the short
@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, get_args
 
-from common import machine, write_json  # before torch: sets OpenMP's wait policy
 from learning import start
+
+from hope_megatron.testing.benchmark import machine, write_json  # before torch: sets OpenMP's wait policy
 
 import numpy as np  # isort: skip
 import torch

@@ -1,8 +1,8 @@
 """What does an optimizer step cost, on one rank and on several, and what will it cost on many?
 
-    python benchmarks/optimizer.py --json optimizer.json         everything, timed on hope_60m: ten minutes on two cores
-    python benchmarks/optimizer.py --parts timing --ranks 2      one part, or one number of ranks
-    python benchmarks/optimizer.py --layers 1 --steps 2          a minute, to see that it runs
+    python benchmarks/costs/optimizer.py --json optimizer.json         everything, timed on hope_60m: ten minutes on two cores
+    python benchmarks/costs/optimizer.py --parts timing --ranks 2      one part, or one number of ranks
+    python benchmarks/costs/optimizer.py --layers 1 --steps 2          a minute, to see that it runs
 
 timing: time and memory of AdamW, Muon, AdaMuon, M3 and DeepSpeed's own Muon inside real ZeRO-1 engines on the parameter
 shapes of hope_60m, in fp32: from the loss to new weights (a trivial backward, reduction of gradients, the optimizer,
@@ -30,7 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from common import machine, print_table, write_json
+from hope_megatron.testing.benchmark import machine, print_table, write_json
 
 from importlib.metadata import version  # isort: skip  (common has put the repository on the path)
 from optimizer_counts import SLOW_PERIOD, Shape, collect_matrices, count, model_shapes, zero1_layouts  # isort: skip

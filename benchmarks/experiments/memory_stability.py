@@ -1,8 +1,8 @@
 """Does a family train whatever the learning rate? Loss spikes and non-finite values over a grid of a factor of 10.
 
-    python benchmarks/memory_stability.py --json stability.json --png stability.png
-    python benchmarks/memory_stability.py --families titans --lrs 1e-3 --steps 100
-    python benchmarks/memory_stability.py --table --json stability.json --png stability.png    the rows again
+    python benchmarks/experiments/memory_stability.py --json stability.json --png stability.png
+    python benchmarks/experiments/memory_stability.py --families titans --lrs 1e-3 --steps 100
+    python benchmarks/experiments/memory_stability.py --table --json stability.json --png stability.png    the rows again
 
 Each cell trains a preset of the size of hope_tiny (4 layers of width 256, 4 heads) on bytes of the Python standard library. A
 spike is a mean loss of 10 steps that lies more than 0.5 nats per byte above the smallest such mean before it. Cells of one rate

@@ -1,7 +1,7 @@
 """How fast does text come, and how much does a stream hold, by length of the context?
 
-    python benchmarks/generate.py --json generate.json --png generate.png
-    python benchmarks/generate.py --models hope_60m transformer_pp_60m --contexts 1024 16384 65536 --device cuda
+    python benchmarks/costs/generate.py --json generate.json --png generate.png
+    python benchmarks/costs/generate.py --models hope_60m transformer_pp_60m --contexts 1024 16384 65536 --device cuda
 
 Each model (by default HOPE and a Transformer++ of the same size, whose state is a KV cache) reads one stream in chunk form up to
 each context length, through the decoder that `hope generate` uses; the rate is that of the last stretch read. From there it
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import machine, print_table, spread, write_json
+from hope_megatron.testing.benchmark import machine, print_table, spread, write_json
 
 import torch  # isort: skip  (after common has set OpenMP's wait policy)
 

@@ -1,6 +1,6 @@
 """How fast are preparing and streaming, and how much memory do they take?
 
-    python benchmarks/data.py --json data.json
+    python benchmarks/costs/data.py --json data.json
 
 1. Tokenizing: MB/s of one core, beside SentencePiece's bare encoder on the same texts.
 2. Streaming: tokens/s of one process, shuffled, checksums on, beside plain webdataset, Megatron-Core's indexed dataset

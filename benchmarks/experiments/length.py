@@ -1,6 +1,6 @@
 """Beyond its trained length a model's loss may rise: which part of the state is to blame?
 
-    python benchmarks/length.py runs/quickstart/hope --times 32 --json length.json --png length.png
+    python benchmarks/experiments/length.py runs/quickstart/hope --times 32 --json length.json --png length.png
 
 Held-out text is read in long rows, window by window of the trained length, and at each window's end something is done to the
 memories' state: all of it, or one kind of memory, goes back to the learned initial state W_0; or it is pulled there half way; or
@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from common import machine, print_table, write_json
+from hope_megatron.testing.benchmark import machine, print_table, write_json
 
 import torch  # isort: skip  (after common has set OpenMP's wait policy)
 import numpy as np

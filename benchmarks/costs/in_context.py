@@ -1,8 +1,8 @@
 """What learning in context costs per token against the static model, and that the cost does not grow with the length.
 
-    python benchmarks/in_context.py                                  hope_tiny, one stream of 16K tokens
-    python benchmarks/in_context.py --chunk 16 64 256 --batch 4      chunk lengths, several contexts at once
-    python benchmarks/in_context.py --model transformer_pp_tiny --set attention.window_tokens=256
+    python benchmarks/costs/in_context.py                                  hope_tiny, one stream of 16K tokens
+    python benchmarks/costs/in_context.py --chunk 16 64 256 --batch 4      chunk lengths, several contexts at once
+    python benchmarks/costs/in_context.py --model transformer_pp_tiny --set attention.window_tokens=256
 
 Three ways of going through a stream: reading it (as `hope eval --context stream --learn`), writing it token by token (as
 `hope generate --learn`), and training on it (forward and backward, no optimizer step). Static and learning models take turns piece
@@ -18,7 +18,7 @@ import statistics
 import time
 from typing import Any
 
-from common import machine, print_table, write_json
+from hope_megatron.testing.benchmark import machine, print_table, write_json
 
 import torch  # isort: skip  (after common has set OpenMP's wait policy)
 

@@ -1,7 +1,7 @@
 """What does a checkpoint cost the training step, and how fast is it written and read?
 
-    python benchmarks/checkpoint.py --json checkpoint.json               # hope_60m on one rank
-    python benchmarks/checkpoint.py --model hope_tiny                    # a quicker look
+    python benchmarks/costs/checkpoint.py --json checkpoint.json               # hope_60m on one rank
+    python benchmarks/costs/checkpoint.py --model hope_tiny                    # a quicker look
 
 A real engine on one rank and one thread, as `hope train` runs by default, trains with M3 and saves in the background while
 further steps run. Reported: the seconds that training waits (the copy to host memory, the agreement of ranks, the commit),
@@ -23,13 +23,12 @@ from typing import Any
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
-from common import machine, print_table, seconds, spread, write_json
-
 from hope_megatron.checkpoint.checkpointer import Checkpointer
 from hope_megatron.checkpoint.format import list_checkpoints
 from hope_megatron.config import DataConfig, RunConfig, TrainingConfig, load_model_config
 from hope_megatron.engine.build import build_engine
 from hope_megatron.engine.distributed import init_distributed
+from hope_megatron.testing.benchmark import machine, print_table, seconds, spread, write_json
 from hope_megatron.testing.tiny import RepeatingSource
 from hope_megatron.training.batches import BatchReader
 from hope_megatron.training.state import TrainingState

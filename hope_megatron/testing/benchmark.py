@@ -15,8 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 # One process alone on the machine: its threads may spin between two small operators, which halves the time of many.
 # (Several processes side by side want "passive".) Read when OpenMP starts, so before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "active")

@@ -1,7 +1,7 @@
 """Do the inner steps overshoot? The eigenvalue that decides it, while the outer loop trains.
 
-    python benchmarks/memory_curvature.py                              TTT-MLP without bounded steps, until it is not finite
-    python benchmarks/memory_curvature.py --normalize true --every 50 --png curvature.png
+    python benchmarks/experiments/memory_curvature.py    TTT-MLP without bounded steps, until it is not finite
+    python benchmarks/experiments/memory_curvature.py --normalize true --every 50 --png curvature.png
 
 TTT-MLP of the size of hope_tiny on bytes of the Python standard library, as in memory_stability.py. Within a chunk one inner
 step takes the errors e to about (I - A) e, where A is the product of the tokens' rates and the Gram matrix of their gradients. An
@@ -16,8 +16,9 @@ import argparse
 import math
 from typing import Any, NamedTuple
 
-from common import machine, write_json  # before torch: sets OpenMP's wait policy
 from learning import Trainer, small_model, start
+
+from hope_megatron.testing.benchmark import machine, write_json  # before torch: sets OpenMP's wait policy
 
 import torch  # isort: skip
 from memory_stability import batch, corpus

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import machine  # before torch: sets OpenMP's wait policy
+from hope_megatron.testing.benchmark import machine  # before torch: sets OpenMP's wait policy
 
 import torch  # isort: skip
 from torch import Tensor

@@ -1,8 +1,8 @@
 """Is M3 worth choosing? Held-out loss of AdamW, Muon, AdaMuon and M3 at equal steps, each at its own best learning rate.
 
-    python benchmarks/optimizer_quality.py --json quality.json --png quality.png     about an hour on one core
-    python benchmarks/optimizer_quality.py --quick                                   a minute, to see that it runs
-    python benchmarks/optimizer_quality.py --tasks digits --optimizers m3 adamw
+    python benchmarks/experiments/optimizer_quality.py --json quality.json --png quality.png     about an hour on one core
+    python benchmarks/experiments/optimizer_quality.py --quick                                   a minute, to see that it runs
+    python benchmarks/experiments/optimizer_quality.py --tasks digits --optimizers m3 adamw
 
 Tasks: hope_tiny and transformer_pp_tiny at the quickstart's size (two layers of width 128, vocabulary 1,024) on its corpus,
 Python's standard library; a vision transformer on scikit-learn's digits. For each task
@@ -26,7 +26,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import machine, print_table
+from hope_megatron.testing.benchmark import machine, print_table
 
 import torch  # isort: skip  (after common has set OpenMP's wait policy)
 from quality_tasks import Budget, Digits, LanguageModel

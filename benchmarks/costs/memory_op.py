@@ -1,10 +1,10 @@
 """How fast is the memory operator, and how much memory does it take?
 
-    python benchmarks/memory_op.py                        B1 L1024, 4 heads of 64, chunks 16 to 256
-    python benchmarks/memory_op.py --alone --lengths 1024 65536   cost per token against length, HOPE only, in turns
-    python benchmarks/memory_op.py --activations          bytes kept for backward against length (--png FILE)
-    python benchmarks/memory_op.py --processes 2          heads split over processes too, as tensor parallelism does it
-    python benchmarks/memory_op.py --device cuda --dtype bfloat16 --batch 8 --heads 16 --lengths 4096
+    python benchmarks/costs/memory_op.py                        B1 L1024, 4 heads of 64, chunks 16 to 256
+    python benchmarks/costs/memory_op.py --alone --lengths 1024 65536   cost per token against length, HOPE only, in turns
+    python benchmarks/costs/memory_op.py --activations          bytes kept for backward against length (--png FILE)
+    python benchmarks/costs/memory_op.py --processes 2          heads split over processes too, as tensor parallelism does it
+    python benchmarks/costs/memory_op.py --device cuda --dtype bfloat16 --batch 8 --heads 16 --lengths 4096
 
 Side by side in one run: the chunk form of HOPE (five memories), with and without recomputing, with W1 alone written
 (`written_layers: output`), and on a CPU without its compiled kernel too; the token loop; softmax attention of the
@@ -27,7 +27,7 @@ import multiprocessing
 import statistics
 from collections.abc import Callable
 
-from common import keep_freed_memory, machine, print_table, seconds, spread, write_json
+from hope_megatron.testing.benchmark import keep_freed_memory, machine, print_table, seconds, spread, write_json
 
 import torch  # isort: skip  (after common has set OpenMP's wait policy)
 import torch.nn.functional as F

@@ -1,12 +1,12 @@
 r"""Are the memories heard? Each block is trained beside the same block with its inner rates at 0.
 
-    python benchmarks/memory_learning.py recall --families hope titans deltanet --steps 4000 --minutes 30 --json recall.json
-    python benchmarks/memory_learning.py recall --until 16 --steps 400 --variants default l2 external_targets
+    python benchmarks/experiments/memory_learning.py recall --families hope titans deltanet --steps 4000 --minutes 30
+    python benchmarks/experiments/memory_learning.py recall --until 16 --steps 400 --variants default l2 external_targets
     hope data tokenizer python-stdlib --vocab-size 1024 --out data/tokenizer.model
     hope data prepare python-stdlib --tokenizer data/tokenizer.model --out data --held-out 0.05
-    python benchmarks/memory_learning.py text --data data --seeds 3 --steps 400 --tokens 2048 --set chunk_tokens=64 \
+    python benchmarks/experiments/memory_learning.py text --data data --seeds 3 --steps 400 --tokens 2048 --set chunk_tokens=64 \
         --json text.json --png text.png
-    python benchmarks/memory_learning.py table --json recall.json           the rows again, as Markdown
+    python benchmarks/experiments/memory_learning.py table --json recall.json           the rows again, as Markdown
 
 `recall`: multi-query associative recall. A sequence tells key-value pairs, then asks for the value of every key in another
 order. One model goes through growing tasks: the next one starts when this one is answered; the tasks of 8, 32 and 64 pairs, and
