@@ -13,6 +13,7 @@ from torch import Tensor
 from hope_megatron.checkpoint.errors import ConversionError
 from hope_megatron.checkpoint.format import (
     MANIFEST,
+    MASTER,
     PROBE_NAME,
     Checkpoint,
     checkpoint_step,
@@ -21,6 +22,9 @@ from hope_megatron.checkpoint.format import (
     step_directory_name,
 )
 from hope_megatron.config import RunConfig, resolve_run_config
+from hope_megatron.optim.average import EMA
+
+_AVERAGED = f":{EMA}"
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,13 @@ class CheckpointSource:
     """A checkpoint directory and what it says about itself."""
 
     path: Path
+    state: str = MASTER
+    """Which weights: `master`, or `ema`, their exponential average."""
+
+    @property
+    def averaged(self) -> bool:
+        """Whether it stands for averaged weights."""
+        return self.state != MASTER
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -54,25 +65,40 @@ class CheckpointSource:
 
     @cached_property
     def probe(self) -> Probe | None:
-        """The probe beside the checkpoint; None for a checkpoint from the middle of a run."""
+        """The probe beside the checkpoint; None for a checkpoint from the middle of a run, and for averaged weights."""
         path = self.path / PROBE_NAME
-        return Probe(**load_file(path)) if path.is_file() else None
+        return Probe(**load_file(path)) if path.is_file() and not self.averaged else None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Full float32 weights by name, digests verified first."""
-        return read_full_tensors(self.path)
+        return read_full_tensors(self.path, self.state)
 
 
 def find_checkpoint(reference: str | Path) -> CheckpointSource:
     """The checkpoint that `RUN`, `RUN@STEP` or a step directory names; RUN alone means its newest complete one.
 
+    With `:ema` at the end it stands for the exponential average of the weights (`training.ema`).
+
     Raises:
-        ConversionError: there is none; says which there are.
+        ConversionError: there is none, says which there are; or it has no averaged weights.
     """
-    text, _, step = str(reference).partition("@")
+    reference = str(reference)
+    if not reference.endswith(_AVERAGED):
+        return CheckpointSource(_find_directory(reference))
+    source = CheckpointSource(_find_directory(reference.removesuffix(_AVERAGED)), EMA)
+    lacking = [name for name in source.checkpoint.parameters if EMA not in source.checkpoint.states(name)]
+    if lacking:
+        raise ConversionError(
+            f"{source.path} has no averaged weights of {lacking[0]}; train with training.ema above 0, or leave out {_AVERAGED}"
+        )
+    return source
+
+
+def _find_directory(reference: str) -> Path:
+    text, _, step = reference.partition("@")
     path = Path(text)
     if not step and (path / MANIFEST).is_file():
-        return CheckpointSource(path)
+        return path
     found = [candidate for candidate in list_checkpoints(path / "checkpoints") if (candidate / MANIFEST).is_file()]
     if not found:
         raise ConversionError(
@@ -80,8 +106,8 @@ def find_checkpoint(reference: str | Path) -> CheckpointSource:
             f"give for example runs/NAME, runs/NAME@STEP or the directory of an export"
         )
     if not step:
-        return CheckpointSource(found[0])
+        return found[0]
     if not step.isdigit() or path / "checkpoints" / step_directory_name(int(step)) not in found:
         steps = ", ".join(str(checkpoint_step(candidate)) for candidate in reversed(found))
         raise ConversionError(f"{text} has no complete checkpoint of step {step!r}; it has {steps}")
-    return CheckpointSource(path / "checkpoints" / step_directory_name(int(step)))
+    return path / "checkpoints" / step_directory_name(int(step))

@@ -134,5 +134,6 @@ def _check_parameters(engine: Engine, checkpoint: Checkpoint, bound_vectors: lis
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckpointError(
             f"{checkpoint.path} does not fit this run:\n  " + "\n  ".join(problems[:8]) + more + "\n"
-            "Resume with the model, optimizer and update periods it was written with, or start a new run under another name."
+            "Resume with the model, optimizer, update periods and training.ema it was written with, "
+            "or start a new run under another name."
         )

@@ -81,7 +81,7 @@ class WholeCheckpoint:
 
 
 def read_whole(source: CheckpointSource) -> WholeCheckpoint:
-    """A checkpoint of ours, its digests verified first.
+    """A checkpoint of ours, its digests verified first. Of averaged weights: those, without optimizer states.
 
     Raises:
         CheckpointDamagedError: naming the file that is missing or differs.
@@ -96,7 +96,7 @@ def read_whole(source: CheckpointSource) -> WholeCheckpoint:
     }
     description = {key: checkpoint.description[key] for key in CARRIED if key in checkpoint.description}
     probe = source.path / PROBE_NAME
-    return WholeCheckpoint(
+    whole = WholeCheckpoint(
         str(source.path),
         parameters,
         description,
@@ -105,6 +105,11 @@ def read_whole(source: CheckpointSource) -> WholeCheckpoint:
         lambda dp_rank, tp_rank: _generators(checkpoint, dp_rank, tp_rank),
         (probe,) if probe.is_file() else (),
     )
+    if not source.averaged:
+        return whole
+    description.pop("heldout_loss", None)  # of the weights as they were last
+    averaged = replace(whole, read=lambda name, state: checkpoint.full_tensor(name, source.state), extra_files=())
+    return averaged.weights_only().with_history("average over steps", decay=checkpoint.config["training"]["ema"])
 
 
 def _generators(checkpoint: Checkpoint, dp_rank: int, tp_rank: int) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """See, reshard, average and reduce checkpoints. Each result is read back and compared before it appears.
 
-RUN is a run directory (its newest checkpoint), RUN@STEP or a checkpoint directory.
+RUN is a run directory (its newest checkpoint), RUN@STEP or a checkpoint directory; with :ema its averaged weights.
 
 Examples:
 

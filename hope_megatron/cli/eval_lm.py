@@ -132,8 +132,8 @@ def _report(args: argparse.Namespace, opened: OpenModel, result: dict[str, Any])
         ["task", "metric", "value", "standard error"], [[t, m, e["value"], e["stderr"]] for t, m, e in flat]
     )
     wiki, lambada = value("wikitext", "word_perplexity"), value("lambada_openai", "perplexity")
-    if any(figure is not None for figure in (wiki, lambada, average)):
-        tables += "\n\n" + paper_table(num_parameters, wiki, lambada, average)
+    if any(figure is not None for figure in (wiki, lambada, *accuracies.values())):
+        tables += "\n\n" + paper_table(num_parameters, wiki, lambada, accuracies)
     print(f"{opened.name}\n\n{tables}")
     if args.png:
         plot_tasks(args.png, flat, f"{opened.title}: lm-evaluation-harness")

@@ -1,6 +1,6 @@
 """Write a checkpoint in the format of another library. The files are read back and compared before they appear.
 
-RUN is a run directory (its newest checkpoint), RUN@STEP or a checkpoint directory.
+RUN is a run directory (its newest checkpoint), RUN@STEP or a checkpoint directory; with :ema its averaged weights.
 
 Examples:
 

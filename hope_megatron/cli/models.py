@@ -6,7 +6,10 @@ import warnings
 
 from hope_megatron.runtime.process import apply_process_environment, available_cpus
 
-MODEL_HELP = "a run directory (its newest checkpoint), RUN@STEP, a checkpoint, or an exported Hugging Face directory"
+MODEL_HELP = (
+    "a run directory (its newest checkpoint), RUN@STEP, RUN:ema (averaged weights), a checkpoint, or an exported "
+    "Hugging Face directory"
+)
 
 
 def prepare_process(num_threads: int | None = None) -> None:

@@ -60,7 +60,8 @@ def footprint(config: RunConfig, world_size: int) -> Footprint:
     compute = compute_bytes(training)
     # bf16 gradients are accumulated in fp32; ZeRO steps fp32 master weights also in fp32 runs
     gradient = compute + (FP32 if training.precision == "bf16" else 0)
-    optimizer = _optimizer_bytes(config.model, config.optim, tp) + (FP32 * local if stage >= 1 else 0)
+    optimizer = _optimizer_bytes(config.model, config.optim, tp)
+    optimizer += FP32 * local * ((stage >= 1) + (training.ema > 0))  # master weights, averaged weights
     optimizer /= dp if stage >= 1 else 1
     states, activations = _kept_for_backward(config)
     return Footprint(

@@ -26,6 +26,9 @@ class TrainingConfig(Section):
     """Backpropagation through a sequence is cut every this many tokens, which bounds memory; None: never."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Compute precision; master weights, memory states and optimizer states are always fp32."""
+    ema: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Decay per step of an exponential average of the weights; 0: none. 0.99 averages over about the last 100 steps. Evaluated
+    (`heldout/loss_ema`) and saved with the optimizer's states; every command knows it as RUN:ema."""
     seed: int = Field(default=1234, ge=0)
     """Seed of the initial weights."""
     log_every: int = Field(default=10, gt=0)

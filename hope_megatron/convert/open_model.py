@@ -27,13 +27,15 @@ class OpenModel:
     """The run's configuration; None for an exported model."""
     checkpoint: Path | None = None
     """The checkpoint that was opened; None for an exported model."""
+    averaged: bool = False
+    """Whether these are the checkpoint's averaged weights."""
 
     @property
     def title(self) -> str:
         """A short name: run and step, or the directory."""
         if self.checkpoint is None:
             return Path(self.name).name
-        return f"{self.checkpoint.parent.parent.name}, {self.checkpoint.name}"
+        return f"{self.checkpoint.parent.parent.name}, {self.checkpoint.name}" + ", averaged weights" * self.averaged
 
     @property
     def directory(self) -> Path:
@@ -70,7 +72,7 @@ def open_model(reference: str, tokenizer_file: Path | None = None) -> OpenModel:
         tokenizer = Tokenizer.load(tokenizer_file or source.config.data.tokenizer)
         model = build_local_model(source.config.model, source.tensors(), source=str(source.path))
         window = source.config.training.seq_length
-        opened = OpenModel(str(source.path), model, tokenizer, window, source.config, source.path)
+        opened = OpenModel(reference, model, tokenizer, window, source.config, source.path, source.averaged)
     vocab_size = opened.model.model_config.vocab_size
     if tokenizer.vocab_size != vocab_size:
         raise ModelReferenceError(

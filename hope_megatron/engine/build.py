@@ -44,5 +44,6 @@ def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
 def build_run_optimizer(model: nn.Module, config: RunConfig) -> BoundOptimizer:
     """The optimizer of a run with its parameter groups, learning rates scaled for the width."""
     optimizer = build_optimizer(model.named_parameters(), config.optim)
+    optimizer.ema_decay = config.training.ema
     scale_learning_rates(optimizer, config.model.width_multiplier)
     return optimizer

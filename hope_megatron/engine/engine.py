@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -15,7 +17,9 @@ from hope_megatron.engine.distributed import Mesh
 from hope_megatron.engine.sequence_parallel import reduce_sequence_parallel_gradients
 from hope_megatron.model import IGNORE
 from hope_megatron.optim import BoundOptimizer, apply_lr
+from hope_megatron.optim.average import EMA
 from hope_megatron.optim.geometry import full_shape
+from hope_megatron.optim.zero import refresh_model_params
 
 
 class NonFiniteError(Exception):
@@ -149,6 +153,27 @@ class Engine:
         sums = torch.stack([losses.double().sum(), (targets != IGNORE).sum().double()])
         dist.all_reduce(sums, group=self.mesh.dp_group)
         return sums
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The model with the exponential average of its weights (`training.ema`), for evaluations. Collective.
+
+        Master weights and compute weights are what they were, bit by bit, when it ends.
+        """
+        vectors = [(b.tensor.detach().view(-1), self.optimizer.state[b.tensor]) for b in self.optimizer.bound_vectors()]
+        kept = [flat.clone() for flat, _ in vectors]
+        try:
+            self._set_weights([(flat, state[EMA]) for flat, state in vectors])
+            yield
+        finally:
+            self._set_weights([(flat, value) for (flat, _), value in zip(vectors, kept)])
+
+    @torch.no_grad()
+    def _set_weights(self, values: list[tuple[Tensor, Tensor]]) -> None:
+        for flat, value in values:
+            flat.copy_(value)
+        if self.config.parallel.zero_stage > 0:
+            refresh_model_params(self.zero)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hope_megatron.optim.average import EMA, update_average
 from hope_megatron.optim.bound import BoundVector
 from hope_megatron.optim.errors import OptimError, UnboundShardError
 from hope_megatron.optim.exchange import Communicator, MatrixExchange, NewtonSchulz
@@ -38,6 +39,8 @@ class BoundOptimizer(torch.optim.Optimizer):
     vector_state: tuple[str, ...] = ("m1", "v")
     measure_updates = False
     """Set before a step: it then notes what `relative_updates` tells."""
+    ema_decay = 0.0
+    """Decay per step of an exponential average of the weights, the state tensor `ema`; 0 keeps none. Set before the first step."""
 
     def __init__(
         self,
@@ -217,11 +220,16 @@ class BoundOptimizer(torch.optim.Optimizer):
         if grad is None:
             bound.update_norm = None  # no update in this step: nothing to report
             bound.changes.clear()
-            return
+        else:
+            num_updates = state["step"] // group["update_period_steps"]
+            self._update(bound, flat, UpdateContext(grad, state, group, num_updates, bound.exchange))
+        if self.ema_decay:
+            update_average(state[EMA], flat, self.ema_decay, state["step"])
+
+    def _update(self, bound: BoundVector, flat: Tensor, context: UpdateContext) -> None:
+        group = context.group
         if group["weight_decay"]:
             flat.mul_(1.0 - group["lr"] * group["weight_decay"])
-        num_updates = state["step"] // group["update_period_steps"]
-        context = UpdateContext(grad, state, group, num_updates, bound.exchange)
         update = self.matrix_update(context) if group["role"] == "matrix" else self.vector_update(context)
         flat.add_(update, alpha=-group["lr"])
         bound.update_norm = torch.linalg.vector_norm(update)
@@ -231,7 +239,9 @@ class BoundOptimizer(torch.optim.Optimizer):
     def state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Names of the state tensors of a group, all flat and as long as the vector."""
         keys = self.matrix_state if group["role"] == "matrix" else self.vector_state
-        return keys + (("pending_grad",) if group["update_period_steps"] > 1 else ())
+        return (
+            keys + (("pending_grad",) if group["update_period_steps"] > 1 else ()) + ((EMA,) if self.ema_decay else ())
+        )
 
     def init_state(self, state: dict[str, Any], flat: Tensor, group: dict[str, Any]) -> None:
         """All state at once, at the first step: DeepSpeed links the tensors it finds then."""

@@ -165,6 +165,9 @@ class _Stage3:
 
     @staticmethod
     def refresh(wrapper: Any) -> None:
+        _get(
+            wrapper, "_partition_all_parameters"
+        )()  # small ones stay gathered after a pass, and are not gathered again
         for i in range(len(_get(wrapper, "fp16_groups"))):
             _get(wrapper, "_reassign_or_swap_out_partitioned_parameters")(i)
         persistent = _get(wrapper, "persistent_parameters")

@@ -20,6 +20,7 @@ from hope_megatron.config.parallel import ParallelConfig
 from hope_megatron.engine.distributed import init_distributed
 from hope_megatron.model import LanguageModel, build_model
 from hope_megatron.optim import build_optimizer
+from hope_megatron.optim.average import update_average
 from hope_megatron.optim.schedule import apply_lr, lr_at
 from hope_megatron.suites.scoring import Score, batch_loss, score_batch
 from hope_megatron.suites.task import Batch
@@ -148,21 +149,21 @@ def snapshot(model: LanguageModel, average: WeightAverage, step: int) -> Snapsho
 
 
 class WeightAverage:
-    """Exponential average of a model's weights, divided by the weight that the steps made so far have in it."""
+    """Exponential average of a model's weights over the steps made so far, as `training.ema` keeps it."""
 
     def __init__(self, model: LanguageModel, decay: float):
-        self._parameters, self._decay, self._share = [*model.parameters()], decay, 0.0
-        self._sums = [torch.zeros_like(p) for p in self._parameters]
+        self._parameters, self._decay, self._step = [*model.parameters()], decay, 0
+        self._averages = [torch.zeros_like(p) for p in self._parameters]
 
-    @torch.no_grad()
     def update(self) -> None:
         """Take up the weights as they are now."""
-        self._share = self._decay * self._share + 1 - self._decay
-        torch._foreach_lerp_(self._sums, self._parameters, 1 - self._decay)
+        self._step += 1
+        for average, parameter in zip(self._averages, self._parameters):
+            update_average(average, parameter, self._decay, self._step)
 
     def values(self) -> list[Tensor]:
         """The average, as new tensors."""
-        return [total / self._share for total in self._sums]
+        return [average.clone() for average in self._averages]
 
 
 class _Lessons:

@@ -141,13 +141,13 @@ def _task_section(results: Results, task: str, *, best: bool) -> str:
             line += [str(choice) if choice else "tries are missing", str(suite.num_tries)]
         if task not in suite.unbounded:
             line.append(solved(row))
-        if published:
+        if published and published.figures:
             line.append(published.cell(task, subject))
         cells.append(line)
     header = [suite.subject_kind, *columns]
     header += ["setting", "tries"] if suite.grid else []
     header += ["solves"] if task not in suite.unbounded else []
-    header += ["the paper"] if published else []
+    header += ["the paper"] if published and published.figures else []
     return f"**{task}**\n\n" + markdown_table(header, cells)
 
 

@@ -25,6 +25,8 @@ class Results:
     path: Path | None = None
     outcomes: dict[Cell, Outcome] = field(default_factory=dict)
     seconds: dict[Cell, float] = field(default_factory=dict)
+    commits: dict[Cell, str] = field(default_factory=dict)
+    """The commit that each was run with."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     """What the user chose: enough to build the suite again."""
@@ -116,6 +118,7 @@ class Results:
                 for kind, path in outcome.trajectory.items()
             },
             "seconds": self.seconds[cell],
+            "commit": self.commits.get(cell, ""),
         }
 
     def _take(self, path: Path, mend: str, any_hope: bool = False) -> None:
@@ -137,9 +140,10 @@ class Results:
             )
         for kind, known in self.others.items():
             known.update(stored[kind])
+        commits = {cell_of(row): row.get("commit", "") for row in stored["cells"]}
         for cell, (outcome, seconds) in found.items():
-            self.outcomes.setdefault(cell, outcome)
-            self.seconds.setdefault(cell, seconds)
+            if cell not in self.outcomes:
+                self.outcomes[cell], self.seconds[cell], self.commits[cell] = outcome, seconds, commits[cell]
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -157,6 +161,11 @@ def read_record(path: Path) -> dict[str, Any]:
     return stored
 
 
+def cell_of(row: Mapping[str, Any]) -> Cell:
+    """The cell of a row."""
+    return Cell(row["task"], row["subject"], row["seed"], row["setting"])
+
+
 def outcomes(stored: Mapping[str, Any]) -> dict[Cell, tuple[Outcome, float]]:
     """A record's cells, each with its seconds."""
 
@@ -164,7 +173,7 @@ def outcomes(stored: Mapping[str, Any]) -> dict[Cell, tuple[Outcome, float]]:
         return float("nan") if value is None else value
 
     return {
-        Cell(row["task"], row["subject"], row["seed"], row["setting"]): (
+        cell_of(row): (
             Outcome(
                 {kind: Score(*map(known, score)) for kind, score in row["validation"].items()},
                 {kind: {k: known(x) for k, x in found.items()} for kind, found in row["scores"].items()},

@@ -36,6 +36,7 @@ def run_suite(
         started = time.monotonic()
         results.outcomes[cell] = suite.run(cell)
         results.seconds[cell] = round(time.monotonic() - started, 1)
+        results.commits[cell] = str(provenance.get("commit") or "")[:12]
         results.save()
         planned = [*results.planned()]
         done, total = sum(kept in results.outcomes for kept in planned), len(planned) + len(results.to_follow())

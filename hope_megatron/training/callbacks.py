@@ -14,7 +14,7 @@ from hope_megatron.checkpoint.format import PROBE_NAME
 from hope_megatron.eval.memory_health import cms_figure, measure_memories
 from hope_megatron.runtime.files import write_json
 from hope_megatron.runtime.process import start_up_text
-from hope_megatron.training.batches import heldout_batches, micro_batches, rank_samples
+from hope_megatron.training.batches import SampleSource, heldout_batches, micro_batches, rank_samples
 from hope_megatron.training.loop import Callback, Run
 from hope_megatron.training.metrics import MetricsFile, read_metrics
 from hope_megatron.training.plots import plot_curves
@@ -62,19 +62,25 @@ class FirstStep(Callback):
 
 
 class HeldoutEvaluation(Callback):
-    """Mean loss of the first held-out sequences, every `eval_every` steps and after the last."""
+    """Mean loss of the first held-out sequences, every `eval_every` steps and after the last; of averaged weights too, if kept."""
 
     def after_step(self, run: Run, result: StepResult) -> None:
         every, source = run.config.training.eval_every, run.heldout_source
         due = run.is_complete or (every > 0 and run.state.step % every == 0)
         if source is None or not due:
             return
+        run.metrics["heldout/loss"] = self._loss(run, source)
+        if run.config.training.ema:
+            with run.engine.averaged_weights():
+                run.metrics["heldout/loss_ema"] = self._loss(run, source)
+
+    @staticmethod
+    def _loss(run: Run, source: SampleSource) -> float:
         training, mesh = run.config.training, run.engine.mesh
         batches = heldout_batches(
             source, training.eval_sequences, training.micro_batch_size, mesh.dp_rank, mesh.dp_size, mesh.device
         )
-        end_id = source.end_id if run.config.data.reset_at_documents else None
-        run.metrics["heldout/loss"] = evaluate(run.engine, batches, end_id)
+        return evaluate(run.engine, batches, source.end_id if run.config.data.reset_at_documents else None)
 
 
 class MemoryHealth(Callback):

@@ -7,6 +7,7 @@
 | train/lr | | learning rate of matrices |
 | train/tokens, train/samples | | consumed since step 0 |
 | heldout/loss | nats per token | mean over the held-out sequences |
+| heldout/loss_ema | nats per token | the same with averaged weights, where `training.ema` keeps them |
 | optim/* | | what the optimizer reports of its last step |
 | memory/*, cms/* | | how memories and levels fare: see hope_megatron/eval/memory_health.py |
 | speed/tokens_per_s | tokens/s | over all ranks, since the last record |

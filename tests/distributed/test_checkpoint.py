@@ -66,7 +66,7 @@ def same_layout(rank, world_size, directory):
         "dp2-zero3": {"zero_stage": 3},
         "dp2-zero0": {"zero_stage": 0},
     }.items():
-        config = tiny_run_config(mup_base_width=16, **settings)
+        config = tiny_run_config(mup_base_width=16, training={"ema": 0.8}, **settings)
         engine, state = build(config), TrainingState()
         advance(engine, config, state, 4)
         path = Checkpointer(engine, Path(directory) / name).save_now(describe(config, state))
@@ -136,8 +136,8 @@ def test_checkpoint_loads_at_any_other_layout(tmp_path):
 
 
 def mup_config(**layout):
-    """With parameter groups by width, which ZeRO puts into vectors of their own."""
-    return tiny_run_config(mup_base_width=16, **layout)
+    """With parameter groups by width, which ZeRO puts into vectors of their own, and an average of weights."""
+    return tiny_run_config(mup_base_width=16, training={"ema": 0.8}, **layout)
 
 
 def converted_layouts(rank, world_size, directory):

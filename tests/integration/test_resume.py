@@ -35,7 +35,8 @@ model:
   cms: {{levels: [{{hidden_size: 32}}, {{hidden_size: 32, update_period_steps: 3}}]}}
 parallel: {{tensor_parallel: 2, sequence_parallel: true, zero_stage: 1}}
 optim: {{name: m3, lr: 5e-3, slow_period_steps: 5, warmup_steps: 2}}
-training: {{steps: 13, seq_length: 16, global_batch_size: 2, precision: fp32, log_every: 1, eval_every: 6, eval_sequences: 4}}
+training: {{steps: 13, seq_length: 16, global_batch_size: 2, precision: fp32, log_every: 1, eval_every: 6, ema: 0.7,
+  eval_sequences: 4}}
 data: {{train: {root}/data/train, heldout: {root}/data/heldout, tokenizer: {root}/tokenizer.model}}
 checkpoint: {{every: 3, keep_last: 4}}
 tracking: {{mlflow: false}}
@@ -144,6 +145,7 @@ def test_killed_and_damaged_run_ends_in_the_same_bits(root, undisturbed):
     for found, expected in zip(repeatable(root, "killed"), repeatable(root, "undisturbed"), strict=True):
         assert found == expected
         assert {"train/loss", "train/grad_norm", "optim/update_rms/matrix"} <= found.keys()
+    assert {"heldout/loss", "heldout/loss_ema"} <= repeatable(root, "killed")[-1].keys()
     final = "checkpoints/step-00000013"
     names = [f"rank-{rank:05d}.safetensors" for rank in range(2)] + ["probe.safetensors"]
     for name in names:

@@ -52,6 +52,8 @@ def model_card(source: CheckpointSource, name: str, num_parameters: int, check: 
         tokenizer: a sentence about its files.
     """
     rows = {"run": source.config.name} | _facts(source.config, source.checkpoint.description)
+    if source.averaged:
+        rows["weights"] = f"exponential average over steps, decay {source.config.training.ema:g}"
     facts = "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
     text = str(check)
     return _TEMPLATE.format(

@@ -203,13 +203,15 @@ def _operator_inputs(model: ModelConfig, *, B: int, T: int):
 
 
 def test_footprint_by_hand():
-    run = run_of("transformer_pp_tiny", "optim.name=adamw", "training.micro_batch_size=2", "parallel.tensor_parallel=2")
+    keys = ("optim.name=adamw", "training.micro_batch_size=2", "parallel.tensor_parallel=2")
+    run, averaging = (run_of("transformer_pp_tiny", *keys, f"training.ema={decay}") for decay in (0.0, 0.99))
     model = run.model
     replicated = 256 * (2 * 4 + 1)
     local = (num_parameters(model) - replicated) / 2 + replicated
     assert footprint(run, 8).weights == 2 * local
     assert footprint(run, 8).gradients == (2 + 4) * local
     assert footprint(run, 8).optimizer == 12 * local / 4
+    assert footprint(averaging, 8).optimizer == 16 * local / 4
     assert footprint(run_of("transformer_pp_tiny", "parallel.zero_stage=3"), 8).weights == 2 * num_parameters(model) / 8
 
 

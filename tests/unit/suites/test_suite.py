@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from hope_megatron.cli.eval_suite import SUITES
 from hope_megatron.config import ConfigError
 from hope_megatron.config.accounting import num_parameters
 from hope_megatron.suites.ablations import WHOLE, ablations
@@ -16,6 +17,8 @@ from hope_megatron.suites.errors import SuiteError
 from hope_megatron.suites.fit import FitOptions, _Lessons, fit_task, small_model
 from hope_megatron.suites.held_out import score_test, trajectory
 from hope_megatron.suites.models import changed, family_choices, family_model, matched, small_hope, suite_model
+from hope_megatron.suites.needles import needle_tasks
+from hope_megatron.suites.paper import PUBLISHED
 from hope_megatron.suites.plots import plot_suite, plot_trajectories
 from hope_megatron.suites.recall import draw_recall
 from hope_megatron.suites.registry import build_suite
@@ -309,6 +312,20 @@ def test_cells_of_a_changed_model_are_run_again(tmp_path):
     assert calls == [Cell("t", "a", 0)]
 
 
+def test_the_papers_figures_stand_beside_ours():
+    """Every figure has a row and a task that its suite really has; the paper's row q is worse nowhere but in reasoning."""
+    for name in ("languages", "mad", "ablations"):
+        suite = build_suite(name, SuiteOptions())
+        assert {task for task, _ in PUBLISHED[name].figures} <= set(suite.tasks)
+        assert {subject for _, subject in PUBLISHED[name].figures} <= set(suite.subjects)
+    kinds = {task.name for task in needle_tasks((64,))} | {"answers right"}
+    assert {task for task, _ in PUBLISHED["needles"].figures} <= kinds
+    found = PUBLISHED["ablations"].cell
+    assert found("text", "w/o DGD") == "ppl 13.41 (+1.17, worse), acc 56.5"
+    assert found("text", "w/o adaptive q") == "ppl 12.19 (-0.05, better), acc 57.4"
+    assert found("text", "rates 0") == "" and set(PUBLISHED) == set(SUITES)
+
+
 def recall_task(name: str, *bins: str, draw=draw_recall, lessons: tuple[str, ...] = ()) -> Task:
     return Task(name, 129, bins, by_content(draw, (*lessons, bins[0])), lessons=lessons)
 
@@ -357,7 +374,7 @@ def test_a_real_suite_from_end_to_end(tmp_path):
     results = run_suite(build_suite("languages", options), tmp_path / "l.json", {}, tell=lambda line: None)
     assert {cell.subject for cell in results.outcomes} == {"hope", "retnet"} and len(results.outcomes) == 4
     text = suite_markdown(results)
-    assert "| 2-20" in text and "retnet" in text and "100 % in both bins" in text
+    assert "| 2-20" in text and "retnet" in text and "100 %, longer bin 100 %" in text
     plot_suite(results, tmp_path / "l.png")
     assert plot_trajectories(results, tmp_path / "steps.png")
     for name in ("l.png", "steps.png"):
