@@ -144,4 +144,5 @@ def queue_array(
 
 def array_runs(array_dir: Path) -> list[Path]:
     """Run directories of an array, by index; empty if the directory is not an array's."""
-    return [path.resolve() for path in sorted((array_dir / "cells").glob("*"), key=lambda path: int(path.name))]
+    cells = [path for path in (array_dir / "cells").glob("*") if path.name.isdecimal()]
+    return [path.resolve() for path in sorted(cells, key=lambda path: int(path.name))]

@@ -6,14 +6,15 @@ an end was cut off, by a dead node or a kill. Standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import json
-import os
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from hope_megatron.runtime.records import append_record, read_object, read_records
 
 FINISHED = "finished"
 """All steps are done."""
@@ -60,8 +61,11 @@ class History:
         self.given_up = ""
         """Why no further attempt will be made; empty while there may be one."""
         self._first = 0  # attempts before this one belong to earlier submissions
-        for record in _read_lines(path):
-            self._apply(record)
+        records, self.damaged = read_records(path)
+        """Attempts and numbers of lines that are not what was written."""
+        for record in records:
+            with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # of another version
+                self._apply(record)
 
     def start(self, job_id: str, restart: int, nodes: list[str], step: int) -> Attempt:
         """Record that an attempt begins."""
@@ -112,11 +116,7 @@ class History:
         return sorted(node for node, count in failures.items() if count >= max_failures)
 
     def _append(self, record: dict[str, Any]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            # A new line first: the last one may have been cut short by the death of its writer's node.
-            file.write("\n" + json.dumps(record))
-            file.flush()
-            os.fsync(file.fileno())
+        append_record(self.path, record)
         self._apply(record)
 
     def _apply(self, record: dict[str, Any]) -> None:
@@ -136,28 +136,12 @@ class History:
 
 def newest_checkpoint_step(run_dir: Path) -> int:
     """Step of the newest complete checkpoint (one with a manifest); 0 if there is none."""
-    steps = [int(path.parent.name.partition("-")[2]) for path in (run_dir / "checkpoints").glob("step-*/manifest.json")]
-    return max(steps, default=0)
+    numbers = [path.parent.name.partition("-")[2] for path in (run_dir / "checkpoints").glob("step-*/manifest.json")]
+    return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
 
 def is_finished(run_dir: Path, steps: int) -> bool:
     """Whether the run's own summary says that all steps are done."""
-    try:
-        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return bool(summary.get("complete")) and summary.get("step", 0) >= steps
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    records = []
-    for line in lines:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue  # empty, or cut short by the death of its writer's node
-    return records
+    summary = read_object(run_dir / "summary.json") or {}
+    step = summary.get("step")
+    return summary.get("complete") is True and isinstance(step, int) and step >= steps

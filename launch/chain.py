@@ -27,6 +27,7 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 from hope_megatron.config import ConfigError, Section
 from hope_megatron.config.load import read_mapping
 from hope_megatron.config.messages import explain
+from hope_megatron.runtime.records import read_object
 from launch import slurm
 from launch.attempts import is_finished
 from launch.cluster import ClusterConfig
@@ -167,13 +168,16 @@ def chain_status(directory: Path) -> list[str]:
     Raises:
         LaunchError: if the directory is not that of a chain.
     """
+    record = read_object(directory / "chain.json") or {}
     try:
-        record = json.loads((directory / "chain.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LaunchError(f"{directory} is not the directory of a chain: {error}") from None
+        links = [Link(**values) for values in record["links"]]
+    except (KeyError, TypeError):
+        raise LaunchError(
+            f"{directory} is not the directory of a chain: chain.json is missing or damaged; ask for its runs one by one"
+        ) from None
     lines: list[str] = []
     failed = ""
-    for link in (Link(**values) for values in record["links"]):
+    for link in links:
         state = _link_state(link)
         if state == "cancelled" and failed:
             state += f", because {failed} failed"

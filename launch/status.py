@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hope_megatron.runtime.records import parse_records, read_object
 from launch.attempts import CRASHED, LOST, UNHEALTHY, History, is_finished, newest_checkpoint_step
 from launch.environment import start_up_text
 from launch.jobs import active_job
 from launch.submission import LaunchDirectory, read_submission
 
 _CHECK_JOB_S = 30.0
+_NEEDED = ("step", "train/tokens")
 
 
 @dataclass(frozen=True)
@@ -150,24 +151,16 @@ def _last_record(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             file.seek(max(0, file.seek(0, 2) - 65536))
-            lines = file.read().decode("utf-8", errors="replace").split("\n")[:-1]
-    except FileNotFoundError:
+            data = file.read()
+    except OSError:
         return {}
-    for line in reversed(lines):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if "train/tokens" in record:
-            return record
-    return {}
+    whole = parse_records(data[data.find(b"\n{") + 1 : data.rfind(b"\n") + 1]).records
+    good = (record for record in reversed(whole) if all(isinstance(record.get(name), int) for name in _NEEDED))
+    return next(good, {})
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
+    return read_object(path) or {}
 
 
 def _duration(seconds: float | None) -> str:

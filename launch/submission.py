@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from hope_megatron.runtime.records import read_object
 from launch.environment import LaunchError
 
 
@@ -87,19 +88,23 @@ def read_submission(run_dir: Path) -> Submission:
         LaunchError: if the directory is not that of a launched run.
     """
     path = LaunchDirectory(run_dir).submission
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         raise LaunchError(
             f"{run_dir} has no {path.relative_to(run_dir)}; give the directory of a run that `hope launch` submitted"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise LaunchError(
-            f"{path} cannot be read: {error}; submit the run again with `hope launch CONFIG --cluster ...`"
-        ) from None
+        )
     known = {item.name for item in fields(Submission)}
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key in known}
-    return Submission(**values)
+    values = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in (read_object(path) or {}).items()
+        if key in known
+    }
+    try:
+        return Submission(**values)
+    except TypeError:
+        raise LaunchError(
+            f"{path} is damaged: it is not the record of a run; submit the run again with "
+            "`hope launch CONFIG --cluster ...`"
+        ) from None
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from hope_megatron.config.messages import explain
 from hope_megatron.config.model import ModelConfig
 from hope_megatron.convert.check import ExportCheck, check_against_training
+from hope_megatron.convert.digests import verify_digests, write_digests
 from hope_megatron.convert.errors import ConversionError
 from hope_megatron.convert.fast_tokenizer import fast_tokenizer
 from hope_megatron.convert.local_model import build_local_model
@@ -102,6 +103,7 @@ def export_huggingface(
         _write_tokenizer(directory, tokenizer)
         for name, text in modeling_files().items():
             (directory / name).write_text(text, encoding="utf-8")
+        write_digests(directory)
         model = load_huggingface(directory).model
         check = check_against_training(model, source, heldout)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -119,6 +121,7 @@ def load_huggingface(directory: Path) -> HuggingFaceModel:
     Raises:
         ConversionError: a file is missing or damaged, the configuration is not one of ours, or a tensor does not match.
     """
+    verify_digests(directory)
     config, values = _read_config(directory)
     model = build_local_model(config, read_weights(directory), source=str(directory))
     return HuggingFaceModel(model, config, directory / TOKENIZER_NAME, values["train_tokens_per_sequence"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,11 +16,14 @@ from hope_megatron.convert.errors import ConversionError
 from hope_megatron.engine.checkpoint_format import (
     MANIFEST,
     Checkpoint,
+    CheckpointDamagedError,
     checkpoint_step,
     list_checkpoints,
     read_full_tensors,
     step_directory_name,
 )
+
+log = logging.getLogger(__name__)
 
 PROBE_NAME = "probe.safetensors"
 
@@ -56,19 +60,22 @@ class CheckpointSource:
     @cached_property
     def probe(self) -> Probe | None:
         """The probe beside the checkpoint; None for a checkpoint from the middle of a run."""
-        path = self.path / PROBE_NAME
-        return Probe(**load_file(path)) if path.is_file() else None
+        if PROBE_NAME not in self.checkpoint.digests:
+            return None
+        self.checkpoint.verify([PROBE_NAME])
+        return Probe(**load_file(self.path / PROBE_NAME))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Full float32 weights by name, digests verified first."""
-        return read_full_tensors(self.path)
+        return read_full_tensors(self.checkpoint)
 
 
 def find_checkpoint(reference: str) -> CheckpointSource:
-    """The checkpoint that `RUN`, `RUN@STEP` or a step directory names; RUN alone means its newest complete one.
+    """The checkpoint that `RUN`, `RUN@STEP` or a step directory names; RUN alone means its newest good one.
 
     Raises:
         ConversionError: there is none; says which there are.
+        CheckpointDamagedError: RUN alone was given, and all of its checkpoints are damaged.
     """
     text, _, step = reference.partition("@")
     path = Path(text)
@@ -81,8 +88,24 @@ def find_checkpoint(reference: str) -> CheckpointSource:
             f"give for example runs/NAME, runs/NAME@STEP or the directory of an export"
         )
     if not step:
-        return CheckpointSource(found[0])
+        return _newest_good(found)
     if not step.isdigit() or path / "checkpoints" / step_directory_name(int(step)) not in found:
         steps = ", ".join(str(checkpoint_step(candidate)) for candidate in reversed(found))
         raise ConversionError(f"{text} has no complete checkpoint of step {step!r}; it has {steps}")
     return CheckpointSource(path / "checkpoints" / step_directory_name(int(step)))
+
+
+def _newest_good(candidates: list[Path]) -> CheckpointSource:
+    """The first whose files are all as they were written; damaged ones are named in the log."""
+    problems = []
+    for path in candidates:
+        source = CheckpointSource(path)
+        try:
+            source.checkpoint.verify()
+            source.checkpoint.check_description()
+        except CheckpointDamagedError as error:
+            problems.append(str(error))
+            log.warning("checkpoint %s is damaged and left out: %s", path.name, error)
+        else:
+            return source
+    raise CheckpointDamagedError("every checkpoint there is damaged:\n  " + "\n  ".join(problems))

@@ -89,6 +89,7 @@ def read_whole(source: CheckpointSource) -> WholeCheckpoint:
     """
     checkpoint = source.checkpoint
     checkpoint.verify()
+    checkpoint.check_description()
     parameters = {
         name: WholeParameter(
             name, record.full_shape(checkpoint.tp_size), record.dtype, record.tags, checkpoint.states(name)
@@ -96,7 +97,6 @@ def read_whole(source: CheckpointSource) -> WholeCheckpoint:
         for name, record in checkpoint.parameters.items()
     }
     description = {key: checkpoint.description[key] for key in CARRIED if key in checkpoint.description}
-    probe = source.path / PROBE_NAME
     return WholeCheckpoint(
         str(source.path),
         parameters,
@@ -104,7 +104,7 @@ def read_whole(source: CheckpointSource) -> WholeCheckpoint:
         Layout.of(checkpoint.description["layout"]),
         checkpoint.full_tensor,
         lambda dp_rank, tp_rank: _generators(checkpoint, dp_rank, tp_rank),
-        (probe,) if probe.is_file() else (),
+        (source.path / PROBE_NAME,) if PROBE_NAME in checkpoint.digests else (),
     )
 
 

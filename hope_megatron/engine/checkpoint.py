@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from hope_megatron.config.model import ModelConfig
@@ -63,7 +64,7 @@ class _PendingSave:
     thread: threading.Thread | None = None
     description: dict[str, Any] = field(default_factory=dict)
     digests: dict[str, FileDigest] = field(default_factory=dict)
-    error: Exception | None = None
+    error: BaseException | None = None
 
     @property
     def running(self) -> bool:
@@ -339,6 +340,7 @@ class Checkpointer:
             checkpoint = Checkpoint(path)
             if self._rank == 0:
                 checkpoint.warn_of_foreign_files()
+            checkpoint.check_description()
             checkpoint.verify(sorted(checkpoint.digests)[self._rank :: self.engine.mesh.world_size])
         except CheckpointDamagedError as found:
             error = found
@@ -388,8 +390,11 @@ def check_same_model(checkpoint: Checkpoint, model: Mapping[str, Any]) -> None:
 
 
 def _completed(model: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A saved configuration with the defaults of fields that did not exist then."""
-    return ModelConfig.model_validate_json(json.dumps(model), strict=True).model_dump(mode="json")
+    """A saved configuration with the defaults of fields that did not exist then; as it stands if this version knows less."""
+    try:
+        return ModelConfig.model_validate_json(json.dumps(model), strict=True).model_dump(mode="json")
+    except ValidationError:
+        return model
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -409,8 +414,10 @@ def _write_files(pending: _PendingSave, files: Mapping[str, Mapping[str, Tensor]
     try:
         for name, tensors in files.items():
             pending.digests[name] = write_safetensors(pending.directory / name, tensors)
-    except Exception as error:  # whatever it was, it surfaces at the next step on all ranks
+    except BaseException as error:  # whatever it was, it surfaces at the next step on all ranks
         pending.error = error
+        if not isinstance(error, Exception):
+            raise
 
 
 def _heldout_loss(path: Path) -> float | None:
@@ -442,5 +449,5 @@ def _attempt(action: Any) -> Exception | None:
     return None
 
 
-def _text(error: Exception | None) -> str | None:
+def _text(error: BaseException | None) -> str | None:
     return None if error is None else f"{type(error).__name__}: {error}"

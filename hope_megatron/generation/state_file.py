@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ from hope_megatron.generation.decoder import Decoder
 from hope_megatron.generation.errors import GenerationError
 from hope_megatron.model import LanguageModel, ModelState
 from hope_megatron.model.in_context import InContextError, initial_inner_state
+
+log = logging.getLogger(__name__)
 
 FORMAT = "hope-state-v1"
 _STATE_PREFIX = "state."
@@ -37,16 +42,19 @@ def save_state(path: Path, decoder: Decoder) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={"format": FORMAT, "model": model_identity(decoder.model)})
+        identity = {"format": FORMAT, "model": model_identity(decoder.model)}
+        save_file(tensors, temporary, metadata={**identity, "sha256": tensors_digest(tensors)})
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise GenerationError(
-            f"cannot write the state file {path}: {error.strerror}; name a path that you may write to"
+            f"cannot write the state file {path}: {reason}; make room, or name a path that you may write to"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def load_state(path: Path, model: LanguageModel, kind: type[Decoder] = Decoder) -> Decoder:
@@ -64,7 +72,13 @@ def load_state(path: Path, model: LanguageModel, kind: type[Decoder] = Decoder) 
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+    ) as error:  # torch refuses what it cannot view
         raise GenerationError(f"{path} is not a whole state file: {error}") from error
     if metadata.get("format") != FORMAT:
         raise GenerationError(f"{path} is not a state file (format {metadata.get('format')!r}, not {FORMAT!r})")
@@ -72,6 +86,12 @@ def load_state(path: Path, model: LanguageModel, kind: type[Decoder] = Decoder) 
         raise GenerationError(
             f"{path} holds the state of another model; states only mean something to the weights that made them"
         )
+    if "sha256" not in metadata:
+        log.warning("%s has no digest: it is read unverified; states saved from now on have one", path)
+    elif metadata["sha256"] != tensors_digest(tensors):
+        raise GenerationError(f"{path} is damaged: its tensors are not those that were saved; read the text again")
+    if not {"pending", "seen"} <= tensors.keys():
+        raise GenerationError(f"{path} is not a whole state file: it lacks the tokens that were read last")
     pending, seen = tensors.pop("pending"), tensors.pop("seen")
     device = next(model.parameters()).device
     state = None
@@ -98,6 +118,16 @@ def _state_from(tensors: dict[str, Tensor], model: LanguageModel, batch_size: in
             f"{path} was learnt in context by other clocks; give --learn the keys it was made with, or begin a new state file"
         )
     return ModelState.from_tensors(tensors, like=like)
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of host tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def model_identity(model: LanguageModel) -> str:

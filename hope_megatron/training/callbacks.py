@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hope_megatron.eval.memory_health import cms_figure, measure_memories
+from hope_megatron.runtime.records import read_object
 from hope_megatron.training.batches import heldout_batches, micro_batches, rank_samples
 from hope_megatron.training.loop import Callback, Run
 from hope_megatron.training.metrics import MetricsFile, read_metrics
@@ -242,10 +243,7 @@ class Summary(Callback):
 
 def is_summarized(directory: RunDirectory) -> bool:
     """Whether summary.json is there and says that the run is complete."""
-    try:
-        return bool(json.loads(directory.summary.read_text(encoding="utf-8"))["complete"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return (read_object(directory.summary) or {}).get("complete") is True
 
 
 class Curves(Callback):

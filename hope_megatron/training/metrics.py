@@ -1,4 +1,5 @@
-"""metrics.jsonl: the local truth about a run. One line per recorded step; names are paths (`train/loss`).
+"""metrics.jsonl: the local truth about a run. One line per recorded step; names are paths (`train/loss`), and the last
+member of a line, `crc`, is its checksum (runtime/records.py).
 
 | name | unit | what |
 |---|---|---|
@@ -17,15 +18,16 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from hope_megatron.runtime.records import Record, damage_text, parse_records, seal
+
+log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
-
-Record = dict[str, Any]
 
 
 class MetricsFile:
@@ -37,51 +39,47 @@ class MetricsFile:
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add the record of a step."""
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+            file.write(seal({"step": step, **metrics}) + "\n")
 
     def drop_after(self, step: int) -> int:
-        """Remove records later than a step, and a last line that a crash cut short. Returns how many lines went."""
+        """Remove records later than a step, damaged lines, which are named in the log, and a last line that a crash cut short.
+        Returns how many lines went.
+        """
         if not self.path.exists():
             return 0
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if (record := _parse(line)) is not None and record["step"] <= step]
-        if len(kept) < len(lines):
+        data = self.path.read_bytes()
+        records, damaged = _parse(data[: data.rfind(b"\n") + 1])
+        if damaged:
+            log.warning("%s", damage_text(self.path, damaged))
+        kept = [record for record in records if record["step"] <= step]
+        dropped = len(data.splitlines()) - len(kept)
+        if dropped:
             temporary = self.path.with_suffix(".tmp")
             with open(temporary, "w", encoding="utf-8") as file:
-                file.writelines(kept)
+                file.writelines(seal(record) + "\n" for record in kept)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self.path)
-        return len(lines) - len(kept)
+        return dropped
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """Records of a metrics.jsonl in order; a last line that is still being written is left out."""
+    """Good records of a metrics.jsonl in order; a last line that is still being written is left out."""
     return read_metrics_from(path, 0)[0]
 
 
 def read_metrics_from(path: Path, offset: int) -> tuple[list[Record], int]:
-    """Records from a byte offset on, and the offset to continue from."""
-    records: list[Record] = []
+    """Good records from a byte offset on, and the offset to continue from."""
     if not path.exists():
-        return records, offset
+        return [], offset
     with open(path, "rb") as file:
         file.seek(offset)
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            offset += len(line)
-            record = _parse(line.decode("utf-8", "replace"))
-            if record is not None:
-                records.append(record)
-    return records, offset
+        data = file.read()
+    whole = data.rfind(b"\n") + 1
+    return _parse(data[:whole])[0], offset + whole
 
 
-def _parse(line: str) -> Record | None:
-    if not line.endswith("\n"):
-        return None
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+def _parse(data: bytes) -> tuple[list[Record], list[int]]:
+    """(records of whole lines, numbers of damaged lines)"""
+    records, damaged = parse_records(data)
+    return [record for record in records if type(record.get("step")) is int], damaged

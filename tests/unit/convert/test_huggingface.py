@@ -12,6 +12,7 @@ import torch
 
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from hope_megatron.convert.check import ExportCheck
+from hope_megatron.convert.digests import DIGESTS_NAME
 from hope_megatron.convert.errors import ConversionError, ExportCheckError
 from hope_megatron.convert.huggingface import export_huggingface, load_huggingface
 from hope_megatron.convert.source import CheckpointSource, find_checkpoint
@@ -136,6 +137,9 @@ def test_a_wrong_configuration_is_named(
     export_huggingface(make_checkpoint(), out, tokenizer)
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ConversionError, match=r"config\.json is not what was exported"):
+        load_huggingface(out)
+    (out / DIGESTS_NAME).unlink()  # somebody changed it on purpose
     with pytest.raises(ValueError, match=message):
         load_huggingface(out)
 
