@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hope_megatron.runtime.records import append_record, read_object, read_records
+from hope_megatron.runtime.records import append_record, parse_records, read_object, read_records
 
 FINISHED = "finished"
 """All steps are done."""
@@ -28,6 +28,8 @@ LOST = "lost"
 """No end was recorded: the node of the supervisor died, or Slurm killed everything."""
 GAVE_UP = "gave up"
 """No further attempt will be made."""
+
+_NEEDED = ("step", "train/tokens")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,19 @@ class Attempt:
     """Step of the newest checkpoint when it ended."""
     bad_nodes: tuple[str, ...] = field(default=())
     """Nodes that the failure is put down to."""
+    kind: str = ""
+    """Of a failure: USER, CRASH or TRANSIENT (hope_megatron/runtime/failures.py)."""
+    signature: str = ""
+    """Of an error of the program: its class and line."""
+    furthest: int = 0
+    """The last step that was under way."""
+    detected: float | None = None
+    """Unix time at which the supervisor saw the failure."""
+
+    @property
+    def reached(self) -> int:
+        """How far it came: the step under way, or of its newest checkpoint."""
+        return max(self.furthest, self.last_step or 0, self.step)
 
 
 class History:
@@ -73,10 +88,13 @@ class History:
         self._append({"event": "start", **asdict(attempt)})
         return attempt
 
-    def end(self, outcome: str, reason: str, step: int, bad_nodes: list[str] | None = None) -> None:
-        """Record how the latest attempt ended."""
+    def end(
+        self, outcome: str, reason: str, step: int, bad_nodes: list[str] | None = None, **more: str | int | float | None
+    ) -> None:
+        """Record how the latest attempt ended. `more`: kind, signature, furthest, detected."""
         number = self.attempts[-1].number
         values = {
+            **more,
             "ended": time.time(),
             "outcome": outcome,
             "reason": reason,
@@ -98,10 +116,17 @@ class History:
         """Whether this submission has made no attempt yet, or is making its first."""
         return len(self.attempts) - self._first <= 1
 
-    def failures_without_progress(self, step: int) -> int:
-        """Failed attempts of this submission in a row during which the newest checkpoint stayed at `step`."""
-        attempts = reversed(self.attempts[self._first :])
-        return sum(a.outcome in (CRASHED, LOST) for a in itertools.takewhile(lambda a: a.step == step, attempts))
+    def fruitless(self) -> list[Attempt]:
+        """The latest failed attempts of this submission in a row none of which came further than all before it."""
+        best: int | None = None
+        found: list[Attempt] = []
+        for attempt in self.attempts[self._first :]:
+            best = attempt.step if best is None else best
+            if attempt.reached > best:
+                best, found = attempt.reached, []
+            elif attempt.outcome in (CRASHED, LOST):
+                found.append(attempt)
+        return found
 
     def unhealthy_in_a_row(self) -> int:
         """Node checks of this submission that failed one after the other, up to the latest."""
@@ -145,3 +170,17 @@ def is_finished(run_dir: Path, steps: int) -> bool:
     summary = read_object(run_dir / "summary.json") or {}
     step = summary.get("step")
     return summary.get("complete") is True and isinstance(step, int) and step >= steps
+
+
+def last_record(run_dir: Path) -> dict[str, Any]:
+    """The last good record of a training step in metrics.jsonl; empty if there is none."""
+    path = run_dir / "metrics.jsonl"
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 65536))
+            data = file.read()
+    except OSError:
+        return {}
+    whole = parse_records(data[data.find(b"\n{") + 1 : data.rfind(b"\n") + 1]).records
+    good = (record for record in reversed(whole) if all(isinstance(record.get(name), int) for name in _NEEDED))
+    return next(good, {})

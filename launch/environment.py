@@ -10,14 +10,11 @@ import os
 import signal
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-LAUNCH_DIR_VARIABLE = "HOPE_LAUNCH_DIR"
-"""Directory through which the workers of a local launch report their process ids and failures to the launcher."""
+from hope_megatron.runtime.failures import LAUNCH_DIR_VARIABLE
 
 LAUNCH_TIME_VARIABLE = "HOPE_LAUNCH_TIME"
 """Unix time at which the start of the workers began: the job's allocation, or the launcher's own start."""
@@ -123,16 +120,6 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
-@dataclass(frozen=True)
-class Failure:
-    """Why one worker ended: what it wrote for the launcher before it exited."""
-
-    rank: int
-    time: float
-    is_user_error: bool
-    message: str
-
-
 def report_ready(rank: int) -> int:
     """Tell the launcher that this worker handles signals itself from now on.
 
@@ -144,7 +131,7 @@ def report_ready(rank: int) -> int:
         return 0
     _write(Path(directory) / f"worker-{rank}.pid", str(os.getpid()))
     early = Path(directory) / _STOP_FILE  # looked at after the line above, and written before the launcher looks for it
-    return int(early.read_text()) if early.exists() else 0
+    return _number(early) or 0
 
 
 def record_stop_signal(directory: Path, number: int) -> None:
@@ -152,33 +139,16 @@ def record_stop_signal(directory: Path, number: int) -> None:
     _write(directory / _STOP_FILE, str(number))
 
 
-def report_failure(rank: int, error: BaseException) -> bool:
-    """Leave the reason of this worker's end to the launcher, which prints one for all workers.
-
-    Returns:
-        False if there is no launcher to report to; the caller then prints the error itself.
-    """
-    directory = os.environ.get(LAUNCH_DIR_VARIABLE)
-    if not directory:
-        return False
-    user_error = bool(getattr(error, "is_user_error", False))
-    message = str(error) if user_error else "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    _write(Path(directory) / f"failure-{rank}.txt", f"{time.time()}\n{int(user_error)}\n{message}")
-    return True
-
-
 def read_worker_pids(directory: Path) -> list[int]:
     """Process ids of the workers that handle signals themselves."""
-    return [int(path.read_text()) for path in sorted(directory.glob("worker-*.pid"))]
+    return [pid for path in sorted(directory.glob("worker-*.pid")) if (pid := _number(path)) is not None]
 
 
-def read_failures(directory: Path) -> list[Failure]:
-    """What the workers reported, earliest first: the first failure is the cause, later ones mostly lost their peer."""
-    failures = []
-    for path in directory.glob("failure-*.txt"):
-        when, user_error, message = path.read_text().split("\n", 2)
-        failures.append(Failure(int(path.stem.split("-")[1]), float(when), user_error == "1", message))
-    return sorted(failures, key=lambda failure: failure.time)
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _write(path: Path, text: str) -> None:

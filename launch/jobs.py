@@ -48,6 +48,7 @@ def describe(config: RunConfig, cluster: ClusterConfig, nodes: int, code: Path) 
         srun_options=tuple(container_options(cluster, [config.output_dir, *filter(None, data), code])),
         scratch=str(cluster.scratch),
         max_restarts=cluster.max_restarts,
+        max_transient_restarts=cluster.max_transient_restarts,
         max_node_failures=cluster.max_node_failures,
         master_ports=cluster.master_ports,
         health=cluster.health.model_dump() if cluster.health.enabled else None,

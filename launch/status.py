@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hope_megatron.runtime.records import parse_records, read_object
-from launch.attempts import CRASHED, LOST, UNHEALTHY, History, is_finished, newest_checkpoint_step
+from hope_megatron.runtime.records import read_object
+from launch.attempts import CRASHED, LOST, UNHEALTHY, History, is_finished, last_record, newest_checkpoint_step
 from launch.environment import start_up_text
 from launch.jobs import active_job
 from launch.submission import LaunchDirectory, read_submission
 
 _CHECK_JOB_S = 30.0
-_NEEDED = ("step", "train/tokens")
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def run_status(run_dir: Path) -> Status:
     """
     directory = LaunchDirectory(run_dir)
     submission, history = read_submission(run_dir), History(directory.attempts)
-    latest = _last_record(run_dir / "metrics.jsonl")
+    latest = last_record(run_dir)
     tracking = _json(run_dir / "tracking.json")
     step, tokens_per_s = int(latest.get("step", 0)), latest.get("speed/tokens_per_s")
     state, detail = _state(directory, history, submission.steps)
@@ -144,19 +143,6 @@ def follow_log(run_dir: Path, *, lines: int, follow: bool) -> Iterator[str]:
                     return
                 checked = time.monotonic()
             time.sleep(0.5)
-
-
-def _last_record(path: Path) -> dict[str, Any]:
-    """The last whole line of metrics.jsonl."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 65536))
-            data = file.read()
-    except OSError:
-        return {}
-    whole = parse_records(data[data.find(b"\n{") + 1 : data.rfind(b"\n") + 1]).records
-    good = (record for record in reversed(whole) if all(isinstance(record.get(name), int) for name in _NEEDED))
-    return next(good, {})
 
 
 def _json(path: Path) -> dict[str, Any]:

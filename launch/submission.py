@@ -17,13 +17,14 @@ Standard library only: the supervisor reads it on the node, outside of any conta
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from hope_megatron.runtime.records import read_object
+from hope_megatron.runtime.records import read_object, write_atomically
 from launch.environment import LaunchError
+
+__all__ = ["LaunchDirectory", "Submission", "read_submission", "write_atomically", "write_submission"]
 
 
 class LaunchDirectory:
@@ -61,6 +62,7 @@ class Submission:
     """More options of every srun: the container."""
     scratch: str = "/tmp"
     max_restarts: int = 3
+    max_transient_restarts: int = 20
     max_node_failures: int = 2
     master_ports: tuple[int, int] | None = None
     health: dict[str, Any] | None = None
@@ -105,13 +107,3 @@ def read_submission(run_dir: Path) -> Submission:
             f"{path} is damaged: it is not the record of a run; submit the run again with "
             "`hope launch CONFIG --cluster ...`"
         ) from None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -72,7 +72,8 @@ def _argv(args: argparse.Namespace) -> list[str]:
 
 def _work(args: argparse.Namespace) -> int:
     """Be one process of a world that a launcher has started."""
-    from launch.environment import die_with_parent, report_failure
+    from hope_megatron.runtime.failures import report_failure
+    from launch.environment import die_with_parent
 
     die_with_parent()
     try:

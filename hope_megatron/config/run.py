@@ -10,6 +10,7 @@ from hope_megatron.config.base import ConfigError, Section
 from hope_megatron.config.model import ModelConfig
 from hope_megatron.config.optim import OptimConfig
 from hope_megatron.config.parallel import ParallelConfig
+from hope_megatron.config.resilience import ResilienceConfig
 from hope_megatron.config.training import CheckpointConfig, DataConfig, TrackingConfig, TrainingConfig
 
 
@@ -27,6 +28,7 @@ class RunConfig(Section):
     data: DataConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+    resilience: ResilienceConfig = ResilienceConfig()
 
     @property
     def run_dir(self) -> Path:

@@ -43,6 +43,7 @@ from hope_megatron.engine.checkpoint_format import (
 from hope_megatron.engine.engine import Engine
 from hope_megatron.engine.generators import generator_states, restore_generators
 from hope_megatron.engine.pieces import group_scalars, live_pieces, load_pieces, parameter_table
+from hope_megatron.runtime.failures import TRANSIENT
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ _TEMPORARY = ".tmp-"
 
 class CheckpointSaveError(CheckpointError):
     """Several saves in a row have failed, or the one that had to succeed."""
+
+    failure_kind = TRANSIENT
 
 
 @dataclass
@@ -265,8 +268,12 @@ class Checkpointer:
         sync_directory(self.directory)
         self._apply_retention()
 
+    def sealed(self) -> list[Path]:
+        """Checkpoints that were written to their end, newest first."""
+        return [path for path in list_checkpoints(self.directory) if (path / MANIFEST).is_file()]
+
     def _apply_retention(self) -> None:
-        sealed = [path for path in list_checkpoints(self.directory) if (path / MANIFEST).is_file()]
+        sealed = self.sealed()
         best = self._best(sealed)
         for path in sealed[self.keep_last :]:
             if path not in best and (not self.keep_every or checkpoint_step(path) % self.keep_every):

@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 
 from hope_megatron.config.base import ConfigError
 from hope_megatron.config.parallel import ParallelConfig
+from hope_megatron.engine.collectives import record_collectives
 from hope_megatron.layers.cpu import install_cpu_support
 
 
@@ -36,7 +37,7 @@ class Mesh:
         return dist.group.WORLD
 
 
-def init_distributed(parallel: ParallelConfig, *, num_threads: int = 1, timeout_s: float = 600.0) -> Mesh:
+def init_distributed(parallel: ParallelConfig, *, num_threads: int = 1, timeout_s: float = 1800.0) -> Mesh:
     """Join (or, without launcher variables, be) the world and build the groups.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them. A default process group that is
@@ -66,16 +67,19 @@ def init_distributed(parallel: ParallelConfig, *, num_threads: int = 1, timeout_
         device = torch.device("cpu")
         torch.set_num_threads(num_threads)
     install_cpu_support()
+    timeout = datetime.timedelta(seconds=timeout_s)
+    record_collectives()
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        timeout = datetime.timedelta(seconds=timeout_s)
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor_parallel, create_gloo_process_groups=False
+            tensor_model_parallel_size=parallel.tensor_parallel,
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=timeout_s / 60,
         )
     if parallel_state.get_tensor_model_parallel_world_size() != parallel.tensor_parallel:
         raise ConfigError(
@@ -94,6 +98,13 @@ def init_distributed(parallel: ParallelConfig, *, num_threads: int = 1, timeout_
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
     )
+
+
+def set_group_timeouts(timeout_s: float) -> None:
+    """Give every process group that exists this time-out; groups that libraries make for themselves begin with 30 minutes."""
+    timeout = datetime.timedelta(seconds=timeout_s)
+    for group in list(dist.distributed_c10d._world.pg_map):
+        group.set_timeout(timeout)
 
 
 def shutdown_distributed() -> None:

@@ -6,6 +6,8 @@ lack a checksum was written before there was one, and is read as it stands.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
@@ -66,10 +68,50 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
 
     A line end goes first: the last line may have been cut short by the death of its writer.
     """
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("\n" + seal(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append_whole(path, ("\n" + seal(record) + "\n").encode(), sync=True)
+
+
+def append_whole(path: Path, line: bytes, *, sync: bool = False) -> None:
+    """Append a line, or leave the file as it was: a full disk must not leave half of one in the middle.
+
+    Raises:
+        OSError: what the system says; nothing was added.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        size = os.fstat(descriptor).st_size
+        try:
+            written = os.write(descriptor, line)
+            if written < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if sync:
+                os.fsync(descriptor)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, size)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str, mode: int | None = None) -> None:
+    """Replace a file so that a reader sees the old content or the new, never a part.
+
+    mode: permission bits; None leaves them to the umask.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(
+            os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode or 0o666), "w", encoding="utf-8"
+        ) as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def damage_text(path: Path, damaged: Iterable[int]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ from typing import Any
 import torch
 
 from hope_megatron.eval.memory_health import cms_figure, measure_memories
+from hope_megatron.runtime.heartbeat import HEART
 from hope_megatron.runtime.records import read_object
 from hope_megatron.training.batches import heldout_batches, micro_batches, rank_samples
+from hope_megatron.training.guard import Judgement
+from hope_megatron.training.ledger import RunLedger
 from hope_megatron.training.loop import Callback, Run
 from hope_megatron.training.metrics import MetricsFile, read_metrics
 from hope_megatron.training.plots import plot_curves
@@ -32,6 +36,7 @@ def default_callbacks(progress: Progress, tracker: Tracker | None) -> list[Callb
     """What every run does. The record of a step is written before the checkpoint of that step."""
     return [
         FirstStep(),
+        Judgements(),
         HeldoutEvaluation(),
         MemoryHealth(),
         MetricsRecord(progress, tracker),
@@ -62,6 +67,36 @@ class FirstStep(Callback):
         run.phases.mark("steps")
 
 
+class Judgements(Callback):
+    """Says what was bad about a step, and writes it to the ledger."""
+
+    def start(self, run: Run) -> None:
+        if run.engine.mesh.rank == 0:
+            self._ledger = RunLedger(run.directory.ledger)
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        if result.skipped:
+            run.metrics["train/skipped"] = 1.0
+        if run.engine.mesh.rank != 0:
+            return
+        batch_size, what = run.config.training.global_batch_size, result.judgement.name.lower()
+        where = (run.state.step, run.state.samples - batch_size, batch_size)
+        norm = result.grad_norm if math.isfinite(result.grad_norm) else None
+        if result.skipped:
+            self._ledger.record("skipped step", *where, reason=f"{what} gradient", grad_norm=norm)
+            log.warning("step %d skipped on all ranks: %s gradient, twice; nothing changed", run.state.step, what)
+        elif result.recomputed:
+            self._ledger.record("recomputed step", *where, reason=f"{what} gradient")
+            log.warning("step %d computed twice: its gradient was %s the first time", run.state.step, what)
+        elif result.judgement is Judgement.EXTREME:
+            log.warning("step %d: extreme gradient norm %.3g", run.state.step, result.grad_norm)
+        if result.spike:
+            self._ledger.record("loss spike", *where, loss=result.loss)
+            steps = run.config.resilience.spike.steps
+            log.warning("step %d: loss %.3f, far above the usual for %d steps", run.state.step, result.loss, steps)
+        self._ledger.flush()
+
+
 class HeldoutEvaluation(Callback):
     """Mean loss of the first held-out sequences, every `eval_every` steps and after the last."""
 
@@ -70,6 +105,7 @@ class HeldoutEvaluation(Callback):
         due = run.is_complete or (every > 0 and run.state.step % every == 0)
         if source is None or not due:
             return
+        HEART.enter("evaluate", HEART.limits.evaluation_s)
         training, mesh = run.config.training, run.engine.mesh
         batches = heldout_batches(
             source, training.eval_sequences, training.micro_batch_size, mesh.dp_rank, mesh.dp_size, mesh.device
@@ -93,6 +129,7 @@ class MemoryHealth(Callback):
             run.metrics |= run.engine.optimizer.relative_updates(cms_figure)
         every, step = run.config.training.memory_every, run.state.step
         if every and (step % every == 0 or run.is_complete):
+            HEART.enter("measure", HEART.limits.evaluation_s)
             batch_size, mesh = run.config.training.global_batch_size, run.engine.mesh
             first = rank_samples(run.state.samples - batch_size, batch_size, mesh.dp_rank, mesh.dp_size).start
             tokens, targets = micro_batches(run.train_source, range(first, first + 1), 1, mesh.device)[0]
@@ -121,6 +158,11 @@ class MetricsRecord(Callback):
         self._first = True
         if run.engine.mesh.rank == 0:
             self._file = MetricsFile(run.directory.metrics)
+            self._file.drop_after(run.state.step)
+
+    def rolled_back(self, run: Run) -> None:
+        self._last = (run.state.tokens, time.monotonic(), self._last[2])
+        if run.engine.mesh.rank == 0:
             self._file.drop_after(run.state.step)
 
     def after_step(self, run: Run, result: StepResult) -> None:
@@ -155,9 +197,9 @@ class MetricsRecord(Callback):
         stall_us = run.engine.control.maximum([round(1e6 * (run.reader.stall_s - stalled))])[0]
         stats = run.engine.optimizer.last_step_stats(reduce=True)
         stats.pop("optim/newton_schulz_calls_total", None)  # counts this process only
+        measured = {"train/loss": result.loss, "train/grad_norm": result.grad_norm}
         return {
-            "train/loss": result.loss,
-            "train/grad_norm": result.grad_norm,
+            **{name: value for name, value in measured.items() if math.isfinite(value)},
             "train/lr": result.lr_multiplier * run.config.optim.lr,
             "train/tokens": run.state.tokens,
             "train/samples": run.state.samples,
@@ -175,6 +217,7 @@ class Checkpointing(Callback):
     """Saves every `checkpoint.every` steps in the background, and after the last step before the run ends."""
 
     def after_step(self, run: Run, result: StepResult) -> None:
+        HEART.enter("save", HEART.limits.save_s)
         self._announce(run, run.checkpointer.poll())
         due = run.state.step % run.config.checkpoint.every == 0
         if due or run.is_last_step:

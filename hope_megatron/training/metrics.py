@@ -18,28 +18,48 @@ member of a line, `crc`, is its checksum (runtime/records.py).
 
 from __future__ import annotations
 
+import collections
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from hope_megatron.runtime.records import Record, damage_text, parse_records, seal
+from hope_megatron.runtime.records import Record, append_whole, damage_text, parse_records, seal, write_atomically
 
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+MAX_WAITING = 10_000
 
 
 class MetricsFile:
-    """Appends records to metrics.jsonl; a line is written whole and flushed."""
+    """Appends records to metrics.jsonl; a line is written whole and flushed.
+
+    A disk that is full or gone does not stop training: records wait in memory, the newest `MAX_WAITING` of them, and are written
+    when it takes them again.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._waiting: collections.deque[str] = collections.deque(maxlen=MAX_WAITING)
+        self._failing = False
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add the record of a step."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(seal({"step": step, **metrics}) + "\n")
+        """Add the record of a step, behind those that wait."""
+        self._waiting.append(seal({"step": step, **metrics}) + "\n")
+        try:
+            while self._waiting:
+                append_whole(self.path, self._waiting[0].encode())
+                self._waiting.popleft()
+        except OSError as error:
+            if not self._failing:
+                log.error(
+                    "%s cannot be written (%s): records wait in memory, training goes on", self.path, error.strerror
+                )
+            self._failing = True
+            return
+        if self._failing:
+            log.warning("%s is written again", self.path)
+            self._failing = False
 
     def drop_after(self, step: int) -> int:
         """Remove records later than a step, damaged lines, which are named in the log, and a last line that a crash cut short.
@@ -54,12 +74,7 @@ class MetricsFile:
         kept = [record for record in records if record["step"] <= step]
         dropped = len(data.splitlines()) - len(kept)
         if dropped:
-            temporary = self.path.with_suffix(".tmp")
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.writelines(seal(record) + "\n" for record in kept)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
+            write_atomically(self.path, "".join(seal(record) + "\n" for record in kept))
         return dropped
 
 

@@ -14,9 +14,10 @@ from hope_megatron.engine.checkpoint_format import Checkpoint, list_checkpoints
 from hope_megatron.engine.control import ControlGroup
 from hope_megatron.engine.distributed import Mesh, init_distributed
 from hope_megatron.engine.generators import seed_generators
+from hope_megatron.runtime.heartbeat import HEART
 from hope_megatron.training.batches import SampleSource
 from hope_megatron.training.callbacks import default_callbacks, is_summarized
-from hope_megatron.training.loop import Outcome, Run, train
+from hope_megatron.training.loop import Outcome, Run, read_skipped_samples, train
 from hope_megatron.training.metrics import read_metrics
 from hope_megatron.training.phases import PhaseClock
 from hope_megatron.training.progress import Progress, configure_logging, format_duration
@@ -65,10 +66,16 @@ def run_training(
         a loss that is not finite, ...
     """
     phases = phases or PhaseClock()
-    mesh = init_distributed(config.parallel, num_threads=config.training.num_threads)
+    mesh = init_distributed(
+        config.parallel,
+        num_threads=config.training.num_threads,
+        timeout_s=config.resilience.hang.collective_timeout_s,
+    )
     phases.mark("rendezvous")
     engine = build_engine(config, mesh)
     seed_generators(config.training.seed, mesh.dp_rank)
+    if HEART.listeners:
+        HEART.listeners[0].engine = engine  # type: ignore[attr-defined]  # of the fault injector
     phases.mark("model")
 
     directory = RunDirectory(config.run_dir)
@@ -87,6 +94,7 @@ def run_training(
     tracker = None
     try:
         _resume(run, resume, continue_data)
+        run.skipped_samples = read_skipped_samples(run)
         phases.mark("checkpoint")
         if run.is_complete and is_summarized(directory):
             if mesh.rank == 0:

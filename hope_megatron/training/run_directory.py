@@ -9,7 +9,10 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from hope_megatron.runtime.records import write_atomically
 from hope_megatron.training.metrics import METRICS_FILE
+
+__all__ = ["RunDirectory", "RunDirectoryError", "write_atomically"]
 
 
 class RunDirectoryError(Exception):
@@ -36,6 +39,10 @@ class RunDirectory:
     @property
     def data_ledger(self) -> Path:
         return self.path / "data_ledger.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.jsonl"
 
     @property
     def log(self) -> Path:
@@ -98,13 +105,3 @@ class RunDirectory:
             return f"process {holder['pid']} on {holder['host']}"
         except (OSError, ValueError, KeyError, TypeError):
             return "another process"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

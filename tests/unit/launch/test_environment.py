@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from hope_megatron.runtime.failures import read_failures, report_failure
 from launch.environment import (
     LAUNCH_DIR_VARIABLE,
     LAUNCH_TIME_VARIABLE,
@@ -17,10 +18,8 @@ from launch.environment import (
     launch_time,
     process_environment,
     process_start_time,
-    read_failures,
     read_worker_pids,
     record_stop_signal,
-    report_failure,
     report_ready,
     start_up_text,
 )
