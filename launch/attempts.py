@@ -116,11 +116,16 @@ class History:
         """Whether this submission has made no attempt yet, or is making its first."""
         return len(self.attempts) - self._first <= 1
 
+    @property
+    def current(self) -> list[Attempt]:
+        """The attempts of this submission."""
+        return self.attempts[self._first :]
+
     def fruitless(self) -> list[Attempt]:
         """The latest failed attempts of this submission in a row none of which came further than all before it."""
         best: int | None = None
         found: list[Attempt] = []
-        for attempt in self.attempts[self._first :]:
+        for attempt in self.current:
             best = attempt.step if best is None else best
             if attempt.reached > best:
                 best, found = attempt.reached, []

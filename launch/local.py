@@ -22,16 +22,10 @@ from types import FrameType
 
 from hope_megatron.runtime.failures import ATTEMPT_VARIABLE, LAUNCH_DIR_VARIABLE, Failure, first_cause, read_failures
 from hope_megatron.runtime.heartbeat import HEARTBEAT_DIR_VARIABLE, Limits
+from hope_megatron.runtime.process import LAUNCH_TIME_VARIABLE, available_cpus, count_gpus, process_environment
+from hope_megatron.runtime.reports import read_worker_pids, record_stop_signal
 from hope_megatron.runtime.token import TOKEN_VARIABLE
-from launch.environment import (
-    LAUNCH_TIME_VARIABLE,
-    LaunchError,
-    available_cpus,
-    count_gpus,
-    process_environment,
-    read_worker_pids,
-    record_stop_signal,
-)
+from launch.errors import LaunchError
 from launch.processes import FreshProcesses, Nursery, Starter
 from launch.step import TaskError, free_port
 from launch.submission import LaunchDirectory, Submission, write_submission

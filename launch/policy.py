@@ -28,19 +28,14 @@ class Verdict(NamedTuple):
 
 def judge(history: History, max_restarts: int, max_transient_restarts: int) -> Verdict:
     """What follows from the attempts so far."""
-    failed = [attempt for attempt in history.attempts if attempt.outcome in (CRASHED, LOST)]
-    latest = history.attempts[-1] if history.attempts else None
+    failed = [attempt for attempt in history.current if attempt.outcome in (CRASHED, LOST)]
+    latest = history.current[-1] if history.current else None
     if latest is None or latest.outcome not in (CRASHED, LOST):
         return Verdict("")
     if latest.kind == USER:
         return Verdict(latest.reason)
     fruitless = history.fruitless()
-    if (
-        history.is_first_attempt is False
-        and len(failed) > 1
-        and _is_the_same(failed[-2], latest)
-        and latest in fruitless
-    ):
+    if len(failed) > 1 and latest in fruitless and _is_the_same(failed[-2], latest):
         return Verdict(f"the same error came at the same step in two attempts: {latest.reason}")
     for kinds, limit, name in (
         ((CRASH,), max_restarts, "max_restarts"),

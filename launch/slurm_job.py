@@ -15,10 +15,10 @@ from datetime import datetime
 from pathlib import Path
 
 from hope_megatron.runtime.failures import ATTEMPT_VARIABLE, LAUNCH_DIR_VARIABLE
+from hope_megatron.runtime.process import LAUNCH_TIME_VARIABLE
 from hope_megatron.runtime.token import TOKEN_VARIABLE
 from launch import slurm
 from launch.attempts import STOPPED, UNHEALTHY, Attempt
-from launch.environment import LAUNCH_TIME_VARIABLE
 from launch.health import check_nodes
 from launch.step import Step, free_port, srun_command
 from launch.submission import LaunchDirectory, read_submission

@@ -8,7 +8,7 @@
       job.log           output of the job, appended over all its restarts
       attempts.jsonl    every start of the ranks and how it ended (launch/attempts.py)
       health.json       the last check of the nodes
-      reports/          what the ranks of the current attempt report (launch/environment.py)
+      reports/          what the ranks of the current attempt report (hope_megatron/runtime/reports.py)
       code/DIGEST/      the code that the job runs (launch/freeze.py)
 
 Standard library only: the supervisor reads it on the node, outside of any container.
@@ -16,15 +16,13 @@ Standard library only: the supervisor reads it on the node, outside of any conta
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from hope_megatron.runtime.records import read_object, write_atomically
-from launch.environment import LaunchError
-
-__all__ = ["LaunchDirectory", "Submission", "read_submission", "write_atomically", "write_submission"]
+from hope_megatron.runtime.files import write_json
+from hope_megatron.runtime.records import read_object
+from launch.errors import LaunchError
 
 
 class LaunchDirectory:
@@ -80,7 +78,7 @@ class Submission:
 
 def write_submission(directory: LaunchDirectory, submission: Submission) -> None:
     """Write the record."""
-    write_atomically(directory.submission, json.dumps(asdict(submission), indent=1) + "\n")
+    write_json(directory.submission, asdict(submission))
 
 
 def read_submission(run_dir: Path) -> Submission:

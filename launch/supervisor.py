@@ -25,8 +25,8 @@ from typing import NamedTuple, Protocol
 
 from hope_megatron.runtime.failures import CRASH, TRANSIENT, Failure, first_cause, read_failures
 from hope_megatron.runtime.records import damage_text
+from hope_megatron.runtime.reports import read_worker_pids
 from launch.attempts import CRASHED, FINISHED, LOST, STOPPED, History, is_finished, last_record, newest_checkpoint_step
-from launch.environment import read_worker_pids
 from launch.hangs import Hang, keep_reports, read_hang
 from launch.policy import judge
 from launch.step import TaskError

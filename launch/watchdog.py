@@ -11,7 +11,6 @@ interpreter nor a stopped process hides from it. Standard library only.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -21,8 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from hope_megatron.runtime.files import write_json
 from hope_megatron.runtime.heartbeat import STACKS_SIGNAL, Beat, read_beats, stack_file
-from launch.submission import write_atomically
 
 POLL_S = 0.5
 HANG_PREFIX = "hang-"
@@ -91,7 +90,7 @@ class Watchdog:
         ranks = [describe(beat, states[beat.rank], stacks[beat.rank], now) for beat in beats]
         report = {"node": self.node, "time": time.time(), "missing": self.ranks - len(beats), "ranks": ranks}
         with contextlib.suppress(OSError):
-            write_atomically(self.reports / f"{HANG_PREFIX}{self.node}.json", json.dumps(report, indent=1) + "\n")
+            write_json(self.reports / f"{HANG_PREFIX}{self.node}.json", report)
         deadline = time.monotonic() + _OTHER_NODES_S
         while self.nodes > 1 and len(list(self.reports.glob(f"{HANG_PREFIX}*.json"))) < self.nodes:
             if time.monotonic() > deadline:

@@ -17,7 +17,7 @@ import signal
 import sys
 from typing import Any
 
-from launch.environment import silence_import_warnings
+from hope_megatron.runtime.process import silence_import_warnings
 
 ANSWERS_VARIABLE = "HOPE_ANSWERS"
 _POLL_S = 0.05

@@ -41,7 +41,13 @@ COMMANDS = {
         "hope_megatron.cli.eval_suite", "the paper's tests: small models of each family, trained here"
     ),
     "generate": Command("hope_megatron.cli.generate", "sample text from a checkpoint"),
-    "convert": Command("hope_megatron.cli.convert", "checkpoints into other layouts and formats, and back"),
+    "list": Command("hope_megatron.cli.list", "what can be chosen by name: presets, optimizers, formats, suites"),
+    "checkpoint": Command("hope_megatron.cli.checkpoint", "inspect, reshard and average checkpoints"),
+    "export": Command(
+        "hope_megatron.cli.export", "a checkpoint in the format of transformers, Megatron-Core or DeepSpeed"
+    ),
+    "import": Command("hope_megatron.cli.import_", "start from the files of another library, or bring an export back"),
+    "convert": Command("hope_megatron.cli.convert", "the old name of checkpoint, export and import"),
 }
 
 

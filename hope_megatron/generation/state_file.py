@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from hope_megatron.generation.decoder import Decoder
 from hope_megatron.generation.errors import GenerationError
 from hope_megatron.model import LanguageModel, ModelState
 from hope_megatron.model.in_context import InContextError, initial_inner_state
+from hope_megatron.runtime.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -39,22 +38,15 @@ def save_state(path: Path, decoder: Decoder) -> None:
     if decoder.state is not None:
         tensors |= {_STATE_PREFIX + name: tensor for name, tensor in decoder.state.tensors().items()}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         identity = {"format": FORMAT, "model": model_identity(decoder.model)}
-        save_file(tensors, temporary, metadata={**identity, "sha256": tensors_digest(tensors)})
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={**identity, "sha256": tensors_digest(tensors)})
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise GenerationError(
             f"cannot write the state file {path}: {reason}; make room, or name a path that you may write to"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def load_state(path: Path, model: LanguageModel, kind: type[Decoder] = Decoder) -> Decoder:

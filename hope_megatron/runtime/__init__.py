@@ -1,1 +1,1 @@
-"""Where launcher and training meet: records on disk, heartbeats, exit codes. Standard library only; imports nothing of ours."""
+"""What a process of this project shares with whoever started it: variables, reports, exit codes, files. No torch."""

@@ -94,26 +94,6 @@ def append_whole(path: Path, line: bytes, *, sync: bool = False) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, text: str, mode: int | None = None) -> None:
-    """Replace a file so that a reader sees the old content or the new, never a part.
-
-    mode: permission bits; None leaves them to the umask.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(
-            os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode or 0o666), "w", encoding="utf-8"
-        ) as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
 def damage_text(path: Path, damaged: Iterable[int]) -> str:
     """Names the damaged lines of a file, for a warning; empty if there are none."""
     numbers = list(damaged)

@@ -23,7 +23,8 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from hope_megatron.runtime.records import Record, append_whole, damage_text, parse_records, seal, write_atomically
+from hope_megatron.runtime.files import write_text
+from hope_megatron.runtime.records import Record, append_whole, damage_text, parse_records, seal
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class MetricsFile:
         kept = [record for record in records if record["step"] <= step]
         dropped = len(data.splitlines()) - len(kept)
         if dropped:
-            write_atomically(self.path, "".join(seal(record) + "\n" for record in kept))
+            write_text(self.path, "".join(seal(record) + "\n" for record in kept))
         return dropped
 
 

@@ -9,10 +9,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from hope_megatron.runtime.records import write_atomically
 from hope_megatron.training.metrics import METRICS_FILE
-
-__all__ = ["RunDirectory", "RunDirectoryError", "write_atomically"]
 
 
 class RunDirectoryError(Exception):

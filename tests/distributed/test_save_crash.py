@@ -15,8 +15,8 @@ from hope_megatron.testing.training import advance, build
 
 
 def every_operation(rank: int, world_size: int, directory: str) -> dict[str, object]:
-    from hope_megatron.engine.checkpoint import Checkpointer
-    from hope_megatron.engine.checkpoint_format import Checkpoint, CheckpointDamagedError, list_checkpoints
+    from hope_megatron.checkpoint.checkpointer import Checkpointer
+    from hope_megatron.checkpoint.format import Checkpoint, CheckpointDamagedError, list_checkpoints
     from hope_megatron.training.state import TrainingState
 
     base, config = Path(directory), tiny_run_config()

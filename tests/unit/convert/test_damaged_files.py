@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from hope_megatron.convert.huggingface import export_huggingface, load_huggingface
-from hope_megatron.convert.source import find_checkpoint
+from hope_megatron.checkpoint.find import find_checkpoint
+from hope_megatron.checkpoint.format import Checkpoint, CheckpointDamagedError
+from hope_megatron.checkpoint.unsharded import read_whole
+from hope_megatron.convert.huggingface.export import export_huggingface, load_huggingface
 from hope_megatron.convert.torch_dist import read_torch_dist, write_torch_dist
-from hope_megatron.convert.whole import read_whole
-from hope_megatron.engine.checkpoint_format import Checkpoint, CheckpointDamagedError
 from hope_megatron.generation.decoder import Decoder
 from hope_megatron.generation.errors import GenerationError
 from hope_megatron.generation.state_file import load_state, save_state
@@ -227,7 +227,7 @@ def test_small_files_of_any_content_never_end_in_a_traceback(anything_goes, cont
     from hope_megatron.training.run_directory import RunDirectory
     from hope_megatron.training.tracking import read_tracking
     from launch.attempts import is_finished
-    from launch.environment import LaunchError
+    from launch.errors import LaunchError
     from launch.status import run_status
 
     run = anything_goes(content)

@@ -17,7 +17,7 @@ from launch.arrays import grid
 from launch.attempts import History
 from launch.chain import load_chain
 from launch.cluster import ClusterConfig, ContainerConfig
-from launch.environment import LaunchError
+from launch.errors import LaunchError
 from launch.freeze import freeze_code
 from launch.jobs import describe, load_config, write_files
 from launch.preflight import preflight
