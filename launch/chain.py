@@ -35,7 +35,7 @@ from launch.cluster import ClusterConfig
 from launch.errors import LaunchError
 from launch.freeze import freeze_code
 from launch.jobs import load_config, submit_run
-from launch.script import command_script
+from launch.script import command_script, write_secrets
 from launch.submission import LaunchDirectory
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -158,6 +158,7 @@ def _submit(
     assert link.run is not None
     log, script = directory / f"{link.name}.log", directory / f"{link.name}.sbatch"
     code = freeze_code(directory / "code")
+    write_secrets(cluster, directory)
     text = command_script(cluster, job_name, link.run, code=code, work_dir=Path.cwd(), log=log, gpus=link.gpus)
     write_text(script, text)
     return Link(link.name, slurm.submit(script, options), str(log), None)

@@ -22,7 +22,13 @@ from types import FrameType
 
 from hope_megatron.runtime.failures import ATTEMPT_VARIABLE, LAUNCH_DIR_VARIABLE, Failure, first_cause, read_failures
 from hope_megatron.runtime.heartbeat import HEARTBEAT_DIR_VARIABLE, Limits
-from hope_megatron.runtime.process import LAUNCH_TIME_VARIABLE, available_cpus, count_gpus, process_environment
+from hope_megatron.runtime.process import (
+    LAUNCH_TIME_VARIABLE,
+    SUPERVISOR_VARIABLE,
+    available_cpus,
+    count_gpus,
+    process_environment,
+)
 from hope_megatron.runtime.reports import read_worker_pids, record_stop_signal
 from hope_megatron.runtime.token import TOKEN_VARIABLE
 from launch.errors import LaunchError
@@ -70,6 +76,8 @@ class LocalRanks:
             LAUNCH_DIR_VARIABLE: str(reports),
             HEARTBEAT_DIR_VARIABLE: str(self._beats),
             TOKEN_VARIABLE: secrets.token_hex(32),
+            SUPERVISOR_VARIABLE: str(os.getpid()),
+            "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
         }
         self._ranks = [
             starter.start(argv, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(nproc)

@@ -182,10 +182,10 @@ class Checkpointer:
         if running:
             return None
         self._pending = None
-        digests = self._control.gather(pending.digests)
+        digests = self._control.gather({name: [file.sha256, file.size] for name, file in pending.digests.items()})
         final = self.directory / step_directory_name(pending.step)
         if not failed and self._rank == 0:
-            merged = {name: digest for rank_digests in digests for name, digest in rank_digests.items()}
+            merged = {name: FileDigest(*found) for of_rank in digests for name, found in of_rank.items()}
             pending.error = _attempt(lambda: self._commit(pending, final, merged))
         errors = [
             f"rank {rank}: {error}" for rank, error in enumerate(self._control.gather(_text(pending.error))) if error

@@ -3,8 +3,9 @@
     KIND@RANK:STEP[:PHASE][*]
 
 PHASE is one of a step (`before step`, data, forward, backward, agree, step, `after step`, evaluate, save), with spaces or dashes;
-without it the kind's own (below). STEP 0 with a phase of the start (data, imports, rendezvous, model, checkpoint, first_step) is
-a fault while the run starts. A fault comes once in the life of a run, however often the step is done again; with `*` always.
+without it the kind's own (below). With a phase of the start (data, imports, rendezvous, model, checkpoint, first_step) the fault
+comes while a process starts, once the newest checkpoint is of STEP or later. A fault comes once in the life of a run, however
+often the step is done again; with `*` always.
 
 | kind | what happens to the rank | phase |
 |---|---|---|
@@ -21,7 +22,8 @@ a fault while the run starts. A fault comes once in the life of a run, however o
 | disk | no file may grow for 2 s (a full disk) | after step |
 | damage | a file of the newest checkpoint is damaged, and the rank is killed | after step |
 | litter | half a checkpoint lies in the directory, and the rank is killed | after step |
-| term | SIGTERM to the launcher of this rank: somebody ends the run | forward |
+| node | SIGKILL to this rank, its supervisor and all that the supervisor started | forward |
+| term | SIGTERM to the supervisor: somebody ends the run | forward |
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ from typing import TYPE_CHECKING, Any
 
 from hope_megatron.config import ConfigError, RunConfig
 from hope_megatron.runtime.heartbeat import HEART
+from hope_megatron.runtime.process import SUPERVISOR_VARIABLE
 from hope_megatron.testing.mutations import damage
+from launch.attempts import newest_checkpoint_step
 
 if TYPE_CHECKING:
     from hope_megatron.engine.engine import Engine
@@ -120,8 +124,13 @@ class Injector:
         if phase == "forward" and step <= self.slow_until:
             time.sleep(_SLOW_S)
         for number, fault in self.faults:
-            if (fault.step, fault.phase) == (step, phase) and (fault.always or self._first_time(number, fault)):
+            if self._is_here(fault, phase, step) and (fault.always or self._first_time(number, fault)):
                 KINDS[fault.kind](self, fault)
+
+    def _is_here(self, fault: Fault, phase: str, step: int) -> bool:
+        if fault.phase != phase:
+            return False
+        return fault.step == step if step else newest_checkpoint_step(self.run_dir) >= fault.step
 
     def _first_time(self, number: int, fault: Fault) -> bool:
         """Whether a fault has not come yet in the life of the run; from now on it has."""
@@ -231,7 +240,7 @@ def _full_disk(injector: Injector, fault: Fault) -> None:
 
 def _damage_checkpoint(injector: Injector, fault: Fault) -> None:
     found = sorted((injector.run_dir / "checkpoints").glob("step-*/manifest.json"))
-    if found:
+    if len(found) > 1:  # the only one there is must come from a copy: that is a person's work
         damage(found[-1].parent, random.Random(fault.step))
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -244,8 +253,13 @@ def _litter(injector: Injector, fault: Fault) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _end_launcher(injector: Injector, fault: Fault) -> None:
-    os.kill(os.getppid(), signal.SIGTERM)
+def _end_supervisor(injector: Injector, fault: Fault) -> None:
+    os.kill(int(os.environ[SUPERVISOR_VARIABLE]), signal.SIGTERM)
+
+
+def _kill_node(injector: Injector, fault: Fault) -> None:
+    os.kill(int(os.environ[SUPERVISOR_VARIABLE]), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 KINDS: dict[str, Callable[[Injector, Fault], None]] = {
@@ -268,5 +282,6 @@ KINDS: dict[str, Callable[[Injector, Fault], None]] = {
     "disk": _full_disk,
     "damage": _damage_checkpoint,
     "litter": _litter,
-    "term": _end_launcher,
+    "node": _kill_node,
+    "term": _end_supervisor,
 }
