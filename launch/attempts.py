@@ -75,6 +75,7 @@ class History:
         self.attempts: list[Attempt] = []
         self.given_up = ""
         """Why no further attempt will be made; empty while there may be one."""
+        self._waiting: list[dict[str, Any]] = []
         self._first = 0  # attempts before this one belong to earlier submissions
         records, self.damaged = read_records(path)
         """Attempts and numbers of lines that are not what was written."""
@@ -146,8 +147,13 @@ class History:
         return sorted(node for node, count in failures.items() if count >= max_failures)
 
     def _append(self, record: dict[str, Any]) -> None:
-        append_record(self.path, record)
+        """Write a record; while the disk takes none they wait in memory, and the run goes on."""
+        self._waiting.append(record)
         self._apply(record)
+        with contextlib.suppress(OSError):
+            while self._waiting:
+                append_record(self.path, self._waiting[0])
+                self._waiting.pop(0)
 
     def _apply(self, record: dict[str, Any]) -> None:
         values: dict[str, Any] = {

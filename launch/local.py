@@ -181,7 +181,8 @@ class LocalRun(Supervisor):
 
     def say(self, text: str) -> None:
         if not text.startswith("the ranks have stopped"):  # rank 0 has said so
-            print(text, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                print(text, file=sys.stderr, flush=True)
 
     def command_to_go_on(self) -> str:
         return f"hope {' '.join(self._argv)}"

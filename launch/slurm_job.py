@@ -6,6 +6,7 @@ the queue, without the nodes that failed. A job that is requeued after the run h
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
@@ -123,7 +124,8 @@ class SlurmJob(Supervisor):
 
     def say(self, text: str) -> None:
         """A line in the job's log."""
-        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} launch: {text}", flush=True)
+        with contextlib.suppress(OSError):  # the disk of the log may be full
+            print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} launch: {text}", flush=True)
 
     def command_to_go_on(self) -> str:
         return f"hope launch resume {self.directory.run_dir}"

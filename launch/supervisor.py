@@ -170,7 +170,7 @@ class Supervisor(ABC):
     def _attempt(self) -> int | None:
         """Run the ranks once. Returns the exit code of the run, or None to try again."""
         shutil.rmtree(self.directory.reports, ignore_errors=True)
-        self.directory.reports.mkdir(parents=True)
+        self.directory.reports.mkdir(parents=True, exist_ok=True)
         before = self.step()
         ranks = self.start_ranks()
         try:

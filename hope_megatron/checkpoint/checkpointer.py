@@ -48,7 +48,7 @@ from hope_megatron.runtime.files import sync_directory
 
 log = logging.getLogger(__name__)
 
-MAX_FAILED_SAVES = 3
+_MAX_PAUSE_S = 30.0
 _TEMPORARY = ".tmp-"
 
 
@@ -83,6 +83,7 @@ class Checkpointer:
         keep_last: number of newest checkpoints that stay.
         keep_every: checkpoints at multiples of this many steps stay forever.
         keep_best: number of checkpoints with the lowest `heldout_loss` in their description that stay.
+        max_failed_saves: failures in a row that are an error.
     """
 
     def __init__(
@@ -93,17 +94,20 @@ class Checkpointer:
         keep_last: int = 2,
         keep_every: int | None = None,
         keep_best: int = 0,
+        max_failed_saves: int = 3,
     ) -> None:
         self.engine = engine
         self.directory = directory
         self.keep_last = keep_last
         self.keep_every = keep_every
         self.keep_best = keep_best
+        self.max_failed_saves = max_failed_saves
         self._stall_s = 0.0
         self._control = engine.control
         self._rank = engine.mesh.rank
         self._pending: _PendingSave | None = None
-        self._failed_saves = 0
+        self.failed_saves = 0
+        """Saves in a row that have failed; the same on all ranks."""
         self._host_buffers: dict[str, Tensor] = {}
         if self._rank == 0 and directory.is_dir():
             for leftover in directory.glob(f"{_TEMPORARY}*"):
@@ -166,7 +170,7 @@ class Checkpointer:
             The new checkpoint, when there is one.
 
         Raises:
-            CheckpointSaveError: on all ranks, when `MAX_FAILED_SAVES` saves in a row have failed.
+            CheckpointSaveError: on all ranks, when `max_failed_saves` saves in a row have failed.
         """
         pending = self._pending
         if pending is None:
@@ -193,7 +197,7 @@ class Checkpointer:
         if errors:
             self._report_failure(pending, errors)
             return None
-        self._failed_saves = 0
+        self.failed_saves = 0
         return final
 
     def wait(self) -> Path | None:
@@ -205,19 +209,16 @@ class Checkpointer:
     def save_now(
         self, description: Mapping[str, Any], extra_files: Mapping[str, Mapping[str, Tensor]] | None = None
     ) -> Path:
-        """Save and wait for it.
+        """Save and wait for it; try again after a pause if it fails.
 
         Raises:
-            CheckpointSaveError: if this save fails.
+            CheckpointSaveError: when `max_failed_saves` saves in a row have failed.
         """
-        self.save(description, extra_files)
-        path = self.wait()
-        if path is None:
-            raise CheckpointSaveError(
-                f"the checkpoint of step {description['progress']['step']} could not be written to {self.directory}; "
-                "the reason is logged above. Free space there or choose another output_dir, then resume"
-            )
-        return path
+        while True:
+            self.save(description, extra_files)
+            if (path := self.wait()) is not None:
+                return path
+            time.sleep(min(2.0 ** (self.failed_saves - 1), _MAX_PAUSE_S))
 
     def _copy_to_host(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Host copies of everything this rank saves, and its entry in the table of files."""
@@ -281,13 +282,13 @@ class Checkpointer:
         return [sealed[i] for _, i in sorted(losses)[: self.keep_best]]
 
     def _report_failure(self, pending: _PendingSave, errors: list[str]) -> None:
-        self._failed_saves += 1
+        self.failed_saves += 1
         if self._rank == 0:
             shutil.rmtree(pending.directory, ignore_errors=True)
         text = f"the checkpoint of step {pending.step} could not be written to {self.directory} ({'; '.join(errors)})"
-        if self._failed_saves >= MAX_FAILED_SAVES:
+        if self.failed_saves >= self.max_failed_saves:
             raise CheckpointSaveError(
-                f"{text}; this was failure {self._failed_saves} in a row. Older checkpoints are safe. Free space there or "
+                f"{text}; this was failure {self.failed_saves} in a row. Older checkpoints are safe. Free space there or "
                 "choose another output_dir, then resume"
             )
         if self._rank == 0:

@@ -12,6 +12,7 @@ import torch
 
 from hope_megatron.checkpoint.format import PROBE_NAME
 from hope_megatron.eval.memory_health import cms_figure, measure_memories
+from hope_megatron.runtime.disks import best_effort
 from hope_megatron.runtime.files import write_json
 from hope_megatron.runtime.heartbeat import HEART
 from hope_megatron.runtime.process import start_up_text
@@ -60,7 +61,8 @@ class FirstStep(Callback):
         if run.engine.mesh.rank == 0:
             phases = run.phases.start_up()
             log.info("started in %s", start_up_text(phases))
-            write_json(run.directory.start_up, {"step": run.state.step, "phases_s": phases})
+            with best_effort(run.directory.start_up.name):
+                write_json(run.directory.start_up, {"step": run.state.step, "phases_s": phases})
 
     def finish(self, run: Run) -> None:
         run.phases.mark("steps")
@@ -157,12 +159,14 @@ class MetricsRecord(Callback):
         self._first = True
         if run.engine.mesh.rank == 0:
             self._file = MetricsFile(run.directory.metrics)
-            self._file.drop_after(run.state.step)
+            with best_effort(run.directory.metrics.name):
+                self._file.drop_after(run.state.step)
 
     def rolled_back(self, run: Run) -> None:
         self._last = (run.state.tokens, time.monotonic(), self._last[2])
         if run.engine.mesh.rank == 0:
-            self._file.drop_after(run.state.step)
+            with best_effort(run.directory.metrics.name):
+                self._file.drop_after(run.state.step)
 
     def after_step(self, run: Run, result: StepResult) -> None:
         due = run.state.step % run.config.training.log_every == 0 or run.is_last_step or run.state.step == 1
@@ -218,7 +222,7 @@ class Checkpointing(Callback):
     def after_step(self, run: Run, result: StepResult) -> None:
         HEART.enter("save", HEART.limits.save_s)
         self._announce(run, run.checkpointer.poll())
-        due = run.state.step % run.config.checkpoint.every == 0
+        due = run.state.step % run.config.checkpoint.every == 0 or self._try_again(run)
         if due or run.is_last_step:
             run.update_newton_schulz_calls()
         if run.is_last_step:
@@ -228,6 +232,19 @@ class Checkpointing(Callback):
             self._announce(run, run.checkpointer.save_now(self._describe(run), probe))
         elif due:
             run.checkpointer.save(self._describe(run))
+
+    _failed = 0
+    _try_again_at = 0.0
+
+    def _try_again(self, run: Run) -> bool:
+        """Whether a save that failed shall be repeated now, after a pause that doubles. Collective while there was a failure."""
+        failed, now = run.checkpointer.failed_saves, time.monotonic()
+        if failed > self._failed:
+            self._try_again_at = now + min(2.0**failed, 60.0)
+        self._failed = failed
+        if not failed or run.checkpointer.saving:
+            return False
+        return bool(run.engine.control.maximum([now >= self._try_again_at])[0])
 
     @staticmethod
     def _announce(run: Run, path: Path | None) -> None:
@@ -280,7 +297,8 @@ class Summary(Callback):
             "phases_s": run.phases.rounded(),
             "provenance": run.provenance,
         }
-        write_json(run.directory.summary, summary)
+        with best_effort(run.directory.summary.name):
+            write_json(run.directory.summary, summary)
 
 
 def is_summarized(directory: RunDirectory) -> bool:
@@ -293,7 +311,8 @@ class Curves(Callback):
 
     def finish(self, run: Run) -> None:
         if run.engine.mesh.rank == 0:
-            plot_curves(run.directory.metrics, run.directory.curves, title=run.config.name)
+            with best_effort(run.directory.curves.name):
+                plot_curves(run.directory.metrics, run.directory.curves, title=run.config.name)
 
 
 class Tracking(Callback):

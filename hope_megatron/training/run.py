@@ -14,6 +14,7 @@ from hope_megatron.config import RunConfig, dump_config
 from hope_megatron.engine.build import build_engine
 from hope_megatron.engine.control import ControlGroup
 from hope_megatron.engine.distributed import Mesh, init_distributed
+from hope_megatron.runtime.disks import best_effort
 from hope_megatron.runtime.files import write_text
 from hope_megatron.runtime.formatting import duration_text
 from hope_megatron.runtime.heartbeat import HEART
@@ -91,6 +92,7 @@ def run_training(
         keep_last=keep.keep_last,
         keep_every=keep.keep_every,
         keep_best=keep.keep_best,
+        max_failed_saves=config.resilience.max_failed_saves,
     )
     run = Run(config, engine, checkpointer, directory, train_source, heldout_source, provenance(), phases=phases)
     tracker = None
@@ -103,7 +105,8 @@ def run_training(
                 log.info("%s is complete: all %d steps are done", config.name, run.state.step)
             return run
         if mesh.rank == 0:
-            write_text(directory.config, dump_config(config))
+            with best_effort(directory.config.name):
+                write_text(directory.config, dump_config(config))
             if config.tracking.mlflow:
                 tracker = Tracker(config, directory, tags={"hope_megatron.commit": str(run.provenance["commit"])})
         _announce(run)
