@@ -33,7 +33,7 @@ from launch.attempts import History, last_record
 
 WEIGHTS = {
     "kill": 6, "segv": 2, "stop": 2, "hang": 2, "gil": 2, "collective": 2, "io": 2, "network": 2, "nan": 3, "inf": 2, "huge": 1,
-    "disk": 2, "damage": 3, "litter": 2, "save": 3, "start": 3, "slow": 1, "node": 2, "term": 2,
+    "disk": 2, "damage": 3, "litter": 2, "save": 3, "start": 3, "slow": 1, "node": 1, "term": 1,
 }  # fmt: skip
 STEP_PHASES = ("before-step", "data", "forward", "backward", "agree", "step", "after-step")
 START_PHASES = ("data", "imports", "rendezvous", "model", "checkpoint", "first_step")
