@@ -32,7 +32,7 @@ from hope_megatron.testing.drill import Drill, final_state
 from launch.attempts import History, last_record
 
 WEIGHTS = {
-    "kill": 6, "segv": 2, "stop": 2, "hang": 2, "gil": 2, "collective": 2, "io": 2, "network": 2, "nan": 3, "inf": 2, "huge": 1,
+    "kill": 6, "segv": 2, "stop": 2, "hang": 2, "gil": 2, "collective": 2, "io": 2, "network": 2, "nan": 3, "inf": 2,
     "disk": 2, "damage": 3, "litter": 2, "save": 3, "start": 3, "slow": 1, "node": 1, "term": 1,
 }  # fmt: skip
 STEP_PHASES = ("before-step", "data", "forward", "backward", "agree", "step", "after-step")
