@@ -23,6 +23,13 @@ from data_pipeline.errors import DataChangedError, DataError
 from data_pipeline.files import writing
 from data_pipeline.samples import DocumentSpan, SampleStream
 
+_MEMBERS: Mapping[Any, tuple[str, ...]] = {
+    "skip": ("first", "count"),
+    "transition": ("sample", "old", "new"),
+    "corrupt": ("shard", "location", "sha256"),
+}
+"""What an entry of each kind has."""
+
 
 @dataclass(frozen=True, order=True)
 class Skip:
@@ -63,9 +70,14 @@ class Ledger:
 
     def _parse(self, data: bytes) -> list[dict[str, Any]]:
         try:
-            return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
-        except ValueError as error:
+            entries = [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+        except (ValueError, RecursionError) as error:
             raise DataError(f"the ledger {self.path} is damaged ({error}). Restore it from a copy.") from error
+        for number, entry in enumerate(entries, start=1):
+            needed = _MEMBERS.get(entry.get("kind"), ("kind",)) if isinstance(entry, dict) else ("kind",)
+            if not isinstance(entry, dict) or any(name not in entry for name in needed):
+                raise DataError(f"the ledger {self.path} is damaged in line {number}. Restore it from a copy.")
+        return entries
 
     def skips(self) -> list[Skip]:
         return [Skip(entry["first"], entry["count"]) for entry in self.entries() if entry["kind"] == "skip"]

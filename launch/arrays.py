@@ -23,7 +23,7 @@ from launch.errors import LaunchError
 from launch.freeze import freeze_code
 from launch.jobs import describe, load_config, write_files
 from launch.preflight import preflight, require, slurm_preflight
-from launch.script import array_script
+from launch.script import array_script, write_secrets
 from launch.submission import LaunchDirectory, write_submission
 
 
@@ -133,6 +133,7 @@ def queue_array(
         write_files(run, cluster, submission, directory)
         History(directory.attempts).submitted()
         (folder / "cells" / str(index)).symlink_to(run.run_dir)
+    write_secrets(cluster, folder / "launch")
     script = folder / "array.sbatch"
     write_text(script, array_script(cluster, replace(submissions[0], name=name), folder, len(runs), limit))
     require(slurm_preflight(cluster, nodes, script))
@@ -144,4 +145,5 @@ def queue_array(
 
 def array_runs(array_dir: Path) -> list[Path]:
     """Run directories of an array, by index; empty if the directory is not an array's."""
-    return [path.resolve() for path in sorted((array_dir / "cells").glob("*"), key=lambda path: int(path.name))]
+    cells = [path for path in (array_dir / "cells").glob("*") if path.name.isdecimal()]
+    return [path.resolve() for path in sorted(cells, key=lambda path: int(path.name))]

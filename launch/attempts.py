@@ -6,14 +6,15 @@ an end was cut off, by a dead node or a kill. Standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import json
-import os
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from hope_megatron.runtime.records import append_record, parse_records, read_object, read_records
 
 FINISHED = "finished"
 """All steps are done."""
@@ -27,6 +28,8 @@ LOST = "lost"
 """No end was recorded: the node of the supervisor died, or Slurm killed everything."""
 GAVE_UP = "gave up"
 """No further attempt will be made."""
+
+_NEEDED = ("step", "train/tokens")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,19 @@ class Attempt:
     """Step of the newest checkpoint when it ended."""
     bad_nodes: tuple[str, ...] = field(default=())
     """Nodes that the failure is put down to."""
+    kind: str = ""
+    """Of a failure: USER, CRASH or TRANSIENT (hope_megatron/runtime/failures.py)."""
+    signature: str = ""
+    """Of an error of the program: its class and line."""
+    furthest: int = 0
+    """The last step that was under way."""
+    detected: float | None = None
+    """Unix time at which the supervisor saw the failure."""
+
+    @property
+    def reached(self) -> int:
+        """How far it came: the step under way, or of its newest checkpoint."""
+        return max(self.furthest, self.last_step or 0, self.step)
 
 
 class History:
@@ -59,9 +75,13 @@ class History:
         self.attempts: list[Attempt] = []
         self.given_up = ""
         """Why no further attempt will be made; empty while there may be one."""
+        self._waiting: list[dict[str, Any]] = []
         self._first = 0  # attempts before this one belong to earlier submissions
-        for record in _read_lines(path):
-            self._apply(record)
+        records, self.damaged = read_records(path)
+        """Attempts and numbers of lines that are not what was written."""
+        for record in records:
+            with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # of another version
+                self._apply(record)
 
     def start(self, job_id: str, restart: int, nodes: list[str], step: int) -> Attempt:
         """Record that an attempt begins."""
@@ -69,10 +89,13 @@ class History:
         self._append({"event": "start", **asdict(attempt)})
         return attempt
 
-    def end(self, outcome: str, reason: str, step: int, bad_nodes: list[str] | None = None) -> None:
-        """Record how the latest attempt ended."""
+    def end(
+        self, outcome: str, reason: str, step: int, bad_nodes: list[str] | None = None, **more: str | int | float | None
+    ) -> None:
+        """Record how the latest attempt ended. `more`: kind, signature, furthest, detected."""
         number = self.attempts[-1].number
         values = {
+            **more,
             "ended": time.time(),
             "outcome": outcome,
             "reason": reason,
@@ -94,10 +117,22 @@ class History:
         """Whether this submission has made no attempt yet, or is making its first."""
         return len(self.attempts) - self._first <= 1
 
-    def failures_without_progress(self, step: int) -> int:
-        """Failed attempts of this submission in a row during which the newest checkpoint stayed at `step`."""
-        attempts = reversed(self.attempts[self._first :])
-        return sum(a.outcome in (CRASHED, LOST) for a in itertools.takewhile(lambda a: a.step == step, attempts))
+    @property
+    def current(self) -> list[Attempt]:
+        """The attempts of this submission."""
+        return self.attempts[self._first :]
+
+    def fruitless(self) -> list[Attempt]:
+        """The latest failed attempts of this submission in a row none of which came further than all before it."""
+        best: int | None = None
+        found: list[Attempt] = []
+        for attempt in self.current:
+            best = attempt.step if best is None else best
+            if attempt.reached > best:
+                best, found = attempt.reached, []
+            elif attempt.outcome in (CRASHED, LOST):
+                found.append(attempt)
+        return found
 
     def unhealthy_in_a_row(self) -> int:
         """Node checks of this submission that failed one after the other, up to the latest."""
@@ -112,12 +147,13 @@ class History:
         return sorted(node for node, count in failures.items() if count >= max_failures)
 
     def _append(self, record: dict[str, Any]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            # A new line first: the last one may have been cut short by the death of its writer's node.
-            file.write("\n" + json.dumps(record))
-            file.flush()
-            os.fsync(file.fileno())
+        """Write a record; while the disk takes none they wait in memory, and the run goes on."""
+        self._waiting.append(record)
         self._apply(record)
+        with contextlib.suppress(OSError):
+            while self._waiting:
+                append_record(self.path, self._waiting[0])
+                self._waiting.pop(0)
 
     def _apply(self, record: dict[str, Any]) -> None:
         values: dict[str, Any] = {
@@ -136,28 +172,26 @@ class History:
 
 def newest_checkpoint_step(run_dir: Path) -> int:
     """Step of the newest complete checkpoint (one with a manifest); 0 if there is none."""
-    steps = [int(path.parent.name.partition("-")[2]) for path in (run_dir / "checkpoints").glob("step-*/manifest.json")]
-    return max(steps, default=0)
+    numbers = [path.parent.name.partition("-")[2] for path in (run_dir / "checkpoints").glob("step-*/manifest.json")]
+    return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
 
 def is_finished(run_dir: Path, steps: int) -> bool:
     """Whether the run's own summary says that all steps are done."""
-    try:
-        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return bool(summary.get("complete")) and summary.get("step", 0) >= steps
+    summary = read_object(run_dir / "summary.json") or {}
+    step = summary.get("step")
+    return summary.get("complete") is True and isinstance(step, int) and step >= steps
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def last_record(run_dir: Path) -> dict[str, Any]:
+    """The last good record of a training step in metrics.jsonl; empty if there is none."""
+    path = run_dir / "metrics.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    records = []
-    for line in lines:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue  # empty, or cut short by the death of its writer's node
-    return records
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 65536))
+            data = file.read()
+    except OSError:
+        return {}
+    whole = parse_records(data[data.find(b"\n{") + 1 : data.rfind(b"\n") + 1]).records
+    good = (record for record in reversed(whole) if all(isinstance(record.get(name), int) for name in _NEEDED))
+    return next(good, {})

@@ -28,13 +28,14 @@ from hope_megatron.config import ConfigError, Section
 from hope_megatron.config.load import read_mapping
 from hope_megatron.config.messages import explain
 from hope_megatron.runtime.files import write_json, write_text
+from hope_megatron.runtime.records import read_object
 from launch import slurm
 from launch.attempts import is_finished
 from launch.cluster import ClusterConfig
 from launch.errors import LaunchError
 from launch.freeze import freeze_code
 from launch.jobs import load_config, submit_run
-from launch.script import command_script
+from launch.script import command_script, write_secrets
 from launch.submission import LaunchDirectory
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -157,6 +158,7 @@ def _submit(
     assert link.run is not None
     log, script = directory / f"{link.name}.log", directory / f"{link.name}.sbatch"
     code = freeze_code(directory / "code")
+    write_secrets(cluster, directory)
     text = command_script(cluster, job_name, link.run, code=code, work_dir=Path.cwd(), log=log, gpus=link.gpus)
     write_text(script, text)
     return Link(link.name, slurm.submit(script, options), str(log), None)
@@ -168,13 +170,16 @@ def chain_status(directory: Path) -> list[str]:
     Raises:
         LaunchError: if the directory is not that of a chain.
     """
+    record = read_object(directory / "chain.json") or {}
     try:
-        record = json.loads((directory / "chain.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LaunchError(f"{directory} is not the directory of a chain: {error}") from None
+        links = [Link(**values) for values in record["links"]]
+    except (KeyError, TypeError):
+        raise LaunchError(
+            f"{directory} is not the directory of a chain: chain.json is missing or damaged; ask for its runs one by one"
+        ) from None
     lines: list[str] = []
     failed = ""
-    for link in (Link(**values) for values in record["links"]):
+    for link in links:
         state = _link_state(link)
         if state == "cancelled" and failed:
             state += f", because {failed} failed"

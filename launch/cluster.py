@@ -93,7 +93,10 @@ class ClusterConfig(Section):
     """More environment variables for all ranks; they win over the table."""
 
     max_restarts: int = Field(default=3, ge=0)
-    """Failed attempts in a row without a newer checkpoint after which a run gives up."""
+    """Errors of the program in a row, without coming further, after which a run gives up. The same error at the same step in two
+    attempts is enough."""
+    max_transient_restarts: int = Field(default=20, ge=0)
+    """The same for faults that may pass: killed and hanging ranks, networks, disks."""
     max_node_failures: int = Field(default=2, gt=0)
     """Failures on one node after which the run avoids it."""
     health: HealthConfig = HealthConfig()

@@ -15,7 +15,7 @@ from launch.cluster import ClusterConfig, load_cluster
 from launch.errors import LaunchError
 from launch.freeze import freeze_code
 from launch.preflight import Check, preflight, require, slurm_preflight
-from launch.script import container_options, train_script
+from launch.script import container_options, train_script, write_secrets
 from launch.submission import LaunchDirectory, Submission, read_submission, write_submission
 
 
@@ -49,6 +49,7 @@ def describe(config: RunConfig, cluster: ClusterConfig, nodes: int, code: Path) 
         srun_options=tuple(container_options(cluster, [config.output_dir, *filter(None, data), code])),
         scratch=str(cluster.scratch),
         max_restarts=cluster.max_restarts,
+        max_transient_restarts=cluster.max_transient_restarts,
         max_node_failures=cluster.max_node_failures,
         master_ports=cluster.master_ports,
         health=cluster.health.model_dump() if cluster.health.enabled else None,
@@ -114,7 +115,8 @@ def write_files(config: RunConfig, cluster: ClusterConfig, submission: Submissio
     """Write what the job will read."""
     directory.path.mkdir(parents=True, exist_ok=True)
     write_text(directory.config, dump_config(config))
-    write_text(directory.cluster, dump_config(cluster))
+    write_text(directory.cluster, dump_config(cluster), private=bool(cluster.env))
+    write_secrets(cluster, directory.path)
     write_submission(directory, submission)
 
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import shlex
 import string
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
+from hope_megatron.runtime.files import write_text
 from launch.cluster import ClusterConfig
+from launch.errors import LaunchError
 from launch.submission import LaunchDirectory, Submission
 from launch.variables import job_variables
 
 _TEMPLATES = Path(__file__).parent / "templates"
+
+
+SECRETS_FILE = "environment.sh"
+"""Of the launch directory: the variables of the cluster file's `env`, mode 0600."""
+_OF_SEVERAL_LINES = {"directives", "setup", "variables"}
 
 
 class _Template(string.Template):
@@ -27,7 +35,7 @@ def train_script(cluster: ClusterConfig, submission: Submission, directory: Laun
             cluster, submission.nodes, cluster.ranks_per_node, cluster.gpus_per_node, exclusive=cluster.exclusive
         ),
         f"--job-name={submission.name}",
-        f"--output={directory.log}",
+        f"--output={_file_pattern(directory.log)}",
         "--open-mode=append",
         "--requeue",
         f"--signal=B:USR1@{cluster.stop_before_end_s}",
@@ -56,7 +64,7 @@ def array_script(cluster: ClusterConfig, submission: Submission, array_dir: Path
         ),
         f"--job-name={submission.name}",
         f"--array=0-{num_cells - 1}%{limit}",
-        f"--output={array_dir}/cells/%a/launch/job.log",
+        f"--output={_file_pattern(array_dir)}/cells/%a/launch/job.log",
         "--open-mode=append",
         "--requeue",
         f"--signal=B:USR1@{cluster.stop_before_end_s}",
@@ -79,7 +87,7 @@ def command_script(
     directives = [
         *_resources(cluster, 1, 1, gpus, exclusive=False),
         f"--job-name={name}",
-        f"--output={log}",
+        f"--output={_file_pattern(log)}",
         "--open-mode=append",
         "--no-requeue",
     ]
@@ -98,6 +106,9 @@ def container_options(cluster: ClusterConfig, paths: Sequence[Path]) -> list[str
     """srun's options for the container, if there is one: `paths` are mounted under their own names, the last is where it starts."""
     if cluster.container is None:
         return []
+    for path in paths:
+        if any(character in str(path) for character in ",:"):
+            raise LaunchError(f"{path} has a comma or a colon, by which pyxis divides mounts; choose another path")
     mounts = [*dict.fromkeys(f"{path}:{path}" for path in paths), *cluster.container.mounts]
     return [
         f"--container-image={cluster.container.image}",
@@ -129,15 +140,47 @@ def _resources(cluster: ClusterConfig, nodes: int, tasks_per_node: int, gpus: in
 
 
 def _directives(options: Sequence[str]) -> str:
-    # Slurm splits directives like a shell does.
-    return "\n".join(f"#SBATCH {shlex.quote(option)}" for option in options)
+    # Slurm splits directives like a shell does, and reads % in the names of files.
+    return "\n".join(f"#SBATCH {shlex.quote(plain(option))}" for option in options)
 
 
 def _environment(cluster: ClusterConfig, launch_dir: Path) -> dict[str, str]:
-    rows = job_variables(cluster, launch_dir)
-    variables = [f"export {row.name}={shlex.quote(row.value)}  # {row.reason}" for row in rows]
+    rows = [row for row in job_variables(cluster, launch_dir) if row.name not in cluster.env]
+    variables = [f"export {row.name}={shlex.quote(plain(row.value))}  # {row.reason}" for row in rows]
+    if cluster.env:
+        secrets = launch_dir / SECRETS_FILE
+        variables.append(
+            f". {shlex.quote(str(secrets))}  # {', '.join(cluster.env)}: only its owner may read the values"
+        )
     return {"setup": "\n".join(cluster.setup) or "# none", "variables": "\n".join(variables) or "# none"}
 
 
+def write_secrets(cluster: ClusterConfig, launch_dir: Path) -> None:
+    """The variables of the cluster file's `env`, which may be secrets, in a file that only its owner may read."""
+    if not cluster.env:
+        return
+    lines = [f"export {name}={shlex.quote(value)}\n" for name, value in cluster.env.items()]
+    write_text(launch_dir / SECRETS_FILE, "".join(lines), private=True)
+
+
+def _file_pattern(path: Path) -> str:
+    return str(path).replace("%", "%%")
+
+
+def plain(text: str) -> str:
+    """A text that stays on its line.
+
+    Raises:
+        LaunchError: it has a line break or another control character, with which it would leave a comment and become shell.
+    """
+    if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in text):
+        raise LaunchError(f"{text!r} has a line break or another control character; choose a name or path without any")
+    return text
+
+
 def _fill(template: str, **values: str) -> str:
+    """Fill a template in. Only what the cluster file says to the shell itself, and our own lines, may have several lines."""
+    for name, value in values.items():
+        if name not in _OF_SEVERAL_LINES:
+            plain(value)
     return _Template((_TEMPLATES / template).read_text(encoding="utf-8")).substitute(values)

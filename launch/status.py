@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,9 +10,12 @@ from typing import Any
 
 from hope_megatron.runtime.formatting import duration_text
 from hope_megatron.runtime.process import start_up_text
-from launch.attempts import CRASHED, LOST, UNHEALTHY, History, is_finished, newest_checkpoint_step
+from hope_megatron.runtime.records import read_object
+from launch.attempts import CRASHED, LOST, UNHEALTHY, History, is_finished, last_record, newest_checkpoint_step
+from launch.goodput import real_goodput
 from launch.jobs import active_job
 from launch.submission import LaunchDirectory, read_submission
+from launch.watchdog import is_alive
 
 _CHECK_JOB_S = 30.0
 
@@ -41,6 +43,8 @@ class Status:
     attempts: int
     restarts: int
     """Attempts after a failure."""
+    goodput: str
+    """Shares of the run's life: productive, saves, lost, queued; empty before there are any."""
     avoided_nodes: tuple[str, ...]
     mlflow_run: str | None
     log: str
@@ -55,6 +59,8 @@ class Status:
             left = f", {duration_text(self.eta_s)} left" if self.eta_s is not None else ""
             lines.append(f"  speed       {self.tokens_per_s:,.0f} tokens/s{left}")
         lines.append(f"  attempts    {self.attempts}, {self.restarts} after failures")
+        if self.goodput:
+            lines.append(f"  goodput     {self.goodput}")
         if self.start_up:
             lines.append(f"  start-up    {self.start_up}")
         if self.avoided_nodes:
@@ -73,7 +79,7 @@ def run_status(run_dir: Path) -> Status:
     """
     directory = LaunchDirectory(run_dir)
     submission, history = read_submission(run_dir), History(directory.attempts)
-    latest = _last_record(run_dir / "metrics.jsonl")
+    latest = last_record(run_dir)
     tracking = _json(run_dir / "tracking.json")
     step, tokens_per_s = int(latest.get("step", 0)), latest.get("speed/tokens_per_s")
     state, detail = _state(directory, history, submission.steps)
@@ -93,9 +99,10 @@ def run_status(run_dir: Path) -> Status:
         start_up=start_up_text(phases) if (phases := _json(run_dir / "start_up.json").get("phases_s")) else "",
         attempts=len(history.attempts),
         restarts=sum(attempt.outcome in (CRASHED, LOST) for attempt in history.attempts[:-1]),
+        goodput=str(goodput) if (goodput := real_goodput(run_dir, history)) is not None else "",
         avoided_nodes=tuple(history.avoided_nodes(submission.max_node_failures)),
         mlflow_run=tracking.get("run_id") and f"{tracking['run_id']} at {tracking.get('uri')}",
-        log=str(directory.log),
+        log=str(directory.log if directory.log.exists() or submission.job_id else run_dir / "train.log"),
     )
 
 
@@ -111,11 +118,25 @@ def _state(directory: LaunchDirectory, history: History, steps: int) -> tuple[st
         return "pending", job.reason + expected
     if job is not None:
         return job.state.lower(), f"on {job.nodes}"
+    if history.attempts and history.attempts[-1].ended is None and _is_supervised_here(history.attempts[-1].job_id):
+        return "running", f"on {' '.join(history.attempts[-1].nodes)}"
     if not history.attempts:
         return "ended", "the job ended before it began training; see the log"
     last = history.attempts[-1]
     state = {CRASHED: "failed", UNHEALTHY: "failed", LOST: "cut off"}.get(last.outcome, last.outcome)
-    return state, f"{last.reason}; `hope launch resume {directory.run_dir}` goes on".removeprefix("; ")
+    return state, f"{last.reason}; {_go_on(directory)} goes on".removeprefix("; ")
+
+
+def _go_on(directory: LaunchDirectory) -> str:
+    if read_submission(directory.run_dir).job_id is None:
+        return "the same `hope train` command"
+    return f"`hope launch resume {directory.run_dir}`"
+
+
+def _is_supervised_here(job_id: str) -> bool:
+    """Whether the supervisor of a run on this machine still lives."""
+    kind, _, pid = job_id.partition("-")
+    return kind == "local" and pid.isdecimal() and is_alive(int(pid))
 
 
 def follow_log(run_dir: Path, *, lines: int, follow: bool) -> Iterator[str]:
@@ -146,26 +167,5 @@ def follow_log(run_dir: Path, *, lines: int, follow: bool) -> Iterator[str]:
             time.sleep(0.5)
 
 
-def _last_record(path: Path) -> dict[str, Any]:
-    """The last whole line of metrics.jsonl."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 65536))
-            lines = file.read().decode("utf-8", errors="replace").split("\n")[:-1]
-    except FileNotFoundError:
-        return {}
-    for line in reversed(lines):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if "train/tokens" in record:
-            return record
-    return {}
-
-
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
+    return read_object(path) or {}

@@ -78,8 +78,8 @@ class Step:
             self._reader.join(timeout=10)
         return code
 
-    def request_stop(self) -> None:
-        """SIGUSR1 to every task."""
+    def request_stop(self, number: int = signal.SIGUSR1) -> None:
+        """SIGUSR1 to every task, whatever signal asked for it: srun itself would end by others."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGUSR1)
 
@@ -115,12 +115,13 @@ class Step:
                 self.errors.append(TaskError(**match.groupdict()))
 
 
-def free_port(allowed: Sequence[int] | None, job_id: int) -> int:
+def free_port(allowed: Sequence[int] | None, job_id: int, address: str = "") -> int:
     """A free port of this node for a rendezvous.
 
     Args:
         allowed: first and last port to choose from; None leaves the choice to the system.
         job_id: decides where in the range to begin, so that jobs that start side by side do not pick the same port.
+        address: of the interface; empty means all of them.
 
     Raises:
         LaunchError: if all ports of the range are taken.
@@ -131,7 +132,7 @@ def free_port(allowed: Sequence[int] | None, job_id: int) -> int:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind(("", first + (job_id + i) % count))
+                probe.bind((address, first + (job_id + i) % count if first else 0))
                 return int(probe.getsockname()[1])
             except OSError:
                 continue

@@ -16,12 +16,12 @@ Standard library only: the supervisor reads it on the node, outside of any conta
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from hope_megatron.runtime.files import write_json
+from hope_megatron.runtime.records import read_object
 from launch.errors import LaunchError
 
 
@@ -60,6 +60,7 @@ class Submission:
     """More options of every srun: the container."""
     scratch: str = "/tmp"
     max_restarts: int = 3
+    max_transient_restarts: int = 20
     max_node_failures: int = 2
     master_ports: tuple[int, int] | None = None
     health: dict[str, Any] | None = None
@@ -87,16 +88,20 @@ def read_submission(run_dir: Path) -> Submission:
         LaunchError: if the directory is not that of a launched run.
     """
     path = LaunchDirectory(run_dir).submission
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         raise LaunchError(
             f"{run_dir} has no {path.relative_to(run_dir)}; give the directory of a run that `hope launch` submitted"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise LaunchError(
-            f"{path} cannot be read: {error}; submit the run again with `hope launch CONFIG --cluster ...`"
-        ) from None
+        )
     known = {item.name for item in fields(Submission)}
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key in known}
-    return Submission(**values)
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in (read_object(path) or {}).items()
+        if key in known
+    }
+    try:
+        return Submission(**values)
+    except TypeError:
+        raise LaunchError(
+            f"{path} is damaged: it is not the record of a run; submit the run again with "
+            "`hope launch CONFIG --cluster ...`"
+        ) from None

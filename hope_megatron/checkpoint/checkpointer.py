@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from hope_megatron.checkpoint.format import (
@@ -42,16 +43,19 @@ from hope_megatron.checkpoint.generators import generator_states, restore_genera
 from hope_megatron.checkpoint.shards import group_scalars, live_pieces, load_pieces, parameter_table
 from hope_megatron.config.model import ModelConfig
 from hope_megatron.engine.engine import Engine
+from hope_megatron.runtime.failures import TRANSIENT
 from hope_megatron.runtime.files import sync_directory
 
 log = logging.getLogger(__name__)
 
-MAX_FAILED_SAVES = 3
+_MAX_PAUSE_S = 30.0
 _TEMPORARY = ".tmp-"
 
 
 class CheckpointSaveError(CheckpointError):
     """Several saves in a row have failed, or the one that had to succeed."""
+
+    failure_kind = TRANSIENT
 
 
 @dataclass
@@ -63,7 +67,7 @@ class _PendingSave:
     thread: threading.Thread | None = None
     description: dict[str, Any] = field(default_factory=dict)
     digests: dict[str, FileDigest] = field(default_factory=dict)
-    error: Exception | None = None
+    error: BaseException | None = None
 
     @property
     def running(self) -> bool:
@@ -79,6 +83,7 @@ class Checkpointer:
         keep_last: number of newest checkpoints that stay.
         keep_every: checkpoints at multiples of this many steps stay forever.
         keep_best: number of checkpoints with the lowest `heldout_loss` in their description that stay.
+        max_failed_saves: failures in a row that are an error.
     """
 
     def __init__(
@@ -89,17 +94,20 @@ class Checkpointer:
         keep_last: int = 2,
         keep_every: int | None = None,
         keep_best: int = 0,
+        max_failed_saves: int = 3,
     ) -> None:
         self.engine = engine
         self.directory = directory
         self.keep_last = keep_last
         self.keep_every = keep_every
         self.keep_best = keep_best
+        self.max_failed_saves = max_failed_saves
         self._stall_s = 0.0
         self._control = engine.control
         self._rank = engine.mesh.rank
         self._pending: _PendingSave | None = None
-        self._failed_saves = 0
+        self.failed_saves = 0
+        """Saves in a row that have failed; the same on all ranks."""
         self._host_buffers: dict[str, Tensor] = {}
         if self._rank == 0 and directory.is_dir():
             for leftover in directory.glob(f"{_TEMPORARY}*"):
@@ -162,7 +170,7 @@ class Checkpointer:
             The new checkpoint, when there is one.
 
         Raises:
-            CheckpointSaveError: on all ranks, when `MAX_FAILED_SAVES` saves in a row have failed.
+            CheckpointSaveError: on all ranks, when `max_failed_saves` saves in a row have failed.
         """
         pending = self._pending
         if pending is None:
@@ -178,10 +186,10 @@ class Checkpointer:
         if running:
             return None
         self._pending = None
-        digests = self._control.gather(pending.digests)
+        digests = self._control.gather({name: [file.sha256, file.size] for name, file in pending.digests.items()})
         final = self.directory / step_directory_name(pending.step)
         if not failed and self._rank == 0:
-            merged = {name: digest for rank_digests in digests for name, digest in rank_digests.items()}
+            merged = {name: FileDigest(*found) for of_rank in digests for name, found in of_rank.items()}
             pending.error = _attempt(lambda: self._commit(pending, final, merged))
         errors = [
             f"rank {rank}: {error}" for rank, error in enumerate(self._control.gather(_text(pending.error))) if error
@@ -189,7 +197,7 @@ class Checkpointer:
         if errors:
             self._report_failure(pending, errors)
             return None
-        self._failed_saves = 0
+        self.failed_saves = 0
         return final
 
     def wait(self) -> Path | None:
@@ -201,19 +209,16 @@ class Checkpointer:
     def save_now(
         self, description: Mapping[str, Any], extra_files: Mapping[str, Mapping[str, Tensor]] | None = None
     ) -> Path:
-        """Save and wait for it.
+        """Save and wait for it; try again after a pause if it fails.
 
         Raises:
-            CheckpointSaveError: if this save fails.
+            CheckpointSaveError: when `max_failed_saves` saves in a row have failed.
         """
-        self.save(description, extra_files)
-        path = self.wait()
-        if path is None:
-            raise CheckpointSaveError(
-                f"the checkpoint of step {description['progress']['step']} could not be written to {self.directory}; "
-                "the reason is logged above. Free space there or choose another output_dir, then resume"
-            )
-        return path
+        while True:
+            self.save(description, extra_files)
+            if (path := self.wait()) is not None:
+                return path
+            time.sleep(min(2.0 ** (self.failed_saves - 1), _MAX_PAUSE_S))
 
     def _copy_to_host(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Host copies of everything this rank saves, and its entry in the table of files."""
@@ -258,8 +263,12 @@ class Checkpointer:
         sync_directory(self.directory)
         self._apply_retention()
 
+    def sealed(self) -> list[Path]:
+        """Checkpoints that were written to their end, newest first."""
+        return [path for path in list_checkpoints(self.directory) if (path / MANIFEST).is_file()]
+
     def _apply_retention(self) -> None:
-        sealed = [path for path in list_checkpoints(self.directory) if (path / MANIFEST).is_file()]
+        sealed = self.sealed()
         best = self._best(sealed)
         for path in sealed[self.keep_last :]:
             if path not in best and (not self.keep_every or checkpoint_step(path) % self.keep_every):
@@ -273,13 +282,13 @@ class Checkpointer:
         return [sealed[i] for _, i in sorted(losses)[: self.keep_best]]
 
     def _report_failure(self, pending: _PendingSave, errors: list[str]) -> None:
-        self._failed_saves += 1
+        self.failed_saves += 1
         if self._rank == 0:
             shutil.rmtree(pending.directory, ignore_errors=True)
         text = f"the checkpoint of step {pending.step} could not be written to {self.directory} ({'; '.join(errors)})"
-        if self._failed_saves >= MAX_FAILED_SAVES:
+        if self.failed_saves >= self.max_failed_saves:
             raise CheckpointSaveError(
-                f"{text}; this was failure {self._failed_saves} in a row. Older checkpoints are safe. Free space there or "
+                f"{text}; this was failure {self.failed_saves} in a row. Older checkpoints are safe. Free space there or "
                 "choose another output_dir, then resume"
             )
         if self._rank == 0:
@@ -333,6 +342,7 @@ class Checkpointer:
             checkpoint = Checkpoint(path)
             if self._rank == 0:
                 checkpoint.warn_of_foreign_files()
+            checkpoint.check_description()
             checkpoint.verify(sorted(checkpoint.digests)[self._rank :: self.engine.mesh.world_size])
         except CheckpointDamagedError as found:
             error = found
@@ -382,8 +392,11 @@ def check_same_model(checkpoint: Checkpoint, model: Mapping[str, Any]) -> None:
 
 
 def _completed(model: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A saved configuration with the defaults of fields that did not exist then."""
-    return ModelConfig.model_validate_json(json.dumps(model), strict=True).model_dump(mode="json")
+    """A saved configuration with the defaults of fields that did not exist then; as it stands if this version knows less."""
+    try:
+        return ModelConfig.model_validate_json(json.dumps(model), strict=True).model_dump(mode="json")
+    except ValidationError:
+        return model
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -403,8 +416,10 @@ def _write_files(pending: _PendingSave, files: Mapping[str, Mapping[str, Tensor]
     try:
         for name, tensors in files.items():
             pending.digests[name] = write_safetensors(pending.directory / name, tensors)
-    except Exception as error:  # whatever it was, it surfaces at the next step on all ranks
+    except BaseException as error:  # whatever it was, it surfaces at the next step on all ranks
         pending.error = error
+        if not isinstance(error, Exception):
+            raise
 
 
 def _heldout_loss(path: Path) -> float | None:
@@ -436,5 +451,5 @@ def _attempt(action: Any) -> Exception | None:
     return None
 
 
-def _text(error: Exception | None) -> str | None:
+def _text(error: BaseException | None) -> str | None:
     return None if error is None else f"{type(error).__name__}: {error}"

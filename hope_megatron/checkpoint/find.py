@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from hope_megatron.checkpoint.format import (
     MASTER,
     PROBE_NAME,
     Checkpoint,
+    CheckpointDamagedError,
     checkpoint_step,
     list_checkpoints,
     read_full_tensors,
@@ -25,6 +27,8 @@ from hope_megatron.config import RunConfig, resolve_run_config
 from hope_megatron.optim.average import EMA
 
 _AVERAGED = f":{EMA}"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,21 +70,24 @@ class CheckpointSource:
     @cached_property
     def probe(self) -> Probe | None:
         """The probe beside the checkpoint; None for a checkpoint from the middle of a run, and for averaged weights."""
-        path = self.path / PROBE_NAME
-        return Probe(**load_file(path)) if path.is_file() and not self.averaged else None
+        if PROBE_NAME not in self.checkpoint.digests or self.averaged:
+            return None
+        self.checkpoint.verify([PROBE_NAME])
+        return Probe(**load_file(self.path / PROBE_NAME))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Full float32 weights by name, digests verified first."""
-        return read_full_tensors(self.path, self.state)
+        return read_full_tensors(self.checkpoint, self.state)
 
 
 def find_checkpoint(reference: str | Path) -> CheckpointSource:
-    """The checkpoint that `RUN`, `RUN@STEP` or a step directory names; RUN alone means its newest complete one.
+    """The checkpoint that `RUN`, `RUN@STEP` or a step directory names; RUN alone means its newest good one.
 
     With `:ema` at the end it stands for the exponential average of the weights (`training.ema`).
 
     Raises:
         ConversionError: there is none, says which there are; or it has no averaged weights.
+        CheckpointDamagedError: RUN alone was given, and all of its checkpoints are damaged.
     """
     reference = str(reference)
     if not reference.endswith(_AVERAGED):
@@ -106,8 +113,24 @@ def _find_directory(reference: str) -> Path:
             f"give for example runs/NAME, runs/NAME@STEP or the directory of an export"
         )
     if not step:
-        return found[0]
+        return _newest_good(found)
     if not step.isdigit() or path / "checkpoints" / step_directory_name(int(step)) not in found:
         steps = ", ".join(str(checkpoint_step(candidate)) for candidate in reversed(found))
         raise ConversionError(f"{text} has no complete checkpoint of step {step!r}; it has {steps}")
     return path / "checkpoints" / step_directory_name(int(step))
+
+
+def _newest_good(candidates: list[Path]) -> Path:
+    """The first whose files are all as they were written; damaged ones are named in the log."""
+    problems = []
+    for path in candidates:
+        checkpoint = Checkpoint(path)
+        try:
+            checkpoint.verify()
+            checkpoint.check_description()
+        except CheckpointDamagedError as error:
+            problems.append(str(error))
+            log.warning("checkpoint %s is damaged and left out: %s", path.name, error)
+        else:
+            return path
+    raise CheckpointDamagedError("every checkpoint there is damaged:\n  " + "\n  ".join(problems))

@@ -17,13 +17,14 @@ import hashlib
 import json
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hope_megatron.checkpoint.digested_file import DigestedFile, FileDigest, SafetensorsFile
@@ -141,18 +142,16 @@ class Checkpoint:
         """Open a step directory.
 
         Raises:
-            CheckpointDamagedError: if it has no readable manifest.
+            CheckpointDamagedError: if it has no whole manifest.
         """
         self.path = Path(path)
-        manifest = self._read_json(MANIFEST)
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-            raise CheckpointDamagedError(f"{self.path / MANIFEST}: format {found!r} is not {FORMAT!r}")
-        self.digests = {name: FileDigest(str(e["sha256"]), int(e["size"])) for name, e in manifest["files"].items()}
+        self.digests = _parse_manifest(self._read(MANIFEST), self.path / MANIFEST)
+        self._verified: set[str] = set()
         self._open_files: dict[str, Any] = {}
 
     def verify(self, names: Iterable[str] | None = None) -> None:
-        """Compare files with the manifest, all of them or those named. What is not in the manifest is never read, but named.
+        """Compare files with the manifest, all of them or those named; each once. What is not in the manifest is never read,
+        but named.
 
         Raises:
             CheckpointDamagedError: naming the first file that is missing or differs.
@@ -160,7 +159,9 @@ class Checkpoint:
         if names is None:
             self.warn_of_foreign_files()
         for name in self.digests if names is None else names:
-            self._verify_file(name, self.digests[name])
+            if name not in self._verified:
+                self._verify_file(name, self.digests[name])
+                self._verified.add(name)
 
     def foreign_files(self) -> list[str]:
         """Files in the directory that the manifest does not know."""
@@ -173,56 +174,95 @@ class Checkpoint:
 
     def _verify_file(self, name: str, expected: FileDigest) -> None:
         path = self.path / name
-        if not path.is_file():
-            raise CheckpointDamagedError(f"{path} is missing")
-        if path.stat().st_size != expected.size:
-            raise CheckpointDamagedError(f"{path} has {path.stat().st_size} bytes, its manifest says {expected.size}")
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        if digest.hexdigest() != expected.sha256:
+        digest, size = hashlib.sha256(), 0
+        try:
+            if not path.is_file():
+                raise CheckpointDamagedError(f"{path} is missing")
+            if path.stat().st_size != expected.size:
+                found = path.stat().st_size
+                raise CheckpointDamagedError(f"{path} has {found} bytes, its manifest says {expected.size}")
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+                    size += len(block)
+        except OSError as error:
+            raise CheckpointDamagedError(f"{path} cannot be read: {error.strerror}") from None
+        self._compare(path, FileDigest(digest.hexdigest(), size), expected)
+
+    @staticmethod
+    def _compare(path: Path, found: FileDigest, expected: FileDigest) -> None:
+        if found != expected:
             raise CheckpointDamagedError(f"{path} is corrupt: its SHA-256 is not the one in the manifest")
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """The content of checkpoint.json."""
-        return self._read_json(DESCRIPTION)
+        """The content of checkpoint.json, whose digest is verified as it is read."""
+        path, data = self.path / DESCRIPTION, self._read(DESCRIPTION)
+        self._compare(path, FileDigest(hashlib.sha256(data).hexdigest(), len(data)), self.digests[DESCRIPTION])
+        return _parse_object(data, path)
 
     @cached_property
     def parameters(self) -> dict[str, ParameterRecord]:
         """Parameters by name, in the model's order."""
-        return {
-            entry["name"]: ParameterRecord(
-                entry["name"], tuple(entry["shard_shape"]), entry["dtype"], ParamTags.from_dict(entry["tags"])
-            )
-            for entry in self.description["parameters"]
-        }
+        with self._well_described():
+            return {
+                entry["name"]: ParameterRecord(
+                    entry["name"], tuple(entry["shard_shape"]), entry["dtype"], ParamTags.from_dict(entry["tags"])
+                )
+                for entry in self.description["parameters"]
+            }
 
     @cached_property
     def _pieces(self) -> dict[tuple[str, int], list[Piece]]:
         """Pieces of each (parameter, tp_rank)."""
         found: dict[tuple[str, int], list[Piece]] = {}
-        for entry in self.description["files"]:
-            for name, offset, numel, states in entry["pieces"]:
-                piece = Piece(entry["file"], name, entry["tp_rank"], offset, numel, tuple(states))
-                found.setdefault((name, entry["tp_rank"]), []).append(piece)
+        with self._well_described():
+            for entry in self.description["files"]:
+                for name, offset, numel, states in entry["pieces"]:
+                    piece = Piece(entry["file"], name, entry["tp_rank"], offset, numel, tuple(states))
+                    found.setdefault((name, entry["tp_rank"]), []).append(piece)
         return found
+
+    def check_description(self) -> None:
+        """See that checkpoint.json is whole, and that the manifest knows every file it speaks of.
+
+        Raises:
+            CheckpointDamagedError: naming what is missing.
+        """
+        with self._well_described():
+            missing = {entry["file"] for entry in self.description["files"]} - self.digests.keys()
+        if missing:
+            raise CheckpointDamagedError(
+                f"{self.path / MANIFEST} does not know {min(missing)}, of which {DESCRIPTION} speaks"
+            )
+        assert self.parameters is not None and self._pieces is not None  # reading them is the check
+
+    @contextmanager
+    def _well_described(self) -> Iterator[None]:
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise CheckpointDamagedError(
+                f"{self.path / DESCRIPTION} does not describe a checkpoint ({type(error).__name__}: {error})"
+            ) from None
 
     @property
     def step(self) -> int:
         """Optimizer steps behind this checkpoint."""
-        return self.description["progress"]["step"]
+        with self._well_described():
+            return int(self.description["progress"]["step"])
 
     @property
     def config(self) -> dict[str, Any]:
         """The resolved configuration of the run that wrote it."""
-        return self.description["config"]
+        with self._well_described():
+            return self.description["config"]
 
     @property
     def tp_size(self) -> int:
         """Tensor-parallel ranks that wrote it."""
-        return self.description["layout"]["tensor_parallel"]
+        with self._well_described():
+            return int(self.description["layout"]["tensor_parallel"])
 
     def states(self, parameter: str) -> tuple[str, ...]:
         """States stored for a parameter: `master` and the optimizer's."""
@@ -272,26 +312,62 @@ class Checkpoint:
 
     def tensor(self, file: str, key: str) -> Tensor:
         """One tensor of one file."""
-        if file not in self._open_files:
-            self._open_files[file] = safe_open(str(self.path / file), framework="pt", device="cpu")
-        return self._open_files[file].get_tensor(key)
+        with self._readable(file):
+            if file not in self._open_files:
+                self._open_files[file] = safe_open(str(self.path / file), framework="pt", device="cpu")
+            return self._open_files[file].get_tensor(key)
 
     def rank_tensors(self, rank: int, prefix: str) -> dict[str, Tensor]:
         """Tensors of a rank's file whose names start with `prefix`, without it. Empty if that rank wrote none."""
         file = rank_file_name(rank)
         if file not in self.digests:
             return {}
-        with safe_open(str(self.path / file), framework="pt", device="cpu") as opened:
+        with self._readable(file), safe_open(str(self.path / file), framework="pt", device="cpu") as opened:
             names = [key for key in opened.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a mapping)
             return {key[len(prefix) :]: opened.get_tensor(key) for key in names}
 
-    def _read_json(self, name: str) -> Any:
+    @contextmanager
+    def _readable(self, file: str) -> Iterator[None]:
         try:
-            return json.loads((self.path / name).read_text())
+            yield
+        except (SafetensorError, OSError) as error:
+            raise CheckpointDamagedError(f"{self.path / file} cannot be read: {error}") from None
+
+    def _read(self, name: str) -> bytes:
+        path = self.path / name
+        try:
+            return path.read_bytes()
         except FileNotFoundError:
-            raise CheckpointDamagedError(f"{self.path / name} is missing: not a complete checkpoint") from None
-        except (ValueError, OSError) as error:
-            raise CheckpointDamagedError(f"{self.path / name} cannot be read: {error}") from None
+            raise CheckpointDamagedError(f"{path} is missing: not a complete checkpoint") from None
+        except OSError as error:
+            raise CheckpointDamagedError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _parse_object(data: bytes, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointDamagedError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointDamagedError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def _parse_manifest(data: bytes, path: Path) -> dict[str, FileDigest]:
+    """The table of a manifest. It must know the description, and name nothing outside of its directory."""
+    manifest = _parse_object(data, path)
+    if manifest.get("format") != FORMAT:
+        raise CheckpointDamagedError(f"{path}: format {manifest.get('format')!r} is not {FORMAT!r}")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or DESCRIPTION not in files:
+        raise CheckpointDamagedError(f"{path} does not know {DESCRIPTION}: it is not the manifest that was written")
+    digests = {}
+    for name, entry in files.items():
+        known = isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
+        if not known or Path(name).name != name:
+            raise CheckpointDamagedError(f"{path}: the entry of {name!r} is not a digest and size of a file beside it")
+        digests[name] = FileDigest(entry["sha256"], entry["size"])
+    return digests
 
 
 def foreign_files(directory: Path, known: Collection[str]) -> list[str]:
@@ -300,15 +376,16 @@ def foreign_files(directory: Path, known: Collection[str]) -> list[str]:
     return sorted(name for path in paths if (name := str(path.relative_to(directory))) not in known)
 
 
-def read_full_tensors(checkpoint_dir: Path | str, state: str = MASTER) -> Iterator[tuple[str, Tensor]]:
+def read_full_tensors(checkpoint_dir: Path | str | Checkpoint, state: str = MASTER) -> Iterator[tuple[str, Tensor]]:
     """Canonical tensors of a checkpoint, verified first, one after the other in the model's order.
 
     Args:
-        checkpoint_dir: a step directory.
+        checkpoint_dir: a step directory, or a checkpoint that is open; its files are verified once.
         state: `master`, or an optimizer state; parameters without that state are left out.
     """
-    checkpoint = Checkpoint(checkpoint_dir)
+    checkpoint = checkpoint_dir if isinstance(checkpoint_dir, Checkpoint) else Checkpoint(checkpoint_dir)
     checkpoint.verify()
+    checkpoint.check_description()
     for name in checkpoint.parameters:
         if state in checkpoint.states(name):
             yield name, checkpoint.full_tensor(name, state)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hope_megatron.checkpoint.errors import ConversionError
+from hope_megatron.runtime.disks import disk_error
 from hope_megatron.runtime.files import sync_directory
 
 
@@ -39,9 +40,9 @@ def fresh_directory(out_dir: Path, replaceable: Callable[[Path], bool] = lambda 
         temporary.rename(out_dir)
         sync_directory(out_dir.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise ConversionError(
-            f"cannot write {out_dir}: {error.strerror or error}; make room, or name another directory"
-        ) from error
+    except Exception as error:
+        if (text := disk_error(error)) is None:
+            raise
+        raise ConversionError(f"cannot write {out_dir}: {text}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

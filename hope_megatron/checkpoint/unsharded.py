@@ -88,6 +88,7 @@ def read_whole(source: CheckpointSource) -> WholeCheckpoint:
     """
     checkpoint = source.checkpoint
     checkpoint.verify()
+    checkpoint.check_description()
     parameters = {
         name: WholeParameter(
             name, record.full_shape(checkpoint.tp_size), record.dtype, record.tags, checkpoint.states(name)
@@ -95,7 +96,6 @@ def read_whole(source: CheckpointSource) -> WholeCheckpoint:
         for name, record in checkpoint.parameters.items()
     }
     description = {key: checkpoint.description[key] for key in CARRIED if key in checkpoint.description}
-    probe = source.path / PROBE_NAME
     whole = WholeCheckpoint(
         str(source.path),
         parameters,
@@ -103,7 +103,7 @@ def read_whole(source: CheckpointSource) -> WholeCheckpoint:
         ParallelLayout.of(checkpoint.description["layout"]),
         checkpoint.full_tensor,
         lambda dp_rank, tp_rank: _generators(checkpoint, dp_rank, tp_rank),
-        (probe,) if probe.is_file() else (),
+        (source.path / PROBE_NAME,) if PROBE_NAME in checkpoint.digests else (),
     )
     if not source.averaged:
         return whole

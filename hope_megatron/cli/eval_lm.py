@@ -77,8 +77,8 @@ def _argv(args: argparse.Namespace) -> list[str]:
 
 def _work(args: argparse.Namespace) -> int:
     """Be one process of a world that a launcher has started."""
+    from hope_megatron.runtime.failures import report_failure
     from hope_megatron.runtime.process import die_with_parent
-    from hope_megatron.runtime.reports import report_failure
 
     die_with_parent()
     try:

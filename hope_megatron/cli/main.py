@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import hope_megatron
+from hope_megatron.runtime.disks import disk_error
 
 
 class Command(NamedTuple):
@@ -68,9 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if not getattr(error, "is_user_error", False):
+        if getattr(error, "is_user_error", False):
+            print(f"error: {error}", file=sys.stderr)
+        elif (text := disk_error(error)) is not None:
+            print(f"error: {text}", file=sys.stderr)
+        else:
             raise
-        print(f"error: {error}", file=sys.stderr)
         return 2
 
 

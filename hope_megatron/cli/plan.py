@@ -5,6 +5,7 @@ examples:
   hope plan titans_760m                                a baseline family at that size
   hope plan hope_760m_30b --world 64 --hardware h200   a run file
   hope plan hope_1b3_100b parallel.zero_stage=2 training.micro_batch_size=2 --world 128
+  hope plan hope_7b --world 4096 --failures 1/264d-per-node --nodes 512     how much of the time trains; when to save
 """
 
 from __future__ import annotations
@@ -24,10 +25,18 @@ from hope_megatron.config.accounting import (
 )
 from hope_megatron.config.base import ConfigError
 from hope_megatron.config.footprint import estimate, footprint
+from hope_megatron.config.goodput import Faults, expected_goodput, parse_failures
 from hope_megatron.config.hardware import HARDWARE, find_hardware
 from hope_megatron.config.load import read_mapping
 from hope_megatron.config.presets import find_config, split_family
 from hope_megatron.runtime.formatting import bytes_text, count_text, duration_text, percent_text
+
+_COSTS = {
+    "detect_s": "until a fault is seen",
+    "restart_s": "from there to the next step",
+    "stall_s": "what training waits for in a save",
+    "write_s": "until a save is whole on disk",
+}
 
 TOKENS_PER_PARAMETER = 20
 """Training length of a bare model preset (Hoffmann et al., arXiv 2203.15556)."""
@@ -49,6 +58,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="share of the peak FLOP/s that is reached (default: the hardware's row)",
     )
+    failures = parser.add_argument_group("failures")
+    failures.add_argument(
+        "--failures",
+        metavar="N/TIME-per-node",
+        help="how often nodes fail, for example 1/264d-per-node (h, d, w; per node or job): prints the expected goodput",
+    )
+    failures.add_argument("--nodes", type=int, metavar="N", help="nodes of the job (default: one per 8 GPUs)")
+    for name, default in asdict(Faults()).items():
+        option = name.removesuffix("_s").replace("_", "-")
+        failures.add_argument(
+            f"--{option}-s", type=float, default=default, metavar="S", help=f"{_COSTS[name]} (default: %(default)g s)"
+        )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -59,12 +80,28 @@ def run(args: argparse.Namespace) -> int:
     if args.utilization is not None and not 0 < args.utilization <= 1:
         raise ConfigError(f"--utilization {args.utilization}: give a share of the peak between 0 and 1")
     config = load_for_plan(args.config, args.overrides)
-    plan = make_plan(config, args.world or config.parallel.tensor_parallel, args.hardware, args.utilization)
+    world_size = args.world or config.parallel.tensor_parallel
+    plan = make_plan(config, world_size, args.hardware, args.utilization)
+    if args.failures is not None:
+        faults = Faults(**{name: getattr(args, name) for name in asdict(Faults())})
+        plan["goodput"] = plan_goodput(plan, args.failures, args.nodes or max(1, world_size // 8), faults)
+    elif args.nodes is not None:
+        raise ConfigError(f"--nodes {args.nodes} says how many nodes fail; give --failures too")
     if args.json:
         print(json.dumps(plan, indent=2))
     else:
         _print(plan)
     return 0
+
+
+def plan_goodput(plan: dict[str, Any], failures: str, num_nodes: int, faults: Faults) -> dict[str, Any]:
+    """What failures leave of the time, with the best interval between checkpoints."""
+    if num_nodes < 1 or min(asdict(faults).values()) < 0:
+        raise ConfigError(f"--nodes {num_nodes} and the costs of a fault must be positive")
+    found = expected_goodput(parse_failures(failures, num_nodes), faults)
+    step_s = 3600 * plan["estimate"]["hours"] / plan["run"]["steps"]
+    every = max(1, round(found.interval_s / step_s))
+    return {"num_nodes": num_nodes, **asdict(found), "checkpoint_every": every, "assumed": asdict(faults)}
 
 
 def load_for_plan(name_or_path: str, overrides: list[str]) -> RunConfig:
@@ -205,8 +242,21 @@ def _print(plan: dict[str, Any]) -> None:
         f"[bold]{duration_text(3600 * estimated['hours'])}[/bold]",
         soft_wrap=True,
     )
+    if "goodput" in plan:
+        _print_goodput(console, plan["goodput"])
     if used > 0.9 * hardware["memory_bytes"]:
         console.print(
             f"[bold red]Does not fit[/bold red] with a tenth to spare in {bytes_text(hardware['memory_bytes'])}: set "
             "training.recompute=layer, lower training.micro_batch_size, or raise parallel.tensor_parallel."
         )
+
+
+def _print_goodput(console: Any, goodput: dict[str, Any]) -> None:
+    shares = {"saves": "saves", "redone": "redone work", "detection": "detection", "restarts": "restarts"}
+    lost = ", ".join(f"{text} {100 * goodput[name]:.2f} %" for name, text in shares.items())
+    console.print(
+        f"\n[bold]Goodput {100 * goodput['productive']:.2f} %[/bold] of the time trains, on {goodput['num_nodes']:,} nodes "
+        f"with a failure every {duration_text(goodput['mtbf_s'])}: {lost}\n"
+        f"save every {duration_text(goodput['interval_s'])}: checkpoint.every={goodput['checkpoint_every']:,}",
+        soft_wrap=True,
+    )

@@ -187,8 +187,9 @@ class Quickstart:
             _say("rejected: " + ", ".join(f"{count:,} {reason}" for reason, count in report.rejected.items()))
 
     def _pretrain(self) -> None:
+        from hope_megatron.cli.train import PRELOAD
         from hope_megatron.config import dump_config
-        from launch.local import run_local
+        from launch.local import run_supervised
 
         run_file = self.directory / "run.yaml"
         run_file.write_text(dump_config(self.config), encoding="utf-8")
@@ -198,7 +199,15 @@ class Quickstart:
             f"{nproc} processes, tensor parallel {nproc}{sequence}, ZeRO-{parallel.zero_stage}, "
             f"{self.config.optim.name} on matrices; {self.config.training.tokens:,} tokens"
         )
-        exit_code = run_local(["train", str(run_file)], nproc, oversubscribe=nproc > available_cpus())
+        exit_code = run_supervised(
+            ["train", str(run_file)],
+            nproc,
+            self.config.run_dir,
+            name=self.config.name,
+            steps=self.config.training.steps,
+            oversubscribe=nproc > available_cpus(),
+            preload=PRELOAD,
+        )
         if exit_code == 130:
             raise KeyboardInterrupt
         if exit_code:

@@ -5,7 +5,8 @@
 
     hope train FILE data.train=data/v2/train --data-transition "more code"   go on with other data, on purpose and recorded
 
-The same command continues a run that was stopped, from its newest good checkpoint. Ctrl-C saves and leaves.
+The same command continues a run that was stopped, from its newest good checkpoint. Ctrl-C saves and leaves. A process that dies
+or hangs is started again with all others; the error of the program that comes again at the same step is not.
 """
 
 from __future__ import annotations
@@ -13,9 +14,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from hope_megatron.config import RunConfig, dump_config, load_run_config
 from hope_megatron.training.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from hope_megatron.runtime.heartbeat import Limits
+
+PRELOAD = ("hope_megatron.training.run", "hope_megatron.engine.preload")
+"""What every rank imports; on a machine without GPUs it is imported once."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +46,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on although the training data have changed since the checkpoint, from their beginning; the reason is recorded "
         "in the run's data_ledger.jsonl. Without it a change is refused",
     )
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=3,
+        metavar="N",
+        help="stop after N restarts that came no further than the attempts before (default: %(default)s; 0: never restart)",
+    )
+    parser.add_argument(
+        "--in-process",
+        action="store_true",
+        help="train in this very process, for a debugger: one rank, nothing watches it or starts it again",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and leave")
     parser.add_argument("--oversubscribe", action="store_true", help="allow more processes than cores or GPUs")
     parser.add_argument("--port", type=int, help="rendezvous port on this machine (default: a free one)")
@@ -46,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Start the processes of a run, or be one of them."""
     from hope_megatron.runtime.process import is_worker
+    from launch.errors import LaunchError
 
     if is_worker():
         return _work(args)
@@ -66,30 +87,39 @@ def run(args: argparse.Namespace) -> int:
     directory = RunDirectory(config.run_dir)
     directory.acquire()
     directory.release()
-    if nproc == 1:
+    if args.in_process:
         from hope_megatron.runtime.process import apply_process_environment
 
+        if nproc > 1:
+            raise LaunchError(f"--in-process is for one rank, not for {nproc}; leave it away, or give --nproc 1")
         apply_process_environment(config.training.num_threads)
         return _train(config, args)
-    from launch.local import run_local
+    from launch.local import run_supervised
 
-    return run_local(
+    return run_supervised(
         ["train", args.config, *args.overrides, "--resume", args.resume, *_transition_argument(args)],
         nproc,
+        config.run_dir,
+        name=config.name,
+        steps=config.training.steps,
+        max_restarts=args.max_restarts,
         num_threads=config.training.num_threads,
         oversubscribe=args.oversubscribe,
         port=args.port,
+        preload=PRELOAD,
     )
 
 
 def _work(args: argparse.Namespace) -> int:
     """Be one process of a world that a launcher has started."""
+    from hope_megatron.runtime.failures import report_failure
+    from hope_megatron.runtime.heartbeat import attach_heartbeat
     from hope_megatron.runtime.process import apply_process_environment, die_with_parent
-    from hope_megatron.runtime.reports import report_failure
 
     die_with_parent()
     rank = int(os.environ["RANK"])
     try:
+        attach_heartbeat(rank)
         config = load_run_config(args.config, args.overrides)
         apply_process_environment(config.training.num_threads)
         _train(config, args)
@@ -106,10 +136,16 @@ def _transition_argument(args: argparse.Namespace) -> list[str]:
 
 def _train(config: RunConfig, args: argparse.Namespace) -> int:
     """Train in this process. Returns 0, or 128 + the signal that ended the run early."""
+    from hope_megatron.runtime.heartbeat import HEART
     from hope_megatron.runtime.process import silence_import_warnings
     from hope_megatron.training.phases import PhaseClock
 
     silence_import_warnings()
+    HEART.limits = heartbeat_limits(config)
+    if os.environ.get("HOPE_FAULTS"):
+        from hope_megatron.testing.faults import install_faults
+
+        install_faults(config)
     phases = PhaseClock.of_this_process()
     from hope_megatron.training.sources import continuing, open_sources
 
@@ -129,6 +165,14 @@ def _train(config: RunConfig, args: argparse.Namespace) -> int:
     )
     shutdown_distributed()
     return 128 + finished.stop_signal if finished.stop_signal else 0
+
+
+def heartbeat_limits(config: RunConfig) -> Limits:
+    """How long each kind of phase may take."""
+    from hope_megatron.runtime.heartbeat import Limits
+
+    hang = config.resilience.hang
+    return Limits(hang.min_s, hang.step_factor, hang.start_up_s, hang.first_step_s, hang.evaluation_s, hang.save_s)
 
 
 def _leave(code: int) -> None:

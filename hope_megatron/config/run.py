@@ -12,6 +12,7 @@ from hope_megatron.config.model import ModelConfig
 from hope_megatron.config.optim import OptimConfig
 from hope_megatron.config.optimizers import OPTIMIZERS
 from hope_megatron.config.parallel import ParallelConfig
+from hope_megatron.config.resilience import ResilienceConfig
 from hope_megatron.config.training import CheckpointConfig, DataConfig, TrackingConfig, TrainingConfig
 
 
@@ -29,6 +30,7 @@ class RunConfig(Section):
     data: DataConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+    resilience: ResilienceConfig = ResilienceConfig()
 
     @property
     def run_dir(self) -> Path:

@@ -81,21 +81,15 @@ def read_sidecar(directory: Path, open_reader: Callable[[Parameters], Callable[[
     Raises:
         ConversionError: a file is missing or differs from its digest; names it.
     """
-    _verify(directory)
+    known = _verify(directory)
     folder = directory / FOLDER
-    description = json.loads((folder / DESCRIPTION).read_text())
-    layout = ParallelLayout.of(description.pop("layout"))
-    parameters = {
-        entry["name"]: WholeParameter(
-            entry["name"],
-            tuple(entry["full_shape"]),
-            entry["dtype"],
-            ParamTags.from_dict(entry["tags"]),
-            tuple(entry["states"]),
-        )
-        for entry in description.pop("parameters")
-    }
-    del description["format"]
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text())
+        layout = ParallelLayout.of(description.pop("layout"))
+        parameters = {entry["name"]: _parameter(entry) for entry in description.pop("parameters")}
+        del description["format"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConversionError(f"{folder / DESCRIPTION} does not describe a checkpoint: {error!r}") from None
     states = load_file(folder / GENERATORS)
 
     def generators(dp_rank: int, tp_rank: int) -> dict[str, Tensor]:
@@ -103,28 +97,40 @@ def read_sidecar(directory: Path, open_reader: Callable[[Parameters], Callable[[
         found = {name.removeprefix(prefix): state for name, state in states.items() if name.startswith(prefix)}
         return found or fresh_generator_states(description["config"]["training"]["seed"], dp_rank)
 
-    probe = folder / PROBE_NAME
-    extra_files = (probe,) if probe.is_file() else ()
+    extra_files = (folder / PROBE_NAME,) if f"{FOLDER}/{PROBE_NAME}" in known else ()
     return WholeCheckpoint(
         str(directory), parameters, description, layout, open_reader(parameters), generators, extra_files
     )
 
 
-def _verify(directory: Path) -> None:
+def _parameter(entry: Mapping[str, Any]) -> WholeParameter:
+    tags, states = ParamTags.from_dict(entry["tags"]), tuple(entry["states"])
+    return WholeParameter(entry["name"], tuple(entry["full_shape"]), entry["dtype"], tags, states)
+
+
+def _verify(directory: Path) -> set[str]:
+    """Names of the files, whose digests have all been found right."""
     try:
         manifest: Any = json.loads((directory / FOLDER / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise ConversionError(f"{directory / FOLDER / MANIFEST} cannot be read: {error}; export it again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ConversionError(f"{directory / FOLDER / MANIFEST} is not of the format {FORMAT}; export it again")
-    for name in foreign_files(directory, {f"{FOLDER}/{MANIFEST}", *manifest["files"]}):
+    files = manifest.get("files")
+    needed = {f"{FOLDER}/{DESCRIPTION}", f"{FOLDER}/{GENERATORS}"}
+    if not isinstance(files, dict) or not needed <= files.keys():
+        raise ConversionError(f"{directory / FOLDER / MANIFEST} is not the manifest that was written; export it again")
+    for name in foreign_files(directory, {f"{FOLDER}/{MANIFEST}", *files}):
         log.warning("%s is not in the manifest: it is no part of the export and is not read", directory / name)
-    for name, sha256 in manifest["files"].items():
+    for name, sha256 in files.items():
         path = directory / name
+        if ".." in path.parts or Path(name).is_absolute():
+            raise ConversionError(f"{directory / FOLDER / MANIFEST} names {name!r}, outside of the export")
         if not path.is_file():
             raise ConversionError(f"{path} is missing; export it again")
         if _sha256(path) != sha256:
             raise ConversionError(f"{path} is corrupt: its SHA-256 is not the one in the manifest; export it again")
+    return set(files)
 
 
 def _sha256(path: Path) -> str:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import collections
 import logging
+import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,7 +69,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "steps_per_print": 2**62,
     }
     if training.precision == "bf16":
-        # A gradient that is not finite is refused before the step, on all ranks, only with check_grad_overflow.
+        # A refused gradient is dropped before the step, on all ranks, only with check_grad_overflow.
         settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
@@ -90,3 +92,57 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunCo
         dist_init_required=False,
     )
     return engine
+
+
+class UpdateQuestion:
+    """Whether the update of a step may be made, asked once its gradient norm is known and before anything has changed."""
+
+    def __init__(self) -> None:
+        self.norm = math.nan
+        """Global gradient norm of the last step, before clipping."""
+        self.accept: Callable[[float], bool] = math.isfinite
+
+    def ask(self, norm: float) -> bool:
+        """The answer."""
+        self.norm = norm
+        return self.accept(norm)
+
+
+_REFUSED = -1.0
+"""DeepSpeed's own sign for a norm that is not finite: it drops the gradients, and neither clips nor updates."""
+
+
+def ask_before_update(zero: Any, stage: int, question: UpdateQuestion) -> None:
+    """Have DeepSpeed's wrapper around the optimizer ask before it updates, in its own computation of the norm: stages 1 and 2
+    (stage_1_and_2.py:3039), stage 3 (stage3.py:2886), and bf16 at stage 1 (bf16_optimizer.py:389).
+    """
+    if stage == 0:
+        return
+    from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
+
+    def refuses(groups: list[Any]) -> bool:
+        norm = float(combine_grad_norm_groups(groups)) / float(getattr(zero, "loss_scale", 1.0))
+        return not question.ask(norm)
+
+    def of_stages_1_and_2(*args: Any, **kwargs: Any) -> Any:
+        norm = compute(*args, **kwargs)
+        return torch.full_like(torch.as_tensor(norm), _REFUSED) if refuses([norm]) else norm
+
+    def of_stage_3(*args: Any, **kwargs: Any) -> Any:
+        groups = compute(*args, **kwargs)
+        return [torch.full_like(torch.as_tensor(groups[0]), _REFUSED)] if refuses(groups) else groups
+
+    def of_bf16(for_clipping: bool = False) -> Any:
+        gradients = compute(for_clipping)
+        if for_clipping:
+            return gradients
+        norm = get_global_norm_of_tensors(input_tensors=gradients[0], mpu=zero.mpu, norm_type=zero.norm_type)
+        return ([gradients[0][0].new_full((1,), math.nan)], gradients[1]) if refuses([norm]) else gradients
+
+    name, replacement = {
+        "BF16_Optimizer": ("get_grads_for_norm", of_bf16),
+        "DeepSpeedZeroOptimizer": ("scaled_global_norm", of_stages_1_and_2),
+        "DeepSpeedZeroOptimizer_Stage3": ("_get_norm_groups", of_stage_3),
+    }[type(zero).__name__]
+    compute = getattr(zero, name)
+    setattr(zero, name, replacement)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
+import logging
 import os
+import socket
+import struct
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +16,12 @@ from megatron.core import parallel_state
 
 from hope_megatron.config.base import ConfigError
 from hope_megatron.config.parallel import ParallelConfig
+from hope_megatron.engine.collectives import record_collectives
 from hope_megatron.layers.cpu import install_cpu_support
+
+log = logging.getLogger(__name__)
+
+_SIOCGIFADDR = 0x8915
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,7 @@ class Mesh:
         return dist.group.WORLD
 
 
-def init_distributed(parallel: ParallelConfig, *, num_threads: int = 1, timeout_s: float = 600.0) -> Mesh:
+def init_distributed(parallel: ParallelConfig, *, num_threads: int = 1, timeout_s: float = 1800.0) -> Mesh:
     """Join (or, without launcher variables, be) the world and build the groups.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them. A default process group that is
@@ -66,16 +75,20 @@ def init_distributed(parallel: ParallelConfig, *, num_threads: int = 1, timeout_
         device = torch.device("cpu")
         torch.set_num_threads(num_threads)
     install_cpu_support()
+    timeout = datetime.timedelta(seconds=timeout_s)
+    record_collectives()
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        timeout = datetime.timedelta(seconds=timeout_s)
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            store = rendezvous_store(rank, world_size, timeout)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor_parallel, create_gloo_process_groups=False
+            tensor_model_parallel_size=parallel.tensor_parallel,
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=timeout_s / 60,
         )
     if parallel_state.get_tensor_model_parallel_world_size() != parallel.tensor_parallel:
         raise ConfigError(
@@ -94,6 +107,53 @@ def init_distributed(parallel: ParallelConfig, *, num_threads: int = 1, timeout_
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
     )
+
+
+def rendezvous_store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
+    """The store at MASTER_ADDR:MASTER_PORT. Rank 0 keeps it, and lets it listen on the interface of that address alone.
+
+    torchrun keeps one itself, which is then used.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return dist.TCPStore(host, port, world_size, is_master=False, timeout=timeout)
+    if rank:
+        return dist.TCPStore(host, port, world_size, is_master=False, timeout=timeout)
+    one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world_size)
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((listening_address(host, one_node), port))
+        listener.listen(world_size + 128)
+        # the store closes the descriptor that it is given
+        return dist.TCPStore(
+            host, port, world_size, is_master=True, timeout=timeout, master_listen_fd=os.dup(listener.fileno())
+        )
+
+
+def listening_address(host: str, one_node: bool) -> str:
+    """Address of the interface on which rank 0 listens: that of `host`, or of GLOO_SOCKET_IFNAME if this node calls itself by a
+    loopback address that other nodes cannot reach."""
+    address = socket.gethostbyname(host)
+    if one_node or not address.startswith("127."):
+        return address
+    if interface := os.environ.get("GLOO_SOCKET_IFNAME"):
+        request = struct.pack("256s", interface.partition(",")[0].encode()[:15])
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24])
+    log.warning(
+        "%s is %s here, which other nodes cannot reach: the rendezvous listens on all interfaces. Set network_interface in the "
+        "cluster file",
+        host,
+        address,
+    )
+    return ""
+
+
+def set_group_timeouts(timeout_s: float) -> None:
+    """Give every process group that exists this time-out; groups that libraries make for themselves begin with 30 minutes."""
+    timeout = datetime.timedelta(seconds=timeout_s)
+    for group in list(dist.distributed_c10d._world.pg_map):
+        group.set_timeout(timeout)
 
 
 def shutdown_distributed() -> None:

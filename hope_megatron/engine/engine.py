@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,20 +12,23 @@ from torch import Tensor, nn
 
 from hope_megatron.config.run import RunConfig
 from hope_megatron.engine.control import ControlGroup
-from hope_megatron.engine.deepspeed_setup import initialize
-from hope_megatron.engine.distributed import Mesh
+from hope_megatron.engine.deepspeed_setup import UpdateQuestion, ask_before_update, initialize
+from hope_megatron.engine.distributed import Mesh, set_group_timeouts
 from hope_megatron.engine.sequence_parallel import reduce_sequence_parallel_gradients
 from hope_megatron.model import IGNORE
 from hope_megatron.optim import BoundOptimizer, apply_lr
 from hope_megatron.optim.average import EMA
 from hope_megatron.optim.geometry import full_shape
 from hope_megatron.optim.zero import refresh_model_params
+from hope_megatron.runtime.failures import CRASH
+from hope_megatron.runtime.heartbeat import HEART
 
 
 class NonFiniteError(Exception):
     """A loss or gradient is NaN or infinite. It is raised on all ranks together, before any parameter has changed."""
 
     is_user_error = True
+    failure_kind = CRASH  # another machine may compute it rightly
 
 
 class Engine:
@@ -38,6 +41,7 @@ class Engine:
         mesh: this process's place.
         control: agreements between all ranks.
         accumulation_steps: forward-backward passes per step.
+        skipped: whether the last step was refused, so that nothing changed.
     """
 
     def __init__(self, model: nn.Module, optimizer: BoundOptimizer, config: RunConfig, mesh: Mesh) -> None:
@@ -50,7 +54,11 @@ class Engine:
         self._learns = config.model.cms.learns_in_context
         reduce_sequence_parallel_gradients(model, mesh.tp_group)
         self._deepspeed = initialize(model, optimizer, config, mesh)
+        set_group_timeouts(config.resilience.hang.collective_timeout_s)
         self.zero = self._deepspeed.optimizer
+        self._update = UpdateQuestion()
+        ask_before_update(self.zero, config.parallel.zero_stage, self._update)
+        self.skipped = False
         self._passes = 0
 
     @property
@@ -88,48 +96,67 @@ class Engine:
         for i, (x, y) in enumerate(windows):
             last = i == len(windows) - 1
             self._deepspeed.set_gradient_accumulation_boundary(last and self._passes == self.accumulation_steps)
+            HEART.enter("forward")
             output = self._deepspeed(x, y, state, documents=documents, return_state=not last, learn=self._learns)
             loss_sum = output.losses.sum()
+            HEART.enter("backward")
             self._deepspeed.backward(loss_sum * (self.mesh.dp_size / global_valid_tokens), scale_wrt_gas=False)
             total += loss_sum.detach()
             state = output.state.detach() if output.state is not None else None
         return total
 
-    def step(self, lr_multiplier: float = 1.0) -> float:
-        """Clip and update with the accumulated gradients.
+    def step(self, lr_multiplier: float = 1.0, accept: Callable[[float], bool] | None = None) -> float:
+        """Clip and update with the accumulated gradients, unless they are refused.
 
         Args:
             lr_multiplier: what the schedule makes of every group's base learning rate.
+            accept: asked with the global gradient norm on all ranks, which must answer alike. If it refuses, the gradients are
+                dropped and nothing has changed; `skipped` says so. None: what is not finite is an error.
 
         Returns:
             Global gradient norm before clipping, each parameter counted once.
 
         Raises:
-            NonFiniteError: on all ranks, with parameters and optimizer state untouched.
+            NonFiniteError: without `accept`, on all ranks, with parameters and optimizer state untouched.
         """
         if self._passes != self.accumulation_steps:
             raise RuntimeError(f"step() after {self._passes} of {self.accumulation_steps} forward_backward() calls")
         self._passes = 0
+        HEART.enter("step")
         apply_lr(self.optimizer, lr_multiplier)
+        self._update.norm, self._update.accept = math.nan, accept or math.isfinite
         if self.config.parallel.zero_stage == 0:
-            norm = self._clip_gradients(self.config.optim.grad_clip)
-            self._deepspeed.step()
-            return norm
-        self._deepspeed.step()
-        if self.zero.overflow:
+            self._step_unsharded()
+        else:
+            self._deepspeed.step()  # asks self._update
+            self.skipped = bool(self.zero.overflow)
+        norm = self._update.norm
+        if self.skipped and accept is None:
             raise NonFiniteError("the gradient norm is NaN or infinite, though the loss is finite")
-        return float(self.zero._global_grad_norm)
+        return norm
 
-    def check_finite(self, loss_sum: Tensor) -> None:
-        """Stop all ranks together if the loss of any is not finite.
+    def _step_unsharded(self) -> None:
+        """At ZeRO stage 0 DeepSpeed neither clips as at other stages nor stops at NaN."""
+        norm, gradients = self._gradient_norm()
+        self.skipped = not self._update.ask(norm)
+        if self.skipped:
+            # DeepSpeed counts the step and drops the gradients; the optimizer is left out.
+            self.optimizer.step = lambda *args, **kwargs: None  # type: ignore[method-assign]
+        elif (limit := self.config.optim.grad_clip) > 0 and norm > limit:
+            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
+        try:
+            self._deepspeed.step()
+        finally:
+            self.optimizer.__dict__.pop("step", None)
 
-        Raises:
-            NonFiniteError: on all ranks, naming those concerned.
-        """
-        bad = not bool(torch.isfinite(loss_sum))
-        if self.control.maximum([bad])[0]:
-            ranks = [rank for rank, is_bad in enumerate(self.control.gather(bad)) if is_bad]
-            raise NonFiniteError(f"the loss is NaN or infinite on rank {', '.join(map(str, ranks))}")
+    def gradient_shards(self) -> list[Tensor]:
+        """What this rank holds of the accumulated and reduced gradients, before a step."""
+        if hasattr(self.zero, "fp32_groups_gradient_flat_partition"):  # bf16 at stage 1
+            return list(self.zero.fp32_groups_gradient_flat_partition)
+        shards = getattr(self.zero, "averaged_gradients", None)
+        if shards is None:
+            return [param.grad for param in self.model.parameters() if param.grad is not None]
+        return [tensor for group in shards.values() if group is not None for tensor in group if tensor is not None]
 
     @torch.no_grad()
     def evaluate(
@@ -188,19 +215,14 @@ class Engine:
         dist.all_reduce(value, group=self.mesh.dp_group)
         return value
 
-    def _clip_gradients(self, max_norm: float) -> float:
-        """Global norm of the model's gradients at ZeRO stage 0, after clipping by it as DeepSpeed does at other stages."""
+    def _gradient_norm(self) -> tuple[float, list[Tensor]]:
+        """Global norm of the model's gradients at ZeRO stage 0, and the gradients."""
         params = [param for param in self.model.parameters() if param.grad is not None]
         sharded = [p.grad for p in params if getattr(p, "tensor_model_parallel", False)]
         replicated = [p.grad for p in params if not getattr(p, "tensor_model_parallel", False)]
         square = self._square_sum(sharded)
         dist.all_reduce(square, group=self.mesh.tp_group)
-        norm = float((square + self._square_sum(replicated)).sqrt())
-        if self.control.maximum([not math.isfinite(norm)])[0]:
-            raise NonFiniteError("the gradient norm is NaN or infinite, though the loss is finite")
-        if max_norm > 0 and norm > max_norm:
-            torch._foreach_mul_([*sharded, *replicated], max_norm / (norm + 1e-6))
-        return norm
+        return float((square + self._square_sum(replicated)).sqrt()), [*sharded, *replicated]
 
     def _square_sum(self, gradients: list[Tensor]) -> Tensor:
         sums = [gradient.float().square().sum() for gradient in gradients]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from hope_megatron.model import LanguageModel, ModelState
 from hope_megatron.model.in_context import InContextError, initial_inner_state
 from hope_megatron.model.state import UNLEARNT
 from hope_megatron.runtime.files import replacing
+
+log = logging.getLogger(__name__)
 
 FORMAT = "hope-state-v1"
 _STATE_PREFIX = "state."
@@ -36,11 +40,13 @@ def save_state(path: str | Path, decoder: Decoder) -> None:
         tensors |= {_STATE_PREFIX + name: tensor for name, tensor in decoder.state.tensors().items()}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     try:
+        identity = {"format": FORMAT, "model": model_identity(decoder.model)}
         with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={"format": FORMAT, "model": model_identity(decoder.model)})
-    except OSError as error:
+            save_file(tensors, temporary, metadata={**identity, "sha256": tensors_digest(tensors)})
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise GenerationError(
-            f"cannot write the state file {path}: {error.strerror}; name a path that you may write to"
+            f"cannot write the state file {path}: {reason}; make room, or name a path that you may write to"
         ) from error
 
 
@@ -60,7 +66,13 @@ def load_state(path: str | Path, model: LanguageModel, kind: type[Decoder] = Dec
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+    ) as error:  # torch refuses what it cannot view
         raise GenerationError(f"{path} is not a whole state file: {error}") from error
     if metadata.get("format") != FORMAT:
         raise GenerationError(f"{path} is not a state file (format {metadata.get('format')!r}, not {FORMAT!r})")
@@ -68,6 +80,12 @@ def load_state(path: str | Path, model: LanguageModel, kind: type[Decoder] = Dec
         raise GenerationError(
             f"{path} holds the state of another model; states only mean something to the weights that made them"
         )
+    if "sha256" not in metadata:
+        log.warning("%s has no digest: it is read unverified; states saved from now on have one", path)
+    elif metadata["sha256"] != tensors_digest(tensors):
+        raise GenerationError(f"{path} is damaged: its tensors are not those that were saved; read the text again")
+    if not {"pending", "seen"} <= tensors.keys():
+        raise GenerationError(f"{path} is not a whole state file: it lacks the tokens that were read last")
     pending, seen = tensors.pop("pending"), tensors.pop("seen")
     device = next(model.parameters()).device
     state = None
@@ -100,6 +118,16 @@ def _learnt_shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
         for name, tensor in tensors.items()
         if name.startswith("inner.") and not name.startswith(UNLEARNT)
     }
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of host tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def model_identity(model: LanguageModel) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,16 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that became read-only must not hide why
+            temporary.unlink()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write text atomically, and the directories it lies in."""
+def write_text(path: Path, text: str, *, private: bool = False) -> None:
+    """Write text atomically, and the directories it lies in. `private`: for its owner alone, mode 0600."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        mode = 0o600 if private else 0o666
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
+            file.write(text)
 
 
 def write_json(path: Path, value: Any) -> None:

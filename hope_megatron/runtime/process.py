@@ -14,6 +14,9 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
+SUPERVISOR_VARIABLE = "HOPE_SUPERVISOR"
+"""Process id of the supervisor, for ranks on its machine."""
+
 LAUNCH_TIME_VARIABLE = "HOPE_LAUNCH_TIME"
 """Unix time at which the start of the workers began: the job's allocation, or the launcher's own start."""
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,14 @@ import torch
 
 from hope_megatron.checkpoint.format import PROBE_NAME
 from hope_megatron.eval.memory_health import cms_figure, measure_memories
+from hope_megatron.runtime.disks import best_effort
 from hope_megatron.runtime.files import write_json
+from hope_megatron.runtime.heartbeat import HEART
 from hope_megatron.runtime.process import start_up_text
+from hope_megatron.runtime.records import read_object
 from hope_megatron.training.batches import SampleSource, heldout_batches, micro_batches, rank_samples
+from hope_megatron.training.guard import Judgement
+from hope_megatron.training.ledger import RunLedger
 from hope_megatron.training.loop import Callback, Run
 from hope_megatron.training.metrics import MetricsFile, read_metrics
 from hope_megatron.training.plots import plot_curves
@@ -31,6 +36,7 @@ def default_callbacks(progress: Progress, tracker: Tracker | None) -> list[Callb
     """What every run does. The record of a step is written before the checkpoint of that step."""
     return [
         FirstStep(),
+        Judgements(),
         HeldoutEvaluation(),
         MemoryHealth(),
         MetricsRecord(progress, tracker),
@@ -55,10 +61,41 @@ class FirstStep(Callback):
         if run.engine.mesh.rank == 0:
             phases = run.phases.start_up()
             log.info("started in %s", start_up_text(phases))
-            write_json(run.directory.start_up, {"step": run.state.step, "phases_s": phases})
+            with best_effort(run.directory.start_up.name):
+                write_json(run.directory.start_up, {"step": run.state.step, "phases_s": phases})
 
     def finish(self, run: Run) -> None:
         run.phases.mark("steps")
+
+
+class Judgements(Callback):
+    """Says what was bad about a step, and writes it to the ledger."""
+
+    def start(self, run: Run) -> None:
+        if run.engine.mesh.rank == 0:
+            self._ledger = RunLedger(run.directory.ledger)
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        if result.skipped:
+            run.metrics["train/skipped"] = 1.0
+        if run.engine.mesh.rank != 0:
+            return
+        batch_size, what = run.config.training.global_batch_size, result.judgement.name.lower()
+        where = (run.state.step, run.state.samples - batch_size, batch_size)
+        norm = result.grad_norm if math.isfinite(result.grad_norm) else None
+        if result.skipped:
+            self._ledger.record("skipped step", *where, reason=f"{what} gradient", grad_norm=norm)
+            log.warning("step %d skipped on all ranks: %s gradient, twice; nothing changed", run.state.step, what)
+        elif result.recomputed:
+            self._ledger.record("recomputed step", *where, reason=f"{what} gradient")
+            log.warning("step %d computed twice: its gradient was %s the first time", run.state.step, what)
+        elif result.judgement is Judgement.EXTREME:
+            log.warning("step %d: extreme gradient norm %.3g", run.state.step, result.grad_norm)
+        if result.spike:
+            self._ledger.record("loss spike", *where, loss=result.loss)
+            steps = run.config.resilience.spike.steps
+            log.warning("step %d: loss %.3f, far above the usual for %d steps", run.state.step, result.loss, steps)
+        self._ledger.flush()
 
 
 class HeldoutEvaluation(Callback):
@@ -76,6 +113,7 @@ class HeldoutEvaluation(Callback):
 
     @staticmethod
     def _loss(run: Run, source: SampleSource) -> float:
+        HEART.enter("evaluate", HEART.limits.evaluation_s)
         training, mesh = run.config.training, run.engine.mesh
         batches = heldout_batches(
             source, training.eval_sequences, training.micro_batch_size, mesh.dp_rank, mesh.dp_size, mesh.device
@@ -98,6 +136,7 @@ class MemoryHealth(Callback):
             run.metrics |= run.engine.optimizer.relative_updates(cms_figure)
         every, step = run.config.training.memory_every, run.state.step
         if every and (step % every == 0 or run.is_complete):
+            HEART.enter("measure", HEART.limits.evaluation_s)
             batch_size, mesh = run.config.training.global_batch_size, run.engine.mesh
             first = rank_samples(run.state.samples - batch_size, batch_size, mesh.dp_rank, mesh.dp_size).start
             tokens, targets = micro_batches(run.train_source, range(first, first + 1), 1, mesh.device)[0]
@@ -126,7 +165,14 @@ class MetricsRecord(Callback):
         self._first = True
         if run.engine.mesh.rank == 0:
             self._file = MetricsFile(run.directory.metrics)
-            self._file.drop_after(run.state.step)
+            with best_effort(run.directory.metrics.name):
+                self._file.drop_after(run.state.step)
+
+    def rolled_back(self, run: Run) -> None:
+        self._last = (run.state.tokens, time.monotonic(), self._last[2])
+        if run.engine.mesh.rank == 0:
+            with best_effort(run.directory.metrics.name):
+                self._file.drop_after(run.state.step)
 
     def after_step(self, run: Run, result: StepResult) -> None:
         due = run.state.step % run.config.training.log_every == 0 or run.is_last_step or run.state.step == 1
@@ -160,9 +206,9 @@ class MetricsRecord(Callback):
         stall_us = run.engine.control.maximum([round(1e6 * (run.reader.stall_s - stalled))])[0]
         stats = run.engine.optimizer.last_step_stats(reduce=True)
         stats.pop("optim/newton_schulz_calls_total", None)  # counts this process only
+        measured = {"train/loss": result.loss, "train/grad_norm": result.grad_norm}
         return {
-            "train/loss": result.loss,
-            "train/grad_norm": result.grad_norm,
+            **{name: value for name, value in measured.items() if math.isfinite(value)},
             "train/lr": result.lr_multiplier * run.config.optim.lr,
             "train/tokens": run.state.tokens,
             "train/samples": run.state.samples,
@@ -180,8 +226,9 @@ class Checkpointing(Callback):
     """Saves every `checkpoint.every` steps in the background, and after the last step before the run ends."""
 
     def after_step(self, run: Run, result: StepResult) -> None:
+        HEART.enter("save", HEART.limits.save_s)
         self._announce(run, run.checkpointer.poll())
-        due = run.state.step % run.config.checkpoint.every == 0
+        due = run.state.step % run.config.checkpoint.every == 0 or self._try_again(run)
         if due or run.is_last_step:
             run.update_newton_schulz_calls()
         if run.is_last_step:
@@ -191,6 +238,19 @@ class Checkpointing(Callback):
             self._announce(run, run.checkpointer.save_now(self._describe(run), probe))
         elif due:
             run.checkpointer.save(self._describe(run))
+
+    _failed = 0
+    _try_again_at = 0.0
+
+    def _try_again(self, run: Run) -> bool:
+        """Whether a save that failed shall be repeated now, after a pause that doubles. Collective while there was a failure."""
+        failed, now = run.checkpointer.failed_saves, time.monotonic()
+        if failed > self._failed:
+            self._try_again_at = now + min(2.0**failed, 60.0)
+        self._failed = failed
+        if not failed or run.checkpointer.saving:
+            return False
+        return bool(run.engine.control.maximum([now >= self._try_again_at])[0])
 
     @staticmethod
     def _announce(run: Run, path: Path | None) -> None:
@@ -243,15 +303,13 @@ class Summary(Callback):
             "phases_s": run.phases.rounded(),
             "provenance": run.provenance,
         }
-        write_json(run.directory.summary, summary)
+        with best_effort(run.directory.summary.name):
+            write_json(run.directory.summary, summary)
 
 
 def is_summarized(directory: RunDirectory) -> bool:
     """Whether summary.json is there and says that the run is complete."""
-    try:
-        return bool(json.loads(directory.summary.read_text(encoding="utf-8"))["complete"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return (read_object(directory.summary) or {}).get("complete") is True
 
 
 class Curves(Callback):
@@ -259,7 +317,8 @@ class Curves(Callback):
 
     def finish(self, run: Run) -> None:
         if run.engine.mesh.rank == 0:
-            plot_curves(run.directory.metrics, run.directory.curves, title=run.config.name)
+            with best_effort(run.directory.curves.name):
+                plot_curves(run.directory.metrics, run.directory.curves, title=run.config.name)
 
 
 class Tracking(Callback):

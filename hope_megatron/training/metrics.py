@@ -1,4 +1,5 @@
-"""metrics.jsonl: the local truth about a run. One line per recorded step; names are paths (`train/loss`).
+"""metrics.jsonl: the local truth about a run. One line per recorded step; names are paths (`train/loss`), and the last
+member of a line, `crc`, is its checksum (runtime/records.py).
 
 | name | unit | what |
 |---|---|---|
@@ -18,67 +19,84 @@
 
 from __future__ import annotations
 
-import json
+import collections
+import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from hope_megatron.runtime.files import write_text
+from hope_megatron.runtime.records import Record, append_whole, damage_text, parse_records, seal
+
+log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
-
-Record = dict[str, Any]
+MAX_WAITING = 10_000
 
 
 class MetricsFile:
-    """Appends records to metrics.jsonl; a line is written whole and flushed."""
+    """Appends records to metrics.jsonl; a line is written whole and flushed.
+
+    A disk that is full or gone does not stop training: records wait in memory, the newest `MAX_WAITING` of them, and are written
+    when it takes them again.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._waiting: collections.deque[str] = collections.deque(maxlen=MAX_WAITING)
+        self._failing = False
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add the record of a step."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        """Add the record of a step, behind those that wait."""
+        self._waiting.append(seal({"step": step, **metrics}) + "\n")
+        try:
+            while self._waiting:
+                append_whole(self.path, self._waiting[0].encode())
+                self._waiting.popleft()
+        except OSError as error:
+            if not self._failing:
+                log.error(
+                    "%s cannot be written (%s): records wait in memory, training goes on", self.path, error.strerror
+                )
+            self._failing = True
+            return
+        if self._failing:
+            log.warning("%s is written again", self.path)
+            self._failing = False
 
     def drop_after(self, step: int) -> int:
-        """Remove records later than a step, and a last line that a crash cut short. Returns how many lines went."""
+        """Remove records later than a step, damaged lines, which are named in the log, and a last line that a crash cut short.
+        Returns how many lines went.
+        """
         if not self.path.exists():
             return 0
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if (record := _parse(line)) is not None and record["step"] <= step]
-        if len(kept) < len(lines):
-            write_text(self.path, "".join(kept))
-        return len(lines) - len(kept)
+        data = self.path.read_bytes()
+        records, damaged = _parse(data[: data.rfind(b"\n") + 1])
+        if damaged:
+            log.warning("%s", damage_text(self.path, damaged))
+        kept = [record for record in records if record["step"] <= step]
+        dropped = len(data.splitlines()) - len(kept)
+        if dropped:
+            write_text(self.path, "".join(seal(record) + "\n" for record in kept))
+        return dropped
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """Records of a metrics.jsonl in order; a last line that is still being written is left out."""
+    """Good records of a metrics.jsonl in order; a last line that is still being written is left out."""
     return read_metrics_from(path, 0)[0]
 
 
 def read_metrics_from(path: Path, offset: int) -> tuple[list[Record], int]:
-    """Records from a byte offset on, and the offset to continue from."""
-    records: list[Record] = []
+    """Good records from a byte offset on, and the offset to continue from."""
     if not path.exists():
-        return records, offset
+        return [], offset
     with open(path, "rb") as file:
         file.seek(offset)
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            offset += len(line)
-            record = _parse(line.decode("utf-8", "replace"))
-            if record is not None:
-                records.append(record)
-    return records, offset
+        data = file.read()
+    whole = data.rfind(b"\n") + 1
+    return _parse(data[:whole])[0], offset + whole
 
 
-def _parse(line: str) -> Record | None:
-    if not line.endswith("\n"):
-        return None
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+def _parse(data: bytes) -> tuple[list[Record], list[int]]:
+    """(records of whole lines, numbers of damaged lines)"""
+    records, damaged = parse_records(data)
+    return [record for record in records if type(record.get("step")) is int], damaged

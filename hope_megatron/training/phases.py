@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 
+from hope_megatron.runtime.heartbeat import HEART
 from hope_megatron.runtime.process import launch_time, process_start_time
 
 START_UP = ("launch", "python", "data", "imports", "rendezvous", "model", "checkpoint", "first_step")
@@ -34,6 +35,8 @@ class PhaseClock:
         now = time.monotonic()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now
+        if phase in START_UP[:-1]:
+            HEART.enter(START_UP[START_UP.index(phase) + 1], HEART.limits.start_up_s)
 
     def rounded(self) -> dict[str, float]:
         """Seconds by phase, to the millisecond."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -71,8 +72,9 @@ class Progress:
         return "  ".join(parts)
 
     def _write(self, text: str) -> None:
-        self.stream.write(text)
-        self.stream.flush()
+        with contextlib.suppress(OSError):  # where it goes may be a file on a full disk, or a terminal that is gone
+            self.stream.write(text)
+            self.stream.flush()
 
 
 class StepClock:
@@ -104,6 +106,14 @@ class ProgressHandler(logging.Handler):
         self.progress.message(self.format(record))
 
 
+class _LogFile(logging.FileHandler):
+    """A log whose full disk is nobody's traceback: what cannot be written is on the screen."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def configure_logging(rank: int, log_file: Path, progress: Progress) -> None:
     """Rank 0 logs to the screen and to a file; other ranks only say what is wrong."""
     root = logging.getLogger("hope_megatron")
@@ -116,6 +126,10 @@ def configure_logging(rank: int, log_file: Path, progress: Progress) -> None:
     screen.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
     root.addHandler(screen)
     if rank == 0:
-        to_file = logging.FileHandler(log_file, encoding="utf-8")
+        try:
+            to_file = _LogFile(log_file, encoding="utf-8")
+        except OSError as error:
+            root.error("%s cannot be written: %s; the log goes to the screen alone", log_file, error.strerror)
+            return
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root.addHandler(to_file)

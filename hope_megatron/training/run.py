@@ -14,11 +14,13 @@ from hope_megatron.config import RunConfig, dump_config
 from hope_megatron.engine.build import build_engine
 from hope_megatron.engine.control import ControlGroup
 from hope_megatron.engine.distributed import Mesh, init_distributed
+from hope_megatron.runtime.disks import best_effort
 from hope_megatron.runtime.files import write_text
 from hope_megatron.runtime.formatting import duration_text
+from hope_megatron.runtime.heartbeat import HEART
 from hope_megatron.training.batches import SampleSource
 from hope_megatron.training.callbacks import default_callbacks, is_summarized
-from hope_megatron.training.loop import Outcome, Run, train
+from hope_megatron.training.loop import Outcome, Run, read_skipped_samples, train
 from hope_megatron.training.metrics import read_metrics
 from hope_megatron.training.phases import PhaseClock
 from hope_megatron.training.progress import Progress, configure_logging
@@ -67,10 +69,16 @@ def run_training(
         a loss that is not finite, ...
     """
     phases = phases or PhaseClock()
-    mesh = init_distributed(config.parallel, num_threads=config.training.num_threads)
+    mesh = init_distributed(
+        config.parallel,
+        num_threads=config.training.num_threads,
+        timeout_s=config.resilience.hang.collective_timeout_s,
+    )
     phases.mark("rendezvous")
     engine = build_engine(config, mesh)
     seed_generators(config.training.seed, mesh.dp_rank)
+    if HEART.listeners:
+        HEART.listeners[0].engine = engine  # type: ignore[attr-defined]  # of the fault injector
     phases.mark("model")
 
     directory = RunDirectory(config.run_dir)
@@ -84,18 +92,21 @@ def run_training(
         keep_last=keep.keep_last,
         keep_every=keep.keep_every,
         keep_best=keep.keep_best,
+        max_failed_saves=config.resilience.max_failed_saves,
     )
     run = Run(config, engine, checkpointer, directory, train_source, heldout_source, provenance(), phases=phases)
     tracker = None
     try:
         _resume(run, resume, continue_data)
+        run.skipped_samples = read_skipped_samples(run)
         phases.mark("checkpoint")
         if run.is_complete and is_summarized(directory):
             if mesh.rank == 0:
                 log.info("%s is complete: all %d steps are done", config.name, run.state.step)
             return run
         if mesh.rank == 0:
-            write_text(directory.config, dump_config(config))
+            with best_effort(directory.config.name):
+                write_text(directory.config, dump_config(config))
             if config.tracking.mlflow:
                 tracker = Tracker(config, directory, tags={"hope_megatron.commit": str(run.provenance["commit"])})
         _announce(run)

@@ -38,6 +38,10 @@ class RunDirectory:
         return self.path / "data_ledger.jsonl"
 
     @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.jsonl"
+
+    @property
     def log(self) -> Path:
         return self.path / "train.log"
 

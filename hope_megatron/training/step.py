@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
 
 from hope_megatron.config.run import RunConfig
-from hope_megatron.engine.engine import Engine
+from hope_megatron.engine.engine import Engine, NonFiniteError
 from hope_megatron.optim import lr_at
+from hope_megatron.runtime.heartbeat import HEART
 from hope_megatron.training.batches import IGNORE, BatchReader, document_numbers
+from hope_megatron.training.guard import Guard, Judgement
 from hope_megatron.training.state import TrainingState
 
 
@@ -24,16 +27,29 @@ class StepResult:
     """Global norm before clipping."""
     lr_multiplier: float
     """What the schedule made of every base learning rate."""
+    judgement: Judgement = Judgement.GOOD
+    """Of the gradient, as it was computed first."""
+    skipped: bool = False
+    """Whether the update was refused; then nothing changed but the clocks of the run."""
+    recomputed: bool = False
+    """Whether the step was computed a second time."""
+    spike: bool = False
+    """Whether the loss has been far too high for so many steps that this is a spike."""
 
 
 def train_step(engine: Engine, reader: BatchReader, state: TrainingState, config: RunConfig) -> StepResult:
     """Take the next global batch, and update the parameters by the gradient of its mean loss.
 
+    A gradient that is not finite, or extreme, is computed once more: what a machine got wrong once, it mostly gets right then.
+    If it comes again, all ranks skip the step together, before any parameter or optimizer state has changed.
+
     Raises:
-        NonFiniteError: on all ranks together, before any parameter or optimizer state has changed.
+        NonFiniteError: on all ranks, when the rules of the run (`resilience.bad_step`) do not let it skip, or no longer.
     """
     training, mesh = config.training, engine.mesh
+    guard = Guard(config.resilience.bad_step, config.resilience.spike)
 
+    HEART.enter("data")
     # This rank's part of the global batch is a pure function of the samples consumed so far.
     batches = reader.take(state.samples, is_last=state.step + 1 >= training.steps)
 
@@ -41,20 +57,55 @@ def train_step(engine: Engine, reader: BatchReader, state: TrainingState, config
     valid = torch.stack([(targets != IGNORE).sum() for _, targets in batches]).sum()
     valid = engine.sum_over_data_parallel(valid).clamp(min=1)
 
-    loss_sum = torch.zeros((), device=mesh.device)
-    for tokens, targets in batches:
-        loss_sum += engine.forward_backward(tokens, targets, valid, reader.documents(tokens))
-    engine.check_finite(loss_sum)
-
     multiplier = learning_rate_multiplier(state.step, config)
-    grad_norm = engine.step(multiplier)
+    judgements: list[Judgement] = []
+    while True:
+        loss_sum = torch.zeros((), device=mesh.device)
+        for tokens, targets in batches:
+            loss_sum += engine.forward_backward(tokens, targets, valid, reader.documents(tokens))
+        judgements.append(Judgement.NONFINITE)  # unless the norm is finite, so that somebody asks
+
+        def accept(norm: float, loss_sum: torch.Tensor = loss_sum) -> bool:
+            HEART.enter("agree")
+            own = guard.judge(state, float(loss_sum), norm)
+            judgements[-1] = Judgement(engine.control.maximum([own.value])[0])
+            return not guard.refuses(judgements[-1])
+
+        grad_norm = engine.step(multiplier, accept)
+        if not engine.skipped or len(judgements) == 2 or guard.bad_step.nonfinite == "off":
+            break
 
     num_tokens = int(valid)
     loss = float(engine.sum_over_data_parallel(loss_sum)) / num_tokens
+    if engine.skipped:
+        _may_skip(state, guard, judgements[-1], loss)
     state.step += 1
     state.samples += training.global_batch_size
-    state.tokens += num_tokens
-    return StepResult(loss, grad_norm, multiplier)
+    spike = False
+    if engine.skipped:
+        state.skipped_steps += 1
+        state.skipped_in_a_row += 1
+    else:
+        state.tokens += num_tokens
+        spike = guard.accept(state, loss, grad_norm)
+    return StepResult(loss, grad_norm, multiplier, judgements[0], engine.skipped, len(judgements) == 2, spike)
+
+
+def _may_skip(state: TrainingState, guard: Guard, judgement: Judgement, loss: float) -> None:
+    """Refuse to skip where the rules end the run instead."""
+    rules = guard.bad_step
+    if judgement is Judgement.NONFINITE and rules.nonfinite != "act":
+        what = (
+            "gradient norm is NaN or infinite, though the loss is finite"
+            if math.isfinite(loss)
+            else "loss is NaN or infinite"
+        )
+        raise NonFiniteError(f"the {what}")
+    if state.skipped_in_a_row >= rules.max_in_a_row:
+        raise NonFiniteError(
+            f"{state.skipped_in_a_row + 1} steps in a row were bad ({judgement.name.lower()} gradients; "
+            f"resilience.bad_step.max_in_a_row={rules.max_in_a_row})"
+        )
 
 
 def learning_rate_multiplier(step: int, config: RunConfig) -> float:

@@ -18,6 +18,7 @@ from typing import Any
 
 from hope_megatron.config.run import RunConfig
 from hope_megatron.runtime.files import write_json
+from hope_megatron.runtime.records import read_object
 from hope_megatron.training.metrics import read_metrics_from
 from hope_megatron.training.mlflow_client import connect, default_uri, open_experiment
 from hope_megatron.training.run_directory import RunDirectory
@@ -192,11 +193,9 @@ def log_evaluation(directory: RunDirectory, step: int, metrics: Mapping[str, flo
 
 def read_tracking(directory: RunDirectory) -> dict[str, Any]:
     """What tracking.json says: uri, run_id, sent_step. Empty if there is none."""
-    try:
-        found = json.loads(directory.tracking.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    found = read_object(directory.tracking) or {}
+    whole = isinstance(found.get("run_id"), str) and isinstance(found.get("sent_step"), int)
+    return found if whole and isinstance(found.get("uri"), str) else {}
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, str]:

@@ -21,6 +21,7 @@ from hope_megatron.checkpoint.output import fresh_directory
 from hope_megatron.config.messages import explain
 from hope_megatron.config.model import ModelConfig
 from hope_megatron.convert.huggingface.check import ExportCheck, check_against_training
+from hope_megatron.convert.huggingface.digests import verify_digests, write_digests
 from hope_megatron.convert.huggingface.model_card import model_card
 from hope_megatron.convert.huggingface.modeling_files import AUTO_MAP, modeling_files
 from hope_megatron.convert.huggingface.names import from_transformers, to_transformers
@@ -90,6 +91,7 @@ def export_huggingface(
         tokenizer_note = write_tokenizer(directory, tokenizer)
         for name, text in modeling_files().items():
             (directory / name).write_text(text, encoding="utf-8")
+        write_digests(directory)
         model = load_huggingface(directory).model
         check = check_against_training(model, source, heldout)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -108,6 +110,7 @@ def load_huggingface(directory: str | Path) -> HuggingFaceModel:
         ConversionError: a file is missing or damaged, the configuration is not one of ours, or a tensor does not match.
     """
     directory = Path(directory)
+    verify_digests(directory)
     config, values = _read_config(directory)
     model = build_local_model(config, from_transformers(read_weights(directory), config), source=str(directory))
     return HuggingFaceModel(model, config, directory / TOKENIZER_NAME, values["train_tokens_per_sequence"])

@@ -16,6 +16,7 @@ from hope_megatron.checkpoint.errors import ConversionError, ExportCheckError
 from hope_megatron.checkpoint.find import CheckpointSource, find_checkpoint
 from hope_megatron.checkpoint.format import CheckpointDamagedError
 from hope_megatron.convert.huggingface.check import ExportCheck
+from hope_megatron.convert.huggingface.digests import DIGESTS_NAME
 from hope_megatron.convert.huggingface.export import export_huggingface, load_huggingface
 from hope_megatron.convert.huggingface.weights import SINGLE_NAME
 from hope_megatron.model import LanguageModel
@@ -155,6 +156,9 @@ def test_a_wrong_configuration_is_named(
     export_huggingface(make_checkpoint(), out, tokenizer)
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ConversionError, match=r"config\.json is not what was exported"):
+        load_huggingface(out)
+    (out / DIGESTS_NAME).unlink()  # somebody changed it on purpose
     with pytest.raises(ValueError, match=message):
         load_huggingface(out)
 

@@ -120,3 +120,24 @@ def test_documents_of_a_step_are_recomputed(stream: TokenStream) -> None:
         assert entry["source"].endswith("corpus.txt") and len(entry["sha256"]) == 64
     skipping = SkippingStream(stream, [Skip(0, 4)])
     assert documents_in_step(skipping, 2, 4)[0]["sha256"] == documents[0]["sha256"]
+
+
+def test_a_damaged_ledger_is_named_and_never_a_traceback(tmp_path):
+    import random
+
+    from data_pipeline.errors import DataError
+    from data_pipeline.ledger import Ledger
+
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.record_skip(3, 4, step=7, reason="a spike")
+    ledger.record_transition(9, "old", "new", step=8, reason="more code")
+    good, rng = ledger.path.read_bytes(), random.Random(0)
+    for _ in range(300):
+        data = bytearray(good)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        ledger.path.write_bytes(data)
+        try:
+            assert all({"kind"} <= entry.keys() for entry in ledger.entries())
+            ledger.skips()
+        except DataError as error:
+            assert "ledger.jsonl is damaged" in str(error)

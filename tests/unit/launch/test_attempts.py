@@ -23,11 +23,21 @@ def attempt(history: History, start: int, end: int, outcome: str, bad_nodes: lis
 def test_failures_count_only_without_progress(history: History) -> None:
     attempt(history, 0, 0, CRASHED)
     attempt(history, 0, 10, CRASHED)
-    assert history.failures_without_progress(10) == 0, "the second attempt left a newer checkpoint"
+    assert history.fruitless() == [], "the second attempt left a newer checkpoint"
     attempt(history, 10, 10, CRASHED)
     attempt(history, 10, 10, STOPPED)
     attempt(history, 10, 10, LOST)
-    assert history.failures_without_progress(10) == 2, "stopping is not a failure"
+    assert [a.number for a in history.fruitless()] == [3, 5], "stopping is not a failure"
+
+
+def test_steps_before_the_first_checkpoint_are_progress(history: History) -> None:
+    for furthest in (40, 90, 130):
+        history.start("7", 0, ["node1"], 0)
+        history.end(CRASHED, "killed", 0, kind="transient", furthest=furthest)
+    assert history.fruitless() == []
+    history.start("7", 0, ["node1"], 0)
+    history.end(CRASHED, "killed", 0, kind="transient", furthest=130)
+    assert [a.number for a in history.fruitless()] == [4]
 
 
 def test_submission_starts_afresh_but_remembers_nodes(history: History) -> None:
@@ -36,7 +46,7 @@ def test_submission_starts_afresh_but_remembers_nodes(history: History) -> None:
     history.give_up("why")
     assert History(history.path).given_up == "why"
     history.submitted()
-    assert history.failures_without_progress(0) == 0
+    assert history.fruitless() == []
     assert history.given_up == ""
     assert history.avoided_nodes(2) == ["node2"]
 

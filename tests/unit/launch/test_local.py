@@ -8,7 +8,7 @@ import pytest
 
 from hope_megatron.runtime.process import available_cpus
 from launch.errors import LaunchError
-from launch.local import run_local
+from launch.local import run_local, run_supervised
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +26,8 @@ def test_no_process_at_all_is_refused():
         run_local(["train"], 0)
 
 
-def test_port_in_use_is_named():
+def test_port_in_use_is_named(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(LaunchError, match=f"--port {port} cannot be used"):
-            run_local(["train"], available_cpus(), port=port)
+            run_supervised(["train"], available_cpus(), tmp_path, name="x", steps=1, port=port)

@@ -8,49 +8,66 @@ from datetime import datetime
 
 import pytest
 
-from hope_megatron.runtime.reports import Failure
+from hope_megatron.runtime.failures import CRASH, TRANSIENT, USER, Failure, first_cause
 from launch.attempts import Attempt
 from launch.errors import LaunchError
+from launch.hangs import Hang
 from launch.slurm import parse_job
+from launch.slurm_job import has_gone_down, launch_began
 from launch.step import TaskError, free_port, srun_command
 from launch.submission import Submission
-from launch.supervisor import explain_failure, first_cause, has_gone_down, launch_began
+from launch.supervisor import explain_failure
 from launch.worker import rank_environment
 
 NODES = ["node1", "node2"]
-LOST_PEER = Failure(rank=0, time=2.0, is_user_error=False, message="RuntimeError: Connection closed by peer")
+LOST_PEER = Failure(
+    0, 2.0, TRANSIENT, "RuntimeError: Connection closed by peer", step=7, phase="backward", lost_peer=True
+)
 
 
 def test_a_killed_rank_explains_the_ranks_that_lost_it() -> None:
     errors = [TaskError("node1", "0", "Exited with exit code 1"), TaskError("node2", "3", "Killed")]
-    assert explain_failure(LOST_PEER, errors, 2, NODES) == ("task 3 on node2: Killed", ["node2"])
+    cause = explain_failure(LOST_PEER, None, errors, 2, NODES)
+    assert cause.text == "task 3 on node2: Killed (phase backward of step 7 on the ranks that lost it)"
+    assert (cause.kind, cause.bad_nodes) == (TRANSIENT, ["node2"])
 
 
 def test_tasks_that_slurm_terminated_are_not_the_cause() -> None:
-    errors = [TaskError("node2", "2-3", "Terminated")]
-    reason, bad = explain_failure(LOST_PEER, errors, 2, NODES)
-    assert reason == "rank 0 on node1: RuntimeError: Connection closed by peer"
-    assert bad == []
+    cause = explain_failure(LOST_PEER, None, [TaskError("node2", "2-3", "Terminated")], 2, NODES)
+    assert cause.text == "rank 0 on node1, step 7, phase backward: RuntimeError: Connection closed by peer"
+    assert cause.bad_nodes == []
 
 
 def test_a_gpu_error_is_put_down_to_its_node() -> None:
-    failure = Failure(3, 1.0, False, "Traceback ...\nAcceleratorError: CUDA error: uncorrectable ECC error encountered")
-    reason, bad = explain_failure(failure, [], 2, NODES)
-    assert "rank 3 on node2" in reason and "uncorrectable ECC" in reason
-    assert bad == ["node2"]
+    message = "Traceback ...\nAcceleratorError: CUDA error: uncorrectable ECC error encountered"
+    cause = explain_failure(Failure(3, 1.0, TRANSIENT, message), None, [], 2, NODES)
+    assert "rank 3 on node2" in cause.text and "uncorrectable ECC" in cause.text
+    assert cause.bad_nodes == ["node2"]
 
 
 def test_a_user_error_comes_before_everything() -> None:
-    failure = Failure(1, 5.0, True, "the tokenizer is another one")
-    errors = [TaskError("node1", "0", "Killed")]
-    assert explain_failure(first_cause([LOST_PEER, failure]), errors, 1, NODES) == (
-        "rank 1 on node2: the tokenizer is another one",
-        [],
+    failure = Failure(1, 5.0, USER, "the tokenizer is another one")
+    cause = explain_failure(first_cause([LOST_PEER, failure]), None, [TaskError("node1", "0", "Killed")], 1, NODES)
+    assert (cause.text, cause.kind, cause.bad_nodes) == ("the tokenizer is another one", USER, [])
+
+
+def test_an_exception_explains_a_rank_that_the_launcher_killed_after_it() -> None:
+    failure = Failure(
+        1, 5.0, CRASH, "Traceback\nValueError: no", step=3, phase="step", signature="ValueError at x.py:1"
     )
+    cause = explain_failure(failure, None, [TaskError("node1", "0", "Killed")], 1, NODES)
+    assert cause.text == "rank 1 on node2, step 3, phase step: ValueError: no"
+    assert (cause.kind, cause.signature) == (CRASH, "ValueError at x.py:1")
+
+
+def test_a_hang_is_put_down_to_the_node_of_the_rank_that_is_behind() -> None:
+    hang = Hang(3, "node2", 9, "forward", "rank 3 on node2 hangs at step 9: stopped by a signal")
+    cause = explain_failure(LOST_PEER, hang, [TaskError("node1", "0-1", "Killed")], 2, NODES)
+    assert (cause.text, cause.kind, cause.bad_nodes) == (hang.text, TRANSIENT, ["node2"])
 
 
 def test_silence_is_said() -> None:
-    assert explain_failure(first_cause([]), [], 1, NODES) == ("the ranks left without a reason", [])
+    assert explain_failure(first_cause([]), None, [], 1, NODES).text == "the ranks left without a reason"
 
 
 @pytest.mark.parametrize(

@@ -207,4 +207,9 @@ def test_two_processes_build_it_once(tmp_path: Path):
     names = {process.communicate(timeout=120)[0].strip() for process in both}
     (library,) = (tmp_path / "hope_megatron").glob("*.so")
     assert names == {str(library)}
-    assert sorted(x.suffix for x in library.parent.iterdir()) == [".lock", ".so"]
+    assert sorted(x.suffix for x in library.parent.iterdir()) == [".lock", ".sha256", ".so"]
+    whole = library.read_bytes()
+    library.write_bytes(whole[: len(whole) // 2])  # loading this would end the process
+    built_again = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert built_again.stdout.strip() == str(library) and "is damaged" in built_again.stderr
+    assert library.read_bytes() == whole

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from hope_megatron.runtime.failures import LAUNCH_DIR_VARIABLE, read_failures, report_failure
 from hope_megatron.runtime.process import (
     LAUNCH_TIME_VARIABLE,
     count_gpus,
@@ -18,14 +19,7 @@ from hope_megatron.runtime.process import (
     process_start_time,
     start_up_text,
 )
-from hope_megatron.runtime.reports import (
-    LAUNCH_DIR_VARIABLE,
-    read_failures,
-    read_worker_pids,
-    record_stop_signal,
-    report_failure,
-    report_ready,
-)
+from hope_megatron.runtime.reports import read_worker_pids, record_stop_signal, report_ready
 
 
 class UserError(Exception):

@@ -60,7 +60,7 @@ def load() -> ctypes.CDLL:
     compiler = _compiler()
     path = _cache() / f"memory-{_digest(compiler)}.so"
     try:
-        if not path.exists():
+        if not _is_whole(path):
             _build(compiler, path)
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -110,15 +110,33 @@ def _build(compiler: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.exists():
+        if _is_whole(path):
             return
+        if path.exists():
+            log.warning("%s is damaged: the memory kernel is compiled again", path)
         log.info("compiling the memory kernel for this processor, once")
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             compiled, linked = Path(folder) / "scan.o", Path(folder) / path.name
             _run([compiler, *_flags(), "-c", str(_HERE / "scan.cpp"), "-o", str(compiled)])
             # Without -fopenmp: a second OpenMP runtime beside PyTorch's would mean a second set of spinning threads.
             _run([compiler, "-shared", str(compiled), "-o", str(linked)])
+            digest = hashlib.sha256(linked.read_bytes()).hexdigest()
             linked.replace(path)
+            written = Path(folder) / "sha256"
+            written.write_text(digest)
+            written.replace(_digest_file(path))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the library is there, with the bytes that were linked: loading damaged code ends the process, or worse."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest() == _digest_file(path).read_text()
+    except (OSError, ValueError):
+        return False
+
+
+def _digest_file(path: Path) -> Path:
+    return path.with_suffix(".sha256")
 
 
 def _run(command: list[str]) -> None:
