@@ -18,19 +18,16 @@ if TYPE_CHECKING:
     from data_pipeline.errors import DataChangedError, DataError
     from data_pipeline.filters import Filters
     from data_pipeline.ledger import Ledger, Skip, SkippingStream, documents_in_step
-    from data_pipeline.loader import Batch, BatchLoader
     from data_pipeline.manifest import Manifest, ShardInfo
     from data_pipeline.mixture import MixtureStream
     from data_pipeline.report import PrepareReport
-    from data_pipeline.samples import NO_TOKEN, DocumentSpan, SampleStream, document_ids
+    from data_pipeline.samples import NO_TOKEN, DocumentSpan, SampleStream
     from data_pipeline.stream import TokenStream
     from data_pipeline.tokenizer import Tokenizer, train_tokenizer
     from data_pipeline.transition import resume
 
 __all__ = [
     "NO_TOKEN",
-    "Batch",
-    "BatchLoader",
     "DataChangedError",
     "DataError",
     "Document",
@@ -48,7 +45,6 @@ __all__ = [
     "SkippingStream",
     "TokenStream",
     "Tokenizer",
-    "document_ids",
     "documents_in_step",
     "iterate_documents",
     "iterate_texts",
@@ -71,8 +67,6 @@ _MODULES = {
     "Skip": "ledger",
     "SkippingStream": "ledger",
     "documents_in_step": "ledger",
-    "Batch": "loader",
-    "BatchLoader": "loader",
     "Manifest": "manifest",
     "ShardInfo": "manifest",
     "MixtureStream": "mixture",
@@ -80,7 +74,6 @@ _MODULES = {
     "NO_TOKEN": "samples",
     "DocumentSpan": "samples",
     "SampleStream": "samples",
-    "document_ids": "samples",
     "TokenStream": "stream",
     "Tokenizer": "tokenizer",
     "train_tokenizer": "tokenizer",

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import logging
 import os
-import random
 import shutil
 import threading
 import time
@@ -20,9 +18,10 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from data_pipeline.errors import ShardError, require
-from data_pipeline.files import writing
+from data_pipeline.errors import CorruptShardError, ShardError, StoreError
+from data_pipeline.files import atomic_file, writing
 from data_pipeline.manifest import Manifest, ShardInfo
+from data_pipeline.remote import Retry, copy_to
 from data_pipeline.shards import INDEX_DTYPE
 
 log = logging.getLogger(__name__)
@@ -53,8 +52,7 @@ class ShardCache:
     ) -> None:
         self.directory = Path(directory)
         self.max_bytes = max_bytes
-        self._attempts = attempts
-        self._backoff_seconds = backoff_seconds
+        self._retry = Retry(attempts, backoff_seconds)
         self._pool = ThreadPoolExecutor(prefetch_threads, thread_name_prefix="shard-prefetch")
         self._requested: set[str] = set()
         self._lock = threading.Lock()
@@ -65,7 +63,9 @@ class ShardCache:
         """The local path of a shard's tar, its index beside it; downloaded if it is not there yet.
 
         Raises:
+            CorruptShardError: the store holds other bytes than the manifest says.
             ShardError: every attempt failed, or the shard is larger than the whole cache.
+            OutputError: the cache cannot be written.
         """
         home = self.directory / info.sha256
         path = home / SHARD_NAME
@@ -73,11 +73,11 @@ class ShardCache:
             if not path.exists():
                 self._make_room(home, shard_size(info))
                 try:
-                    for name, digest, target in (
-                        (info.index_name, info.index_sha256, path.with_suffix(".idx")),
-                        (info.name, info.sha256, path),  # last: where the tar is, the index is
-                    ):
-                        self._download(manifest.path(name), digest, target)
+                    index = path.with_suffix(".idx")
+                    self._download(manifest.path(info.index_name), index_size(info), info.index_sha256, index)
+                    self._download(
+                        manifest.path(info.name), info.bytes, info.sha256, path
+                    )  # last: then the index is there
                 finally:
                     (home / RESERVATION).unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError):
@@ -119,24 +119,26 @@ class ShardCache:
 
     # ---- downloading
 
-    def _download(self, url: str, digest: str, target: Path) -> None:
-        for attempt in range(self._attempts):
-            if attempt:
-                pause = min(60.0, self._backoff_seconds * 2 ** (attempt - 1))
-                time.sleep(pause * random.uniform(0.5, 1.0))  # so that many ranks do not come back at once
+    def _download(self, url: str, size: int, digest: str, target: Path) -> None:
+        for attempt in range(1, self._retry.attempts + 1):
             try:
-                found = _copy_url(url, target)
-                if found == digest:
-                    return
-                target.unlink()
-                problem = "its SHA-256 is not the manifest's"
-            except (OSError, ValueError, TimeoutError) as error:
-                problem = str(error) or type(error).__name__
-            log.warning("attempt %d of %d to fetch %s failed: %s", attempt + 1, self._attempts, url, problem)
-        raise ShardError(
-            f"cannot fetch {url} after {self._attempts} attempts: {problem}. Check the store and the network; the run "
-            f"can continue from its last checkpoint."
-        )
+                with atomic_file(target) as file:
+                    if copy_to(url, size, file, self._retry) != digest:
+                        raise CorruptShardError(
+                            f"{url} has changed: its SHA-256 is not the manifest's ({digest}). Restore the object, or "
+                            f"prepare the data again."
+                        )
+                return
+            except StoreError as error:
+                raise ShardError(
+                    f"cannot fetch {url}: {error.reason}. Check the store and the network; the run can continue from its "
+                    f"last checkpoint."
+                ) from error
+            except CorruptShardError as error:
+                if attempt == self._retry.attempts:
+                    raise
+                log.warning("attempt %d of %d: %s", attempt, self._retry.attempts, error)
+                time.sleep(min(self._retry.max_pause_seconds, self._retry.backoff_seconds * 2 ** (attempt - 1)))
 
     # ---- room
 
@@ -193,20 +195,9 @@ def _made(directory: Path) -> Path:
 
 def shard_size(info: ShardInfo) -> int:
     """Bytes of a shard with its index."""
-    return info.bytes + info.documents * 2 * INDEX_DTYPE.itemsize
+    return info.bytes + index_size(info)
 
 
-def _copy_url(url: str, target: Path) -> str:
-    """Copy a remote file to ``target`` in one step and return its SHA-256."""
-    fsspec = require("fsspec", purpose=f"reading {url}", install="fsspec")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    digest = hashlib.sha256()
-    try:
-        with fsspec.open(url, "rb") as source, open(temporary, "wb") as file:
-            while piece := source.read(1 << 22):
-                file.write(piece)
-                digest.update(piece)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return digest.hexdigest()
+def index_size(info: ShardInfo) -> int:
+    """Bytes of the index of a shard."""
+    return info.documents * 2 * INDEX_DTYPE.itemsize

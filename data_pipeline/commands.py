@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from data_pipeline import inspection
 from data_pipeline.corpus import ReadOptions, iterate_texts
 from data_pipeline.display import Progress
 from data_pipeline.errors import ManifestError, SourceError, TokenizerError
-from data_pipeline.files import write_json
+from data_pipeline.files import check_writable, print_whole, write_json
 from data_pipeline.filters import Filters
 from data_pipeline.ledger import documents_in_step
 from data_pipeline.manifest import Manifest
@@ -25,7 +24,7 @@ from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 
 
 def _print(arguments: argparse.Namespace, value: Any, text: str) -> None:
-    print(json.dumps(value, indent=1) if arguments.json else text)
+    print_whole((json.dumps(value, indent=1) if arguments.json else text) + "\n")
 
 
 def _read_options(arguments: argparse.Namespace) -> ReadOptions:
@@ -37,6 +36,7 @@ def run_tokenizer(arguments: argparse.Namespace) -> int:
         tokenizer = Tokenizer.load(arguments.existing)
         tokenizer.save(arguments.out)
     elif arguments.sources:
+        check_writable(Path(arguments.out).parent)
         with Progress("training the tokenizer"):
             tokenizer = train_tokenizer(
                 iterate_texts(arguments.sources, _read_options(arguments), follow_links=arguments.follow_links),
@@ -176,9 +176,9 @@ def run_decode(arguments: argparse.Namespace) -> int:
             tokens = _stream(arguments, manifest).sample(arguments.sample).tolist()
     text = tokenizer.decode(tokens)
     if arguments.json:
-        print(json.dumps({"tokens": tokens, "text": text}))
+        print_whole(json.dumps({"tokens": tokens, "text": text}) + "\n")
     else:
-        sys.stdout.write(text)  # exactly, without a line end of ours
+        print_whole(text)  # exactly, without a line end of ours
     return 0
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import DataError, ManifestError, SamplingError, ShardError, TokenizerError, require
+from data_pipeline.files import atomic_file
 from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, ShardInfo
 from data_pipeline.prepare import SPLITS
 from data_pipeline.shards import ShardReader
@@ -179,4 +180,5 @@ def plot_lengths(lengths: dict[str, np.ndarray], path: str | Path) -> None:
         axes.hist(some, bins=bins, histtype="step", linewidth=1.5, label=f"{name}: {len(some):,} documents")
     axes.set(xscale="log", yscale="log", xlabel="tokens per document", ylabel="documents", title="Document lengths")
     axes.legend()
-    figure.savefig(str(path), format="png", dpi=150)
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=150)

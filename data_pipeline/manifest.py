@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.errors import ManifestError, require
+from data_pipeline.errors import ManifestError, StoreError
 from data_pipeline.files import canonical_json, write_json
 
 FORMAT = "hope-token-shards-v1"
@@ -141,13 +141,14 @@ def _reason(error: Exception) -> str:
 def _read(path: str) -> bytes:
     try:
         if "://" in path:
-            fsspec = require("fsspec", purpose=f"reading {path}", install="fsspec")
-            with fsspec.open(path, "rb") as file:
-                return file.read()
+            from data_pipeline.remote import read_bytes
+
+            return read_bytes(path)
         return Path(path).read_bytes()
-    except OSError as error:
+    except (OSError, StoreError) as error:
+        reason = error.reason if isinstance(error, StoreError) else error.strerror or error
         raise ManifestError(
-            f"cannot read the manifest {path}: {error.strerror or error}. Prepare the data with 'hope data prepare', "
+            f"cannot read the manifest {path}: {reason}. Prepare the data with 'hope data prepare', "
             f"or name the directory that holds the {MANIFEST_NAME}."
         ) from error
 

@@ -344,8 +344,9 @@ class _OpenShards:
         if not self.is_remote:
             return ShardReader(self._manifest.path(info.name), info, dtype, verify=verify)
         assert self._cache is not None
+        path = self._cache.fetch(self._manifest, info)
         try:
-            return ShardReader(self._cache.fetch(self._manifest, info), info, dtype, verify=verify)
+            return ShardReader(path, info, dtype, verify=verify)
         except ShardError as error:
             log.warning("the local copy is bad, fetching it again: %s", error)
             self._cache.drop(info)
