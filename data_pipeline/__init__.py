@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from data_pipeline.corpus import Document, ReadOptions, iterate_documents, iterate_texts, python_stdlib_documents
     from data_pipeline.errors import DataChangedError, DataError
     from data_pipeline.filters import Filters
-    from data_pipeline.ledger import Ledger, Skip, SkippingStream, documents_in_step
+    from data_pipeline.history import DataHistory
+    from data_pipeline.ledger import Ledger
     from data_pipeline.manifest import Manifest, ShardInfo
     from data_pipeline.mixture import MixtureStream
     from data_pipeline.report import PrepareReport
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
     from data_pipeline.stream import TokenStream
     from data_pipeline.tokenizer import Tokenizer, train_tokenizer
     from data_pipeline.transition import resume
+    from data_pipeline.webdataset_pipeline import webdataset_pipeline
 
 __all__ = [
     "NO_TOKEN",
     "DataChangedError",
     "DataError",
+    "DataHistory",
     "Document",
     "DocumentSpan",
     "Filters",
@@ -41,16 +44,14 @@ __all__ = [
     "SampleStream",
     "ShardCache",
     "ShardInfo",
-    "Skip",
-    "SkippingStream",
     "TokenStream",
     "Tokenizer",
-    "documents_in_step",
     "iterate_documents",
     "iterate_texts",
     "python_stdlib_documents",
     "resume",
     "train_tokenizer",
+    "webdataset_pipeline",
 ]
 
 _MODULES = {
@@ -63,10 +64,8 @@ _MODULES = {
     "DataChangedError": "errors",
     "DataError": "errors",
     "Filters": "filters",
+    "DataHistory": "history",
     "Ledger": "ledger",
-    "Skip": "ledger",
-    "SkippingStream": "ledger",
-    "documents_in_step": "ledger",
     "Manifest": "manifest",
     "ShardInfo": "manifest",
     "MixtureStream": "mixture",
@@ -78,6 +77,7 @@ _MODULES = {
     "Tokenizer": "tokenizer",
     "train_tokenizer": "tokenizer",
     "resume": "transition",
+    "webdataset_pipeline": "webdataset_pipeline",
 }
 
 

@@ -11,11 +11,11 @@ import contextlib
 import fcntl
 import logging
 import os
+import queue
 import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from data_pipeline.errors import CorruptShardError, ShardError, StoreError
@@ -28,6 +28,11 @@ log = logging.getLogger(__name__)
 
 SHARD_NAME = "shard.tar"
 RESERVATION = ".reserved"  # as large as the shard will be, without taking space
+
+
+def default_directory() -> Path:
+    """Where local copies lie when nobody says: under the user's own cache directory."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hope_megatron" / "shards"
 
 
 class ShardCache:
@@ -53,11 +58,18 @@ class ShardCache:
         self.directory = Path(directory)
         self.max_bytes = max_bytes
         self._retry = Retry(attempts, backoff_seconds)
-        self._pool = ThreadPoolExecutor(prefetch_threads, thread_name_prefix="shard-prefetch")
+        self._wanted: queue.SimpleQueue[tuple[Manifest, ShardInfo] | None] = queue.SimpleQueue()
         self._requested: set[str] = set()
         self._lock = threading.Lock()
         with writing(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
+        # Daemons: a process that ends does not wait for shards that it will not read.
+        self._threads = [
+            threading.Thread(target=self._prefetch_all, name="shard-prefetch", daemon=True)
+            for _ in range(prefetch_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def fetch(self, manifest: Manifest, info: ShardInfo) -> Path:
         """The local path of a shard's tar, its index beside it; downloaded if it is not there yet.
@@ -71,6 +83,8 @@ class ShardCache:
         path = home / SHARD_NAME
         with self._locked(info.sha256):  # of several processes, one downloads
             if not path.exists():
+                for stale in home.glob(".*.tmp"):  # of a process that was killed: under the lock nobody else writes
+                    stale.unlink(missing_ok=True)
                 self._make_room(home, shard_size(info))
                 try:
                     index = path.with_suffix(".idx")
@@ -99,20 +113,24 @@ class ShardCache:
                 if info.sha256 in self._requested:
                     continue
                 self._requested.add(info.sha256)
-            self._pool.submit(self._prefetch_one, manifest, info)
+            self._wanted.put((manifest, info))
 
-    def _prefetch_one(self, manifest: Manifest, info: ShardInfo) -> None:
-        try:
-            self.fetch(manifest, info)
-        except Exception as error:
-            log.warning("prefetch of %s failed: %s", info.name, error)
-        finally:
+    def _prefetch_all(self) -> None:
+        while (wanted := self._wanted.get()) is not None:
+            manifest, info = wanted
+            try:
+                self.fetch(manifest, info)
+            except Exception as error:
+                log.warning("prefetch of %s failed: %s", info.name, error)
             with self._lock:
                 self._requested.discard(info.sha256)
 
     def close(self) -> None:
-        """Stop prefetching; what is under way is finished first."""
-        self._pool.shutdown(cancel_futures=True)
+        """End the prefetching, after what is wanted already."""
+        for _ in self._threads:
+            self._wanted.put(None)
+        for thread in self._threads:
+            thread.join()
 
     def used_bytes(self) -> int:
         return sum(size for _, size, _ in self._entries())

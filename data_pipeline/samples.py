@@ -53,6 +53,11 @@ class SampleStream(ABC):
 
     @property
     @abstractmethod
+    def recipe(self) -> dict[str, Any]:
+        """Where the data lie, how they are read, and their fingerprint, as JSON values: `history.open_recipe` opens it."""
+
+    @property
+    @abstractmethod
     def tokenizer_sha256(self) -> str:
         """Digest of the tokenizer whose ids the samples hold."""
 
@@ -85,6 +90,7 @@ class SampleStream(ABC):
             "fingerprint": self.fingerprint,
             "tokenizer_sha256": self.tokenizer_sha256,
             "description": self.description,
+            "recipe": self.recipe,
         }
 
     def check_state(self, state: Mapping[str, Any]) -> int:
@@ -93,14 +99,6 @@ class SampleStream(ABC):
         Raises:
             DataChangedError: the position belongs to other data or another order; the message lists the differences.
         """
-        if state.get("skips"):
-            raise DataChangedError(
-                f"samples were skipped before the position was saved ({state['skips']}). Read through the ledger of "
-                f"that run (SkippingStream)."
-            )
-        return self._checked_sample(state)
-
-    def _checked_sample(self, state: Mapping[str, Any]) -> int:
         for key in ("sample", "fingerprint"):
             if key not in state:
                 raise DataChangedError(f"the saved data position has no field '{key}': the checkpoint is damaged.")

@@ -148,7 +148,7 @@ def test_every_writer_says_it_in_one_line(
             continue  # that frees the space first
         assert words in one_line(capsys, *argv), argv
     with pytest.raises(OutputError, match=words):
-        Ledger(disk.path / "ledger.jsonl").record_skip(0, 1, step=0, reason="")
+        Ledger(disk.path / "ledger.jsonl").record_corrupt("a.tar", "here", "0", reason="")
     left = [path for path in sorted(disk.path.rglob("*")) if path not in before]
     # empty directories, locks and the first bytes of what goes on when the command is run again
     assert all(path.is_dir() or path.name in (".lock", "ledger.jsonl") or path.stat().st_size == 0 for path in left), (
