@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from data_pipeline.stream import TokenStream
     from data_pipeline.tokenizer import Tokenizer, train_tokenizer
     from data_pipeline.transition import resume
-    from data_pipeline.webdataset_pipeline import webdataset_pipeline
+    from data_pipeline.webdataset_adapter import webdataset_pipeline
 
 __all__ = [
     "NO_TOKEN",
@@ -77,7 +77,7 @@ _MODULES = {
     "Tokenizer": "tokenizer",
     "train_tokenizer": "tokenizer",
     "resume": "transition",
-    "webdataset_pipeline": "webdataset_pipeline",
+    "webdataset_pipeline": "webdataset_adapter",
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -98,14 +97,13 @@ def test_a_directory_named_like_a_command_is_none(
 
 
 def test_members_are_those_of_webdatasets_own_writer(manifest: Manifest) -> None:
-    for info in manifest.shards[:2]:
-        reader = ShardReader(manifest.path(info.name), info, manifest.token_dtype)
-        buffer = io.BytesIO()
-        writer = webdataset.TarWriter(buffer, user="", group="", mode=0o644, mtime=0, encoder=False)
-        number = int(info.name[6:12])
+    info = manifest.shards[1]
+    reader = ShardReader(manifest.path(info.name), info, manifest.token_dtype)
+    buffer = io.BytesIO()
+    with webdataset.TarWriter(buffer, user="", group="", mode=0o644, mtime=0, encoder=False) as writer:
         for i, (tokens, where) in enumerate(reader.documents()):
-            writer.write({"__key__": f"{number:06d}_{i:08d}", "u16": tokens.tobytes(), "json": canonical_json(where)})
-        writer.close()
-        content = bytes(reader.buffer)[: -2 * 512]
-        assert buffer.getvalue()[: len(content)] == content
-        assert json.loads(canonical_json({"a": 1})) == {"a": 1}
+            key = {"__key__": f"000001_{i:08d}"}
+            writer.write({**key, "u16": tokens.tobytes()})  # both at once it would sort by name
+            writer.write({**key, "json": canonical_json(where)})
+    content = bytes(reader.buffer)
+    assert buffer.getvalue().rstrip(b"\0") == content.rstrip(b"\0")

@@ -9,9 +9,10 @@
 Shards are dealt to nodes and workers as webdataset does it, so an epoch gives every document once as long as there are at
 least as many shards as workers in all. Exact order and resumption are what `TokenStream` is for.
 
-Our own writer makes the shards, not webdataset's `TarWriter`, although the members are the same to the byte (a test
-compares them). TarWriter streams through blocks of 10,240 bytes: it cannot say where a document begins, which the index
-needs, nor be cut back to a document when a run that was interrupted goes on. And importing webdataset imports torch.
+Our own writer makes the shards, not webdataset's `TarWriter`, although every member is the same to the byte (a test
+compares them). TarWriter puts the members of a sample in the order of their names, so shards would get other digests than
+those made so far. It streams through blocks of 10,240 bytes, so it cannot say where a document begins, which the index
+needs, nor be cut back to a document when an interrupted run goes on. And importing webdataset imports torch.
 """
 
 from __future__ import annotations
