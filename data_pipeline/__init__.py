@@ -17,22 +17,22 @@ if TYPE_CHECKING:
     from data_pipeline.corpus import Document, ReadOptions, iterate_documents, iterate_texts, python_stdlib_documents
     from data_pipeline.errors import DataChangedError, DataError
     from data_pipeline.filters import Filters
-    from data_pipeline.ledger import Ledger, Skip, SkippingStream, documents_in_step
-    from data_pipeline.loader import Batch, BatchLoader
+    from data_pipeline.history import DataHistory
+    from data_pipeline.ledger import Ledger
     from data_pipeline.manifest import Manifest, ShardInfo
     from data_pipeline.mixture import MixtureStream
     from data_pipeline.report import PrepareReport
-    from data_pipeline.samples import NO_TOKEN, DocumentSpan, SampleStream, document_ids
+    from data_pipeline.samples import NO_TOKEN, DocumentSpan, SampleStream
     from data_pipeline.stream import TokenStream
     from data_pipeline.tokenizer import Tokenizer, train_tokenizer
     from data_pipeline.transition import resume
+    from data_pipeline.webdataset_adapter import webdataset_pipeline
 
 __all__ = [
     "NO_TOKEN",
-    "Batch",
-    "BatchLoader",
     "DataChangedError",
     "DataError",
+    "DataHistory",
     "Document",
     "DocumentSpan",
     "Filters",
@@ -44,17 +44,14 @@ __all__ = [
     "SampleStream",
     "ShardCache",
     "ShardInfo",
-    "Skip",
-    "SkippingStream",
     "TokenStream",
     "Tokenizer",
-    "document_ids",
-    "documents_in_step",
     "iterate_documents",
     "iterate_texts",
     "python_stdlib_documents",
     "resume",
     "train_tokenizer",
+    "webdataset_pipeline",
 ]
 
 _MODULES = {
@@ -67,12 +64,8 @@ _MODULES = {
     "DataChangedError": "errors",
     "DataError": "errors",
     "Filters": "filters",
+    "DataHistory": "history",
     "Ledger": "ledger",
-    "Skip": "ledger",
-    "SkippingStream": "ledger",
-    "documents_in_step": "ledger",
-    "Batch": "loader",
-    "BatchLoader": "loader",
     "Manifest": "manifest",
     "ShardInfo": "manifest",
     "MixtureStream": "mixture",
@@ -80,11 +73,11 @@ _MODULES = {
     "NO_TOKEN": "samples",
     "DocumentSpan": "samples",
     "SampleStream": "samples",
-    "document_ids": "samples",
     "TokenStream": "stream",
     "Tokenizer": "tokenizer",
     "train_tokenizer": "tokenizer",
     "resume": "transition",
+    "webdataset_pipeline": "webdataset_adapter",
 }
 
 

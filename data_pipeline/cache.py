@@ -9,26 +9,30 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import logging
 import os
-import random
+import queue
 import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from data_pipeline.errors import ShardError, require
-from data_pipeline.files import writing
+from data_pipeline.errors import CorruptShardError, ShardError, StoreError
+from data_pipeline.files import atomic_file, writing
 from data_pipeline.manifest import Manifest, ShardInfo
+from data_pipeline.remote import Retry, copy_to
 from data_pipeline.shards import INDEX_DTYPE
 
 log = logging.getLogger(__name__)
 
 SHARD_NAME = "shard.tar"
 RESERVATION = ".reserved"  # as large as the shard will be, without taking space
+
+
+def default_directory() -> Path:
+    """Where local copies lie when nobody says: under the user's own cache directory."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hope_megatron" / "shards"
 
 
 class ShardCache:
@@ -53,31 +57,41 @@ class ShardCache:
     ) -> None:
         self.directory = Path(directory)
         self.max_bytes = max_bytes
-        self._attempts = attempts
-        self._backoff_seconds = backoff_seconds
-        self._pool = ThreadPoolExecutor(prefetch_threads, thread_name_prefix="shard-prefetch")
+        self._retry = Retry(attempts, backoff_seconds)
+        self._wanted: queue.SimpleQueue[tuple[Manifest, ShardInfo] | None] = queue.SimpleQueue()
         self._requested: set[str] = set()
         self._lock = threading.Lock()
         with writing(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
+        # Daemons: a process that ends does not wait for shards that it will not read.
+        self._threads = [
+            threading.Thread(target=self._prefetch_all, name="shard-prefetch", daemon=True)
+            for _ in range(prefetch_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def fetch(self, manifest: Manifest, info: ShardInfo) -> Path:
         """The local path of a shard's tar, its index beside it; downloaded if it is not there yet.
 
         Raises:
+            CorruptShardError: the store holds other bytes than the manifest says.
             ShardError: every attempt failed, or the shard is larger than the whole cache.
+            OutputError: the cache cannot be written.
         """
         home = self.directory / info.sha256
         path = home / SHARD_NAME
         with self._locked(info.sha256):  # of several processes, one downloads
             if not path.exists():
+                for stale in home.glob(".*.tmp"):  # of a process that was killed: under the lock nobody else writes
+                    stale.unlink(missing_ok=True)
                 self._make_room(home, shard_size(info))
                 try:
-                    for name, digest, target in (
-                        (info.index_name, info.index_sha256, path.with_suffix(".idx")),
-                        (info.name, info.sha256, path),  # last: where the tar is, the index is
-                    ):
-                        self._download(manifest.path(name), digest, target)
+                    index = path.with_suffix(".idx")
+                    self._download(manifest.path(info.index_name), index_size(info), info.index_sha256, index)
+                    self._download(
+                        manifest.path(info.name), info.bytes, info.sha256, path
+                    )  # last: then the index is there
                 finally:
                     (home / RESERVATION).unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError):
@@ -99,44 +113,50 @@ class ShardCache:
                 if info.sha256 in self._requested:
                     continue
                 self._requested.add(info.sha256)
-            self._pool.submit(self._prefetch_one, manifest, info)
+            self._wanted.put((manifest, info))
 
-    def _prefetch_one(self, manifest: Manifest, info: ShardInfo) -> None:
-        try:
-            self.fetch(manifest, info)
-        except Exception as error:
-            log.warning("prefetch of %s failed: %s", info.name, error)
-        finally:
+    def _prefetch_all(self) -> None:
+        while (wanted := self._wanted.get()) is not None:
+            manifest, info = wanted
+            try:
+                self.fetch(manifest, info)
+            except Exception as error:
+                log.warning("prefetch of %s failed: %s", info.name, error)
             with self._lock:
                 self._requested.discard(info.sha256)
 
     def close(self) -> None:
-        """Stop prefetching; what is under way is finished first."""
-        self._pool.shutdown(cancel_futures=True)
+        """End the prefetching, after what is wanted already."""
+        for _ in self._threads:
+            self._wanted.put(None)
+        for thread in self._threads:
+            thread.join()
 
     def used_bytes(self) -> int:
         return sum(size for _, size, _ in self._entries())
 
     # ---- downloading
 
-    def _download(self, url: str, digest: str, target: Path) -> None:
-        for attempt in range(self._attempts):
-            if attempt:
-                pause = min(60.0, self._backoff_seconds * 2 ** (attempt - 1))
-                time.sleep(pause * random.uniform(0.5, 1.0))  # so that many ranks do not come back at once
+    def _download(self, url: str, size: int, digest: str, target: Path) -> None:
+        for attempt in range(1, self._retry.attempts + 1):
             try:
-                found = _copy_url(url, target)
-                if found == digest:
-                    return
-                target.unlink()
-                problem = "its SHA-256 is not the manifest's"
-            except (OSError, ValueError, TimeoutError) as error:
-                problem = str(error) or type(error).__name__
-            log.warning("attempt %d of %d to fetch %s failed: %s", attempt + 1, self._attempts, url, problem)
-        raise ShardError(
-            f"cannot fetch {url} after {self._attempts} attempts: {problem}. Check the store and the network; the run "
-            f"can continue from its last checkpoint."
-        )
+                with atomic_file(target) as file:
+                    if copy_to(url, size, file, self._retry) != digest:
+                        raise CorruptShardError(
+                            f"{url} has changed: its SHA-256 is not the manifest's ({digest}). Restore the object, or "
+                            f"prepare the data again."
+                        )
+                return
+            except StoreError as error:
+                raise ShardError(
+                    f"cannot fetch {url}: {error.reason}. Check the store and the network; the run can continue from its "
+                    f"last checkpoint."
+                ) from error
+            except CorruptShardError as error:
+                if attempt == self._retry.attempts:
+                    raise
+                log.warning("attempt %d of %d: %s", attempt, self._retry.attempts, error)
+                time.sleep(min(self._retry.max_pause_seconds, self._retry.backoff_seconds * 2 ** (attempt - 1)))
 
     # ---- room
 
@@ -193,20 +213,9 @@ def _made(directory: Path) -> Path:
 
 def shard_size(info: ShardInfo) -> int:
     """Bytes of a shard with its index."""
-    return info.bytes + info.documents * 2 * INDEX_DTYPE.itemsize
+    return info.bytes + index_size(info)
 
 
-def _copy_url(url: str, target: Path) -> str:
-    """Copy a remote file to ``target`` in one step and return its SHA-256."""
-    fsspec = require("fsspec", purpose=f"reading {url}", install="fsspec")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    digest = hashlib.sha256()
-    try:
-        with fsspec.open(url, "rb") as source, open(temporary, "wb") as file:
-            while piece := source.read(1 << 22):
-                file.write(piece)
-                digest.update(piece)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return digest.hexdigest()
+def index_size(info: ShardInfo) -> int:
+    """Bytes of the index of a shard."""
+    return info.documents * 2 * INDEX_DTYPE.itemsize

@@ -5,6 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from data_pipeline.commands import RunSamples
+
+OpenRun = Callable[[str], "RunSamples"]
 
 _SOURCES = """\
 sources:
@@ -27,8 +33,14 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_data_commands(parser.add_subparsers(dest="data_command", metavar="COMMAND", required=True))
 
 
-def add_data_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the commands themselves: tokenizer, prepare, merge, verify, inspect, stats, decode, drop."""
+def add_data_commands(
+    subparsers: argparse._SubParsersAction[argparse.ArgumentParser], open_run: OpenRun | None = None
+) -> None:
+    """Add the commands themselves: tokenizer, prepare, merge, verify, inspect, stats, decode, drop.
+
+    Args:
+        open_run: opens a training run by its path, for questions about its steps and samples.
+    """
     _add_tokenizer(subparsers)
     _add_prepare(subparsers)
     _add_merge(subparsers)
@@ -37,6 +49,8 @@ def add_data_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
     _add_stats(subparsers)
     _add_decode(subparsers)
     _add_drop(subparsers)
+    for parser in subparsers.choices.values():
+        parser.set_defaults(open_run=open_run)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -234,15 +248,14 @@ def _add_inspect(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
 examples:
   hope data inspect data/corpus/train                        # the first documents
   hope data inspect data/corpus/train --document 1234 --chars 0
-  hope data inspect data/corpus/train --step 900 --global-batch 64 --seq-length 2048 --seed 1
+  hope data inspect runs/hope_760m --step 900                 # what step 900 of a run read, or will read
 """,
     )
-    _add_path(parser)
+    parser.add_argument("path", metavar="PATH", help="a prepared directory, a split, a manifest; with --step a run")
     parser.add_argument("--document", type=int, metavar="N", help="first document to show (0)", default=0)
     parser.add_argument("--count", type=int, metavar="N", help="documents to show (3)", default=3)
     parser.add_argument("--chars", type=int, default=400, metavar="N", help="characters of each (400), 0 for all")
-    parser.add_argument("--step", type=int, metavar="N", help="list the documents of this training step instead")
-    _add_stream_options(parser)
+    parser.add_argument("--step", type=int, metavar="N", help="list the documents of this step of a run, from 1")
     _add_tokenizer_option(parser)
 
 
@@ -265,16 +278,17 @@ def _add_decode(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
         """\
 examples:
   hope data decode data/corpus/train --document 7 > document.txt
-  hope data decode data/corpus/train --sample 41 --seq-length 2048 --seed 1
+  hope data decode runs/hope_760m --sample 41                 # of a run: a directory of one, or its run file
   hope data decode --tokenizer tokenizer.model --ids 17 4 921
 """,
     )
-    parser.add_argument("path", nargs="?", metavar="PATH", help="a prepared split, or its manifest")
+    parser.add_argument(
+        "path", nargs="?", metavar="PATH", help="a prepared split, or its manifest; with --sample a run"
+    )
     chosen = parser.add_mutually_exclusive_group(required=True)
     chosen.add_argument("--document", type=int, metavar="N", help="number of a document in the split")
-    chosen.add_argument("--sample", type=int, metavar="N", help="number of a training sample")
+    chosen.add_argument("--sample", type=int, metavar="N", help="number of a sample of a run, from 0")
     chosen.add_argument("--ids", type=int, nargs="+", metavar="ID", help="token ids")
-    _add_stream_options(parser)
     _add_tokenizer_option(parser)
 
 
@@ -303,14 +317,6 @@ def _add_path(parser: argparse.ArgumentParser) -> None:
 
 def _add_tokenizer_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="FILE", help="the model, if it is not beside the splits")
-
-
-def _add_stream_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("the training stream, as configured in the run")
-    group.add_argument("--seq-length", type=int, default=2048, metavar="N", help="tokens per sample (2048)")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of the order (0)")
-    group.add_argument("--shuffle-shards", type=int, default=16, metavar="N", help="shards mixed at a time (16)")
-    group.add_argument("--global-batch", type=int, default=1, metavar="N", help="samples per step (1)")
 
 
 if __name__ == "__main__":

@@ -5,27 +5,26 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from data_pipeline import inspection
 from data_pipeline.corpus import ReadOptions, iterate_texts
 from data_pipeline.display import Progress
 from data_pipeline.errors import ManifestError, SourceError, TokenizerError
-from data_pipeline.files import write_json
+from data_pipeline.files import check_writable, print_whole, write_json
 from data_pipeline.filters import Filters
-from data_pipeline.ledger import documents_in_step
+from data_pipeline.history import DataHistory
 from data_pipeline.manifest import Manifest
 from data_pipeline.merge import merge
 from data_pipeline.prepare import prepare
 from data_pipeline.report import PrepareReport
-from data_pipeline.stream import TokenStream
+from data_pipeline.samples import NO_TOKEN
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 
 
 def _print(arguments: argparse.Namespace, value: Any, text: str) -> None:
-    print(json.dumps(value, indent=1) if arguments.json else text)
+    print_whole((json.dumps(value, indent=1) if arguments.json else text) + "\n")
 
 
 def _read_options(arguments: argparse.Namespace) -> ReadOptions:
@@ -37,6 +36,7 @@ def run_tokenizer(arguments: argparse.Namespace) -> int:
         tokenizer = Tokenizer.load(arguments.existing)
         tokenizer.save(arguments.out)
     elif arguments.sources:
+        check_writable(Path(arguments.out).parent)
         with Progress("training the tokenizer"):
             tokenizer = train_tokenizer(
                 iterate_texts(arguments.sources, _read_options(arguments), follow_links=arguments.follow_links),
@@ -115,16 +115,41 @@ def run_verify(arguments: argparse.Namespace) -> int:
     return 1 if any(result["problems"] for result in results.values()) else 0
 
 
+class RunSamples(Protocol):
+    """What a training run read: asked for by `hope data inspect RUN --step` and `hope data decode RUN --sample`."""
+
+    history: DataHistory
+    tokenizer_path: str
+
+    def samples_of_step(self, step: int) -> range:
+        """Numbers of the samples of a step, counted from 1."""
+        ...
+
+
+def _open_run(arguments: argparse.Namespace) -> RunSamples:
+    if arguments.open_run is None:
+        raise ManifestError("steps and samples are those of a training run: ask for them with 'hope data'.")
+    run: RunSamples = arguments.open_run(arguments.path)
+    return run
+
+
+def _inspect_step(arguments: argparse.Namespace) -> int:
+    run = _open_run(arguments)
+    samples = run.samples_of_step(arguments.step)
+    documents = run.history.documents(samples)
+    lines = [f"step {arguments.step}: samples {samples.start} to {samples.stop - 1}, {len(documents)} documents"]
+    for found in documents:
+        where = f"{found['dataset']}/{found['shard']}" if "dataset" in found else found["shard"]
+        origin = f"{found['source']}:{found['position']}"
+        lines.append(f"{where} {found['document']:>7}  samples {found['samples']}  {origin}")
+    _print(arguments, documents, "\n".join(lines))
+    return 0
+
+
 def run_inspect(arguments: argparse.Namespace) -> int:
-    manifest = inspection.find_manifests(arguments.path)[0]
     if arguments.step is not None:
-        documents = documents_in_step(_stream(arguments, manifest), arguments.step, arguments.global_batch)
-        lines = []
-        for found in documents:
-            origin = f"{found['source']}:{found['position']}"
-            lines.append(f"{found['shard']} {found['document']:>7}  samples {found['samples']}  {origin}")
-        _print(arguments, documents, "\n".join(lines))
-        return 0
+        return _inspect_step(arguments)
+    manifest = inspection.find_manifests(arguments.path)[0]
     tokenizer = inspection.find_tokenizer(manifest, arguments.tokenizer)
     shown = []
     for number in range(arguments.document, min(manifest.documents, arguments.document + arguments.count)):
@@ -166,19 +191,23 @@ def run_decode(arguments: argparse.Namespace) -> int:
             raise TokenizerError("token ids need a tokenizer to decode them: name it with --tokenizer.")
         tokenizer, tokens = Tokenizer.load(arguments.tokenizer), arguments.ids
     elif arguments.path is None:
-        raise ManifestError("name the prepared split that holds the document or sample, e.g. data/corpus/train.")
+        raise ManifestError(
+            "name the prepared split that holds the document, e.g. data/corpus/train, or the run of the sample."
+        )
+    elif arguments.sample is not None:
+        run = _open_run(arguments)
+        stream, number = run.history.locate(arguments.sample)
+        tokenizer = Tokenizer.load(arguments.tokenizer or run.tokenizer_path)
+        tokens = [token for token in stream.sample(number).tolist() if token != NO_TOKEN]
     else:
-        manifest = Manifest.load(arguments.path)
+        (manifest,) = inspection.find_manifests(arguments.path)[:1]
         tokenizer = inspection.find_tokenizer(manifest, arguments.tokenizer)
-        if arguments.document is not None:
-            tokens = inspection.document_at(manifest, arguments.document)[0].tolist()
-        else:
-            tokens = _stream(arguments, manifest).sample(arguments.sample).tolist()
+        tokens = inspection.document_at(manifest, arguments.document)[0].tolist()
     text = tokenizer.decode(tokens)
     if arguments.json:
-        print(json.dumps({"tokens": tokens, "text": text}))
+        print_whole(json.dumps({"tokens": tokens, "text": text}) + "\n")
     else:
-        sys.stdout.write(text)  # exactly, without a line end of ours
+        print_whole(text)  # exactly, without a line end of ours
     return 0
 
 
@@ -200,7 +229,3 @@ def run_drop(arguments: argparse.Namespace) -> int:
         arguments, value, f"{target}: {len(kept)} shards, {smaller.documents:,} documents, {smaller.tokens:,} tokens"
     )
     return 0
-
-
-def _stream(arguments: argparse.Namespace, manifest: Manifest) -> TokenStream:
-    return TokenStream(manifest, arguments.seq_length, arguments.seed, shuffle_shards=arguments.shuffle_shards)

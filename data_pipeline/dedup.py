@@ -14,10 +14,11 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
-from data_pipeline.files import writing
+from data_pipeline.files import close_all, writing
 
 NUM_HASHES = 128
 NUM_BANDS = 16  # of 8 hashes: a pair of similarity 0.8 becomes a candidate with probability 0.95, one of 0.5 with 0.06
@@ -90,12 +91,13 @@ class SeenDocuments:
         """``sizes`` are the lengths of the two files at the last `commit`; what lies beyond is cut off."""
         self._digests: set[bytes] | None = set() if exact else None
         self._near = NearDuplicates(near_threshold) if near_threshold is not None else None
-        self._files = []
+        self._files: list[IO[bytes]] = []
+        self._directory = directory
         for name, size in zip(SEEN_NAMES, sizes, strict=True):
             with writing(directory):
                 file = open(directory / name, "r+b" if size else "w+b")  # noqa: SIM115 - closed by close()
-            file.truncate(size)
-            self._files.append(file)
+                self._files.append(file)
+                file.truncate(size)
         if self._digests is not None:
             while digest := self._files[0].read(DIGEST_BYTES):
                 self._digests.add(digest)
@@ -113,19 +115,23 @@ class SeenDocuments:
             if self._near.is_duplicate(signature):
                 return "near_duplicate"
             self._near.add(signature)
-            self._files[1].write(signature.astype("<u4").tobytes())
+            self._write(1, signature.astype("<u4").tobytes())
         if self._digests is not None:
             self._digests.add(digest)
-            self._files[0].write(digest)
+            self._write(0, digest)
         return None
+
+    def _write(self, file: int, data: bytes) -> None:
+        with writing(self._directory):
+            self._files[file].write(data)
 
     def commit(self) -> list[int]:
         """Make the files safe; returns their lengths."""
-        for file in self._files:
-            file.flush()
-            os.fsync(file.fileno())
+        with writing(self._directory):
+            for file in self._files:
+                file.flush()
+                os.fsync(file.fileno())
         return [file.tell() for file in self._files]
 
     def close(self) -> None:
-        for file in self._files:
-            file.close()
+        close_all(self._files)

@@ -8,9 +8,12 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from data_pipeline.errors import OutputError
 
@@ -29,21 +32,41 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomic(path: str | Path, data: bytes) -> None:
-    """Write a file through a temporary one beside it: readers see the old content or the new, never a part."""
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file to write through a temporary one beside it: readers see the old content or the new, never a part.
+
+    Raises:
+        OutputError: it cannot be written; nothing of it is left.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
             sync_directory(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Write a file in one step, as `atomic_file` does."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def check_writable(directory: str | Path) -> None:
+    """Raise OutputError if a file cannot be made in a directory: before long work whose result is to go there."""
+    with writing(directory):
+        os.makedirs(directory, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(b"x")
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -68,21 +91,55 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+_REMEDIES = {
+    (
+        errno.ENOSPC,
+        errno.EDQUOT,
+    ): "The disk is full: free some space and run the same command again; it continues where it stopped",
+    (errno.EACCES, errno.EPERM, errno.EROFS): "Choose a directory that you may write to",
+    (
+        errno.EEXIST,
+        errno.ENOTDIR,
+        errno.EISDIR,
+    ): "A file and a directory of the same name collide: choose another output path",
+}
+
+
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[None]:
     """Turn the operating system's refusals to write into a named error with the remedy."""
     try:
         yield
+    except BrokenPipeError:  # nobody reads the output any more, which is no fault
+        raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            remedy = "The disk is full: free some space and run the same command again; it continues where it stopped"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            remedy = "Choose a directory that you may write to"
-        elif error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
-            remedy = "A file and a directory of the same name collide: choose another output path"
-        else:
-            raise
-        raise OutputError(f"cannot write {path}: {error.strerror}. {remedy}.") from error
+        found = [remedy for numbers, remedy in _REMEDIES.items() if error.errno in numbers]
+        remedy = found[0] if found else "Check the disk, then run the same command again; it continues where it stopped"
+        raise OutputError(f"cannot write {path}: {error.strerror or error}. {remedy}.") from error
+
+
+def close_all(files: Iterable[IO[bytes]]) -> None:
+    """Close files whose content was made safe, or is given up: what is left in their buffers does not matter."""
+    for file in files:
+        with contextlib.suppress(OSError):
+            file.close()
+
+
+def print_whole(text: str) -> None:
+    """Write a text to standard output to its last byte.
+
+    Raises:
+        OutputError: the file behind standard output cannot be written.
+    """
+    try:
+        with writing("standard output"):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+    except OutputError:
+        # What is left in the buffer would fail once more when Python ends, and change the exit status.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 @contextlib.contextmanager

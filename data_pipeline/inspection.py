@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import DataError, ManifestError, SamplingError, ShardError, TokenizerError, require
+from data_pipeline.files import atomic_file
 from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, ShardInfo
 from data_pipeline.prepare import SPLITS
 from data_pipeline.shards import ShardReader
@@ -22,7 +23,13 @@ from data_pipeline.tokenizer import Tokenizer
 def find_manifests(path: str | Path) -> list[Manifest]:
     """The manifest at a path, or those of all splits of a prepared directory."""
     found = [str(Path(path) / split) for split in SPLITS if (Path(path) / split / MANIFEST_NAME).exists()]
-    return [Manifest.load(split) for split in found or [str(path)]]
+    return [_local(Manifest.load(split)) for split in found or [str(path)]]
+
+
+def _local(manifest: Manifest) -> Manifest:
+    if "://" in manifest.location:
+        raise ManifestError(f"{manifest.location} is remote: copy it here to look into it, or ask for a step of a run.")
+    return manifest
 
 
 def find_tokenizer(manifest: Manifest, path: str | Path | None = None) -> Tokenizer:
@@ -65,8 +72,7 @@ def verify(
         threads: shards checked at a time; all cores by default.
         progress: called with the number of shards checked so far.
     """
-    if "://" in manifest.location:
-        raise ManifestError(f"{manifest.location} is remote: copy the shards here to verify them.")
+    _local(manifest)
     report = VerifyReport()
     with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
         results = pool.map(lambda info: _verify_shard(manifest, info, tokenizer), manifest.shards)
@@ -179,4 +185,5 @@ def plot_lengths(lengths: dict[str, np.ndarray], path: str | Path) -> None:
         axes.hist(some, bins=bins, histtype="step", linewidth=1.5, label=f"{name}: {len(some):,} documents")
     axes.set(xscale="log", yscale="log", xlabel="tokens per document", ylabel="documents", title="Document lengths")
     axes.legend()
-    figure.savefig(str(path), format="png", dpi=150)
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=150)

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_pipeline.errors import ManifestError, require
+from data_pipeline.errors import ManifestError, StoreError
 from data_pipeline.files import canonical_json, write_json
+from data_pipeline.remote import read_bytes
 
 FORMAT = "hope-token-shards-v1"
 MANIFEST_NAME = "manifest.json"
@@ -56,6 +58,7 @@ class Manifest:
     special_ids: Mapping[str, int]
     dtype: str  # numpy spelling, "<u2" or "<u4"
     location: str = ""  # directory or URL that holds the shards; not part of the content
+    name: str = MANIFEST_NAME  # of its file there
 
     @property
     def documents(self) -> int:
@@ -82,6 +85,11 @@ class Manifest:
     def path(self, name: str) -> str:
         """Where a file of this split lies."""
         return f"{self.location.rstrip('/')}/{name}" if self.location else name
+
+    @property
+    def source(self) -> str:
+        """Absolute path, or URL, of the manifest itself."""
+        return self.path(self.name) if "://" in self.location else os.path.abspath(self.path(self.name))
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -120,9 +128,9 @@ class Manifest:
             value = json.loads(_read(path).decode("utf-8"))
         except (ValueError, RecursionError) as error:
             raise ManifestError(f"{path} is not JSON: {error}. Prepare the data again.") from error
-        location = path.rpartition("/")[0] or "."
+        directory, _, name = path.rpartition("/")
         try:
-            manifest = _parse(value, location)
+            manifest = replace(_parse(value), location=directory or ("/" if path.startswith("/") else "."), name=name)
         except (KeyError, TypeError, ValueError) as error:
             raise ManifestError(f"{path} is damaged: {_reason(error)}. Prepare the data again.") from error
         counted = manifest.to_dict()
@@ -141,18 +149,17 @@ def _reason(error: Exception) -> str:
 def _read(path: str) -> bytes:
     try:
         if "://" in path:
-            fsspec = require("fsspec", purpose=f"reading {path}", install="fsspec")
-            with fsspec.open(path, "rb") as file:
-                return file.read()
+            return read_bytes(path)
         return Path(path).read_bytes()
-    except OSError as error:
+    except (OSError, StoreError) as error:
+        reason = error.reason if isinstance(error, StoreError) else error.strerror or error
         raise ManifestError(
-            f"cannot read the manifest {path}: {error.strerror or error}. Prepare the data with 'hope data prepare', "
+            f"cannot read the manifest {path}: {reason}. Prepare the data with 'hope data prepare', "
             f"or name the directory that holds the {MANIFEST_NAME}."
         ) from error
 
 
-def _parse(value: Any, location: str) -> Manifest:
+def _parse(value: Any) -> Manifest:
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         found = value.get("format") if isinstance(value, dict) else type(value).__name__
         raise ValueError(f"its format is {found!r}, not {FORMAT!r}")
@@ -172,7 +179,6 @@ def _parse(value: Any, location: str) -> Manifest:
         vocab_size=vocab_size,
         special_ids=specials,
         dtype=value["dtype"],
-        location=location,
     )
 
 

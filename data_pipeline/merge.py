@@ -7,6 +7,7 @@ looked for within a slice.)
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
 from dataclasses import asdict, replace
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import EmptySplitError, OutputError
-from data_pipeline.files import exclusive, read_json, write_json
+from data_pipeline.files import exclusive, read_json, write_json, writing
 from data_pipeline.manifest import TOKENIZER_NAME, Manifest
 from data_pipeline.prepare import (
     FORMAT,
@@ -73,7 +74,8 @@ def merge(out_dir: str | Path, *, overwrite: bool = False) -> PrepareReport:
         remove_result(directory)
         report = _Merge(directory, slices).run()
         write_json(summary, {**identity, "report": asdict(report)})
-        merging.unlink()
+        with writing(merging):
+            merging.unlink()
         return replace(report, manifests=manifest_paths(directory))
 
 
@@ -123,13 +125,15 @@ class _Merge:
         for split in SPLITS if self._reports[0].documents.keys() == set(SPLITS) else (TRAIN,):
             # merged shards that are written anew hold no more tokens than one slice's shard did
             writer = ShardWriter(self._directory / split, tokenizer.token_dtype, 1 << 62, key_prefix="merged_")
-            for path in self._paths:
-                self._take(Manifest.load(path / split), writer)
+            with contextlib.closing(writer):
+                for path in self._paths:
+                    self._take(Manifest.load(path / split), writer)
+                shards = writer.finish()
             if not writer.documents:
                 raise EmptySplitError(
                     f"no slice has a document in {split}: change held_out_fraction, or give more text."
                 )
-            save_split(self._directory / split, split, writer.finish(), tokenizer)
+            save_split(self._directory / split, split, shards, tokenizer)
             writers[split] = writer
         rejected: Counter[str] = Counter()
         for report in self._reports:

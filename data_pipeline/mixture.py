@@ -84,11 +84,25 @@ class MixtureStream(SampleStream):
             "kind": "mixture",
             "order_version": ORDER_VERSION,
             "seed": self.seed,
-            "schedule": [
-                {"first_sample": phase.start, "places": dict(zip(self._names, phase.places.tolist(), strict=True))}
-                for phase in self._phases
-            ],
+            "schedule": self._schedule,
             "datasets": {name: stream.description for name, stream in self.datasets.items()},
+        }
+
+    @property
+    def _schedule(self) -> list[dict[str, Any]]:
+        return [
+            {"first_sample": phase.start, "places": dict(zip(self._names, phase.places.tolist(), strict=True))}
+            for phase in self._phases
+        ]
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return {
+            "kind": "mixture",
+            "fingerprint": self.fingerprint,
+            "seed": self.seed,
+            "schedule": self._schedule,
+            "datasets": {name: stream.recipe for name, stream in self.datasets.items()},
         }
 
     # ---- which sample of which data set

@@ -32,7 +32,7 @@ from data_pipeline.corpus import (
 from data_pipeline.dedup import SEEN_NAMES, SeenDocuments
 from data_pipeline.encode import EncodedDocument, Encoder, encode_all
 from data_pipeline.errors import EmptySplitError, OutputError, ShardError
-from data_pipeline.files import canonical_json, exclusive, read_json, write_json
+from data_pipeline.files import canonical_json, exclusive, read_json, write_json, writing
 from data_pipeline.filters import Filters
 from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAME, WIDS_NAME, Manifest, ShardInfo
 from data_pipeline.report import PrepareReport
@@ -156,14 +156,20 @@ def _number_of_workers(workers: int | None, files: list[SourceFile]) -> int:
 
 def remove_result(directory: Path) -> None:
     """Remove what `prepare` or `merge` wrote to a directory, by name, and nothing else."""
-    for split in (directory / name for name in SPLITS):
-        patterns = ("shard-*.tar", "shard-*.idx", ".shard-*.partial", MANIFEST_NAME, WIDS_NAME)
-        for path in itertools.chain.from_iterable(map(split.glob, patterns)):
-            path.unlink()
-        if split.is_dir() and not any(split.iterdir()):
-            split.rmdir()
-    for name in (SUMMARY_NAME, PROGRESS_NAME, TOKENIZER_NAME, *SEEN_NAMES):
-        (directory / name).unlink(missing_ok=True)
+    patterns = (MANIFEST_NAME, WIDS_NAME, "shard-*.tar", "shard-*.idx", ".shard-*.partial")
+    with writing(directory):
+        for name in (
+            SUMMARY_NAME,
+            PROGRESS_NAME,
+            TOKENIZER_NAME,
+            *SEEN_NAMES,
+        ):  # what says that it is complete goes first
+            (directory / name).unlink(missing_ok=True)
+        for split in (directory / name for name in SPLITS):
+            for path in itertools.chain.from_iterable(map(split.glob, patterns)):
+                path.unlink()
+            if split.is_dir() and not any(split.iterdir()):
+                split.rmdir()
 
 
 def refuse_foreign_files(directory: Path) -> None:
@@ -291,7 +297,11 @@ class _Preparation:
 
     def _open(self) -> None:
         state = self._read(PROGRESS_NAME)
-        if state is None:
+        if state is not None:
+            for split in self._splits:  # shards are opened again: until the end, nothing here is complete
+                with writing(self._directory):
+                    (self._directory / split / MANIFEST_NAME).unlink(missing_ok=True)
+        else:
             refuse_foreign_files(self._directory)
             state = {"counts": {}, "seen": [0, 0], "writers": {}}
         self._counts = _Counts(**state["counts"])
@@ -360,12 +370,14 @@ class _Preparation:
     def _finish(self) -> PrepareReport:
         """Seal the shards, then write what makes the directory complete, the summary last."""
         self._tokenizer.save(self._directory / TOKENIZER_NAME)
-        for split, writer in self._writers.items():
-            save_split(self._directory / split, split, writer.finish(), self._tokenizer)
+        shards = {split: writer.finish() for split, writer in self._writers.items()}
+        for split, some in shards.items():
+            save_split(self._directory / split, split, some, self._tokenizer)
         report = self._report()
         write_json(self._directory / SUMMARY_NAME, {**self._identity, "report": asdict(report)})
-        for name in (PROGRESS_NAME, *SEEN_NAMES):
-            (self._directory / name).unlink(missing_ok=True)
+        with writing(self._directory):
+            for name in (PROGRESS_NAME, *SEEN_NAMES):
+                (self._directory / name).unlink(missing_ok=True)
         return report
 
     def _part_read(self, document: EncodedDocument) -> float | None:

@@ -6,6 +6,7 @@ breaks off goes on where it broke. What arrives is counted against the length th
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import random
@@ -316,8 +317,11 @@ def read_bytes(url: str, retry: Retry | None = None) -> bytes:
         return file.readall()
 
 
-def copy_to(url: str, size: int, target: IO[bytes], retry: Retry | None = None) -> None:
-    """Copy an object of a known size into an open file."""
+def copy_to(url: str, size: int, target: IO[bytes], retry: Retry | None = None) -> str:
+    """Copy an object of a known size into an open file. Returns its SHA-256."""
+    digest = hashlib.sha256()
     with RemoteFile(url, size, retry) as file:
         while piece := file.read(BUFFER_BYTES):
             target.write(piece)
+            digest.update(piece)
+    return digest.hexdigest()

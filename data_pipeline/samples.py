@@ -1,4 +1,4 @@
-"""What all streams of samples share: batches over ranks, document boundaries, and a position to resume from."""
+"""What all streams of samples share: samples by number, document boundaries, and a position to resume from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.errors import DataChangedError, SamplingError
+from data_pipeline.errors import DataChangedError
 from data_pipeline.files import canonical_json
 
 NO_TOKEN = -1
@@ -27,10 +27,6 @@ class DocumentSpan:
     document: int  # number of the document in the shard
     offset: int  # tokens of the document before this piece; 0 means that the document begins here
     dataset: str = ""  # name within a mixture
-
-    @property
-    def begins_document(self) -> bool:
-        return self.offset == 0
 
 
 class SampleStream(ABC):
@@ -57,6 +53,11 @@ class SampleStream(ABC):
 
     @property
     @abstractmethod
+    def recipe(self) -> dict[str, Any]:
+        """Where the data lie, how they are read, and their fingerprint, as JSON values: `history.open_recipe` opens it."""
+
+    @property
+    @abstractmethod
     def tokenizer_sha256(self) -> str:
         """Digest of the tokenizer whose ids the samples hold."""
 
@@ -80,32 +81,6 @@ class SampleStream(ABC):
         self.fill(number, out)
         return out
 
-    def sample_with_documents(self, number: int) -> tuple[np.ndarray, list[DocumentSpan]]:
-        """A sample and its document boundaries, for resetting states and masking the loss."""
-        return self.sample(number), self.documents(number)
-
-    def batch(
-        self, step: int, global_batch: int, dp_rank: int = 0, dp_size: int = 1, micro_batch: int | None = None
-    ) -> np.ndarray:
-        """This rank's part of global batch ``step``: samples ``step * global_batch`` and following.
-
-        Rank r of n takes the r-th n-th, so the ranks' parts in their order are the global batch for every n.
-
-        Returns:
-            int64 [global_batch / dp_size, seq_length + 1], or with ``micro_batch``
-            [num_micro_batches, micro_batch, seq_length + 1].
-        """
-        first, count = rank_samples(step, global_batch, dp_rank, dp_size)
-        if micro_batch is not None and (micro_batch < 1 or count % micro_batch):
-            raise SamplingError(
-                f"micro_batch={micro_batch} does not divide the {count} samples per rank "
-                f"(global_batch={global_batch}, dp_size={dp_size}). Choose a divisor of {count}."
-            )
-        out = np.empty((count, self.seq_length + 1), dtype=np.int64)
-        for row in range(count):
-            self.fill(first + row, out[row])
-        return out if micro_batch is None else out.reshape(-1, micro_batch, self.seq_length + 1)
-
     # ---- position
 
     def state(self, number: int) -> dict[str, Any]:
@@ -115,6 +90,7 @@ class SampleStream(ABC):
             "fingerprint": self.fingerprint,
             "tokenizer_sha256": self.tokenizer_sha256,
             "description": self.description,
+            "recipe": self.recipe,
         }
 
     def check_state(self, state: Mapping[str, Any]) -> int:
@@ -123,14 +99,6 @@ class SampleStream(ABC):
         Raises:
             DataChangedError: the position belongs to other data or another order; the message lists the differences.
         """
-        if state.get("skips"):
-            raise DataChangedError(
-                f"samples were skipped before the position was saved ({state['skips']}). Read through the ledger of "
-                f"that run (SkippingStream)."
-            )
-        return self._checked_sample(state)
-
-    def _checked_sample(self, state: Mapping[str, Any]) -> int:
         for key in ("sample", "fingerprint"):
             if key not in state:
                 raise DataChangedError(f"the saved data position has no field '{key}': the checkpoint is damaged.")
@@ -143,26 +111,6 @@ class SampleStream(ABC):
                 "(--data-transition), which is recorded."
             )
         return int(state["sample"])
-
-
-def rank_samples(step: int, global_batch: int, dp_rank: int, dp_size: int) -> tuple[int, int]:
-    """Number of a rank's first sample in a step, and how many it takes."""
-    if step < 0 or global_batch < 1 or dp_size < 1 or not 0 <= dp_rank < dp_size:
-        raise SamplingError(
-            f"no such batch: step={step}, global_batch={global_batch}, dp_rank={dp_rank}, dp_size={dp_size}."
-        )
-    if global_batch % dp_size:
-        raise SamplingError(
-            f"global_batch={global_batch} does not divide over {dp_size} data-parallel ranks. "
-            f"Choose a multiple of {dp_size}, or another number of ranks."
-        )
-    count = global_batch // dp_size
-    return step * global_batch + dp_rank * count, count
-
-
-def document_ids(spans: list[DocumentSpan]) -> np.ndarray:
-    """Number of the document within the sample, for every token: int64 [seq_length + 1], from 0."""
-    return np.repeat(np.arange(len(spans)), [span.stop - span.start for span in spans])
 
 
 def describe_changes(old: Any, new: Any, name: str = "") -> list[str]:

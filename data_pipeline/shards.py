@@ -19,12 +19,12 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from data_pipeline.errors import CorruptShardError, ShardError
-from data_pipeline.files import canonical_json, sync_directory, writing
+from data_pipeline.files import atomic_file, canonical_json, close_all, sync_directory, writing
 from data_pipeline.manifest import ShardInfo
 from data_pipeline.structure import BLOCK, find_fault, plain_header
 
@@ -93,19 +93,24 @@ class ShardWriter:
         self._open = progress
         self._digests = (hashlib.sha256(), hashlib.sha256())
         sizes = (progress.bytes, progress.documents * 2 * INDEX_DTYPE.itemsize)
-        self._files = []
-        for path, size, digest in zip(self._paths(progress.number), sizes, self._digests, strict=True):
-            hidden = self._hidden(path)
-            if size and not hidden.exists() and path.exists():
-                os.replace(path, hidden)  # it was sealed after the last commit: open it again
-            with writing(hidden):
-                file = open(hidden, "r+b" if size else "w+b")  # noqa: SIM115 - closed when the shard is sealed
-            if os.fstat(file.fileno()).st_size < size:
-                raise ShardError(f"{hidden} is shorter than when it was last saved. Delete the output and start again.")
-            file.truncate(size)
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-            self._files.append(file)
+        self._files: list[IO[bytes]] = []
+        with writing(self._directory):
+            for path, size, digest in zip(self._paths(progress.number), sizes, self._digests, strict=True):
+                self._files.append(self._reopen(path, size))
+                while piece := self._files[-1].read(1 << 20):
+                    digest.update(piece)
+
+    def _reopen(self, path: Path, size: int) -> IO[bytes]:
+        """The hidden file of a shard or its index, cut back to ``size`` bytes, at its beginning."""
+        hidden = self._hidden(path)
+        if size and not hidden.exists() and path.exists():
+            os.replace(path, hidden)  # it was sealed after the last commit: open it again
+        file = open(hidden, "r+b" if size else "w+b")  # noqa: SIM115 - closed when the shard is sealed
+        if os.fstat(file.fileno()).st_size < size:
+            file.close()
+            raise ShardError(f"{hidden} is shorter than when it was last saved. Delete the output and start again.")
+        file.truncate(size)
+        return file
 
     def add(self, tokens: np.ndarray, provenance: dict[str, Any]) -> None:
         """Append a document.
@@ -167,7 +172,8 @@ class ShardWriter:
                 try:
                     os.link(source, target)
                 except OSError:  # another file system, or one without links
-                    shutil.copyfile(source, target)
+                    with atomic_file(target) as file, open(source, "rb") as original:
+                        shutil.copyfileobj(original, file)
         self.shards.append(replace(info, name=targets[0].name))
         self.close()
         for target in targets:
@@ -190,13 +196,13 @@ class ShardWriter:
         if self._open.documents:
             self.seal()
         self.close()
-        for path in self._paths(self._open.number):
-            self._hidden(path).unlink(missing_ok=True)
+        with writing(self._directory):
+            for path in self._paths(self._open.number):
+                self._hidden(path).unlink(missing_ok=True)
         return tuple(self.shards)
 
     def close(self) -> None:
-        for file in self._files:
-            file.close()
+        close_all(self._files)
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------

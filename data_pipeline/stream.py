@@ -110,7 +110,7 @@ class TokenStream(SampleStream):
                 f"of seq_length={seq_length} needs {seq_length + 1}. Give more text or shorten the sequence."
             )
         if "://" in manifest.location:
-            _check_cache(manifest, cache, shuffle_shards)
+            _check_cache(manifest, cache, shuffle_shards if shuffle else 1)
         self._shards = _OpenShards(manifest, verify, cache, capacity=2 * shuffle_shards + 2)
         self._skip_corrupt = skip_corrupt
         self._corrupt: set[int] = set()  # numbers of shards that are left out
@@ -136,6 +136,18 @@ class TokenStream(SampleStream):
             "seq_length": self.seq_length,
             "seed": self.seed,
             "shuffle_shards": self._shuffle_shards if self._shuffle else 0,
+        }
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return {
+            "kind": "tokens",
+            "fingerprint": self.fingerprint,
+            "manifest": self.manifest.source,
+            "seq_length": self.seq_length,
+            "seed": self.seed,
+            "shuffle": self._shuffle,
+            "shuffle_shards": self._shuffle_shards,
         }
 
     # ---- samples
@@ -305,12 +317,15 @@ def _copy(reader: ShardReader, local: int, out: np.ndarray, eos_id: int) -> int:
 
 def _check_cache(manifest: Manifest, cache: ShardCache | None, shuffle_shards: int) -> None:
     if cache is None:
-        raise ManifestError(f"{manifest.location} is remote: give a local cache=ShardCache(directory, max_bytes).")
+        raise ManifestError(
+            f"{manifest.location} is remote: it is read through a cache=ShardCache(directory, max_bytes), or copy it here."
+        )
     needed = sum(sorted(map(shard_size, manifest.shards))[-shuffle_shards - 1 :])
     if needed > cache.max_bytes:
         raise SamplingError(
-            f"mixing {shuffle_shards} shards at a time needs {needed} bytes, the cache has {cache.max_bytes}: every "
-            f"sample would fetch a shard. Enlarge the cache (max_bytes) or lower shuffle_shards."
+            f"{manifest.location}: mixing {shuffle_shards} shards at a time needs {needed} bytes, the cache has "
+            f"{cache.max_bytes}: every sample would fetch a shard. Enlarge the cache (max_bytes; data.cache_gib of a run) "
+            f"or lower shuffle_shards."
         )
 
 
@@ -344,8 +359,9 @@ class _OpenShards:
         if not self.is_remote:
             return ShardReader(self._manifest.path(info.name), info, dtype, verify=verify)
         assert self._cache is not None
+        path = self._cache.fetch(self._manifest, info)
         try:
-            return ShardReader(self._cache.fetch(self._manifest, info), info, dtype, verify=verify)
+            return ShardReader(path, info, dtype, verify=verify)
         except ShardError as error:
             log.warning("the local copy is bad, fetching it again: %s", error)
             self._cache.drop(info)

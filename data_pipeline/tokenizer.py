@@ -22,8 +22,9 @@ from typing import Any, Literal
 import numpy as np
 
 from data_pipeline.corpus import Document, Rejected, document_text
-from data_pipeline.errors import TokenizerError, VocabularyError, require
+from data_pipeline.errors import StoreError, TokenizerError, VocabularyError, require
 from data_pipeline.files import write_atomic
+from data_pipeline.remote import read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -73,11 +74,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a model file, ours or any other SentencePiece model."""
+        """Read a model file or object, ours or any other SentencePiece model."""
         try:
-            model = Path(path).read_bytes()
-        except OSError as error:
-            raise TokenizerError(f"cannot read the tokenizer {path}: {error.strerror}. Check the path.") from error
+            model = read_bytes(str(path)) if "://" in str(path) else Path(path).read_bytes()
+        except (OSError, StoreError) as error:
+            reason = error.reason if isinstance(error, StoreError) else error.strerror
+            raise TokenizerError(f"cannot read the tokenizer {path}: {reason}. Check the path.") from error
         if not model:
             raise TokenizerError(f"the tokenizer {path} is an empty file. Train it again.")
         return cls(model, str(path))

@@ -36,6 +36,10 @@ class TransitionedStream(SampleStream):
     def description(self) -> dict[str, Any]:
         return {"kind": "transition", "history": self.history, "stream": self.stream.description}
 
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return self.stream.recipe
+
     def _local(self, number: int) -> int:
         if number < self.start:
             raise SamplingError(

@@ -36,7 +36,9 @@ def load_config(config: str, overrides: Iterable[str]) -> RunConfig:
 
 def describe(config: RunConfig, cluster: ClusterConfig, nodes: int, code: Path) -> Submission:
     """The record of a run that is not submitted yet."""
-    data = [config.data.train, config.data.heldout, config.data.tokenizer]
+    data = config.data
+    named = [data.train, data.heldout, data.tokenizer, *data.mix_with.values(), data.cache_dir]
+    local = [path for path in named if isinstance(path, Path)]
     return Submission(
         name=config.name,
         steps=config.training.steps,
@@ -46,7 +48,7 @@ def describe(config: RunConfig, cluster: ClusterConfig, nodes: int, code: Path) 
         gpus_per_node=cluster.gpus_per_node,
         code=str(code),
         python=cluster.python,
-        srun_options=tuple(container_options(cluster, [config.output_dir, *filter(None, data), code])),
+        srun_options=tuple(container_options(cluster, [config.output_dir, *local, code])),
         scratch=str(cluster.scratch),
         max_restarts=cluster.max_restarts,
         max_transient_restarts=cluster.max_transient_restarts,

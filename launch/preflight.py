@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +52,8 @@ def preflight(config: RunConfig, cluster: ClusterConfig, nodes: int, *, data_exi
     if data_exists:
         checks.append(_check("tokenizer", lambda: _tokenizer(config.data.tokenizer)))
         checks.append(_check("data.train", lambda: _split(config.data.train, config)))
+        for name, path in config.data.mix_with.items():
+            checks.append(_check(f"data.mix_with.{name}", partial(_split, path, config)))
         if (heldout := config.data.heldout) is not None:
             checks.append(_check("data.heldout", lambda: _split(heldout, config)))
     return checks
@@ -146,7 +149,9 @@ def checkpoint_bytes(config: RunConfig, world_size: int) -> float:
     return (needed.optimizer + needed.host) * world_size
 
 
-def _split(path: Path, config: RunConfig) -> str:
+def _split(path: Path | str, config: RunConfig) -> str:
+    if isinstance(path, str):
+        return f"{path} is read from its store when the run starts"
     manifest_path = path if path.suffix == ".json" else path / "manifest.json"
     try:
         manifest: dict[str, Any] = json.loads(manifest_path.read_text(encoding="utf-8"))
@@ -171,7 +176,7 @@ def _split(path: Path, config: RunConfig) -> str:
             raise LaunchError(
                 f"{shard} has {found} bytes, its manifest says {size}; copy it again, or prepare the data again"
             )
-    if tokenizer != _file_digest(config.data.tokenizer):
+    if isinstance(config.data.tokenizer, Path) and tokenizer != _file_digest(config.data.tokenizer):
         raise LaunchError(
             f"{manifest_path} was made with another tokenizer than {config.data.tokenizer}; use the one beside the shards"
         )
@@ -182,7 +187,9 @@ def _split(path: Path, config: RunConfig) -> str:
     return f"{len(shards)} shards, {tokens:,} tokens, of their size and of this tokenizer ({manifest_path})"
 
 
-def _tokenizer(path: Path) -> str:
+def _tokenizer(path: Path | str) -> str:
+    if isinstance(path, str):
+        return f"{path} is read from its store when the run starts"
     return f"{path}, SHA-256 {_file_digest(path)[:12]}"
 
 

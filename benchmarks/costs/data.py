@@ -213,13 +213,14 @@ def memory():
 
 imported = time.perf_counter()
 stream = TokenStream(sys.argv[2], 4096, 1)
-batch = stream.batch(stream.num_samples // 2 // 8, 8)
+middle = stream.num_samples // 2
+batch = [stream.sample(middle + row) for row in range(8)]
 first = time.perf_counter()
 at_first = memory()
-for step in range(stream.num_samples // 2 // 8, stream.num_samples // 2 // 8 + int(sys.argv[3])):
-    stream.batch(step, 8)
+for number in range(middle, middle + 8 * int(sys.argv[3])):
+    stream.sample(number)
 print({"first_batch_s": first - imported, "import_s": imported - started, "num_samples": stream.num_samples,
-       "at_first_batch": at_first, "later": memory(), "rows": batch.shape[0]})
+       "at_first_batch": at_first, "later": memory(), "rows": len(batch)})
 """
 
 

@@ -23,6 +23,7 @@ from hope_megatron.checkpoint.errors import ModelReferenceError
 from hope_megatron.cli.eval_output import add_output_arguments, check_output, write_output
 from hope_megatron.cli.learning import add_learning_arguments, prepare_learning
 from hope_megatron.cli.models import MODEL_HELP, prepare_process
+from hope_megatron.config.training import data_location
 from hope_megatron.convert.open_model import OpenModel, open_model
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("model", help=MODEL_HELP)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--data", type=Path, metavar="MANIFEST", help="token shards; default: the run's held-out split")
+    source.add_argument(
+        "--data", type=data_location, metavar="MANIFEST", help="token shards; default: the run's held-out split"
+    )
     source.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 text files")
     parser.add_argument(
         "--context",
@@ -131,11 +134,11 @@ def _context_tokens(text: str | None, default: int) -> int | None:
     return int(number) * times
 
 
-def _baseline_manifest(args: argparse.Namespace, opened: OpenModel) -> Path | None:
+def _baseline_manifest(args: argparse.Namespace, opened: OpenModel) -> Path | str | None:
     if args.baselines is None:
         return None
     if args.baselines:
-        return Path(args.baselines)
+        return data_location(args.baselines)
     if opened.run is None:
         raise ModelReferenceError("an exported model does not name its training shards; give --baselines MANIFEST")
     return opened.run.data.train

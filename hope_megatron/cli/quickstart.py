@@ -272,9 +272,10 @@ class Quickstart:
         )
 
 
-def _short(path: Path) -> str:
+def _short(path: Path | str) -> str:
     """As a person in this directory would type it."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    is_below = isinstance(path, Path) and path.is_relative_to(Path.cwd())
+    return str(Path(path).relative_to(Path.cwd()) if is_below else path)
 
 
 def _say(*lines: str) -> None:

@@ -67,7 +67,9 @@ def resolve_run_config(data: Mapping[str, Any], overrides: Iterable[str] = (), *
     tree = _build_tree(data, overrides, source)
     config = _validate(RunConfig, tree.data, tree, ())
     paths: dict[str, Any] = {name: _absolute(value) for name, value in config.data if isinstance(value, Path)}
-    paths["mix_with"] = {name: _absolute(path) for name, path in config.data.mix_with.items()}
+    paths["mix_with"] = {
+        name: _absolute(path) if isinstance(path, Path) else path for name, path in config.data.mix_with.items()
+    }
     return config.model_copy(update={"data": config.data.model_copy(update=paths)})
 
 

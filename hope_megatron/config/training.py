@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PlainValidator, model_validator
+from pydantic_core import PydanticKnownError
 
 from hope_megatron.config.base import ConfigError, Section
 
@@ -72,18 +73,36 @@ class MixturePhase(Section):
         return self
 
 
+def data_location(value: Any) -> Path | str:
+    """A path, unless it names a store: a path would lose one slash of ``s3://``."""
+    if isinstance(value, str):
+        return value if "://" in value else Path(value)
+    if isinstance(value, Path):
+        return value
+    raise PydanticKnownError("string_type")
+
+
+DataLocation = Annotated[Path | str, PlainValidator(data_location)]
+"""A local path, or the URL of a directory or object in a store: ``s3://bucket/corpus/train``."""
+
+
 class DataConfig(Section):
     """Where token shards are, and how they are read."""
 
-    train: Path
-    """Manifest of the training shards, or the directory that holds it."""
-    heldout: Path | None = None
-    """Manifest of the held-out shards."""
-    tokenizer: Path
-    """SentencePiece model the shards were made with; its digest is checked against the manifests."""
+    train: DataLocation
+    """Manifest of the training shards, or the directory that holds it; a URL such as s3://bucket/corpus/train too."""
+    heldout: DataLocation | None = None
+    """Manifest of the held-out shards; a URL too."""
+    tokenizer: DataLocation
+    """Tokenizer the shards were made with; its digest is checked against the manifests. A URL too."""
     seed: int = Field(default=0, ge=0)
     """Seed of the data order."""
-    mix_with: dict[str, Path] = Field(default={})
+    cache_dir: Path | None = None
+    """Directory for local copies of shards that come from a URL, best on a disk of the node; null: the user's own cache,
+    $XDG_CACHE_HOME/hope_megatron/shards or ~/.cache/hope_megatron/shards. Processes and runs share it."""
+    cache_gib: float = Field(default=64.0, gt=0, allow_inf_nan=False)
+    """GiB that those copies may take; the least recently used make room."""
+    mix_with: dict[str, DataLocation] = Field(default={})
     """Further training sets by name (manifest or directory), made with the same tokenizer, mixed with `train` by weight."""
     mix_schedule: tuple[MixturePhase, ...] = ()
     """Weights of the sets; several phases change them at given token counts. Needed with mix_with."""

@@ -22,7 +22,7 @@ def evaluate(
     context_tokens: int | None,
     *,
     batch_size: int = 8,
-    baseline_manifest: Path | None = None,
+    baseline_manifest: Path | str | None = None,
     stride_tokens: int | None = None,
     learn: bool = False,
 ) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class HeldoutDataError(ValueError):
 
 
 def heldout_tokens(
-    opened: OpenModel, text: list[Path] | None, manifest: Path | None, max_tokens: int | None
+    opened: OpenModel, text: list[Path] | None, manifest: Path | str | None, max_tokens: int | None
 ) -> np.ndarray:
     """What to score a model on: [n + 1] ids, n targets, at most `max_tokens`.
 
@@ -43,7 +43,7 @@ def heldout_tokens(
     return manifest_tokens(manifest, opened.tokenizer, max_tokens)
 
 
-def manifest_tokens(manifest: Path, tokenizer: Tokenizer, max_tokens: int | None = None) -> np.ndarray:
+def manifest_tokens(manifest: Path | str, tokenizer: Tokenizer, max_tokens: int | None = None) -> np.ndarray:
     """The packed token stream of a split in shard order, end marks included: [n + 1] int64, n targets.
 
     Args:
@@ -77,15 +77,16 @@ def text_tokens(files: list[Path], tokenizer: Tokenizer) -> np.ndarray:
     return np.concatenate(pieces)
 
 
-def manifest_counts(manifest: Path, tokenizer: Tokenizer) -> NGramCounts:
+def manifest_counts(manifest: Path | str, tokenizer: Tokenizer) -> NGramCounts:
     """Token and pair counts of a split: what the baselines know."""
     from hope_megatron.eval.baselines import count_ngrams
 
     return count_ngrams(_manifest_pieces(manifest, tokenizer), tokenizer.vocab_size)
 
 
-def _manifest_pieces(path: Path, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+def _manifest_pieces(path: Path | str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """Consecutive pieces of the packed stream."""
+    from data_pipeline.cache import ShardCache, default_directory
     from data_pipeline.manifest import Manifest
     from data_pipeline.stream import TokenStream
 
@@ -95,6 +96,8 @@ def _manifest_pieces(path: Path, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
             f"the shards of {path} were made with another tokenizer (SHA-256 {manifest.tokenizer_sha256[:12]}, "
             f"the model's is {tokenizer.digest[:12]}); prepare the text again with the model's, or give it with --text"
         )
-    stream = TokenStream(manifest, min(_PIECE_TOKENS, manifest.tokens + manifest.documents - 1), shuffle=False)
+    cache = ShardCache(default_directory()) if "://" in manifest.location else None
+    seq_length = min(_PIECE_TOKENS, manifest.tokens + manifest.documents - 1)
+    stream = TokenStream(manifest, seq_length, shuffle=False, cache=cache)
     for number, window in enumerate(stream.windows()):
         yield window if number == 0 else window[1:]  # a window begins with the last token of the one before

@@ -24,7 +24,7 @@ _LAST_SHARE = 0.1
 _SMOOTHING_SHARE = 0.05
 """Window of the smoothed training curve, as a share of its points."""
 
-UniqueTokens = Callable[[Path], int]
+UniqueTokens = Callable[[Path | str], int]
 """How many tokens a manifest of training shards holds."""
 
 

@@ -6,8 +6,10 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline import Ledger, MixtureStream, SampleStream, Tokenizer, TokenStream, resume
+from data_pipeline import Ledger, MixtureStream, SampleStream, ShardCache, Tokenizer, TokenStream, resume
+from data_pipeline.cache import default_directory
 from hope_megatron.config import ConfigError, RunConfig
+from hope_megatron.config.training import DataConfig
 from hope_megatron.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -24,17 +26,26 @@ def open_sources(config: RunConfig) -> tuple[SampleStream, TokenStream | None]:
     """
     data, seq_length = config.data, config.training.seq_length
     tokenizer = Tokenizer.load(data.tokenizer)
+    cache = shard_cache(data)
     skip_corrupt = Ledger(RunDirectory(config.run_dir).data_ledger) if data.on_corrupt == "skip" else None
     sets = {
-        name: TokenStream(path, seq_length, data.seed, skip_corrupt=skip_corrupt)
+        name: TokenStream(path, seq_length, data.seed, skip_corrupt=skip_corrupt, cache=cache)
         for name, path in {"train": data.train, **data.mix_with}.items()
     }
-    heldout = TokenStream(data.heldout, seq_length, shuffle=False) if data.heldout else None
+    heldout = TokenStream(data.heldout, seq_length, shuffle=False, cache=cache) if data.heldout else None
     for name, stream in sets.items():
         _check_fits(stream, "data.train" if name == "train" else f"data.mix_with.{name}", tokenizer, config)
     if heldout is not None:
         _check_fits(heldout, "data.heldout", tokenizer, config)
     return _mixed(sets, config), heldout
+
+
+def shard_cache(data: DataConfig) -> ShardCache | None:
+    """The local cache of a run's shards; None if all of them are local."""
+    locations = [data.train, data.heldout, *data.mix_with.values()]
+    if not any(isinstance(location, str) for location in locations):
+        return None
+    return ShardCache(data.cache_dir or default_directory(), int(data.cache_gib * 2**30))
 
 
 def _check_fits(stream: TokenStream, name: str, tokenizer: Tokenizer, config: RunConfig) -> None:
@@ -67,7 +78,12 @@ def continuing(config: RunConfig, data_transition: str | None) -> ContinueData:
         if stream.fingerprint != state["fingerprint"] and int(os.environ.get("RANK", 0)) == 0:
             step = number // config.training.global_batch_size
             Ledger(RunDirectory(config.run_dir).data_ledger).record_transition(
-                number, state["fingerprint"], stream.fingerprint, step=step, reason=data_transition or ""
+                number,
+                state["fingerprint"],
+                stream.fingerprint,
+                step=step,
+                reason=data_transition or "",
+                old_recipe=state.get("recipe"),
             )
         return stream
 

@@ -37,7 +37,7 @@ def _export(source: CheckpointSource, directory: Path, options: ExportOptions) -
 def _heldout_sequence(source: CheckpointSource, tokenizer: Tokenizer) -> Tensor | None:
     """[1, T] of the run's held-out tokens; None if it has none, or they are no longer where they were."""
     manifest = source.config.data.heldout
-    if manifest is None or not manifest.exists():
+    if manifest is None or (isinstance(manifest, Path) and not manifest.exists()):
         return None
     tokens = manifest_tokens(manifest, tokenizer, source.config.training.seq_length)
     return torch.from_numpy(tokens[:-1]).unsqueeze(0)

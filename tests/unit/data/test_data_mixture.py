@@ -84,13 +84,6 @@ def test_rounded_shares_add_up(shares: list[float]) -> None:
     assert np.abs(counts - exact * CYCLE).max() <= len(shares)
 
 
-def test_batches_do_not_depend_on_ranks(streams: Streams) -> None:
-    mixture = MixtureStream(streams, {"big": 0.5, "small": 0.5})
-    whole = mixture.batch(5, 12)
-    for dp_size in (2, 3, 4):
-        assert np.array_equal(np.concatenate([mixture.batch(5, 12, rank, dp_size) for rank in range(dp_size)]), whole)
-
-
 def test_documents_name_their_data_set(streams: Streams) -> None:
     mixture = MixtureStream(streams, {"big": 0.5, "small": 0.5})
     for number in range(20):

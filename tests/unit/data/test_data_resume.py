@@ -1,19 +1,21 @@
-"""Transitions between data, skips, and the ledger."""
+"""Transitions between data, the ledger, and what a run has read."""
 
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from data_pipeline.errors import DataChangedError, DataError, SamplingError
-from data_pipeline.ledger import Ledger, Skip, SkippingStream, documents_in_step
+from data_pipeline.history import DataHistory, Stretch, open_recipe
+from data_pipeline.ledger import Ledger
 from data_pipeline.manifest import Manifest
+from data_pipeline.mixture import MixtureStream
+from data_pipeline.samples import SampleStream
 from data_pipeline.stream import TokenStream
 from data_pipeline.transition import resume
 
@@ -67,77 +69,74 @@ def test_a_transition_to_another_tokenizer_is_refused(stream: TokenStream) -> No
         resume(foreign, stream.state(4), data_transition=True)
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 15)), max_size=6), st.integers(0, 80))
-def test_skips_leave_out_exactly_their_samples(manifest: Manifest, skips: list[tuple[int, int]], number: int) -> None:
-    stream = TokenStream(manifest, 16, seed=1)
-    left_out = {sample for first, count in skips for sample in range(first, first + count)}
-    kept = [sample for sample in range(300) if sample not in left_out]
-    skipping = SkippingStream(stream, [Skip(*skip) for skip in skips])
-    assert skipping.source_number(number) == kept[number]
-    assert np.array_equal(skipping.sample(number), stream.sample(kept[number]))
-
-
-def test_positions_survive_later_skips_but_not_other_earlier_ones(stream: TokenStream) -> None:
-    before = SkippingStream(stream, [])
-    state = through_json(before.state(30))
-    after = SkippingStream(stream, [Skip(30, 8)])
-    assert after.check_state(state) == 30
-    assert np.array_equal(after.sample(30), stream.sample(38))
-    later = through_json(after.state(50))
-    assert SkippingStream(stream, [Skip(30, 8), Skip(70, 2)]).check_state(later) == 50
-    with pytest.raises(DataChangedError, match="skips before sample"):
-        before.check_state(later)
-    with pytest.raises(DataChangedError, match="skips before sample"):
-        SkippingStream(stream, [Skip(29, 8)]).check_state(state)
-    with pytest.raises(DataChangedError, match="ledger"):
-        stream.check_state(later)
-
-
 def test_ledger_survives_a_cut_line(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "run" / "ledger.jsonl")
     assert ledger.entries() == []
-    ledger.record_skip(30, 8, step=4, reason="loss spike")
+    ledger.record_corrupt("shard-000001.tar", "data/train", "c" * 64, reason="a bit")
     with open(ledger.path, "ab") as file:
-        file.write(b'{"kind": "skip", "fir')
-    assert ledger.skips() == [Skip(30, 8)]
+        file.write(b'{"kind": "corrupt", "sha')
     ledger.record_transition(40, "a" * 64, "b" * 64, step=5, reason="shard lost")
-    assert [entry["kind"] for entry in ledger.entries()] == ["skip", "transition"]
-    assert ledger.entries()[0]["reason"] == "loss spike"
-    with pytest.raises(DataError, match="make sense"):
-        ledger.record_skip(0, 0, step=0, reason="")
+    ledger.record_transition(40, "a" * 64, "b" * 64, step=5, reason="another rank")
+    assert [entry["kind"] for entry in ledger.entries()] == ["corrupt", "transition"]
+    assert ledger.entries()[1]["reason"] == "shard lost"
     ledger.path.write_bytes(b"nonsense\n" + ledger.path.read_bytes())
     with pytest.raises(DataError, match="damaged"):
         ledger.entries()
 
 
-def test_documents_of_a_step_are_recomputed(stream: TokenStream) -> None:
-    documents = documents_in_step(stream, step=3, global_batch=4)
-    assert len({(entry["shard"], entry["document"]) for entry in documents}) == len(documents)
-    samples = {number for entry in documents for number in entry["samples"]}
-    assert samples == {12, 13, 14, 15}
-    for entry in documents:
-        assert entry["source"].endswith("corpus.txt") and len(entry["sha256"]) == 64
-    skipping = SkippingStream(stream, [Skip(0, 4)])
-    assert documents_in_step(skipping, 2, 4)[0]["sha256"] == documents[0]["sha256"]
-
-
-def test_a_damaged_ledger_is_named_and_never_a_traceback(tmp_path):
-    import random
-
-    from data_pipeline.errors import DataError
-    from data_pipeline.ledger import Ledger
-
+def test_a_damaged_ledger_is_named_and_never_a_traceback(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl")
-    ledger.record_skip(3, 4, step=7, reason="a spike")
+    ledger.record_corrupt("shard-000001.tar", "data/train", "c" * 64, reason="a bit")
     ledger.record_transition(9, "old", "new", step=8, reason="more code")
-    good, rng = ledger.path.read_bytes(), random.Random(0)
+    good, generator = ledger.path.read_bytes(), random.Random(0)
     for _ in range(300):
         data = bytearray(good)
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
         ledger.path.write_bytes(data)
         try:
             assert all({"kind"} <= entry.keys() for entry in ledger.entries())
-            ledger.skips()
         except DataError as error:
             assert "ledger.jsonl is damaged" in str(error)
+
+
+# ---- what a run has read -------------------------------------------------------------------------------------------
+
+
+def test_documents_of_samples_are_computed_again(stream: TokenStream) -> None:
+    documents = DataHistory([Stretch(0, stream)]).documents(range(12, 16))
+    assert len({(entry["shard"], entry["document"]) for entry in documents}) == len(documents)
+    assert {number for entry in documents for number in entry["samples"]} == {12, 13, 14, 15}
+    for entry in documents:
+        assert entry["source"].endswith("corpus.txt") and len(entry["sha256"]) == 64
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_data_before_a_transition_are_opened_again(
+    stream: TokenStream, changed: TokenStream, tmp_path: Path, mixed: bool
+) -> None:
+    manifest = stream.manifest
+    old: SampleStream = stream
+    if mixed:
+        schedule = [(0, {"a": 0.7, "b": 0.3}), (480, {"a": 1.0})]
+        old = MixtureStream({"a": stream, "b": TokenStream(manifest, 16, seed=2, shuffle_shards=3)}, schedule, seed=4)
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    new, number = resume(changed, through_json(old.state(40)), data_transition=True)
+    ledger.record_transition(
+        number, old.fingerprint, new.fingerprint, step=10, reason="", old_recipe=through_json(old.state(40))["recipe"]
+    )
+    history = DataHistory.of_run(changed, ledger.entries())
+    for sample in (0, 17, 39, 40, 55):
+        found, local = history.locate(sample)
+        expected = old.sample(sample) if sample < 40 else changed.sample(sample - 40)
+        assert np.array_equal(found.sample(local), expected)
+        assert history.documents([sample])[0]["samples"] == [sample]
+
+
+def test_data_that_have_changed_since_are_refused(stream: TokenStream) -> None:
+    recipe = {**stream.recipe, "seed": 9}
+    with pytest.raises(DataChangedError, match="changed since"):
+        open_recipe(recipe)
+    with pytest.raises(DataChangedError, match="does not say where they lie"):
+        DataHistory.of_run(stream, [{"kind": "transition", "sample": 4, "old": "x", "new": "y"}]).locate(0)
+    with pytest.raises(SamplingError, match="does not exist"):
+        DataHistory([Stretch(0, stream)]).locate(-1)

@@ -15,7 +15,7 @@ from data_pipeline.errors import CorruptShardError, DataChangedError, SamplingEr
 from data_pipeline.files import sha256_file
 from data_pipeline.ledger import Ledger
 from data_pipeline.manifest import Manifest, ShardInfo
-from data_pipeline.samples import NO_TOKEN, document_ids
+from data_pipeline.samples import NO_TOKEN
 from data_pipeline.shards import ShardReader, ShardWriter
 from data_pipeline.stream import TokenStream
 
@@ -82,41 +82,17 @@ def test_every_sample_comes_exactly_once_per_epoch(
         assert unseen <= seq_length + 1  # and nothing left out but the rest that fills no window
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    global_batch=st.sampled_from([1, 2, 6, 12]),
-    sizes=st.lists(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=1, max_size=3),
-    step=st.integers(0, 400),
-)
-def test_any_split_over_ranks_gives_the_same_global_batches(
-    manifest: Manifest, global_batch: int, sizes: list[int], step: int
-) -> None:
-    whole = TokenStream(manifest, 32, seed=1).batch(step, global_batch)
-    assert np.array_equal(whole[0], TokenStream(manifest, 32, seed=1).sample(step * global_batch))
-    for dp_size in (size for size in sizes if global_batch % size == 0):
-        parts = [TokenStream(manifest, 32, seed=1).batch(step, global_batch, rank, dp_size) for rank in range(dp_size)]
-        assert np.array_equal(np.concatenate(parts), whole)
-
-
-def test_resume_under_changing_world_sizes_sees_every_sample_once(manifest: Manifest) -> None:
+def test_resume_sees_every_sample_once(manifest: Manifest) -> None:
     whole = TokenStream(manifest, 16, seed=5)
     seen: list[np.ndarray] = []
     state = whole.state(0)
-    for dp_size, steps in ((1, 3), (2, 4), (4, 2), (3, 5)):
-        position = TokenStream(manifest, 16, seed=5).check_state(state)
-        ranks = [TokenStream(manifest, 16, seed=5) for _ in range(dp_size)]
-        for step in range(position // 12, position // 12 + steps):
-            seen += [row for rank, stream in enumerate(ranks) for row in stream.batch(step, 12, rank, dp_size)]
-        state = ranks[0].state(position + steps * 12)
-    assert len(seen) == state["sample"] == 14 * 12
+    for count in (36, 48, 24, 60):
+        stream = TokenStream(manifest, 16, seed=5)
+        position = stream.check_state(state)
+        seen += [stream.sample(number) for number in range(position, position + count)]
+        state = stream.state(position + count)
+    assert len(seen) == state["sample"] == 168
     assert all(np.array_equal(row, whole.sample(number)) for number, row in enumerate(seen))
-
-
-def test_micro_batches_are_the_rows_in_order(manifest: Manifest) -> None:
-    stream = TokenStream(manifest, 16)
-    micro = stream.batch(2, 8, 1, 2, micro_batch=2)
-    assert micro.shape == (2, 2, 17)
-    assert np.array_equal(micro.reshape(4, 17), stream.batch(2, 8, 1, 2))
 
 
 def test_seed_and_epoch_change_the_order(manifest: Manifest) -> None:
@@ -145,16 +121,13 @@ def test_document_spans_cover_the_sample(manifest: Manifest) -> None:
     stream = TokenStream(manifest, 50, seed=2, shuffle_shards=1)
     readers = {info.name: ShardReader(manifest.path(info.name), info, manifest.token_dtype) for info in manifest.shards}
     for number in range(stream.num_samples):
-        tokens, spans = stream.sample_with_documents(number)
+        tokens, spans = stream.sample(number), stream.documents(number)
         assert spans[0].start == 0 and spans[-1].stop == 51
-        assert all(a.stop == b.start and b.begins_document for a, b in itertools.pairwise(spans))
+        assert all(a.stop == b.start and b.offset == 0 for a, b in itertools.pairwise(spans))
         for span in spans:
             document = np.append(readers[span.shard].document(span.document), manifest.eos_id)
             assert np.array_equal(tokens[span.start : span.stop], document[span.offset :][: span.stop - span.start])
-        ids = document_ids(spans)
-        assert ids.shape == (51,) and ids[-1] == len(spans) - 1
-        ends = np.flatnonzero(tokens[:-1] == manifest.eos_id)
-        assert np.array_equal(np.flatnonzero(np.diff(ids)), ends)
+        assert np.flatnonzero(tokens[:-1] == manifest.eos_id).tolist() == [span.stop - 1 for span in spans[:-1]]
 
 
 def test_provenance_leads_back_to_the_source(manifest: Manifest) -> None:
@@ -190,16 +163,9 @@ def test_other_data_are_refused_with_the_difference(manifest: Manifest) -> None:
         stream.check_state({})
 
 
-def test_impossible_batches_name_the_remedy(manifest: Manifest) -> None:
-    stream = TokenStream(manifest, 16)
-    with pytest.raises(SamplingError, match="multiple of 3"):
-        stream.batch(0, 8, 0, 3)
-    with pytest.raises(SamplingError, match="divisor of 4"):
-        stream.batch(0, 8, 0, 2, micro_batch=3)
+def test_samples_begin_at_zero(manifest: Manifest) -> None:
     with pytest.raises(SamplingError, match="does not exist"):
-        stream.sample(-1)
-    with pytest.raises(SamplingError, match="no such batch"):
-        stream.batch(0, 8, 2, 2)
+        TokenStream(manifest, 16).sample(-1)
 
 
 @pytest.fixture
