@@ -124,8 +124,8 @@ def _newest_good(candidates: list[Path]) -> Path:
     """The first whose files are all as they were written; damaged ones are named in the log."""
     problems = []
     for path in candidates:
-        checkpoint = Checkpoint(path)
         try:
+            checkpoint = Checkpoint(path)
             checkpoint.verify()
             checkpoint.check_description()
         except CheckpointDamagedError as error:
