@@ -20,6 +20,7 @@ from hope_megatron.testing.models import tiny_model
 
 transformers = pytest.importorskip("transformers", reason="the exported modelling code needs transformers")
 
+from hope_megatron.convert.huggingface.model.cache_hope import map_tensors  # noqa: E402
 from hope_megatron.convert.huggingface.model.configuration_hope import HopeConfig  # noqa: E402
 from hope_megatron.convert.huggingface.model.modeling_hope import HopeForCausalLM, HopeModel  # noqa: E402
 from hope_megatron.convert.huggingface.names import to_transformers  # noqa: E402
@@ -88,7 +89,7 @@ def test_rows_of_a_padded_batch_are_as_if_alone(name: str, side: str) -> None:
 def test_unequal_prompts_are_continued_as_if_alone(name: str, side: str) -> None:
     model, ids = make_model(name), texts()
     x, mask, _ = padded(ids, side)
-    options = dict(max_new_tokens=12, do_sample=False, eos_token_id=None)
+    options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None)
     for given in ({"attention_mask": mask}, {}):  # without a mask the pad token says it
         found = model.generate(x, **given, **options)[:, x.size(1) :]
         for row, length in enumerate(LENGTHS):
@@ -132,7 +133,15 @@ def test_packed_texts_do_not_see_each_other(name: str) -> None:
     [
         ({"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1]])}, "zeros between the tokens of row 0"),
         ({"attention_mask": torch.ones(1, 1, 6, 6)}, r"attention_mask has shape \[1, 1, 6, 6\], expected \[1, 6\]"),
-        ({"attention_mask": torch.zeros(1, 6), "use_cache": True}, "row 0 of the batch holds 0 texts"),
+        ({"attention_mask": torch.zeros(1, 6)}, "the batch has no token"),
+        (
+            {
+                "input_ids": torch.ones(2, 6).long(),
+                "attention_mask": torch.tensor([[1] * 6, [0] * 6]),
+                "use_cache": True,
+            },
+            "row 1 of the batch holds 0 texts",
+        ),
         ({"past_key_values": transformers.DynamicCache()}, "not from a DynamicCache"),
         ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, r"no token, its shape is \[1, 0\].*\[\[2\]\]"),
         ({"inputs_embeds": torch.zeros(1, 6, 32)}, "either input_ids or inputs_embeds"),
@@ -201,6 +210,16 @@ def test_beams_equal_those_without_a_state(name: str) -> None:
     assert torch.equal(found, model.generate(x, num_return_sequences=2, use_cache=False, **options))
     greedy = model.generate(x, **(options | {"num_beams": 1}))
     assert not torch.equal(found[::2], greedy)  # beams find something else
+
+
+def test_a_state_has_one_size_at_any_length() -> None:
+    model = make_model()
+    sizes = set()
+    for length in (9, 41, 201):
+        model_state, total = model(torch.ones(1, length, dtype=torch.long)).state, []
+        map_tensors(lambda x, total=total: total.append(x.nbytes), model_state.layers)
+        sizes.add(sum(total))
+    assert len(sizes) == 1
 
 
 def test_assisted_decoding_is_refused() -> None:

@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_pipeline.tokenizer import train_tokenizer
 from hope_megatron.checkpoint.errors import ModelReferenceError
+from hope_megatron.cli import generate
 from hope_megatron.cli.learning import prepare_learning
+from hope_megatron.cli.main import main
 from hope_megatron.config import ConfigError, ParallelConfig
 from hope_megatron.config.load import override_inner_clocks
+from hope_megatron.convert.open_model import OpenModel
 from hope_megatron.engine.distributed import init_distributed
 from hope_megatron.eval.perplexity import score_heldout
 from hope_megatron.generation.decoder import Decoder
@@ -183,3 +187,19 @@ def test_the_command_learns_when_the_model_has_clocks_or_is_given_them():
         ask(trained_model(), learn=[])
     model = trained_model()
     assert ask(model, learn=CLOCKS) and model.model_config.cms.levels[0].inner_chunk_tokens == 4
+
+
+def test_the_command_learns_the_rest_before_it_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    lines = [f"def function_{i}(argument, value={i}):\n" for i in range(300)]
+    tokenizer = train_tokenizer(lines, tmp_path / "tokenizer.model", 300)
+    model = trained_model(vocab_size=300)
+    monkeypatch.setattr(generate, "open_model", lambda *_: OpenModel("tiny", model, tokenizer, 32, None))
+    positions = []
+    for options in ([], ["--learn-rest"]):
+        state = tmp_path / f"state{len(options)}"
+        command = ["generate", "tiny", "--prompt", "def function_1(", "--max-new-tokens", "3", "--state", str(state)]
+        assert main([*command, *options, "--learn", *CLOCKS]) == 0
+        positions.append(load_state(state, model, LearningDecoder).state.inner.position)
+    assert positions[0] >= 8 and positions[1] == 0
+    model = trained_model(vocab_size=300)  # without clocks
+    assert main([*command, "--learn-rest"]) == 2

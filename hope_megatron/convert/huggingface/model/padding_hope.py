@@ -54,10 +54,13 @@ def spans_of(mask: Tensor | None, position_ids: Tensor | None, batch_size: int, 
     begins = _begins(real, position_ids)
     if bool(real.all()) and not bool(begins[:, 1:].any()):
         return None
-    gaps = real.clone()
-    gaps[:, 1:] &= ~real[:, :-1]
-    if bool((gaps.sum(1) > 1).any()) and not bool((begins | ~gaps).all()):
-        row = int((gaps.sum(1) > 1).long().argmax())
+    if not bool(real.any()):
+        raise ValueError("attention_mask is all zeros: the batch has no token")
+    runs = real.clone()
+    runs[:, 1:] &= ~real[:, :-1]  # where a run of tokens begins
+    broken = runs.sum(1) > 1
+    if bool(broken.any()):
+        row = int(broken.long().argmax())
         raise ValueError(
             f"attention_mask has zeros between the tokens of row {row}; a memory reads a text without gaps: padding stands at "
             "the beginning or the end of a row"
