@@ -24,7 +24,7 @@ class DocumentSpan:
     start: int
     stop: int
     shard: str  # name of the shard
-    document: int  # number of the document in the shard
+    document: int  # number of the document in the shard; -1 for all that a shard which is left out would hold
     offset: int  # tokens of the document before this piece; 0 means that the document begins here
     dataset: str = ""  # name within a mixture
 

@@ -162,6 +162,8 @@ class TokenStream(SampleStream):
 
     def provenance(self, span: DocumentSpan) -> dict[str, Any]:
         number = self._number(span.shard)
+        if span.document < 0:
+            return {"source": "left out: the content of the shard is not what the manifest says", "position": -1}
         return self._shards.get(number).provenance(span.document)
 
     def _locate(self, number: int) -> tuple[EpochOrder, int]:
@@ -263,8 +265,14 @@ class TokenStream(SampleStream):
         at = 0
         while at < length:
             number = order.shards[slot]
-            reader = self._shards.get(number)
+            reader = self._reader(number)
             local = start + at - order.starts[slot]
+            if reader is None:
+                stop = min(length, at + self._sizes[number] - local)
+                spans.append(DocumentSpan(at, stop, self.manifest.shards[number].name, -1, local))
+                at = stop
+                slot += 1
+                continue
             document = int(reader.ends.searchsorted(local, side="right"))
             while at < length and document < len(reader.ends):
                 begin = int(reader.ends[document] - reader.lengths[document] - 1)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import bisect
 from pathlib import Path
 
-from data_pipeline import DataHistory, Ledger
+from data_pipeline import DataHistory
 from data_pipeline.errors import SamplingError
+from data_pipeline.ledger import UnwrittenLedger
 from hope_megatron.config import RunConfig, load_run_config
 from hope_megatron.training.metrics import read_metrics
 from hope_megatron.training.run_directory import RunDirectory
@@ -22,10 +23,10 @@ class RunData:
     """
 
     def __init__(self, config: RunConfig, directory: RunDirectory) -> None:
-        stream, _ = open_sources(config)
-        ledger = Ledger(directory.data_ledger)
-        transitions = [entry for entry in ledger.entries() if entry["kind"] == "transition"]
-        self.history = DataHistory.of_run(stream, transitions, shard_cache(config.data))
+        ledger = UnwrittenLedger(directory.data_ledger)
+        stream, _ = open_sources(config, ledger)
+        skip_corrupt = ledger if config.data.on_corrupt == "skip" else None
+        self.history = DataHistory.of_run(stream, ledger, shard_cache(config.data), skip_corrupt)
         self.tokenizer_path = str(config.data.tokenizer)
         self._batch = config.training.global_batch_size
         self._recorded = [(0, 0)]  # (steps done, samples consumed)

@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from hope_megatron.training.run import ContinueData
 
 
-def open_sources(config: RunConfig) -> tuple[SampleStream, TokenStream | None]:
+def open_sources(config: RunConfig, ledger: Ledger | None = None) -> tuple[SampleStream, TokenStream | None]:
     """The training and held-out samples of a run, checked against its tokenizer and model.
+
+    Args:
+        ledger: where corrupt shards are recorded with data.on_corrupt=skip; that of the run by default.
 
     Raises:
         DataError: if manifests, shards or tokenizer cannot be used.
@@ -27,7 +30,8 @@ def open_sources(config: RunConfig) -> tuple[SampleStream, TokenStream | None]:
     data, seq_length = config.data, config.training.seq_length
     tokenizer = Tokenizer.load(data.tokenizer)
     cache = shard_cache(data)
-    skip_corrupt = Ledger(RunDirectory(config.run_dir).data_ledger) if data.on_corrupt == "skip" else None
+    ledger = ledger or Ledger(RunDirectory(config.run_dir).data_ledger)
+    skip_corrupt = ledger if data.on_corrupt == "skip" else None
     sets = {
         name: TokenStream(path, seq_length, data.seed, skip_corrupt=skip_corrupt, cache=cache)
         for name, path in {"train": data.train, **data.mix_with}.items()

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,13 +81,17 @@ def test_mixture_corrupt_shard_and_transition_of_the_data(root):
         ["train", str(run), "training.steps=6", other, "--data-transition", "the second edition"],
         ["train", str(run), "training.steps=8", other],
         ["train", str(run), "name=strict", "data.on_corrupt=stop"],
+        *(["data", "inspect", str(root / "runs/mixed"), "--step", str(step), "--json"] for step in (1, 4, 5, 8)),
+        ["data", "inspect", str(run), "--step", "3"],
+        ["data", "decode", str(root / "runs/mixed"), "--sample", "33", "--json"],
+        ["data", "inspect", str(root / "runs/mixed"), "--step", "0"],
     ]
     finished = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(commands)], capture_output=True, text=True, timeout=240
     )
     said = finished.stdout + finished.stderr
     codes = [line.split()[-1] for line in finished.stdout.splitlines() if line.startswith("exit code")]
-    assert codes == ["0", "2", "0", "0", "2"], said
+    assert codes == ["0", "2", "0", "0", "2", "0", "0", "0", "0", "0", "0", "2"], said
     assert "--data-transition" in said and "datasets.train.manifest" in said
 
     shard = Manifest.load(root / "more/train").shards[0]
@@ -106,3 +111,17 @@ def test_mixture_corrupt_shard_and_transition_of_the_data(root):
     assert (corrupt["kind"], corrupt["shard"], corrupt["sha256"]) == ("corrupt", shard.name, shard.sha256)
     assert (transition["kind"], transition["sample"], transition["step"]) == ("transition", 32, 4)
     assert transition["reason"] == "the second edition"
+
+    # The documents of a step, of the data before the transition as of those after it.
+    found = dict(
+        zip((1, 4, 5, 8), map(json.loads, re.findall(r"^\[\n.*?^\]$", finished.stdout, re.M | re.S)), strict=True)
+    )
+    for step, documents in found.items():
+        assert {number for entry in documents for number in entry["samples"]} == set(range(8 * step - 8, 8 * step))
+    for step, name in ((1, "first.txt"), (5, "second.txt")):
+        (left_out,) = [entry for entry in found[step] if entry["dataset"] == "more"]
+        assert left_out["source"].startswith("left out") and left_out["document"] == -1
+        assert {Path(entry["source"]).name for entry in found[step] if entry["dataset"] == "train"} == {name}
+    assert {entry["dataset"] for entry in found[4]} == {"train"} == {entry["dataset"] for entry in found[8]}
+    assert "step 3: samples 16 to 23, " in finished.stdout  # by the run file: before it is run, as far as it knows
+    assert "step 0 does not exist" in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import random
 import re
 import socket
@@ -58,6 +59,7 @@ def web() -> Iterator[FaultyServer]:
 def moto() -> Iterator[int]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
     yield server.get_host_and_port()[1]
     server.stop()
 

@@ -124,7 +124,7 @@ def test_data_before_a_transition_are_opened_again(
     ledger.record_transition(
         number, old.fingerprint, new.fingerprint, step=10, reason="", old_recipe=through_json(old.state(40))["recipe"]
     )
-    history = DataHistory.of_run(changed, ledger.entries())
+    history = DataHistory.of_run(changed, ledger)
     for sample in (0, 17, 39, 40, 55):
         found, local = history.locate(sample)
         expected = old.sample(sample) if sample < 40 else changed.sample(sample - 40)
@@ -137,6 +137,6 @@ def test_data_that_have_changed_since_are_refused(stream: TokenStream) -> None:
     with pytest.raises(DataChangedError, match="changed since"):
         open_recipe(recipe)
     with pytest.raises(DataChangedError, match="does not say where they lie"):
-        DataHistory.of_run(stream, [{"kind": "transition", "sample": 4, "old": "x", "new": "y"}]).locate(0)
+        DataHistory([Stretch(0), Stretch(4, stream)]).locate(0)
     with pytest.raises(SamplingError, match="does not exist"):
         DataHistory([Stretch(0, stream)]).locate(-1)

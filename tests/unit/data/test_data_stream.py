@@ -216,6 +216,11 @@ def test_a_corrupt_shard_is_left_out_on_request_and_recorded_once(
         for number, (sample, spans) in enumerate(expected):
             lost = np.repeat([span.shard == info.name for span in spans], [span.stop - span.start for span in spans])
             assert np.array_equal(stream.sample(number), np.where(lost, NO_TOKEN, sample))
+            left = [span for span in stream.documents(number) if span.document < 0]
+            assert sum(span.stop - span.start for span in left) == lost.sum() and {span.shard for span in left} <= {
+                info.name
+            }
+            assert all(stream.provenance(span)["source"].startswith("left out") for span in left)
     assert stream.fingerprint == whole.fingerprint
     (entry,) = ledger.entries()
     assert (entry["kind"], entry["shard"], entry["sha256"]) == ("corrupt", info.name, info.sha256)
