@@ -293,6 +293,8 @@ def explain_failure(
 
     if failure is not None and failure.is_user_error:
         return Cause(failure.message, failure.kind, [])
+    if failure is not None and failure.bad_rank is not None:
+        return Cause(failure.message, failure.kind, [node_of(failure.bad_rank)])
     if hang is not None:
         node = node_of(hang.rank) if hang.rank is not None else None
         return Cause(hang.text, TRANSIENT, [node] if node else [])

@@ -59,6 +59,8 @@ class Engine:
         self._update = UpdateQuestion()
         ask_before_update(self.zero, config.parallel.zero_stage, self._update)
         self.skipped = False
+        self.first_loss: Tensor | None = None
+        """Sum of the losses of the last step's first micro-batch, on this rank; None where windows divide it."""
         self._passes = 0
 
     @property
@@ -102,6 +104,8 @@ class Engine:
             HEART.enter("backward")
             self._deepspeed.backward(loss_sum * (self.mesh.dp_size / global_valid_tokens), scale_wrt_gas=False)
             total += loss_sum.detach()
+            if self._passes == 1 and len(windows) == 1:
+                self.first_loss = total.clone()
             state = output.state.detach() if output.state is not None else None
         return total
 
@@ -148,6 +152,21 @@ class Engine:
             self._deepspeed.step()
         finally:
             self.optimizer.__dict__.pop("step", None)
+
+    def replay(
+        self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Compute a micro-batch beside training, which does not notice: sum of losses, and gradients of all parameters.
+
+        No gradients on CUDA, where some are added up in any order, nor at ZeRO stage 3, where no rank has them whole.
+        """
+        output = self.model(tokens, targets, None, documents=documents, return_state=False, learn=self._learns)
+        loss_sum = output.losses.sum()
+        parameters = [p for p in self.model.parameters() if p.requires_grad and p.numel()]
+        if self.mesh.device.type == "cuda" or self.config.parallel.zero_stage == 3:
+            return loss_sum.detach(), ()
+        gradients = torch.autograd.grad(loss_sum, parameters, allow_unused=True)
+        return loss_sum.detach(), tuple(gradient for gradient in gradients if gradient is not None)
 
     def gradient_shards(self) -> list[Tensor]:
         """What this rank holds of the accumulated and reduced gradients, before a step."""

@@ -58,6 +58,8 @@ class Failure:
     """Class of the error and the line of ours that raised it: the same when it comes again."""
     lost_peer: bool = False
     """Whether it only says that another rank was lost."""
+    bad_rank: int | None = None
+    """The rank whose machine is to blame, where the error knows one."""
 
     @property
     def is_user_error(self) -> bool:
@@ -99,6 +101,7 @@ def describe_failure(rank: int, error: BaseException) -> Failure:
         HEART.phase,
         _signature(error),
         _lost_peer(error),
+        getattr(error, "bad_rank", None),
     )
 
 

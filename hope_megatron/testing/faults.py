@@ -17,7 +17,7 @@ often the step is done again; with `*` always.
 | raise, io, network | an error of the program; of a disk (EIO); of the network (ECONNRESET) | forward |
 | nan, inf | one element of its gradient is not a number, or infinite | step |
 | huge | its gradient is a million times too large | step |
-| flip-gradient, flip-parameter, flip-optimizer | one high bit of one element | step, before-step |
+| flip-gradient, flip-parameter, flip-optimizer, flip-activation | one high bit of one element | step, before-step, forward |
 | slow | every forward pass takes 0.3 s longer, for 60 steps | forward |
 | disk | no file may grow for 2 s (a full disk) | after step |
 | damage | a file of the newest checkpoint is damaged, and the rank is killed | after step |
@@ -224,6 +224,18 @@ def _flip_optimizer(injector: Injector, fault: Fault) -> None:
     _flip(max(tensors, key=lambda tensor: tensor.numel()))
 
 
+def _flip_activation(injector: Injector, fault: Fault) -> None:
+    """One element of the first layer's output, in the next forward pass."""
+    assert injector.engine is not None
+    layer = injector.engine.model.layers[0]
+
+    def flip(module: Any, inputs: Any, output: Any) -> None:
+        handle.remove()
+        _flip(next(value for value in (output if isinstance(output, tuple) else (output,)) if hasattr(value, "detach")))
+
+    handle = layer.register_forward_hook(flip)
+
+
 def _slow(injector: Injector, fault: Fault) -> None:
     injector.slow_until = fault.step + _SLOW_STEPS
 
@@ -278,6 +290,7 @@ KINDS: dict[str, Callable[[Injector, Fault], None]] = {
     "flip-gradient": _flip_gradient,
     "flip-parameter": _flip_parameter,
     "flip-optimizer": _flip_optimizer,
+    "flip-activation": _flip_activation,
     "slow": _slow,
     "disk": _full_disk,
     "damage": _damage_checkpoint,

@@ -28,6 +28,7 @@ from hope_megatron.training.run_directory import RunDirectory
 from hope_megatron.training.signals import signal_name
 from hope_megatron.training.step import StepResult, evaluate
 from hope_megatron.training.tracking import Tracker
+from hope_megatron.training.watch import Replicas, Stragglers
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,9 @@ def default_callbacks(progress: Progress, tracker: Tracker | None) -> list[Callb
         Judgements(),
         HeldoutEvaluation(),
         MemoryHealth(),
+        Stragglers(),
         MetricsRecord(progress, tracker),
+        Replicas(),
         Checkpointing(),
         Summary(),
         Curves(),
