@@ -22,8 +22,9 @@ INTRODUCTION = """\
 
 Written by `make docs` from the schema in `hope_megatron/config/`; edit the docstrings there.
 
-A run file is YAML. `hope train FILE key.sub=value …` changes single values: the text after `=` is YAML, numbers index lists
-(`model.cms.levels.0.hidden_size=512`). Unknown keys, keys given twice, wrong types and impossible combinations are refused
+A run file is YAML 1.2. `hope train FILE key.sub=value …` changes single values: the text after `=` is YAML, numbers index lists
+(`model.cms.levels.0.hidden_size=512`). `0200` is 200, `0o17` is 15 and `0x1F` is 31; `10:00`, `1_000`, `no` and `2026-01-01` are
+text. Unknown keys, keys given twice, wrong types and impossible combinations are refused
 before any process starts. Layers, later over earlier: model preset, run file, overrides.
 
 `model` is the name of a preset (`model: hope_tiny`), or a section; a section may name a preset and change it:

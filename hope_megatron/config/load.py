@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import ValidationError
 
 from hope_megatron.config.base import ConfigError, Section
@@ -22,7 +21,7 @@ from hope_megatron.config.messages import Location, dotted, explain
 from hope_megatron.config.model import ModelConfig
 from hope_megatron.config.presets import find_config, split_family
 from hope_megatron.config.run import RunConfig
-from hope_megatron.config.strict_yaml import parse_yaml
+from hope_megatron.config.strict_yaml import MAX_CHARACTERS, MAX_DEPTH, dump_yaml, parse_yaml
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -113,7 +112,7 @@ def override_inner_clocks(model: ModelConfig, overrides: Iterable[str]) -> Model
 
 def dump_config(config: Section) -> str:
     """YAML that loads back to an equal configuration, defaults included."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -123,7 +122,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
         ConfigError: if the file cannot be read, is not UTF-8, is not YAML, or holds something else.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            text = file.read(4 * MAX_CHARACTERS + 1).decode("utf-8")  # at most 4 bytes a character
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -154,6 +154,8 @@ class _Tree:
 
     def set(self, path: Location, value: Any, source: str) -> None:
         """Set one value, creating sections on the way; digits index lists that exist."""
+        if len(path) > MAX_DEPTH:
+            raise ConfigError(f"{source}: the key {dotted(path[:3])}... is nested deeper than {MAX_DEPTH} levels")
         node: Any = self.data
         done: Location = ()
         for part in path[:-1]:
