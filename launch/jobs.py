@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hope_megatron.config import RunConfig, dump_config, load_run_config
+from hope_megatron.config.secrets import tracking_environment
 from launch import slurm
 from launch.attempts import History, is_finished
 from launch.cluster import ClusterConfig, load_cluster
@@ -110,7 +112,8 @@ def submit_run(
 
 
 def write_files(config: RunConfig, cluster: ClusterConfig, submission: Submission, directory: LaunchDirectory) -> None:
-    """Write what the job will read."""
+    """Write what the job will read. A password in the tracking URI is masked there; the job has it from sbatch's environment."""
+    os.environ.update(tracking_environment(config.tracking.uri))
     directory.path.mkdir(parents=True, exist_ok=True)
     write_atomically(directory.config, dump_config(config))
     write_atomically(directory.cluster, dump_config(cluster))

@@ -21,6 +21,7 @@ from hope_megatron.config.messages import Location, dotted, explain
 from hope_megatron.config.model import ModelConfig
 from hope_megatron.config.presets import find_config, split_family
 from hope_megatron.config.run import RunConfig
+from hope_megatron.config.secrets import mask_credentials, unmask_tracking_uri
 from hope_megatron.config.strict_yaml import MAX_CHARACTERS, MAX_DEPTH, dump_yaml, parse_yaml
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -52,7 +53,8 @@ def load_model_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -
 
 
 def resolve_run_config(data: Mapping[str, Any], overrides: Iterable[str] = (), *, source: str) -> RunConfig:
-    """Validate a run given as nested mappings, as a run file would hold them. Paths of data become absolute.
+    """Validate a run given as nested mappings, as a run file would hold them. Paths of data become absolute, and a tracking URI
+    that had been masked is what the environment says it is.
 
     Args:
         data: keys and values; `model` may be the name of a preset, or hold a `preset` key beside its changes.
@@ -66,7 +68,10 @@ def resolve_run_config(data: Mapping[str, Any], overrides: Iterable[str] = (), *
     config = _validate(RunConfig, tree.data, tree, ())
     paths: dict[str, Any] = {name: _absolute(value) for name, value in config.data if isinstance(value, Path)}
     paths["mix_with"] = {name: _absolute(path) for name, path in config.data.mix_with.items()}
-    return config.model_copy(update={"data": config.data.model_copy(update=paths)})
+    tracking = config.tracking
+    if tracking.uri is not None:
+        tracking = tracking.model_copy(update={"uri": unmask_tracking_uri(tracking.uri)})
+    return config.model_copy(update={"data": config.data.model_copy(update=paths), "tracking": tracking})
 
 
 _INNER_KEY = re.compile(
@@ -111,8 +116,8 @@ def override_inner_clocks(model: ModelConfig, overrides: Iterable[str]) -> Model
 
 
 def dump_config(config: Section) -> str:
-    """YAML that loads back to an equal configuration, defaults included."""
-    return dump_yaml(config.model_dump(mode="json"))
+    """YAML that loads back to an equal configuration, defaults included; passwords in URIs are masked."""
+    return mask_credentials(dump_yaml(config.model_dump(mode="json")))
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -249,8 +254,10 @@ def _parse_override(text: str) -> tuple[Location, Any, str]:
     key, separator, value = text.partition("=")
     path = tuple(key.strip().split("."))
     if not separator or not all(path):
-        raise ConfigError(f"override {text!r} is not of the form key.sub=value; for example optim.lr=1e-3")
-    source = f"override {text}"
+        raise ConfigError(
+            f"override {mask_credentials(text)!r} is not of the form key.sub=value; for example optim.lr=1e-3"
+        )
+    source = f"override {mask_credentials(text)}"
     return path, parse_yaml(value, source), source
 
 

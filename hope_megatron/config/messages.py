@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from hope_megatron.config.base import ConfigError, Section
+from hope_megatron.config.secrets import mask_credentials
 
 Location = tuple["str | int", ...]
 
@@ -136,5 +137,5 @@ def section_in(annotation: Any) -> type[Section] | None:
 
 
 def _shown(value: Any) -> str:
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else mask_credentials(repr(value))
     return text if len(text) <= 60 else text[:57] + "..."

@@ -6,9 +6,10 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_serializer, model_validator
 
 from hope_megatron.config.base import ConfigError, Section
+from hope_megatron.config.secrets import mask_credentials
 
 
 class TrainingConfig(Section):
@@ -137,7 +138,8 @@ class TrackingConfig(Section):
     mlflow: bool = True
     """Feed MLflow."""
     uri: str | None = None
-    """Tracking URI; None is a SQLite file, mlflow.db, beside the run directories."""
+    """Tracking URI; None is a SQLite file, mlflow.db, beside the run directories. A user name or password in it is masked
+    wherever the configuration is written or printed."""
     experiment: str = "hope"
     """MLflow experiment."""
     tags: dict[str, str] = Field(default={})
@@ -148,3 +150,8 @@ class TrackingConfig(Section):
         if self.uri is not None and not self.mlflow:
             raise ConfigError("tracking.uri is set but tracking.mlflow=false; remove one of them")
         return self
+
+    @field_serializer("uri")
+    def _mask(self, uri: str | None) -> str | None:
+        """Every dump of a configuration goes through here: files, checkpoints, MLflow and the screen see no password."""
+        return None if uri is None else mask_credentials(uri)
