@@ -307,6 +307,7 @@ def _parse_weights(text: str | None, count: int) -> list[float]:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from hope_megatron.config.changes import describe_entry
     from hope_megatron.convert.source import find_checkpoint
 
     source = find_checkpoint(args.words[1])
@@ -320,8 +321,8 @@ def _inspect(args: argparse.Namespace) -> int:
     print(f"run {config.name}, step {progress['step']:,} of {config.training.steps:,}, {progress['tokens']:,} tokens")
     print("written by " + ", ".join(f"{name} {value}" for name, value in layout.items()))
     print(f"commit {checkpoint.description['provenance']['commit'] or 'unknown'}")
-    for line in checkpoint.description.get("history", ()):
-        print(f"made by {line['operation']} of {line['source']}")
+    for entry in checkpoint.description.get("history", ()):
+        print(describe_entry(entry))
     for name, record in checkpoint.parameters.items():
         shape = "x".join(map(str, record.full_shape(checkpoint.tp_size)))
         print(f"  {name:<48} {shape:>20}  {' '.join(checkpoint.states(name))}")

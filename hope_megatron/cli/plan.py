@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from hope_megatron.cli.formatting import bytes_text, count_text, duration_text, percent_text
@@ -31,6 +32,8 @@ from hope_megatron.config.presets import find_config, split_family
 
 TOKENS_PER_PARAMETER = 20
 """Training length of a bare model preset (Hoffmann et al., arXiv 2203.15556)."""
+_NO_DATA = "no-data"
+"""Stands for the data of a bare model preset."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +62,9 @@ def run(args: argparse.Namespace) -> int:
     if args.utilization is not None and not 0 < args.utilization <= 1:
         raise ConfigError(f"--utilization {args.utilization}: give a share of the peak between 0 and 1")
     config = load_for_plan(args.config, args.overrides)
-    plan = make_plan(config, args.world or config.parallel.tensor_parallel, args.hardware, args.utilization)
+    plan = {"data": plan_data(config)} | make_plan(
+        config, args.world or config.parallel.tensor_parallel, args.hardware, args.utilization
+    )
     if args.json:
         print(json.dumps(plan, indent=2))
     else:
@@ -84,13 +89,29 @@ def load_for_plan(name_or_path: str, overrides: list[str]) -> RunConfig:
         "model": model,
         "training": {"steps": 1, "seq_length": 4096, "global_batch_size": 128, "recompute": "layer"},
         "optim": {"warmup_steps": 0},
-        "data": {"train": "data/train", "tokenizer": "data/tokenizer.model"},
+        "data": {"train": _NO_DATA, "tokenizer": _NO_DATA},
     }
     config = resolve_run_config(data, overrides, source=model)
     if config.training.steps > 1:
         return config
     steps = -(-TOKENS_PER_PARAMETER * num_parameters(config.model) // config.training.tokens_per_step)
     return config.model_copy(update={"training": config.training.model_copy(update={"steps": steps})})
+
+
+def plan_data(config: RunConfig) -> dict[str, Any]:
+    """`passes` over the data sets and a `warning` where they are many; or `unknown`, why they cannot be counted."""
+    from hope_megatron.cli.train import open_sources
+    from hope_megatron.training.epochs import planned_passes, repetition_warning
+
+    if config.data.train == Path(_NO_DATA).absolute():
+        return {"unknown": "a model alone has no data; plan a run file for epochs"}
+    try:
+        passes = planned_passes(open_sources(config)[0], config)
+    except Exception as error:
+        if not getattr(error, "is_user_error", False):
+            raise
+        return {"unknown": str(error)}
+    return {"passes": [one.to_dict() for one in passes], "warning": repetition_warning(passes)}
 
 
 def make_plan(
@@ -139,6 +160,15 @@ def make_plan(
         },
         "estimate": {**asdict(estimate(config, world_size, hardware, utilization)), "hardware": asdict(hardware)},
     }
+
+
+def _data_text(data: dict[str, Any]) -> str:
+    if "unknown" in data:
+        return f"epochs unknown: {data['unknown']}"
+    return ", ".join(
+        f"{one['epochs']:,.3g} epochs of {one['name']} ({count_text(one['unique_tokens'])} tokens)"
+        for one in data["passes"]
+    )
 
 
 def _print(plan: dict[str, Any]) -> None:
@@ -202,9 +232,12 @@ def _print(plan: dict[str, Any]) -> None:
         f"ZeRO {mesh['zero_stage']}\n"
         f"at {percent_text(estimated['utilization'])} of {count_text(hardware['peak_flops'])}FLOP/s (assumed; MFU "
         f"{percent_text(estimated['mfu'])}): {count_text(estimated['tokens_per_second'])} tokens/s, "
-        f"[bold]{duration_text(3600 * estimated['hours'])}[/bold]",
+        f"[bold]{duration_text(3600 * estimated['hours'])}[/bold]\n"
+        f"data: {_data_text(plan['data'])}",
         soft_wrap=True,
     )
+    if plan["data"].get("warning"):
+        console.print(f"[bold red]Repeated data:[/bold red] {plan['data']['warning']}.", soft_wrap=True)
     if used > 0.9 * hardware["memory_bytes"]:
         console.print(
             f"[bold red]Does not fit[/bold red] with a tenth to spare in {bytes_text(hardware['memory_bytes'])}: set "

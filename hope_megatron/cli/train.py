@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hope_megatron.config import ConfigError, RunConfig, dump_config, load_run_config
+from hope_megatron.training.mlflow_client import check_tracking
 from hope_megatron.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -65,16 +66,19 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"# {nproc} processes, data parallel {config.data_parallel(nproc)}, accumulation {accumulation}; {tokens}"
         )
+        print("\n".join(f"# {line}" for line in _outlook(config)))
         return 0
-    # Mistakes that can be seen without torch show here, at once, and before any process starts.
-    open_sources(config)
-    directory = RunDirectory(config.run_dir)
-    directory.acquire()
-    directory.release()
     if nproc == 1:
         from launch.environment import apply_process_environment
 
         apply_process_environment(config.training.num_threads)
+    # Mistakes that can be seen without torch show here, at once, and before any process starts.
+    open_sources(config)
+    check_tracking(config)
+    directory = RunDirectory(config.run_dir)
+    directory.acquire()
+    directory.release()
+    if nproc == 1:
         return _train(config, args)
     from launch.local import run_local
 
@@ -85,6 +89,22 @@ def run(args: argparse.Namespace) -> int:
         oversubscribe=args.oversubscribe,
         port=args.port,
     )
+
+
+def _outlook(config: RunConfig) -> list[str]:
+    """How often a run will read its data, and what it will do otherwise than at its newest start."""
+    from hope_megatron.training.epochs import passes_text, planned_passes, repetition_warning
+    from hope_megatron.training.history import outlook
+
+    lines = outlook(config, RunDirectory(config.run_dir))
+    try:
+        passes = planned_passes(open_sources(config)[0], config)
+    except Exception as error:
+        if not getattr(error, "is_user_error", False):
+            raise
+        return [f"epochs unknown: {error}", *lines]
+    warning = repetition_warning(passes)
+    return [passes_text(passes), *([f"warning: {warning}"] if warning else []), *lines]
 
 
 def _work(args: argparse.Namespace) -> int:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from hope_megatron.config import RunConfig
+from hope_megatron.config.changes import describe_changes, settings_changes
 from hope_megatron.convert.check import ExportCheck
 from hope_megatron.convert.source import CheckpointSource
 
+_NOT_TRAINING = ("name", "output_dir", "checkpoint.", "tracking.", "training.log_every", "training.memory_every")
+"""Settings that do not touch the weights."""
 _TEMPLATE = """\
 ---
 tags:
@@ -47,10 +50,21 @@ The files were read back into a fresh model. {check}.
 
 def model_card(source: CheckpointSource, name: str, num_parameters: int, check: ExportCheck) -> str:
     """Markdown with the facts of the run that trained the model."""
-    rows = {"run": source.config.name} | _facts(source.config, source.checkpoint.description)
+    description = source.checkpoint.description
+    rows = {"run": source.config.name} | _facts(source.config, description) | _changes(description)
     facts = "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
     text = str(check)
     return _TEMPLATE.format(name=name, num_parameters=num_parameters, facts=facts, check=text[0].upper() + text[1:])
+
+
+def _changes(description: dict[str, Any]) -> dict[str, str]:
+    """Settings that differed in earlier steps, a row for each start that changed some."""
+    rows = {}
+    for step, changes in settings_changes(description.get("history", ())):
+        shown = {key: values for key, values in changes.items() if not key.startswith(_NOT_TRAINING)}
+        if shown:
+            rows[f"changed after step {step:,}"] = describe_changes(shown)
+    return rows
 
 
 def _facts(config: RunConfig, description: dict[str, Any]) -> dict[str, Any]:
