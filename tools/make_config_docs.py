@@ -80,7 +80,7 @@ Muennighoff et al. ([arXiv 2305.16264](https://arxiv.org/abs/2305.16264)).
 
 ## Passwords in `tracking.uri`
 
-A user name or password is masked (`http://***@host`) in `config.yaml`, checkpoints, logs, MLflow and on the screen. Only the process
+A user name or password is masked (`http://***@host`) in `config.yaml`, checkpoints, logs, MLflow and on screen. Only the process
 knows it. A resume takes it from your run file or override again, from `MLFLOW_TRACKING_URI`, or from MLflow's own
 `MLFLOW_TRACKING_USERNAME` and `MLFLOW_TRACKING_PASSWORD`. Cells of a sweep and Slurm jobs get it through their environment.
 """
