@@ -10,14 +10,15 @@ from pathlib import Path
 
 from hope_megatron.config import RunConfig, dump_config, load_run_config
 from hope_megatron.config.secrets import tracking_environment
+from hope_megatron.runtime.files import write_text
 from launch import slurm
 from launch.attempts import History, is_finished
 from launch.cluster import ClusterConfig, load_cluster
-from launch.environment import LaunchError
+from launch.errors import LaunchError
 from launch.freeze import freeze_code
 from launch.preflight import Check, preflight, require, slurm_preflight
 from launch.script import container_options, train_script
-from launch.submission import LaunchDirectory, Submission, read_submission, write_atomically, write_submission
+from launch.submission import LaunchDirectory, Submission, read_submission, write_submission
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def submit_run(
     code = freeze_code(directory.code)
     submission = replace(describe(config, cluster, nodes, code), job_ids_before=before)
     write_files(config, cluster, submission, directory)
-    write_atomically(directory.script, train_script(cluster, submission, directory))
+    write_text(directory.script, train_script(cluster, submission, directory))
     checks = slurm_preflight(cluster, nodes, directory.script)
     for check in checks:
         report(str(check))
@@ -115,8 +116,8 @@ def write_files(config: RunConfig, cluster: ClusterConfig, submission: Submissio
     """Write what the job will read. A password in the tracking URI is masked there; the job has it from sbatch's environment."""
     os.environ.update(tracking_environment(config.tracking.uri))
     directory.path.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory.config, dump_config(config))
-    write_atomically(directory.cluster, dump_config(cluster))
+    write_text(directory.config, dump_config(config))
+    write_text(directory.cluster, dump_config(cluster))
     write_submission(directory, submission)
 
 

@@ -63,7 +63,7 @@ Queries come from a static projection in every setting, so that there is no adap
 
 `hope train FILE` goes on from the newest checkpoint of the run. Learning rate, batch, precision, optimizer and number of processes
 may differ from before. Every difference is printed; an override that is left off is one. `history.json` in the run directory
-keeps them with their steps. Checkpoints carry them (`hope convert inspect`), MLflow shows them as tags (`settings from step 7`),
+keeps them with their steps. Checkpoints carry them (`hope checkpoint inspect`), MLflow shows them as tags (`settings from step 7`),
 and the model card of an export lists them.
 
 The model, the sequence length and the data may not change: such a resume is refused, and names the keys. Changed data need
@@ -116,7 +116,10 @@ def _type(field: FieldInfo, section: type[Section] | None) -> str:
     text = re.sub(r"Literal\[([^]]*)\]", lambda match: match[1].replace("'", ""), text)
     text = text.replace("Path", "path").replace("str", "text").replace("tuple", "list").replace("None", "null")
     bounds = [
-        f"{sign} {getattr(rule, name)}" for rule in field.metadata for name, sign in _BOUNDS if hasattr(rule, name)
+        f"{sign} {limit}"
+        for rule in field.metadata
+        for name, sign in _BOUNDS
+        if (limit := getattr(rule, name, None)) is not None
     ]
     return " ".join([text.replace("|", "\\|"), *bounds])
 

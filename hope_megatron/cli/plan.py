@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hope_megatron.cli.formatting import bytes_text, count_text, duration_text, percent_text
 from hope_megatron.config import RunConfig, load_run_config, resolve_run_config
 from hope_megatron.config.accounting import (
     forward_flops,
@@ -29,6 +28,7 @@ from hope_megatron.config.footprint import estimate, footprint
 from hope_megatron.config.hardware import HARDWARE, find_hardware
 from hope_megatron.config.load import read_mapping
 from hope_megatron.config.presets import find_config, split_family
+from hope_megatron.runtime.formatting import bytes_text, count_text, duration_text, percent_text
 
 TOKENS_PER_PARAMETER = 20
 """Training length of a bare model preset (Hoffmann et al., arXiv 2203.15556)."""
@@ -100,8 +100,8 @@ def load_for_plan(name_or_path: str, overrides: list[str]) -> RunConfig:
 
 def plan_data(config: RunConfig) -> dict[str, Any]:
     """`passes` over the data sets and a `warning` where they are many; or `unknown`, why they cannot be counted."""
-    from hope_megatron.cli.train import open_sources
     from hope_megatron.training.epochs import planned_passes, repetition_warning
+    from hope_megatron.training.sources import open_sources
 
     if config.data.train == Path(_NO_DATA).absolute():
         return {"unknown": "a model alone has no data; plan a run file for epochs"}

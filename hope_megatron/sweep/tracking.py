@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from hope_megatron.config.secrets import mask_credentials, unmask_tracking_uri
+from hope_megatron.runtime.files import write_json
 from hope_megatron.sweep.analysis import FamilyAnalysis
 from hope_megatron.sweep.plan import Plan
 from hope_megatron.sweep.report import coefficient_rows
 from hope_megatron.sweep.store import SweepDirectory
 from hope_megatron.training.mlflow_client import TrackingError, brief, open_experiment, tracking_uri
-from launch.submission import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def open_parent(plan: Plan, directory: SweepDirectory) -> None:
             "run_id": run.info.run_id,
             "linked": [],
         }
-        write_atomically(directory.path / "tracking.json", json.dumps(state) + "\n")
+        write_json(directory.path / "tracking.json", state)
     except TrackingError:
         raise
     except Exception as error:  # any of a server's ways to fail
@@ -69,7 +69,7 @@ def link_children(plan: Plan, directory: SweepDirectory) -> int:
             state["linked"].append(cell.name)
     except Exception as error:  # any of a server's ways to fail
         log.warning("MLflow does not answer (%s); the next call links what is missing", brief(error))
-    write_atomically(directory.path / "tracking.json", json.dumps(state) + "\n")
+    write_json(directory.path / "tracking.json", state)
     return len(new)
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from hope_megatron.config.changes import Changes, describe_changes, differences, settings_changes, settings_entry
 from hope_megatron.config.run import RunConfig
+from hope_megatron.runtime.files import write_json
 from hope_megatron.training.metrics import read_metrics
-from hope_megatron.training.run_directory import RunDirectory, write_atomically
+from hope_megatron.training.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def outlook(config: RunConfig, directory: RunDirectory) -> list[str]:
 
 def write_history(file: Path, config: RunConfig, history: History) -> None:
     """Write history.json."""
-    write_atomically(file, json.dumps({"config": config.model_dump(mode="json"), "history": history}, indent=1) + "\n")
+    write_json(file, {"config": config.model_dump(mode="json"), "history": history})
 
 
 def history_tags(history: History) -> dict[str, str]:

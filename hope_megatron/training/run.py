@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hope_megatron.checkpoint.checkpointer import Checkpointer
+from hope_megatron.checkpoint.format import Checkpoint, list_checkpoints
+from hope_megatron.checkpoint.generators import seed_generators
 from hope_megatron.config import RunConfig, dump_config
 from hope_megatron.engine.build import build_engine
-from hope_megatron.engine.checkpoint import Checkpointer
-from hope_megatron.engine.checkpoint_format import Checkpoint, list_checkpoints
 from hope_megatron.engine.control import ControlGroup
 from hope_megatron.engine.distributed import Mesh, init_distributed
-from hope_megatron.engine.generators import seed_generators
+from hope_megatron.runtime.files import write_text
+from hope_megatron.runtime.formatting import duration_text
 from hope_megatron.training.batches import SampleSource
 from hope_megatron.training.callbacks import default_callbacks, is_summarized
 from hope_megatron.training.epochs import passes_over, passes_text, planned_passes, repetition_warning
@@ -28,9 +30,9 @@ from hope_megatron.training.history import (
 from hope_megatron.training.loop import Outcome, Run, train
 from hope_megatron.training.metrics import read_metrics
 from hope_megatron.training.phases import PhaseClock
-from hope_megatron.training.progress import Progress, configure_logging, format_duration
+from hope_megatron.training.progress import Progress, configure_logging
 from hope_megatron.training.provenance import provenance
-from hope_megatron.training.run_directory import RunDirectory, RunDirectoryError, write_atomically
+from hope_megatron.training.run_directory import RunDirectory, RunDirectoryError
 from hope_megatron.training.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -102,7 +104,7 @@ def run_training(
                 log.info("%s is complete: all %d steps are done", config.name, run.state.step)
             return run
         if mesh.rank == 0:
-            write_atomically(directory.config, dump_config(config))
+            write_text(directory.config, dump_config(config))
             write_history(directory.history, config, run.history)
             if config.tracking.mlflow:
                 tags = {"hope_megatron.commit": str(run.provenance["commit"]), **history_tags(run.history)}
@@ -205,6 +207,4 @@ def _report(run: Run, outcome: Outcome) -> None:
         log.info("stopped after step %d of %d; the same command resumes it", run.state.step, run.config.training.steps)
     else:
         passes = passes_text(passes_over(run.train_source, run.state.samples))
-        log.info(
-            "done in %s of steps, %s; curves in %s", format_duration(run.state.wall_s), passes, run.directory.curves
-        )
+        log.info("done in %s of steps, %s; curves in %s", duration_text(run.state.wall_s), passes, run.directory.curves)

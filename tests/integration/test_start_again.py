@@ -63,8 +63,8 @@ def outputs(root):
         ["train", run, *changed, "--dry-run"],
         ["train", run, *changed],
         ["train", run, "training.steps=10"],
-        ["convert", "inspect", str(root / "runs/again")],
-        ["convert", str(root / "runs/again"), "--to", "hf", str(root / "export")],
+        ["checkpoint", "inspect", str(root / "runs/again")],
+        ["export", "hf", str(root / "runs/again"), str(root / "export")],
         ["plan", run, "training.steps=1000"],
         ["plan", run, "data.train=/nowhere"],
     ]

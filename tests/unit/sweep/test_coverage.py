@@ -1,4 +1,4 @@
-"""Intervals hold the truth at their rate, with and without outliers: a small version of benchmarks/sweep_coverage.py."""
+"""Intervals hold the truth at their rate, with and without outliers: benchmarks/experiments/sweep_coverage.py in small."""
 
 from __future__ import annotations
 
