@@ -67,7 +67,7 @@ def dry_run(config: RunConfig, cluster: ClusterConfig, nodes: int) -> Rendered:
         slurm.require_slurm()
     except slurm.SlurmError:
         return Rendered(script, checks, submission)
-    with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
+    with tempfile.NamedTemporaryFile("w", suffix=".sbatch", encoding="utf-8") as file:
         file.write(script)
         file.flush()
         return Rendered(script, [*checks, *slurm_preflight(cluster, nodes, Path(file.name))], submission)

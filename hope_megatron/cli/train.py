@@ -15,6 +15,8 @@ import os
 import sys
 
 from hope_megatron.config import RunConfig, dump_config, load_run_config
+from hope_megatron.runtime.reports import LAUNCH_DIR_VARIABLE
+from hope_megatron.runtime.world import REQUIRED, World, WorldError, launched_world
 from hope_megatron.training.mlflow_client import check_tracking
 from hope_megatron.training.run_directory import RunDirectory
 
@@ -46,13 +48,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Start the processes of a run, or be one of them."""
-    from hope_megatron.runtime.process import is_worker
-
-    if is_worker():
-        return _work(args)
+    world = launched_world()
+    if world is not None and args.nproc is not None:
+        raise WorldError(
+            f"--nproc {args.nproc} starts processes, but {world} say that a launcher has started this one. Leave --nproc out, "
+            f"or unset {' '.join(REQUIRED)}"
+        )
+    if world is not None and not args.dry_run:
+        return _work(args, world)
     config = load_run_config(args.config, args.overrides)
-    nproc = config.parallel.tensor_parallel if args.nproc is None else args.nproc
+    nproc = world.world_size if world else args.nproc
+    nproc = config.parallel.tensor_parallel if nproc is None else nproc
     accumulation = config.accumulation_steps(nproc)
+    if world is not None and world.rank > 0:
+        return 0  # a dry run of several processes: the first one speaks
     if args.dry_run:
         print(dump_config(config), end="")
         tokens = f"{config.training.tokens_per_step:,} tokens per step, {config.training.tokens:,} in all"
@@ -103,20 +112,20 @@ def _outlook(config: RunConfig) -> list[str]:
     return [passes_text(passes), *([f"warning: {warning}"] if warning else []), *lines]
 
 
-def _work(args: argparse.Namespace) -> int:
+def _work(args: argparse.Namespace, world: World) -> int:
     """Be one process of a world that a launcher has started."""
     from hope_megatron.runtime.process import apply_process_environment, die_with_parent
     from hope_megatron.runtime.reports import report_failure
 
     die_with_parent()
-    rank = int(os.environ["RANK"])
+    _say_what_is_waited_for(world)
     try:
         config = load_run_config(args.config, args.overrides)
         apply_process_environment(config.training.num_threads)
         _train(config, args)
         return 0
     except Exception as error:
-        if report_failure(rank, error):
+        if report_failure(world.rank, error):
             _leave(2 if getattr(error, "is_user_error", False) else 1)
         raise
 
@@ -150,6 +159,17 @@ def _train(config: RunConfig, args: argparse.Namespace) -> int:
     )
     shutdown_distributed()
     return 128 + finished.stop_signal if finished.stop_signal else 0
+
+
+def _say_what_is_waited_for(world: World) -> None:
+    """Variables left over in a shell look like a launcher's: the first rank of a world then waits for peers that never come."""
+    if world.rank == 0 and world.world_size > 1 and LAUNCH_DIR_VARIABLE not in os.environ:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        print(
+            f"process 0 of {world.world_size}, by {' '.join(REQUIRED)}: waiting for the others at {where}. Without a launcher, "
+            "unset these",
+            file=sys.stderr,
+        )
 
 
 def _leave(code: int) -> None:

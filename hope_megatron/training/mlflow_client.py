@@ -201,7 +201,7 @@ def _one_at_a_time(database: Path | None) -> Iterator[None]:
         yield
         return
     database.parent.mkdir(parents=True, exist_ok=True)
-    with open(database.with_name(f"{database.name}.lock"), "a") as lock:  # closing it, or dying, gives the lock back
+    with open(database.with_name(f"{database.name}.lock"), "ab") as lock:  # closing it, or dying, gives the lock back
         deadline = time.monotonic() + _LOCK_TIMEOUT_S
         while not _try_lock(lock.fileno()):
             if time.monotonic() > deadline:
