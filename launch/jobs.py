@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hope_megatron.config import RunConfig, dump_config, load_run_config
+from hope_megatron.config.secrets import tracking_environment
 from hope_megatron.runtime.files import write_text
 from launch import slurm
 from launch.attempts import History, is_finished
@@ -68,7 +70,7 @@ def dry_run(config: RunConfig, cluster: ClusterConfig, nodes: int) -> Rendered:
         slurm.require_slurm()
     except slurm.SlurmError:
         return Rendered(script, checks, submission)
-    with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
+    with tempfile.NamedTemporaryFile("w", suffix=".sbatch", encoding="utf-8") as file:
         file.write(script)
         file.flush()
         return Rendered(script, [*checks, *slurm_preflight(cluster, nodes, Path(file.name))], submission)
@@ -114,7 +116,8 @@ def submit_run(
 
 
 def write_files(config: RunConfig, cluster: ClusterConfig, submission: Submission, directory: LaunchDirectory) -> None:
-    """Write what the job will read."""
+    """Write what the job will read. A password in the tracking URI is masked there; the job has it from sbatch's environment."""
+    os.environ.update(tracking_environment(config.tracking.uri))
     directory.path.mkdir(parents=True, exist_ok=True)
     write_text(directory.config, dump_config(config))
     write_text(directory.cluster, dump_config(cluster), private=bool(cluster.env))

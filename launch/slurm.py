@@ -203,7 +203,9 @@ def _execute(command: list[str], *, clean: bool = False) -> subprocess.Completed
         if attempt:
             time.sleep(2.0**attempt)
         try:
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S)
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S
+            )
         except subprocess.TimeoutExpired:
             continue
         except OSError as error:

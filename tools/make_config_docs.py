@@ -22,8 +22,9 @@ INTRODUCTION = """\
 
 Written by `make docs` from the schema in `hope_megatron/config/`; edit the docstrings there.
 
-A run file is YAML. `hope train FILE key.sub=value …` changes single values: the text after `=` is YAML, numbers index lists
-(`model.cms.levels.0.hidden_size=512`). Unknown keys, keys given twice, wrong types and impossible combinations are refused
+A run file is YAML 1.2. `hope train FILE key.sub=value …` changes single values: the text after `=` is YAML, numbers index lists
+(`model.cms.levels.0.hidden_size=512`). `0200` is 200, `0o17` is 15 and `0x1F` is 31; `10:00`, `1_000`, `no` and `2026-01-01` are
+text. Unknown keys, keys given twice, wrong types and impossible combinations are refused
 before any process starts. Layers, later over earlier: model preset, run file, overrides.
 
 `model` is the name of a preset (`model: hope_tiny`), or a section; a section may name a preset and change it:
@@ -57,6 +58,31 @@ The ablations of Nested Learning (arXiv 2512.24695, table 6) are one key each, b
 | own targets | `memory.own_targets=false` |
 
 Queries come from a static projection in every setting, so that there is no adaptive q to leave out.
+
+## Starting a run again with other settings
+
+`hope train FILE` goes on from the newest checkpoint of the run. Learning rate, batch, precision, optimizer and number of processes
+may differ from before. Every difference is printed; an override that is left off is one. `history.json` in the run directory
+keeps them with their steps. Checkpoints carry them (`hope checkpoint inspect`), MLflow shows them as tags (`settings from step 7`),
+and the model card of an export lists them.
+
+The model, the sequence length and the data may not change: such a resume is refused, and names the keys. Changed data need
+`--data-transition REASON`.
+
+A schedule that decays and is stretched over more steps raises the learning rate again. The start says so, and what to choose
+instead. `--dry-run` says all of this beforehand.
+
+## Epochs
+
+`hope plan FILE`, `--dry-run`, the start of a run, its end and `summary.json` say how often the data are read. Up to 4 epochs,
+repeated text teaches about as much as new text. Beyond that there is a warning: it says what the tokens are worth by the law of
+Muennighoff et al. ([arXiv 2305.16264](https://arxiv.org/abs/2305.16264)).
+
+## Passwords in `tracking.uri`
+
+A user name or password is masked (`http://***@host`) in `config.yaml`, checkpoints, logs, MLflow and on screen. Only the process
+knows it. A resume takes it from your run file or override again, from `MLFLOW_TRACKING_URI`, or from MLflow's own
+`MLFLOW_TRACKING_USERNAME` and `MLFLOW_TRACKING_PASSWORD`. Cells of a sweep and Slurm jobs get it through their environment.
 """
 
 

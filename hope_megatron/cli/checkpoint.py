@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from hope_megatron.checkpoint.errors import ModelReferenceError
 from hope_megatron.cli.layout_options import add_layout_arguments, asked_layout, changed_layout
 from hope_megatron.cli.models import prepare_process
+from hope_megatron.config.changes import describe_entry
 
 if TYPE_CHECKING:
     from hope_megatron.checkpoint.find import CheckpointSource
@@ -151,7 +152,7 @@ def _in_words(facts: dict[str, Any]) -> str:
     )
     lines.append("written by " + ", ".join(f"{name} {value}" for name, value in facts["layout"].items()))
     lines.append(f"commit {facts['commit'] or 'unknown'}")
-    lines += [f"made by {line['operation']} of {line['source']}" for line in facts["history"]]
+    lines += [describe_entry(entry) for entry in facts["history"]]
     for name, parameter in facts["parameters"].items():
         lines.append(f"  {name:<48} {'x'.join(map(str, parameter['shape'])):>20}  {' '.join(parameter['states'])}")
     return "\n".join(lines)

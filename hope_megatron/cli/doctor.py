@@ -137,7 +137,12 @@ def probe_torch(timeout_s: float = 120.0) -> dict[str, Any]:
     """What torch says about itself and its devices; {"error": ...} if it cannot be asked."""
     try:
         done = subprocess.run(
-            [sys.executable, "-c", TORCH_PROBE], capture_output=True, text=True, timeout=timeout_s, check=False
+            [sys.executable, "-c", TORCH_PROBE],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return {"error": f"did not answer within {timeout_s:.0f} s"}
@@ -249,7 +254,7 @@ def check_slurm() -> list[Finding]:
 def _output(command: list[str], timeout_s: float = 10.0) -> str | None:
     """First lines of a command's output, or None if it fails or hangs."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -258,7 +263,7 @@ def _output(command: list[str], timeout_s: float = 10.0) -> str | None:
 def _available_memory() -> float | None:
     """Bytes that can be taken without swapping; None where the kernel does not say."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
         return None
     values = {line.split(":")[0]: 1024.0 * float(line.split()[1]) for line in lines}

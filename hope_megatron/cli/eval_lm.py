@@ -24,6 +24,7 @@ from hope_megatron.checkpoint.errors import ModelReferenceError
 from hope_megatron.cli.eval_output import add_output_arguments, check_output, write_output
 from hope_megatron.cli.models import MODEL_HELP, prepare_process
 from hope_megatron.convert.open_model import OpenModel, open_model
+from hope_megatron.runtime.world import World, WorldError, launched_world
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,8 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Start the processes, or be one of them."""
-    from hope_megatron.runtime.process import is_worker
-
     if args.batch_size < 1 or args.nproc < 1 or (args.limit is not None and args.limit < 1):
         raise ModelReferenceError("--batch-size, --nproc and --limit must be positive")
     if importlib.util.find_spec("lm_eval") is None:
@@ -58,8 +57,13 @@ def run(args: argparse.Namespace) -> int:
         raise ModelReferenceError(f"--include {args.include} is no directory; name the one that holds the YAML files")
     if args.data is not None and not args.data.is_dir():
         raise ModelReferenceError(f"--data {args.data} is no directory; name the one with a folder for each task")
-    if args.nproc == 1 or is_worker():
-        return _work(args) if is_worker() else _evaluate(args, num_threads=None)
+    world = launched_world()
+    if world is not None and args.nproc != 1:
+        raise WorldError(
+            f"--nproc {args.nproc} starts processes, but {world} say that a launcher has started this one; give one of them"
+        )
+    if world is not None or args.nproc == 1:
+        return _evaluate(args, num_threads=None) if world is None else _work(args, world)
     from launch.local import run_local
 
     return run_local(["eval", "lm", *_argv(args)], args.nproc)
@@ -75,7 +79,7 @@ def _argv(args: argparse.Namespace) -> list[str]:
     return [*argv, *(["--mlflow"] if args.mlflow else [])]
 
 
-def _work(args: argparse.Namespace) -> int:
+def _work(args: argparse.Namespace, world: World) -> int:
     """Be one process of a world that a launcher has started."""
     from hope_megatron.runtime.failures import report_failure
     from hope_megatron.runtime.process import die_with_parent
@@ -84,7 +88,7 @@ def _work(args: argparse.Namespace) -> int:
     try:
         return _evaluate(args, num_threads=1)
     except Exception as error:
-        if report_failure(int(os.environ["RANK"]), error):
+        if report_failure(world.rank, error):
             os._exit(2 if getattr(error, "is_user_error", False) else 1)  # peers may wait for this one
         raise
 

@@ -106,6 +106,8 @@ def _refuse_foreign_options(args: argparse.Namespace, action: str) -> None:
 def _submit(args: argparse.Namespace, config_name: str, overrides: list[str]) -> int:
     if args.local:
         return _run_here(args, config_name, overrides)
+    from hope_megatron.config.secrets import mask_credentials
+    from hope_megatron.training.mlflow_client import check_tracking
     from launch.cluster import load_cluster
     from launch.jobs import dry_run, load_config, submit_run
 
@@ -117,10 +119,11 @@ def _submit(args: argparse.Namespace, config_name: str, overrides: list[str]) ->
         for check in rendered.checks:
             print(check)
         return 0 if all(check.ok for check in rendered.checks) else 2
+    check_tracking(config)
     submission = submit_run(config, cluster, nodes)
     _print_submission(config.run_dir, str(submission.job_id))
     if config.tracking.mlflow:
-        uri = config.tracking.uri or f"mlflow.db in {config.output_dir}"
+        uri = mask_credentials(config.tracking.uri or f"mlflow.db in {config.output_dir}")
         print(f"MLflow  run {config.name} of experiment {config.tracking.experiment}, {uri}")
     return 0
 
@@ -174,11 +177,14 @@ def _resume(args: argparse.Namespace, target: str, overrides: list[str]) -> None
 
 
 def _array(args: argparse.Namespace, target: str, overrides: list[str]) -> None:
+    from hope_megatron.training.mlflow_client import check_tracking
     from launch.arrays import grid, submit_array
     from launch.cluster import load_cluster
+    from launch.jobs import load_config
 
     if not args.vary:
         raise LaunchError("hope launch array needs --vary, for example --vary optim.lr=1e-3,3e-3")
+    check_tracking(load_config(target, overrides))
     directory, job_id = submit_array(
         target,
         grid(args.vary),

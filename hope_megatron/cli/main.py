@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 import hope_megatron
 from hope_megatron.runtime.disks import disk_error
+from hope_megatron.runtime.world import forget_launcher
 
 
 class Command(NamedTuple):
@@ -24,6 +26,8 @@ class Command(NamedTuple):
 
     module: str
     help: str
+    joins_world: bool = False
+    """Whether a launcher may start it as one of several processes; all others never read a launcher's variables."""
 
 
 COMMANDS = {
@@ -31,13 +35,13 @@ COMMANDS = {
     "doctor": Command("hope_megatron.cli.doctor", "what this machine has, what is missing, and what to do about it"),
     "plan": Command("hope_megatron.cli.plan", "parameters, FLOPs, memory and time of a run, before it is run"),
     "data": Command("hope_megatron.cli.data", "text to tokenizer to token shards; inspect and verify them"),
-    "train": Command("hope_megatron.cli.train", "pretrain from a configuration"),
+    "train": Command("hope_megatron.cli.train", "pretrain from a configuration", joins_world=True),
     "launch": Command(
         "hope_megatron.cli.launch", "take a run to a Slurm cluster: submit, follow, cancel, resume; arrays and chains"
     ),
     "sweep": Command("hope_megatron.cli.sweep", "scaling laws: plan a sweep, run it, fit laws, get a recommended run"),
     "eval": Command("hope_megatron.cli.eval", "held-out loss and perplexity of a checkpoint"),
-    "eval lm": Command("hope_megatron.cli.eval_lm", "tasks of lm-evaluation-harness on a model"),
+    "eval lm": Command("hope_megatron.cli.eval_lm", "tasks of lm-evaluation-harness on a model", joins_world=True),
     "eval memory": Command("hope_megatron.cli.eval_memory", "what a text does to a model's memories, as a picture"),
     "eval suite": Command(
         "hope_megatron.cli.eval_suite", "the paper's tests: small models of each family, trained here"
@@ -59,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 1: a failure or a bug. 2: a mistake in what was asked for, said in one message. 130: Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _print_in_any_locale()
     try:
         return _dispatch(arguments)
     except KeyboardInterrupt:
@@ -78,11 +83,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _print_in_any_locale() -> None:
+    """A character that the terminal, pipe or file behind stdout or stderr cannot carry becomes a replacement, not an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a test may have put something else there
+            stream.reconfigure(errors="replace")
+
+
 def _dispatch(arguments: list[str]) -> int:
     if not arguments:
         _top_parser().print_help()
         return 2
     module, args = parse(arguments)
+    if not any(command.joins_world for command in COMMANDS.values() if command.module == module.__name__):
+        forget_launcher()
     return int(module.run(args) or 0)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from hope_megatron.config import RunConfig, load_run_config, resolve_run_config
@@ -40,6 +41,8 @@ _COSTS = {
 
 TOKENS_PER_PARAMETER = 20
 """Training length of a bare model preset (Hoffmann et al., arXiv 2203.15556)."""
+_NO_DATA = "no-data"
+"""Stands for the data of a bare model preset."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--utilization {args.utilization}: give a share of the peak between 0 and 1")
     config = load_for_plan(args.config, args.overrides)
     world_size = args.world or config.parallel.tensor_parallel
-    plan = make_plan(config, world_size, args.hardware, args.utilization)
+    plan = {"data": plan_data(config)} | make_plan(config, world_size, args.hardware, args.utilization)
     if args.failures is not None:
         faults = Faults(**{name: getattr(args, name) for name in asdict(Faults())})
         plan["goodput"] = plan_goodput(plan, args.failures, args.nodes or max(1, world_size // 8), faults)
@@ -121,13 +124,29 @@ def load_for_plan(name_or_path: str, overrides: list[str]) -> RunConfig:
         "model": model,
         "training": {"steps": 1, "seq_length": 4096, "global_batch_size": 128, "recompute": "layer"},
         "optim": {"warmup_steps": 0},
-        "data": {"train": "data/train", "tokenizer": "data/tokenizer.model"},
+        "data": {"train": _NO_DATA, "tokenizer": _NO_DATA},
     }
     config = resolve_run_config(data, overrides, source=model)
     if config.training.steps > 1:
         return config
     steps = -(-TOKENS_PER_PARAMETER * num_parameters(config.model) // config.training.tokens_per_step)
     return config.model_copy(update={"training": config.training.model_copy(update={"steps": steps})})
+
+
+def plan_data(config: RunConfig) -> dict[str, Any]:
+    """`passes` over the data sets and a `warning` where they are many; or `unknown`, why they cannot be counted."""
+    from hope_megatron.training.epochs import planned_passes, repetition_warning
+    from hope_megatron.training.sources import open_sources
+
+    if config.data.train == Path(_NO_DATA).absolute():
+        return {"unknown": "a model alone has no data; plan a run file for epochs"}
+    try:
+        passes = planned_passes(open_sources(config)[0], config)
+    except Exception as error:
+        if not getattr(error, "is_user_error", False):
+            raise
+        return {"unknown": str(error)}
+    return {"passes": [one.to_dict() for one in passes], "warning": repetition_warning(passes)}
 
 
 def make_plan(
@@ -176,6 +195,15 @@ def make_plan(
         },
         "estimate": {**asdict(estimate(config, world_size, hardware, utilization)), "hardware": asdict(hardware)},
     }
+
+
+def _data_text(data: dict[str, Any]) -> str:
+    if "unknown" in data:
+        return f"epochs unknown: {data['unknown']}"
+    return ", ".join(
+        f"{one['epochs']:,.3g} epochs of {one['name']} ({count_text(one['unique_tokens'])} tokens)"
+        for one in data["passes"]
+    )
 
 
 def _print(plan: dict[str, Any]) -> None:
@@ -239,11 +267,14 @@ def _print(plan: dict[str, Any]) -> None:
         f"ZeRO {mesh['zero_stage']}\n"
         f"at {percent_text(estimated['utilization'])} of {count_text(hardware['peak_flops'])}FLOP/s (assumed; MFU "
         f"{percent_text(estimated['mfu'])}): {count_text(estimated['tokens_per_second'])} tokens/s, "
-        f"[bold]{duration_text(3600 * estimated['hours'])}[/bold]",
+        f"[bold]{duration_text(3600 * estimated['hours'])}[/bold]\n"
+        f"data: {_data_text(plan['data'])}",
         soft_wrap=True,
     )
     if "goodput" in plan:
         _print_goodput(console, plan["goodput"])
+    if plan["data"].get("warning"):
+        console.print(f"[bold red]Repeated data:[/bold red] {plan['data']['warning']}.", soft_wrap=True)
     if used > 0.9 * hardware["memory_bytes"]:
         console.print(
             f"[bold red]Does not fit[/bold red] with a tenth to spare in {bytes_text(hardware['memory_bytes'])}: set "

@@ -26,6 +26,7 @@ def build_report(
         "zero_stage": parallel.zero_stage,
         "optimizer": config.optim.name,
         "tokens_seen": summary["tokens"],
+        "epochs": summary["epochs"]["train"],
         "tokens_per_second": summary["tokens_per_s"],
         "newton_schulz_calls": summary["newton_schulz_calls"],
         "heldout_loss": scores["model"]["loss"],
@@ -78,6 +79,6 @@ def _markdown(report: dict[str, Any]) -> str:
 
 
 _QUOTED = (
-    "corpus_files", "corpus_bytes", "world_size", "tp", "sequence_parallel", "zero_stage", "optimizer", "tokens_seen",
+    "corpus_files", "corpus_bytes", "world_size", "tp", "sequence_parallel", "zero_stage", "optimizer", "tokens_seen", "epochs",
     "tokens_per_second", "newton_schulz_calls", "export_logit_difference",
 )  # fmt: skip

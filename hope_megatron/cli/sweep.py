@@ -211,7 +211,10 @@ def _fit(args: argparse.Namespace) -> int:
                 f"predicted {interval_text(check.predicted)}, {100 * check.error:+.2f} %"
             )
         for line in [
-            *(f"outlier: {o.name} ({o.scales:.1f} robust standard deviations)" for o in family.outliers),
+            *(
+                f"outlier: {o.name} ({o.scales:.1f} robust standard deviations off), left out of all laws and intervals"
+                for o in family.outliers
+            ),
             *family.notes,
         ]:
             console.print(f"{family.family}: {line}")

@@ -17,6 +17,9 @@ import sys
 from typing import TYPE_CHECKING
 
 from hope_megatron.config import RunConfig, dump_config, load_run_config
+from hope_megatron.runtime.reports import LAUNCH_DIR_VARIABLE
+from hope_megatron.runtime.world import REQUIRED, World, WorldError, launched_world
+from hope_megatron.training.mlflow_client import check_tracking
 from hope_megatron.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -65,25 +68,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Start the processes of a run, or be one of them."""
-    from hope_megatron.runtime.process import is_worker
     from launch.errors import LaunchError
 
-    if is_worker():
-        return _work(args)
+    world = launched_world()
+    if world is not None and args.nproc is not None:
+        raise WorldError(
+            f"--nproc {args.nproc} starts processes, but {world} say that a launcher has started this one. Leave --nproc out, "
+            f"or unset {' '.join(REQUIRED)}"
+        )
+    if world is not None and not args.dry_run:
+        return _work(args, world)
     config = load_run_config(args.config, args.overrides)
-    nproc = config.parallel.tensor_parallel if args.nproc is None else args.nproc
+    nproc = world.world_size if world else args.nproc
+    nproc = config.parallel.tensor_parallel if nproc is None else nproc
     accumulation = config.accumulation_steps(nproc)
+    if world is not None and world.rank > 0:
+        return 0  # a dry run of several processes: the first one speaks
     if args.dry_run:
         print(dump_config(config), end="")
         tokens = f"{config.training.tokens_per_step:,} tokens per step, {config.training.tokens:,} in all"
         print(
             f"# {nproc} processes, data parallel {config.data_parallel(nproc)}, accumulation {accumulation}; {tokens}"
         )
+        print("\n".join(f"# {line}" for line in _outlook(config)))
         return 0
     # Mistakes that can be seen without torch show here, at once, and before any process starts.
     from hope_megatron.training.sources import open_sources
 
     open_sources(config)
+    check_tracking(config)
     directory = RunDirectory(config.run_dir)
     directory.acquire()
     directory.release()
@@ -110,22 +123,39 @@ def run(args: argparse.Namespace) -> int:
     )
 
 
-def _work(args: argparse.Namespace) -> int:
+def _outlook(config: RunConfig) -> list[str]:
+    """How often a run will read its data, and what it will do otherwise than at its newest start."""
+    from hope_megatron.training.epochs import passes_text, planned_passes, repetition_warning
+    from hope_megatron.training.history import outlook
+    from hope_megatron.training.sources import open_sources
+
+    lines = outlook(config, RunDirectory(config.run_dir))
+    try:
+        passes = planned_passes(open_sources(config)[0], config)
+    except Exception as error:
+        if not getattr(error, "is_user_error", False):
+            raise
+        return [f"epochs unknown: {error}", *lines]
+    warning = repetition_warning(passes)
+    return [passes_text(passes), *([f"warning: {warning}"] if warning else []), *lines]
+
+
+def _work(args: argparse.Namespace, world: World) -> int:
     """Be one process of a world that a launcher has started."""
     from hope_megatron.runtime.failures import report_failure
     from hope_megatron.runtime.heartbeat import attach_heartbeat
     from hope_megatron.runtime.process import apply_process_environment, die_with_parent
 
     die_with_parent()
-    rank = int(os.environ["RANK"])
+    _say_what_is_waited_for(world)
     try:
-        attach_heartbeat(rank)
+        attach_heartbeat(world.rank)
         config = load_run_config(args.config, args.overrides)
         apply_process_environment(config.training.num_threads)
         _train(config, args)
         return 0
     except Exception as error:
-        if report_failure(rank, error):
+        if report_failure(world.rank, error):
             _leave(2 if getattr(error, "is_user_error", False) else 1)
         raise
 
@@ -173,6 +203,17 @@ def heartbeat_limits(config: RunConfig) -> Limits:
 
     hang = config.resilience.hang
     return Limits(hang.min_s, hang.step_factor, hang.start_up_s, hang.first_step_s, hang.evaluation_s, hang.save_s)
+
+
+def _say_what_is_waited_for(world: World) -> None:
+    """Variables left over in a shell look like a launcher's: the first rank of a world then waits for peers that never come."""
+    if world.rank == 0 and world.world_size > 1 and LAUNCH_DIR_VARIABLE not in os.environ:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        print(
+            f"process 0 of {world.world_size}, by {' '.join(REQUIRED)}: waiting for the others at {where}. Without a launcher, "
+            "unset these",
+            file=sys.stderr,
+        )
 
 
 def _leave(code: int) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import ValidationError
 
 from hope_megatron.config.base import ConfigError, Section
@@ -23,7 +22,8 @@ from hope_megatron.config.messages import Location, dotted, explain
 from hope_megatron.config.model import ModelConfig
 from hope_megatron.config.presets import find_config, split_family
 from hope_megatron.config.run import RunConfig
-from hope_megatron.config.strict_yaml import parse_yaml
+from hope_megatron.config.secrets import mask_credentials, unmask_tracking_uri
+from hope_megatron.config.strict_yaml import MAX_CHARACTERS, MAX_DEPTH, dump_yaml, parse_yaml
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -54,7 +54,8 @@ def load_model_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -
 
 
 def resolve_run_config(data: Mapping[str, Any], overrides: Iterable[str] = (), *, source: str) -> RunConfig:
-    """Validate a run given as nested mappings, as a run file would hold them. Paths of data become absolute.
+    """Validate a run given as nested mappings, as a run file would hold them. Paths of data become absolute, and a tracking URI
+    that had been masked is what the environment says it is.
 
     Args:
         data: keys and values; `model` may be the name of a preset, or hold a `preset` key beside its changes.
@@ -70,7 +71,10 @@ def resolve_run_config(data: Mapping[str, Any], overrides: Iterable[str] = (), *
     paths["mix_with"] = {
         name: _absolute(path) if isinstance(path, Path) else path for name, path in config.data.mix_with.items()
     }
-    return config.model_copy(update={"data": config.data.model_copy(update=paths)})
+    tracking = config.tracking
+    if tracking.uri is not None:
+        tracking = tracking.model_copy(update={"uri": unmask_tracking_uri(tracking.uri)})
+    return config.model_copy(update={"data": config.data.model_copy(update=paths), "tracking": tracking})
 
 
 _INNER_KEY = re.compile(
@@ -132,8 +136,8 @@ def override_inner_clocks(model: ModelConfig, overrides: Iterable[str]) -> Model
 
 
 def dump_config(config: Section) -> str:
-    """YAML that loads back to an equal configuration, defaults included."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    """YAML that loads back to an equal configuration, defaults included; passwords in URIs are masked."""
+    return mask_credentials(dump_yaml(config.model_dump(mode="json")))
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -143,7 +147,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
         ConfigError: if the file cannot be read, is not UTF-8, is not YAML, or holds something else.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            text = file.read(4 * MAX_CHARACTERS + 1).decode("utf-8")  # at most 4 bytes a character
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -174,6 +179,8 @@ class _Tree:
 
     def set(self, path: Location, value: Any, source: str) -> None:
         """Set one value, creating sections on the way; digits index lists that exist."""
+        if len(path) > MAX_DEPTH:
+            raise ConfigError(f"{source}: the key {dotted(path[:3])}... is nested deeper than {MAX_DEPTH} levels")
         node: Any = self.data
         done: Location = ()
         for part in path[:-1]:
@@ -267,8 +274,10 @@ def _parse_override(text: str) -> tuple[Location, Any, str]:
     key, separator, value = text.partition("=")
     path = tuple(key.strip().split("."))
     if not separator or not all(path):
-        raise ConfigError(f"override {text!r} is not of the form key.sub=value; for example optim.lr=1e-3")
-    source = f"override {text}"
+        raise ConfigError(
+            f"override {mask_credentials(text)!r} is not of the form key.sub=value; for example optim.lr=1e-3"
+        )
+    source = f"override {mask_credentials(text)}"
     return path, parse_yaml(value, source), source
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, get_args, get_origin
 
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from hope_megatron.config.base import ConfigError, Section
+from hope_megatron.config.secrets import mask_credentials
 
 Location = tuple["str | int", ...]
 
@@ -93,11 +95,20 @@ def _line(item: ErrorDetails, root: type[Section], origin: Callable[[Location], 
     bounds = {name: f"{value:g}" if isinstance(value, float) else value for name, value in context.items()}
     expected = _EXPECTED[kind].format(**bounds) if kind in _EXPECTED else item["msg"]
     line = f"{where}{key} must be {expected}, not {_shown(item['input'])}"
+    line += _yaml_hint(kind, item["input"])
     if kind == "literal_error":
         choices = context["expected"].replace(" or ", ", ").replace("'", "").split(", ")
         near = difflib.get_close_matches(str(item["input"]), choices, n=1, cutoff=0.5)
         line += f"; did you mean {near[0]}?" if near else ""
     return line
+
+
+def _yaml_hint(kind: str, value: Any) -> str:
+    """What YAML 1.2 wants written otherwise: no underscores in numbers, quotes around text that looks like a number."""
+    if kind in ("int_type", "float_type") and isinstance(value, str):
+        plain = value.replace("_", "")
+        return f"; write {plain}" if "_" in value and re.fullmatch(r"[-+]?[\d.]+([eE][-+]?\d+)?", plain) else ""
+    return "; put it in quotes" if kind == "string_type" and isinstance(value, (int, float)) else ""
 
 
 def _is_echo(item: ErrorDetails, details: list[ErrorDetails]) -> bool:
@@ -126,5 +137,5 @@ def section_in(annotation: Any) -> type[Section] | None:
 
 
 def _shown(value: Any) -> str:
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else mask_credentials(repr(value))
     return text if len(text) <= 60 else text[:57] + "..."

@@ -172,7 +172,7 @@ class CMSLevelConfig(Section):
     hidden_size: int = Field(gt=0)
     """Hidden width of the level's MLP (for swiglu: of each of gate and up)."""
     update_period_steps: int = Field(default=1, gt=0)
-    """The level's parameters change every this many optimizer steps, by the gradient averaged meanwhile."""
+    """The level's parameters change every this many optimizer steps, by the sum of the gradients meanwhile (eq. 71)."""
 
     inner_chunk_tokens: int | None = Field(default=None, gt=0)
     """In context: a fast copy of the level's matrices changes every this many tokens (eq. 71). None: never."""

@@ -6,10 +6,11 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator, model_validator
+from pydantic import Field, PlainValidator, field_serializer, model_validator
 from pydantic_core import PydanticKnownError
 
 from hope_megatron.config.base import ConfigError, Section
+from hope_megatron.config.secrets import mask_credentials
 
 
 class TrainingConfig(Section):
@@ -159,7 +160,8 @@ class TrackingConfig(Section):
     mlflow: bool = True
     """Feed MLflow."""
     uri: str | None = None
-    """Tracking URI; None is a SQLite file, mlflow.db, beside the run directories."""
+    """Tracking URI; None is a SQLite file, mlflow.db, beside the run directories. A user name or password in it is masked
+    wherever the configuration is written or printed."""
     experiment: str = "hope"
     """MLflow experiment."""
     tags: dict[str, str] = Field(default={})
@@ -170,3 +172,8 @@ class TrackingConfig(Section):
         if self.uri is not None and not self.mlflow:
             raise ConfigError("tracking.uri is set but tracking.mlflow=false; remove one of them")
         return self
+
+    @field_serializer("uri")
+    def _mask(self, uri: str | None) -> str | None:
+        """Every dump of a configuration goes through here: files, checkpoints, MLflow and the screen see no password."""
+        return None if uri is None else mask_credentials(uri)

@@ -18,6 +18,7 @@ from hope_megatron.config.base import ConfigError
 from hope_megatron.config.parallel import ParallelConfig
 from hope_megatron.engine.collectives import record_collectives
 from hope_megatron.layers.cpu import install_cpu_support
+from hope_megatron.runtime.world import launched_world
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +59,14 @@ def init_distributed(parallel: ParallelConfig, *, num_threads: int = 1, timeout_
 
     Raises:
         ConfigError: if the world size is not divisible by the tensor-parallel size.
+        WorldError: if the launcher variables name no world.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if dist.is_initialized():
-        rank, world_size = dist.get_rank(), dist.get_world_size()
+        launched = None
+        rank, world_size, local_rank = dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0))
+    else:
+        launched = launched_world()
+        rank, world_size, local_rank = launched or (0, 1, 0)
     if world_size % parallel.tensor_parallel:
         raise ConfigError(
             f"{world_size} processes cannot be divided into tensor-parallel groups of {parallel.tensor_parallel} "
@@ -79,7 +83,7 @@ def init_distributed(parallel: ParallelConfig, *, num_threads: int = 1, timeout_
     record_collectives()
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        if "RANK" in os.environ:
+        if launched is not None:
             store = rendezvous_store(rank, world_size, timeout)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         else:

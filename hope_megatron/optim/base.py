@@ -27,16 +27,21 @@ class BoundOptimizer(torch.optim.Optimizer):
     Groups come from `build_param_groups`. Under ZeRO call `bind_zero` once after `deepspeed.initialize`. Without ZeRO
     whole parameters need nothing; tensor-parallel shards need `bind_plain`.
 
-    Update clock: a group with `update_period_steps` n > 1 adds up its gradients over n calls of `step` and makes one
-    update with their average (sum / n) at the end; parameters, moments and weight decay stand still meanwhile.
-    `state["step"]` counts calls, so updates are `step // n`. A step that DeepSpeed skips (overflow) never calls `step`
-    and changes nothing.
+    Update clock (Nested Learning, arXiv 2512.24695, eq. 71): a group with `update_period_steps` n > 1 adds up its
+    gradients over n calls of `step` and makes one update with their **sum** at the end, at that step's learning rate;
+    parameters, moments and weight decay stand still meanwhile. AdamW, Muon, AdaMuon and M3's ema form do not depend on
+    the scale of the gradient: for them a sum is as good as a mean, and the group moves once as far as others do in one
+    step. SGD's update is as large as the gradient: n steps' worth, and its weight decay counts n times to match. M3's
+    paper form divides by sqrt(V): its update is n times smaller than a mean's. `state["step"]` counts calls, so updates
+    are `step // n`. A step that DeepSpeed skips (overflow) never calls `step` and changes nothing.
     """
 
     orthogonalizes = False
     """Whether matrices go through Newton-Schulz."""
     matrix_state: tuple[str, ...] = ()
     vector_state: tuple[str, ...] = ("m1", "v")
+    grows_with_gradient = False
+    """Whether the update is proportional to the gradient: a period's sum is then n steps' worth, weight decay too."""
     measure_updates = False
     """Set before a step: it then notes what `relative_updates` tells."""
     ema_decay = 0.0
@@ -229,7 +234,8 @@ class BoundOptimizer(torch.optim.Optimizer):
     def _update(self, bound: BoundVector, flat: Tensor, context: UpdateContext) -> None:
         group = context.group
         if group["weight_decay"]:
-            flat.mul_(1.0 - group["lr"] * group["weight_decay"])
+            steps = group["update_period_steps"] if self.grows_with_gradient else 1
+            flat.mul_(1.0 - group["lr"] * group["weight_decay"] * steps)
         update = self.matrix_update(context) if group["role"] == "matrix" else self.vector_update(context)
         flat.add_(update, alpha=-group["lr"])
         bound.update_norm = torch.linalg.vector_norm(update)
@@ -256,9 +262,9 @@ class BoundOptimizer(torch.optim.Optimizer):
         pending = state["pending_grad"].add_(grad)
         if state["step"] % period:
             return None
-        average = pending / period
+        total = pending.clone()
         pending.zero_()
-        return average
+        return total
 
     @abstractmethod
     def matrix_update(self, context: UpdateContext) -> Tensor:

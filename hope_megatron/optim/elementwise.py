@@ -20,8 +20,13 @@ class AdamW(BoundOptimizer):
 
 
 class SGD(BoundOptimizer):
-    """Gradient descent with momentum as a moving average (not a sum: the step does not grow with the momentum)."""
+    """Gradient descent with momentum as a moving average (not a sum: the step does not grow with the momentum).
 
+    A group with an update period of n makes one step n times as long, by the sum of n gradients: its learning rate must be
+    stable at n times its value.
+    """
+
+    grows_with_gradient = True
     matrix_state = ("m1",)
     vector_state = ("m1",)
 

@@ -27,6 +27,9 @@ class M3(BoundOptimizer):
 
         U = (O1 + a O2) / (sqrt(V) + floor * rms(sqrt V))        Theta -= lr * 0.2 U / rms(U)
 
+    In a group with an update period, g is the sum of the gradients of the period: the paper's form divides by a sqrt(V)
+    that has grown as much, while O1 and O2 have no scale, so its update is that much smaller. The ema form has no scale.
+
     Bias corrections would cancel and are left out. The floor bounds the gain of entries that hardly ever see a
     gradient, which Newton-Schulz does not leave small. In this form the slow clocks of different parameters are offset
     against each other (`stagger`), so that every step has about the same work; a parameter's first slow period may be

@@ -21,7 +21,7 @@ class UpdateContext(NamedTuple):
     """What an optimizer makes an update of. All tensors are flat and as long as the vector.
 
     Attributes:
-        grad: gradient (its average over the update period), float32.
+        grad: gradient (summed over the update period), float32.
         state: the optimizer's state tensors of this vector.
         group: the parameter group: rates and the optimizer's own settings.
         num_updates: number of this update, from 1.

@@ -82,11 +82,6 @@ def start_up_text(phases: Mapping[str, float]) -> str:
     return f"{sum(phases.values()):.1f} s: {parts}"
 
 
-def is_worker() -> bool:
-    """Whether a launcher (torchrun, srun) has told this process its rank."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def launch_time(environment: Mapping[str, str]) -> float | None:
     """When the start of this worker began; None if no launcher says so."""
     try:
@@ -98,7 +93,7 @@ def launch_time(environment: Mapping[str, str]) -> float | None:
 def process_start_time() -> float | None:
     """Unix time at which this process was started; None where the system does not tell."""
     try:
-        after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        after_name = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         since_boot = int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5), starttime
         return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot
     except (OSError, ValueError, IndexError, AttributeError):

@@ -30,15 +30,19 @@ from hope_megatron.sweep.frontier import (
 )
 from hope_megatron.sweep.hyper import Trial, Tuned, TuningLaw, fit_tuning, tuned_batch, tuned_lr
 from hope_megatron.sweep.laws import Array, ComputeLaw, DataConstrainedLaw, LossLaw
-from hope_megatron.sweep.parametric import MIN_RUNS, NUM_COEFFICIENTS, LossFit, fit_data_constrained, fit_loss_law
+from hope_megatron.sweep.parametric import (
+    MIN_RUNS,
+    NUM_COEFFICIENTS,
+    OUTLIER_SCALES,
+    LossFit,
+    fit_data_constrained,
+    fit_without_outliers,
+    outlier_scales,
+)
 from hope_megatron.sweep.schema import FitConfig
-
-OUTLIER_SCALES = 4.0
-"""A run is an outlier when its residual exceeds this many robust standard deviations."""
 
 SINGLE_EPOCH = 1.05
 """Runs of more passes over their data count as repeating it."""
-_SMALLEST_SCALE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,12 @@ class FamilyAnalysis:
     """One per size and length: well-tuned, mean over seeds."""
     compute: ComputeLaw
     fresh: list[Observation] = field(default_factory=list)
-    """The runs that do not repeat their data, to which the loss law and the approaches are fitted."""
+    """The runs that do not repeat their data, to which the loss law and the approaches are fitted, but for outliers."""
     fit: LossFit | None = None
     law: Resampled[LossLaw] | None = None
     """Approach 3."""
     outliers: list[Outlier] = field(default_factory=list)
+    """Runs that the law does not explain: named, and left out of every law and interval."""
     heldout: list[HeldOut] = field(default_factory=list)
     profiles: list[Profile] = field(default_factory=list)
     isoflop: Resampled[Frontier] | None = None
@@ -96,6 +101,12 @@ class FamilyAnalysis:
     batch_valleys: list[Tuned] = field(default_factory=list)
     batch_law: Resampled[TuningLaw] | None = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def explained(self) -> list[Observation]:
+        """The fresh runs without outliers."""
+        named = {outlier.name for outlier in self.outliers}
+        return [run for run in self.fresh if run.name not in named]
 
     def optimum(self, flops: float) -> dict[str, Estimate] | None:
         """N, D and loss of the best run that this compute buys (approach 3), or None without a law."""
@@ -148,20 +159,13 @@ def columns(runs: Sequence[Observation]) -> tuple[Array, Array, Array, Array]:
     return table[:, 0], table[:, 1], table[:, 2], table[:, 3]
 
 
-def find_outliers(
-    names: Sequence[str], log_residuals: Array, num_coefficients: int = NUM_COEFFICIENTS
-) -> list[Outlier]:
-    """Runs whose residual exceeds OUTLIER_SCALES robust standard deviations, worst first.
-
-    The scale is 1.4826 times the median size of the residuals, the smallest p left out: a robust fit passes
-    through about as many points as it has coefficients, and their zeros say nothing about the noise.
-    """
-    sizes = np.sort(np.abs(log_residuals))[num_coefficients:]
-    scale = max(1.4826 * float(np.median(sizes)), _SMALLEST_SCALE) if len(sizes) else math.inf
-    found = [Outlier(name, float(r), abs(float(r)) / scale) for name, r in zip(names, log_residuals, strict=True)]
-    return sorted(
-        (outlier for outlier in found if outlier.scales > OUTLIER_SCALES), key=lambda outlier: -outlier.scales
-    )
+def find_outliers(names: Sequence[str], fit: LossFit) -> list[Outlier]:
+    """The runs that a fit has left out, worst first."""
+    scales = outlier_scales(fit.log_residuals, fit.kept)
+    found = [
+        Outlier(name, float(fit.log_residuals[i]), float(scales[i])) for i, name in enumerate(names) if not fit.kept[i]
+    ]
+    return sorted(found, key=lambda outlier: -outlier.scales)
 
 
 def _attempt(result: FamilyAnalysis, what: str, fit: Callable[[], None]) -> None:
@@ -174,7 +178,7 @@ def _attempt(result: FamilyAnalysis, what: str, fit: Callable[[], None]) -> None
 def _fit_law(result: FamilyAnalysis, config: FitConfig) -> None:
     runs = result.fresh
     result.fit, result.law = _law_with_intervals(runs, config)
-    result.outliers = find_outliers([run.name for run in runs], result.fit.log_residuals)
+    result.outliers = find_outliers([run.name for run in runs], result.fit)
     if result.fit.at_bounds:
         result.notes.append(
             f"approach 3: the runs do not determine {', '.join(result.fit.at_bounds)}, which ended at the edge of what is allowed; "
@@ -184,7 +188,7 @@ def _fit_law(result: FamilyAnalysis, config: FitConfig) -> None:
 
 def _law_with_intervals(runs: Sequence[Observation], config: FitConfig) -> tuple[LossFit, Resampled[LossLaw]]:
     n, d, _, loss = columns(runs)
-    fit = fit_loss_law(n, d, loss, delta=config.huber_delta)
+    fit = fit_without_outliers(n, d, loss, delta=config.huber_delta)
     laws = resample_loss_law(
         fit, n, d, delta=config.huber_delta, count=config.bootstrap, level=config.level, seed=config.seed
     )
@@ -192,7 +196,7 @@ def _law_with_intervals(runs: Sequence[Observation], config: FitConfig) -> tuple
 
 
 def _fit_isoflop(result: FamilyAnalysis, config: FitConfig) -> None:
-    runs = result.fresh
+    runs = result.explained
     n, d, c, loss = columns(runs)
     result.profiles = isoflop_profiles(n, c, loss)
 
@@ -203,7 +207,7 @@ def _fit_isoflop(result: FamilyAnalysis, config: FitConfig) -> None:
 
 
 def _fit_envelope(result: FamilyAnalysis, config: FitConfig) -> None:
-    runs = result.fresh
+    runs = result.explained
     curves = [run.curve for run in runs if run.curve is not None]
     if not curves:
         raise SweepError("there are no training curves")
@@ -227,21 +231,42 @@ def _check_heldout(result: FamilyAnalysis, config: FitConfig) -> None:
 
 
 def _fit_repeats(result: FamilyAnalysis, config: FitConfig) -> None:
-    runs = result.runs
+    assert result.law is not None
+    named = {outlier.name for outlier in result.outliers}
+    runs = [run for run in result.runs if run.name not in named]
+    point, residuals = _repeats_law(runs, result, config)
+    scales = outlier_scales(residuals, np.ones(len(runs), dtype=np.bool_), NUM_COEFFICIENTS + 2)
+    found = [Outlier(run.name, float(r), float(s)) for run, r, s in zip(runs, residuals, scales) if s > OUTLIER_SCALES]
+    if found and len(found) <= len(runs) // 4:
+        result.outliers += sorted(found, key=lambda outlier: -outlier.scales)
+        runs = [run for run, scale in zip(runs, scales) if scale <= OUTLIER_SCALES]
+        point, residuals = _repeats_law(runs, result, config)
+    n, d, _, loss = columns(runs)
+    fitted = loss / np.exp(residuals)
+    rng = np.random.default_rng(config.seed)
+    pool = widened(residuals, NUM_COEFFICIENTS + 2, config.level)
+
+    def refit(base: LossLaw) -> DataConstrainedLaw:
+        losses = fitted * np.exp(rng.choice(pool, len(loss)))
+        unique = _unique(runs)
+        return fit_data_constrained(base, result.compute, n, d, unique, losses, delta=config.huber_delta, start=point)
+
+    resamples = tuple(map(refit, result.law.resamples))
+    result.data_constrained = Resampled(point, resamples, config.level)
+
+
+def _repeats_law(
+    runs: Sequence[Observation], result: FamilyAnalysis, config: FitConfig
+) -> tuple[DataConstrainedLaw, Array]:
+    """The law of runs that repeat their data, and the residuals of log loss."""
     assert result.law is not None
     n, d, _, loss = columns(runs)
-    unique = np.array([min(run.unique_tokens, run.tokens) for run in runs])
+    law = fit_data_constrained(result.law.point, result.compute, n, d, _unique(runs), loss, delta=config.huber_delta)
+    return law, np.log(loss / law(n, d, _unique(runs)))
 
-    def fit(base: LossLaw, losses: Array, start: DataConstrainedLaw | None = None) -> DataConstrainedLaw:
-        return fit_data_constrained(base, result.compute, n, d, unique, losses, delta=config.huber_delta, start=start)
 
-    point = fit(result.law.point, loss)
-    fitted = point(n, d, unique)
-    rng = np.random.default_rng(config.seed)
-    residuals = widened(np.log(loss / fitted), NUM_COEFFICIENTS + 2, config.level)
-    redrawn = [(base, fitted * np.exp(rng.choice(residuals, len(loss)))) for base in result.law.resamples]
-    resamples = tuple(fit(base, losses, point) for base, losses in redrawn)
-    result.data_constrained = Resampled(point, resamples, config.level)
+def _unique(runs: Sequence[Observation]) -> Array:
+    return np.array([min(run.unique_tokens, run.tokens) for run in runs])
 
 
 def _fit_tuning(result: FamilyAnalysis, observations: list[Observation], config: FitConfig) -> None:

@@ -53,12 +53,13 @@ def interval(value: float, samples: list[float], level: float) -> Estimate:
 def resample_loss_law(
     fit: LossFit, parameters: Array, tokens: Array, *, delta: float, count: int, level: float, seed: int
 ) -> Resampled[LossLaw]:
-    """Residual bootstrap: the design stays, residuals are drawn again around the fitted law.
+    """Residual bootstrap: the design stays, residuals are drawn again around the fitted law; runs that are outliers have no part.
 
     Resampling whole runs instead would often leave a small design with sizes missing.
     """
     rng = np.random.default_rng(seed)
-    residuals = widened(fit.log_residuals, NUM_COEFFICIENTS, level)
+    parameters, tokens = parameters[fit.kept], tokens[fit.kept]
+    residuals = widened(fit.log_residuals[fit.kept], NUM_COEFFICIENTS, level)
     fitted = np.log(fit.law(parameters, tokens))
     laws = []
     for _ in range(count):
@@ -68,9 +69,9 @@ def resample_loss_law(
 
 
 def predict_run(fit: LossFit, laws: Resampled[LossLaw], parameters: float, tokens: float, *, seed: int = 0) -> Estimate:
-    """Loss of one more run: the law's interval, and the scatter of runs around the law."""
+    """Loss of one more run that is no outlier: the law's interval, and the scatter of runs around the law."""
     rng = np.random.default_rng(seed)
-    residuals = widened(fit.log_residuals, NUM_COEFFICIENTS, laws.level)
+    residuals = widened(fit.log_residuals[fit.kept], NUM_COEFFICIENTS, laws.level)
     samples = [float(law(parameters, tokens)) * float(np.exp(rng.choice(residuals))) for law in laws.resamples]
     return interval(float(laws.point(parameters, tokens)), samples, laws.level)
 

@@ -8,9 +8,10 @@ the data they were fitted to (arXiv 2404.10102), hence the tight tolerances.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import minimize
 
 from hope_megatron.sweep.errors import SweepError
@@ -19,6 +20,10 @@ from hope_megatron.sweep.laws import Array, ComputeLaw, DataConstrainedLaw, Loss
 NUM_COEFFICIENTS = 5
 MIN_RUNS = NUM_COEFFICIENTS + 1
 
+OUTLIER_SCALES = 4.0
+"""A run is an outlier when its residual exceeds this many robust standard deviations."""
+_SMALLEST_SCALE = 1e-6
+_MAX_ROUNDS = 5
 _MAX_EXPONENT = 3.0
 _POLISHED_STARTS = 12
 _OPTIONS = {"maxiter": 2000, "maxfun": 4000, "maxcor": 20, "ftol": 1e-15, "gtol": 1e-9}
@@ -30,7 +35,9 @@ class LossFit:
 
     law: LossLaw
     log_residuals: Array
-    """log L measured - log L fitted, per run."""
+    """log L measured - log L fitted, per run, of outliers too."""
+    kept: NDArray[np.bool_]
+    """The runs that the law is fitted to: all but outliers."""
     objective: float
     at_bounds: tuple[str, ...]
     """Coefficients that ended at the edge of what is allowed: the data do not determine them."""
@@ -57,9 +64,44 @@ def fit_loss_law(
     solutions = [problem.solve(x) for x in starts]
     best = min(solutions, key=lambda x: problem.objective(x)[0])
     law = problem.decode(best)
+    residuals = np.log(loss) - np.log(law(parameters, tokens))
     return LossFit(
-        law, np.log(loss) - np.log(law(parameters, tokens)), problem.objective(best)[0], problem.at_bounds(best)
+        law, residuals, np.ones(len(loss), dtype=np.bool_), problem.objective(best)[0], problem.at_bounds(best)
     )
+
+
+def fit_without_outliers(
+    parameters: Array, tokens: Array, loss: Array, *, delta: float = 1e-3, start: LossLaw | None = None
+) -> LossFit:
+    """`fit_loss_law`, and again without the runs that it does not explain, until no further one shows.
+
+    The Huber loss bounds how far an outlier pulls, but not to nothing: without it the law is that of the other runs. At most a
+    quarter of the runs is left out, the worst first; more would be no outliers.
+    """
+    fit = fit_loss_law(parameters, tokens, loss, delta=delta, start=start)
+    most = min(len(loss) // 4, len(loss) - MIN_RUNS)
+    for _ in range(_MAX_ROUNDS):
+        sizes = outlier_scales(fit.log_residuals, fit.kept)
+        worst = np.argsort(-sizes)[:most]
+        kept = np.ones(len(loss), dtype=np.bool_)
+        kept[worst[sizes[worst] > OUTLIER_SCALES]] = False
+        if (kept == fit.kept).all():
+            break
+        part = fit_loss_law(parameters[kept], tokens[kept], loss[kept], delta=delta, start=start)
+        residuals = np.log(loss) - np.log(part.law(parameters, tokens))
+        fit = replace(part, log_residuals=residuals, kept=kept)
+    return fit
+
+
+def outlier_scales(log_residuals: Array, kept: NDArray[np.bool_], num_coefficients: int = NUM_COEFFICIENTS) -> Array:
+    """Sizes of residuals in robust standard deviations of the kept ones.
+
+    The scale is 1.4826 times the median size, the smallest p left out: a robust fit passes through about as many points as it has
+    coefficients, and their zeros say nothing about the noise.
+    """
+    sizes = np.sort(np.abs(log_residuals[kept]))[num_coefficients:]
+    scale = max(1.4826 * float(np.median(sizes)), _SMALLEST_SCALE) if len(sizes) else np.inf
+    return np.abs(log_residuals) / scale
 
 
 def fit_data_constrained(

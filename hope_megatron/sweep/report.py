@@ -273,7 +273,7 @@ def _checks(families: Sequence[FamilyAnalysis], pictures: Path) -> list[Block]:
         Bullets(
             [
                 f"outlier: `{o.name}` lies {100 * math.expm1(o.log_residual):+.2f} % off the law "
-                f"({o.scales:.1f} robust standard deviations)"
+                f"({o.scales:.1f} robust standard deviations); it is left out of all laws and intervals"
                 for _, o in outliers
             ]
         )

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import FrameType
 
+from hope_megatron.config.secrets import tracking_environment
 from hope_megatron.runtime.process import process_environment
 from hope_megatron.sweep.errors import SweepError
 from hope_megatron.sweep.plan import Cell, Plan
@@ -118,6 +119,7 @@ class LocalRunner:
         self.directory.record(cell, replace(self.directory.attempts(cell), started=True))
         command = [*self.train, str(self.directory.run_file(cell)), "--nproc", str(self.plan.sweep.hardware.devices)]
         environment = {**process_environment(cell.config.training.num_threads), **os.environ}
+        environment |= tracking_environment(cell.config.tracking.uri)  # the run file has its password masked
         with open(self.directory.log(cell), "ab") as log:
             # A session of its own: Ctrl-C reaches this process only, which asks the cells to save and leave.
             process = subprocess.Popen(

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hope_megatron.config.secrets import mask_credentials, unmask_tracking_uri
 from hope_megatron.runtime.files import write_json
 from hope_megatron.sweep.analysis import FamilyAnalysis
 from hope_megatron.sweep.plan import Plan
 from hope_megatron.sweep.report import coefficient_rows
 from hope_megatron.sweep.store import SweepDirectory
-from hope_megatron.training.mlflow_client import default_uri, open_experiment
+from hope_megatron.training.mlflow_client import TrackingError, brief, open_experiment, tracking_uri
 
 log = logging.getLogger(__name__)
 
@@ -29,16 +30,25 @@ def open_parent(plan: Plan, directory: SweepDirectory) -> None:
     config = plan.cells[0].config
     if not config.tracking.mlflow or "run_id" in _read(directory.path / "tracking.json"):
         return
-    uri = config.tracking.uri or default_uri(config.output_dir)
+    uri = tracking_uri(config)
     try:
         client, experiment_id = open_experiment(uri, config.tracking.experiment)
         tags = {**config.tracking.tags, "hope_megatron.sweep": plan.sweep.name}
         run = client.create_run(experiment_id, run_name=plan.sweep.name, tags=tags)
-        state = {"uri": uri, "experiment": config.tracking.experiment, "run_id": run.info.run_id, "linked": []}
+        state = {
+            "uri": mask_credentials(uri),
+            "experiment": config.tracking.experiment,
+            "run_id": run.info.run_id,
+            "linked": [],
+        }
         write_json(directory.path / "tracking.json", state)
+    except TrackingError:
+        raise
     except Exception as error:  # any of a server's ways to fail
         log.warning(
-            "MLflow at %s does not answer (%s); the sweep goes on without a parent run", uri, type(error).__name__
+            "MLflow at %s does not answer (%s); the sweep goes on without a parent run",
+            mask_credentials(uri),
+            brief(error),
         )
 
 
@@ -52,13 +62,13 @@ def link_children(plan: Plan, directory: SweepDirectory) -> int:
     if not new:
         return 0
     try:
-        client, _ = open_experiment(state["uri"], state["experiment"])
+        client, _ = open_experiment(unmask_tracking_uri(state["uri"]), state["experiment"])
         for cell, run_id in new:
             client.set_tag(run_id, _PARENT_TAG, state["run_id"])
             client.set_tag(run_id, "hope_megatron.family", cell.family)
             state["linked"].append(cell.name)
     except Exception as error:  # any of a server's ways to fail
-        log.warning("MLflow does not answer (%s); the next call links what is missing", type(error).__name__)
+        log.warning("MLflow does not answer (%s); the next call links what is missing", brief(error))
     write_json(directory.path / "tracking.json", state)
     return len(new)
 
@@ -69,7 +79,7 @@ def log_report(directory: SweepDirectory, families: Sequence[FamilyAnalysis], fi
     if "run_id" not in state:
         return
     try:
-        client, _ = open_experiment(state["uri"], state["experiment"])
+        client, _ = open_experiment(unmask_tracking_uri(state["uri"]), state["experiment"])
         for family in families:
             for name, law, coefficient, estimate in coefficient_rows(family):
                 if math.isfinite(estimate.value):
@@ -78,7 +88,7 @@ def log_report(directory: SweepDirectory, families: Sequence[FamilyAnalysis], fi
             client.log_artifact(state["run_id"], str(path))
         client.set_terminated(state["run_id"], "FINISHED")
     except Exception as error:  # any of a server's ways to fail
-        log.warning("MLflow does not answer (%s); the report is in %s", type(error).__name__, directory.path)
+        log.warning("MLflow does not answer (%s); the report is in %s", brief(error), directory.path)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from hope_megatron.runtime.heartbeat import HEART
 from hope_megatron.runtime.process import start_up_text
 from hope_megatron.runtime.records import read_object
 from hope_megatron.training.batches import SampleSource, heldout_batches, micro_batches, rank_samples
+from hope_megatron.training.epochs import passes_over
 from hope_megatron.training.guard import Judgement
 from hope_megatron.training.ledger import RunLedger
 from hope_megatron.training.loop import Callback, Run
@@ -267,6 +268,7 @@ class Checkpointing(Callback):
             "data": run.train_source.state(run.state.samples),
             "config": run.config.model_dump(mode="json"),
             "provenance": run.provenance,
+            "history": run.history,
             "heldout_loss": run.metrics.get("heldout/loss"),
         }
 
@@ -300,6 +302,7 @@ class Summary(Callback):
             "precision": config.training.precision,
             "optimizer": config.optim.name,
             **run.state.to_dict(),
+            "epochs": {one.name: one.epochs for one in passes_over(run.train_source, run.state.samples)},
             "tokens_per_s": run.state.tokens / max(run.state.wall_s, 1e-9),
             "train_loss": _last(records, "train/loss"),
             "heldout_loss": _last(records, "heldout/loss"),
@@ -335,7 +338,14 @@ class Tracking(Callback):
             directory = run.directory
             self.tracker.close(
                 "FINISHED" if run.is_complete else "KILLED",
-                [directory.config, directory.metrics, directory.summary, directory.curves, directory.log],
+                [
+                    directory.config,
+                    directory.history,
+                    directory.metrics,
+                    directory.summary,
+                    directory.curves,
+                    directory.log,
+                ],
             )
 
 

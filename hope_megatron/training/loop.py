@@ -42,6 +42,8 @@ class Run:
     phases: PhaseClock = field(default_factory=PhaseClock)
     metrics: dict[str, float] = field(default_factory=dict)
     """What callbacks measured after this step, by metric name; emptied before the next."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """What the weights went through: conversions, and settings that changed when the run was resumed (config/changes.py)."""
     reader: BatchReader | None = None
     """Reads training batches ahead, while the loop runs."""
     stop_signal: int = 0

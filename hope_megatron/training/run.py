@@ -20,6 +20,15 @@ from hope_megatron.runtime.formatting import duration_text
 from hope_megatron.runtime.heartbeat import HEART
 from hope_megatron.training.batches import SampleSource
 from hope_megatron.training.callbacks import default_callbacks, is_summarized
+from hope_megatron.training.epochs import passes_over, passes_text, planned_passes, repetition_warning
+from hope_megatron.training.history import (
+    announce_changes,
+    completed_config,
+    history_tags,
+    learning_rate_rise,
+    resumed_history,
+    write_history,
+)
 from hope_megatron.training.loop import Outcome, Run, read_skipped_samples, train
 from hope_megatron.training.metrics import read_metrics
 from hope_megatron.training.phases import PhaseClock
@@ -107,8 +116,10 @@ def run_training(
         if mesh.rank == 0:
             with best_effort(directory.config.name):
                 write_text(directory.config, dump_config(config))
+                write_history(directory.history, config, run.history)
             if config.tracking.mlflow:
-                tracker = Tracker(config, directory, tags={"hope_megatron.commit": str(run.provenance["commit"])})
+                tags = {"hope_megatron.commit": str(run.provenance["commit"]), **history_tags(run.history)}
+                tracker = Tracker(config, directory, tags)
         _announce(run)
         outcome = train(run, default_callbacks(progress, tracker))
         tracker = None  # its callback has closed it
@@ -156,6 +167,18 @@ def _resume(run: Run, resume: str, continue_data: ContinueData) -> None:
     run.train_source = continue_data(run.train_source, checkpoint.description["data"])
     if run.engine.mesh.rank == 0:
         log.info("resumed from %s", checkpoint.path)
+    _compare_settings(run, checkpoint)
+
+
+def _compare_settings(run: Run, checkpoint: Checkpoint) -> None:
+    """Say and note what this start does otherwise than the steps before."""
+    mesh, step = run.engine.mesh, run.state.step
+    run.history, changes = resumed_history(checkpoint.description, run.config, mesh.world_size)
+    if mesh.rank == 0 and not run.is_complete:
+        announce_changes(changes, step, run.directory.history)
+        rise = learning_rate_rise(completed_config(checkpoint.config), run.config, step)
+        if rise is not None:
+            log.warning("%s", rise)
 
 
 def _announce(run: Run) -> None:
@@ -182,6 +205,10 @@ def _announce(run: Run) -> None:
         f"{training.tokens_per_step:,}",
         run.directory.path,
     )
+    passes = planned_passes(run.train_source, config, run.state.samples, run.state.step)
+    log.info("data: %s by the last step", passes_text(passes))
+    if warning := repetition_warning(passes):
+        log.warning("%s", warning)
 
 
 def _report(run: Run, outcome: Outcome) -> None:
@@ -190,4 +217,5 @@ def _report(run: Run, outcome: Outcome) -> None:
     if outcome is Outcome.STOPPED:
         log.info("stopped after step %d of %d; the same command resumes it", run.state.step, run.config.training.steps)
     else:
-        log.info("done in %s of steps; curves in %s", duration_text(run.state.wall_s), run.directory.curves)
+        passes = passes_text(passes_over(run.train_source, run.state.samples))
+        log.info("done in %s of steps, %s; curves in %s", duration_text(run.state.wall_s), passes, run.directory.curves)

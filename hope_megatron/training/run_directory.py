@@ -30,6 +30,10 @@ class RunDirectory:
         return self.path / "config.yaml"
 
     @property
+    def history(self) -> Path:
+        return self.path / "history.json"
+
+    @property
     def metrics(self) -> Path:
         return self.path / METRICS_FILE
 

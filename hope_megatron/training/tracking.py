@@ -17,10 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from hope_megatron.config.run import RunConfig
+from hope_megatron.config.secrets import is_masked, mask_credentials, unmask_tracking_uri
 from hope_megatron.runtime.files import write_json
 from hope_megatron.runtime.records import read_object
 from hope_megatron.training.metrics import read_metrics_from
-from hope_megatron.training.mlflow_client import connect, default_uri, open_experiment
+from hope_megatron.training.mlflow_client import (
+    TrackingError,
+    brief,
+    connect,
+    default_uri,
+    is_lasting,
+    open_experiment,
+    tracking_uri,
+)
 from hope_megatron.training.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -33,22 +42,19 @@ _MAX_PARAM_CHARS = 6000
 _RETRY_S = (5.0, 15.0, 60.0, 300.0)
 
 
-class TrackingError(Exception):
-    """Metrics that MLflow cannot be given."""
-
-    is_user_error = True
-
-
 class Tracker:
     """Feeds one MLflow run. Rank 0 only; every method returns at once, except `close`, which has a time limit."""
 
     def __init__(self, config: RunConfig, directory: RunDirectory, tags: Mapping[str, str]) -> None:
-        self.uri = config.tracking.uri or default_uri(config.output_dir)
+        self.uri = mask_credentials(config.tracking.uri or default_uri(config.output_dir))
+        """For messages; passwords are masked."""
         self._config = config
         self._directory = directory
         self._tags = dict(tags)
         self._wake = threading.Event()
         self._closing: tuple[str, list[Path]] | None = None
+        self._problem = ""
+        self._refused = False
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
 
@@ -70,10 +76,11 @@ class Tracker:
         self._closing = (status, list(artifacts))
         self._wake.set()
         self._thread.join(timeout_s)
-        if self._thread.is_alive() or self._closing is not None:
+        if self._thread.is_alive():
             log.warning("MLflow at %s did not take everything in %.0f s; metrics.jsonl has it all", self.uri, timeout_s)
-            return False
-        return True
+        elif self._closing is not None and not self._refused:
+            log.warning("MLflow at %s did not take everything (%s); metrics.jsonl has it all", self.uri, self._problem)
+        return not self._thread.is_alive() and self._closing is None
 
     # -- everything below runs on the thread ---------------------------------------------------------------------
 
@@ -83,7 +90,7 @@ class Tracker:
         while True:
             try:
                 if session is None:
-                    session = _Session(self.uri, self._config, self._directory, self._tags)
+                    session = _Session(tracking_uri(self._config), self._config, self._directory, self._tags)
                 closing = self._closing
                 session.send_new_records()
                 if closing is not None:
@@ -92,11 +99,21 @@ class Tracker:
                     return
                 failures = 0
             except Exception as error:
+                self._problem = brief(error)
+                if is_lasting(error):
+                    self._refused = True
+                    log.error(
+                        "MLflow at %s does not take this run: %s. Training goes on without it; metrics.jsonl has everything, and "
+                        "once this is put right, a resume sends it",
+                        self.uri,
+                        self._problem,
+                    )
+                    return
                 if self._closing is not None:
                     return
                 if failures == 0:
                     log.warning(
-                        "MLflow at %s does not answer (%s); training goes on and tries again", self.uri, _brief(error)
+                        "MLflow at %s does not answer (%s); training goes on and tries again", self.uri, self._problem
                     )
                 self._wait_for_close(_RETRY_S[min(failures, len(_RETRY_S) - 1)])
                 failures += 1
@@ -122,10 +139,12 @@ class _Session:
         self._entities = mlflow.entities
         self._directory = directory
         self._offset = 0
-        saved = read_tracking(directory)
-        self._known = saved if saved.get("uri") == uri else {"uri": uri}
+        saved, shown = read_tracking(directory), mask_credentials(uri)
+        self._known = saved if saved.get("uri") == shown else {"uri": shown}
         if "run_id" in self._known:
             self._client.update_run(self._known["run_id"], status="RUNNING")
+            for name, value in tags.items():
+                self._client.set_tag(self._known["run_id"], name, value)
         else:
             run = self._client.create_run(experiment_id, tags={**config.tracking.tags, **tags}, run_name=config.name)
             self._known |= {"run_id": run.info.run_id, "experiment_id": experiment_id, "sent_step": -1}
@@ -184,10 +203,16 @@ def log_evaluation(directory: RunDirectory, step: int, metrics: Mapping[str, flo
 
     now = int(1000 * time.time())
     entries = [mlflow.entities.Metric(k, float(v), now, step) for k, v in metrics.items() if math.isfinite(v)]
+    uri = unmask_tracking_uri(known["uri"])
+    if is_masked(uri):
+        raise TrackingError(
+            f"the user part of {uri} is not kept with the run; set MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD"
+        )
     try:
-        connect(known["uri"]).log_batch(known["run_id"], metrics=entries)
+        connect(uri).log_batch(known["run_id"], metrics=entries)
     except MlflowException as error:
-        raise TrackingError(f"MLflow at {known['uri']} did not take the metrics: {_brief(error)}") from error
+        raise TrackingError(f"MLflow at {known['uri']} did not take the metrics: {brief(error)}") from error
     return known["run_id"]
 
 
@@ -206,8 +231,3 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, str]:
     for name, value in tree.items():
         flat |= _flatten(value, f"{prefix}.{name}" if prefix else name)
     return flat
-
-
-def _brief(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__

@@ -6,8 +6,11 @@ from typing import Any
 
 from hope_megatron.checkpoint.find import CheckpointSource
 from hope_megatron.config import RunConfig
+from hope_megatron.config.changes import describe_changes, settings_changes
 from hope_megatron.convert.huggingface.check import ExportCheck
 
+_NOT_TRAINING = ("name", "output_dir", "checkpoint.", "tracking.", "training.log_every", "training.memory_every")
+"""Settings that do not touch the weights."""
 _TEMPLATE = """\
 ---
 tags:
@@ -51,7 +54,8 @@ def model_card(source: CheckpointSource, name: str, num_parameters: int, check: 
     Args:
         tokenizer: a sentence about its files.
     """
-    rows = {"run": source.config.name} | _facts(source.config, source.checkpoint.description)
+    description = source.checkpoint.description
+    rows = {"run": source.config.name} | _facts(source.config, description) | _changes(description)
     if source.averaged:
         rows["weights"] = f"exponential average over steps, decay {source.config.training.ema:g}"
     facts = "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
@@ -59,6 +63,16 @@ def model_card(source: CheckpointSource, name: str, num_parameters: int, check: 
     return _TEMPLATE.format(
         name=name, num_parameters=num_parameters, facts=facts, check=text[0].upper() + text[1:], tokenizer=tokenizer
     )
+
+
+def _changes(description: dict[str, Any]) -> dict[str, str]:
+    """Settings that differed in earlier steps, a row for each start that changed some."""
+    rows = {}
+    for step, changes in settings_changes(description.get("history", ())):
+        shown = {key: values for key, values in changes.items() if not key.startswith(_NOT_TRAINING)}
+        if shown:
+            rows[f"changed after step {step:,}"] = describe_changes(shown)
+    return rows
 
 
 def _facts(config: RunConfig, description: dict[str, Any]) -> dict[str, Any]:

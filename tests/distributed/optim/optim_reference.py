@@ -35,7 +35,7 @@ class ReferenceM3:
             self.pending[name] += param.grad
             if self.step_count % period:
                 continue
-            grad = self.pending[name] / period
+            grad = self.pending[name]
             self.pending[name] = torch.zeros_like(param)
             update = self._matrix if self.roles[name] == "matrix" else self._vector
             update(name, param, grad, self.step_count // period)

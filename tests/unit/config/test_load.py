@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,41 @@ def test_section_lies_over_its_preset(run_file):
 def test_later_layers_win(run_file):
     run = load_run_config(run_file, ["model.vocab_size=100", "optim.lr=1e-3", "model.vocab_size=200"])
     assert (run.model.vocab_size, run.optim.lr) == (200, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("training.steps", "0200", 200),
+        ("training.steps", "0x100", 256),
+        ("training.steps", "0o400", 256),
+        ("training.seed", "0123", 123),
+        ("optim.lr", "0010", 10.0),
+        ("optim.lr", "1e-3", 1e-3),
+    ],
+)
+def test_numbers_are_those_of_yaml_1_2_in_files_and_overrides(run_file, key, text, value):
+    section, name = key.split(".")
+    by_override = load_run_config(run_file, [f"{key}={text}"])
+    run_file.write_text(RUN.replace("{steps: 1000, ", "{").replace("training:", "training.steps: 1000\ntraining:"))
+    run_file.write_text(re.sub(f"{re.escape(key)}: .*\n", "", run_file.read_text()) + f"{key}: {text}\n")
+    by_file = load_run_config(run_file)
+    assert getattr(getattr(by_override, section), name) == getattr(getattr(by_file, section), name) == value
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.steps=10:00", "training.steps must be a whole number, not '10:00'"),
+        ("training.steps=1_000", "training.steps must be a whole number, not '1_000'; write 1000"),
+        ("optim.lr=1_0.5", "optim.lr must be a number, not '1_0.5'; write 10.5"),
+        ("name=0123", "name must be text, not 123; put it in quotes"),
+        ("model.mup=[" + "[" * 99, "nested deeper than 32 levels"),
+        (".".join("a" * 5000) + "=1", "the key a.a.a... is nested deeper than 32 levels"),
+    ],
+)
+def test_what_yaml_1_2_reads_as_text_is_said(run_file, override, message):
+    assert message in failure(run_file, override)
 
 
 def test_override_reaches_into_a_preset_list(run_file):

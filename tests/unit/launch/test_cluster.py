@@ -45,6 +45,11 @@ def test_mistakes_are_named(tmp_path: Path, text: str, words: list[str]) -> None
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
+@pytest.mark.parametrize("text", ["24:00:00", "'24:00:00'", "1-00:00:00"])
+def test_time_limits_need_no_quotes(tmp_path: Path, text: str) -> None:
+    assert load_cluster(write(tmp_path, f"time_limit: {text}")).time_limit == text.strip("'")
+
+
 def test_unknown_name_gives_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean h100_infiniband"):
         load_cluster("h100_infinband")

@@ -148,8 +148,8 @@ def test_paper_form_is_algorithm_1():
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("form", ["ema", "paper"])
-def test_update_clock_equals_freezing_and_averaging(name, form):
-    """A group of period three moves like one that is frozen for two steps and then given the mean of three gradients."""
+def test_update_clock_equals_freezing_and_adding_up(name, form):
+    """A group of period three moves like one that is frozen for two steps and then given the sum of three gradients (eq. 71)."""
     cfg = config(name=name, form=form, lr=1e-3)
     clocked, frozen = {"w": parameters(slow_period=3)["slow"]}, {"w": parameters()["slow"]}
     optimizer, other = build_optimizer(clocked.items(), cfg), build_optimizer(frozen.items(), cfg)
@@ -164,9 +164,45 @@ def test_update_clock_equals_freezing_and_averaging(name, form):
             for k in (step - 2, step - 1, step):
                 gradients(frozen, k)
                 total += frozen["w"].grad
-            frozen["w"].grad = total / 3
+            frozen["w"].grad = total
+            for group in other.param_groups:  # SGD decays for the three steps that it makes at once
+                group["weight_decay"] = cfg.weight_decay * (3 if name == "sgd" else 1)
             other.step()
             assert torch.equal(clocked["w"], frozen["w"])
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "factor"),
+    [("m3", "ema", 1.0), ("muon", "ema", 1.0), ("adamuon", "ema", 1.0), ("adamw", "ema", 1.0)]
+    + [("sgd", "ema", 4.0), ("m3", "paper", 0.25)],
+)
+def test_an_update_of_a_period_is_as_long_as_documented(name, form, factor):
+    """Four equal gradients: the clocked group's one update against that of a group which gets one of them."""
+    cfg = config(name=name, form=form, weight_decay=0.0, eps=1e-20)
+    moved = {}
+    for period in (1, 4):
+        params = {"w": parameters(slow_period=period)["slow"]}
+        before = params["w"].detach().clone()
+        optimizer = build_optimizer(params.items(), cfg)
+        for _ in range(period):
+            gradients(params, 0)
+            optimizer.step()
+        moved[period] = before - params["w"].detach()
+    torch.testing.assert_close(moved[4], factor * moved[1], rtol=1e-3, atol=2e-6)  # weights of order 1 in float32
+
+
+def test_a_clocked_group_has_the_optimum_of_an_unclocked_one():
+    """SGD on |w - 1|^2 / 2 with decay 0.5: the optimum is 2/3, whatever the period; without n-fold decay it would be 8/9."""
+    for period in (1, 4):
+        w = tagged(3, 2)
+        w.update_period_steps = period
+        optimizer = build_optimizer(
+            [("w", w)], config(name="sgd", momentum=0.0, nesterov=False, weight_decay=0.5, lr=0.02)
+        )
+        for _ in range(1200):
+            w.grad = w.detach() - 1
+            optimizer.step()
+        torch.testing.assert_close(w.detach(), torch.full((3, 2), 2 / 3), rtol=0, atol=1e-4)
 
 
 def test_flat_vector_that_was_never_bound_is_refused():

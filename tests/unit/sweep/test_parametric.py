@@ -6,7 +6,7 @@ import pytest
 from hope_megatron.sweep.analysis import find_outliers
 from hope_megatron.sweep.errors import SweepError
 from hope_megatron.sweep.laws import CHINCHILLA, ComputeLaw, DataConstrainedLaw, LossLaw
-from hope_megatron.sweep.parametric import _Problem, fit_data_constrained, fit_loss_law
+from hope_megatron.sweep.parametric import _Problem, fit_data_constrained, fit_loss_law, fit_without_outliers
 from tests.unit.sweep.conftest import isoflop_design
 
 NAMES = ("E", "A", "B", "alpha", "beta")
@@ -37,10 +37,23 @@ def test_outliers_neither_bend_the_law_nor_go_unnamed() -> None:
     loss = CHINCHILLA(n, d) * np.exp(np.random.default_rng(1).normal(0, 1e-4, len(n)))
     wrong = [2, 9, 17]
     loss[wrong] *= [1.3, 0.9, 1.15]
-    fit = fit_loss_law(n, d, loss)
-    assert values(fit.law) == pytest.approx(values(CHINCHILLA), rel=0.05)
-    named = find_outliers([str(i) for i in range(len(n))], fit.log_residuals)
+    assert values(fit_loss_law(n, d, loss).law) == pytest.approx(values(CHINCHILLA), rel=0.05)
+    fit = fit_without_outliers(n, d, loss)
+    named = find_outliers([str(i) for i in range(len(n))], fit)
     assert {outlier.name for outlier in named} == {"2", "9", "17"} and named[0].name == "2"
+    assert np.flatnonzero(~fit.kept).tolist() == wrong
+    rest = fit_loss_law(n[fit.kept], d[fit.kept], loss[fit.kept])
+    assert fit.law == rest.law  # the law is that of the other runs
+    assert fit.log_residuals[wrong] == pytest.approx(np.log([1.3, 0.9, 1.15]), abs=1e-3)
+
+
+def test_no_more_than_a_quarter_is_called_outliers_and_six_runs_stay() -> None:
+    n, d = isoflop_design()
+    rng = np.random.default_rng(3)
+    loss = CHINCHILLA(n, d) * np.exp(1e-4 * rng.normal(size=len(n)) + 0.05 * (rng.random(len(n)) < 0.4))
+    assert (~fit_without_outliers(n, d, loss).kept).sum() <= len(n) // 4
+    loss = CHINCHILLA(n[:6], d[:6]) * np.array([1, 1, 1, 1, 1, 1.3])
+    assert fit_without_outliers(n[:6], d[:6], loss).kept.all()
 
 
 def test_gradient_is_the_derivative_of_the_objective() -> None:
