@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Any, TypeVar, cast
 
-from data_pipeline.errors import SourceError, StoreError, require
+from data_pipeline.errors import DataError, SourceError, StoreError, require
 from data_pipeline.formats import kind_of, split_compression
 from data_pipeline.sources import LeftOut, SourceFile, refuse_unreadable_kind
 
@@ -52,7 +52,7 @@ class Retry:
             StoreError: there is none: the failure is a lasting one, or has come too often.
         """
         error = _cause(error)
-        if isinstance(error, _BUGS):
+        if isinstance(error, (DataError, *_BUGS)):
             raise error
         reason = _reason(error)
         if isinstance(error, ImportError):
@@ -107,7 +107,8 @@ def _retry_after(error: Exception, longest: float) -> float:
 
 def _install(url: str) -> str:
     package = PACKAGES.get(url.partition("://")[0].lower(), "fsspec")
-    return f"Install it (pip install {package}), or all that remote data can use (pip install -e '.[remote]')"
+    extra = "gcs" if package == "gcsfs" else "remote"
+    return f"Install it (pip install {package}), or everything of its kind (pip install -e '.[{extra}]')"
 
 
 def with_retries(action: Callable[[], T], what: str, retry: Retry | None = None) -> T:

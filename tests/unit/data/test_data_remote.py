@@ -25,7 +25,7 @@ from moto.server import ThreadedMotoServer
 from data_pipeline import remote
 from data_pipeline.cli import main
 from data_pipeline.corpus import ReadOptions, find_sources, iterate_texts
-from data_pipeline.errors import SourceError, StoreError
+from data_pipeline.errors import MissingDependencyError, SourceError, StoreError
 from data_pipeline.remote import RemoteFile, Retry
 
 from .stores import FaultyServer, running
@@ -290,7 +290,10 @@ def test_a_server_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(StoreError, match=r"pip install gcsfs.*\.\[remote\]"):
+    with pytest.raises(StoreError, match=r"pip install gcsfs.*\.\[gcs\]"):
         find_sources(["gs://bucket/a.jsonl"])
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install aiohttp.*\.\[remote\]"):
+        find_sources(["https://host/a.jsonl"])
     with pytest.raises(StoreError, match=r"[Pp]rotocol not known"):
         find_sources(["nonsense://bucket/a.jsonl"])
