@@ -116,7 +116,7 @@ def load_for_plan(name_or_path: str, overrides: list[str]) -> RunConfig:
     name, model = name_or_path, name_or_path
     if split_family(name_or_path) is None:
         file = find_config(name_or_path, "runs", "models")
-        if "training" in read_mapping(file):
+        if any(key.partition(".")[0] == "training" for key in read_mapping(file)):  # training.steps: 10 is a run's too
             return load_run_config(file, overrides)
         name, model = file.stem, str(file)
     data: dict[str, Any] = {

@@ -209,7 +209,7 @@ class _Tree:
 
 
 def _build_tree(data: Mapping[str, Any], overrides: Iterable[str], source: str) -> _Tree:
-    rest = dict(data)
+    rest = _with_preset_in_section(data, source)
     model = (rest.pop("model"), source) if "model" in rest else None
     preset: tuple[Any, str] | None = None
     assignments: list[tuple[Location, Any, str]] = []
@@ -233,6 +233,17 @@ def _build_tree(data: Mapping[str, Any], overrides: Iterable[str], source: str) 
     for path, value, text in assignments:
         tree.set(path, value, text)
     return tree
+
+
+def _with_preset_in_section(data: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The dotted key `model.preset` of a file as the key of the model section that it is: a preset lies below all other keys."""
+    rest = dict(data)
+    if "model.preset" not in rest:
+        return rest
+    preset, section = rest.pop("model.preset"), rest.get("model", {})
+    if not isinstance(section, dict) or "preset" in section:
+        raise ConfigError(f"{source}: model.preset is given beside another model; remove one")
+    return {**rest, "model": {"preset": preset, **section}}
 
 
 def _merge_model(tree: _Tree, section: Any, source: str, chain: tuple[Path, ...] = ()) -> None:

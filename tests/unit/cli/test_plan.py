@@ -39,6 +39,14 @@ def test_file_of_a_model_or_of_a_run(tmp_path):
     assert load_for_plan("hope_tiny_cpu", ["training.steps=500"]).name == "hope_tiny_cpu"
 
 
+def test_a_run_of_dotted_keys_is_a_run(tmp_path):
+    text = "name: dotted\nmodel.preset: hope_tiny\ndata.train: x\ndata.tokenizer: y\n"
+    text += "training.steps: 7\ntraining.seq_length: 64\ntraining.global_batch_size: 2\noptim.warmup_steps: 0\n"
+    (tmp_path / "run.yaml").write_text(text)
+    config = load_for_plan(str(tmp_path / "run.yaml"), [])
+    assert (config.name, config.training.steps, config.model.name) == ("dotted", 7, "hope_tiny")
+
+
 def test_a_family_at_a_size():
     config = load_for_plan("titans_60m", ["model.memory.chunk_tokens=2"])
     assert (config.name, config.model.name, config.model.memory.chunk_tokens) == ("titans_60m", "titans_60m", 2)

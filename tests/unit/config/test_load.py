@@ -46,6 +46,31 @@ def test_section_lies_over_its_preset(run_file):
     assert (model.vocab_size, model.hidden_size, len(model.cms.levels)) == (8192, 256, 2)
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        "model: {preset: hope_tiny, vocab_size: 8192}",
+        "model.preset: hope_tiny\nmodel.vocab_size: 8192",
+        "model.vocab_size: 8192\nmodel.preset: hope_tiny",
+        "model.preset: hope_tiny\nmodel: {vocab_size: 8192}",
+        "model: hope_tiny\nmodel.vocab_size: 8192",
+    ],
+)
+def test_a_preset_may_be_a_dotted_key(run_file, model):
+    run_file.write_text(RUN.replace("model:\n  preset: hope_tiny\n  vocab_size: 8192", model))
+    found = load_run_config(run_file).model
+    assert (found.vocab_size, found.hidden_size, len(found.cms.levels)) == (8192, 256, 2)
+    assert load_run_config(run_file, ["model.preset=transformer_pp_tiny"]).model.vocab_size == 8192
+
+
+@pytest.mark.parametrize("model", ["model: hope_60m", "model: {preset: hope_60m}"])
+def test_two_presets_are_refused(run_file, model):
+    run_file.write_text(
+        RUN.replace("model:\n  preset: hope_tiny\n  vocab_size: 8192", f"{model}\nmodel.preset: hope_tiny")
+    )
+    assert "model.preset is given beside another model" in failure(run_file)
+
+
 def test_later_layers_win(run_file):
     run = load_run_config(run_file, ["model.vocab_size=100", "optim.lr=1e-3", "model.vocab_size=200"])
     assert (run.model.vocab_size, run.optim.lr) == (200, 1e-3)
