@@ -1,14 +1,14 @@
 """What the memory kernels are written in: tiles in memory, products at a precision, and the functions of the inner problem.
 
-No kernel transposes a value: on Hopper `tl.dot(tl.trans(x), ...)` with x from another product was compiled wrong by Triton 3.4 to
-3.7.0. A tile that is wanted both ways is stored and loaded again with its strides exchanged (`*_t`), or the product that gives its
-transpose is made directly.
+Tokens are rows, everywhere, and weights are stored as what rows are multiplied by (W2^T [d, h], W1^T [h, d]): sums over a token's
+features then stay within a warp. No kernel transposes a value: on Hopper `tl.dot(tl.trans(x), ...)` with x from another product was
+compiled wrong by Triton 3.4 to 3.7.0. A tile that is wanted both ways is stored and loaded again with its strides exchanged.
 
-PRECISION of products, and of the functions around them (always summed in float32):
+PRECISION of products, and of the functions around them (sums are in float32):
     fp32        float32 products
     tf32        float32 operands, TF32 products
     bf16        operands rounded to bfloat16
-    bf16_ptx    the same, with NVIDIA's approximate exp, sigmoid and rsqrt
+    bf16_ptx    the same, with NVIDIA's approximate exp, sigmoid, tanh and rsqrt
     bf16_emulated    what bf16 does, for the interpreter, whose products of bfloat16 are wrong
 """
 
@@ -42,6 +42,15 @@ def mm(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def add_mm(base, a, b, PRECISION: tl.constexpr):
+    """base + a b, in the same accumulators."""
+    if PRECISION == "tf32":
+        return tl.dot(operand(a, PRECISION), operand(b, PRECISION), base, input_precision="tf32")
+    else:
+        return tl.dot(operand(a, PRECISION), operand(b, PRECISION), base, input_precision="ieee")
+
+
+@triton.jit
 def mm_exact(a, b, PRECISION: tl.constexpr):
     """a b where bfloat16 is too coarse: of two parts of each operand, three of the four products (2^-16)."""
     if PRECISION == "fp32":
@@ -52,10 +61,16 @@ def mm_exact(a, b, PRECISION: tl.constexpr):
         a_high, b_high = operand(a, PRECISION), operand(b, PRECISION)
         a_low = operand(a - a_high.to(tl.float32), PRECISION)
         b_low = operand(b - b_high.to(tl.float32), PRECISION)
-        return mm(a_high, b_high, PRECISION) + (mm(a_low, b_high, PRECISION) + mm(a_high, b_low, PRECISION))
+        return add_mm(add_mm(mm(a_low, b_high, PRECISION), a_high, b_low, PRECISION), a_high, b_high, PRECISION)
 
 
-# Tiles. A matrix is contiguous; a row of tokens begins every `stride` elements, and rows from `valid` on read as zeros.
+# Tiles. A matrix is contiguous; rows of tokens begin every `stride` elements.
+
+
+@triton.jit
+def place(i, n, T, HEADS, C: tl.constexpr):
+    """Number of the first token of chunk i of stream n in tensors [B, T, HEADS, ...]. T is a multiple of C."""
+    return ((n // HEADS).to(tl.int64) * T + i * C) * HEADS + n % HEADS
 
 
 @triton.jit
@@ -76,50 +91,31 @@ def store(base, x, R: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base, stride, valid, C: tl.constexpr, W: tl.constexpr):
+def rows(base, stride, C: tl.constexpr, W: tl.constexpr):
     """Tokens [C, W]."""
-    t = tl.arange(0, C)[:, None]
-    return tl.load(base + t * stride + tl.arange(0, W)[None, :], mask=t < valid, other=0.0)
+    return tl.load(base + tl.arange(0, C)[:, None] * stride + tl.arange(0, W)[None, :])
 
 
 @triton.jit
-def load_rows_t(base, stride, valid, C: tl.constexpr, W: tl.constexpr):
+def columns(base, stride, C: tl.constexpr, W: tl.constexpr):
     """Tokens as columns [W, C]."""
-    t = tl.arange(0, C)[None, :]
-    return tl.load(base + t * stride + tl.arange(0, W)[:, None], mask=t < valid, other=0.0)
+    return tl.load(base + tl.arange(0, C)[None, :] * stride + tl.arange(0, W)[:, None])
 
 
 @triton.jit
-def store_rows(base, x, stride, valid, C: tl.constexpr, W: tl.constexpr):
-    t = tl.arange(0, C)[:, None]
-    tl.store(base + t * stride + tl.arange(0, W)[None, :], x, mask=t < valid)
+def store_rows(base, x, stride, C: tl.constexpr, W: tl.constexpr):
+    tl.store(base + tl.arange(0, C)[:, None] * stride + tl.arange(0, W)[None, :], x)
 
 
 @triton.jit
-def store_rows_t(base, x, stride, valid, C: tl.constexpr, W: tl.constexpr):
-    """Columns x [W, C] as tokens."""
-    t = tl.arange(0, C)[None, :]
-    tl.store(base + t * stride + tl.arange(0, W)[:, None], x, mask=t < valid)
+def each(base, stride, C: tl.constexpr):
+    """One number of every token, [C]."""
+    return tl.load(base + tl.arange(0, C) * stride)
 
 
 @triton.jit
-def load_each(base, stride, valid, other, C: tl.constexpr):
-    """One number of every token, [C]; `other` from `valid` on."""
-    t = tl.arange(0, C)
-    return tl.load(base + t * stride, mask=t < valid, other=other).to(tl.float32)
-
-
-@triton.jit
-def store_each(base, x, stride, valid, C: tl.constexpr):
-    t = tl.arange(0, C)
-    tl.store(base + t * stride, x, mask=t < valid)
-
-
-@triton.jit
-def place(i, n, T, HEADS, CHUNK: tl.constexpr):
-    """Chunk i of stream n in tensors [B, T, HEADS, ...]: its first token's number, and how many tokens it has."""
-    at = ((n // HEADS).to(tl.int64) * T + i * CHUNK) * HEADS + n % HEADS
-    return at, tl.minimum(CHUNK, T - i * CHUNK)
+def store_each(base, x, stride, C: tl.constexpr):
+    tl.store(base + tl.arange(0, C) * stride, x)
 
 
 # Functions
@@ -177,8 +173,9 @@ def log_sigmoid(x):
 def one_minus_exp(x):
     """1 - exp(x) for x <= 0, to rounding also where it is close to zero."""
     u = tl.exp(x)
-    plain = (u == 1.0) | (u == 0.0)
-    return tl.where(u == 1.0, -x, tl.where(u == 0.0, 1.0, (1.0 - u) * (x / tl.where(plain, 1.0, tl.log(tl.where(plain, 2.0, u))))))
+    inside = (u < 1.0) & (u > 0.0)
+    ratio = x / tl.where(inside, tl.log(tl.where(inside, u, 0.5)), 1.0)
+    return tl.where(inside, (1.0 - u) * ratio, tl.where(u == 0.0, 1.0, -x))
 
 
 @triton.jit
@@ -194,6 +191,19 @@ def dsilu(z, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def inverse_norm(x, AXIS: tl.constexpr, PRECISION: tl.constexpr):
-    """1 / |x| along an axis, as `inner.unit` has it."""
-    return rsqrt(tl.sum(x * x, AXIS) + SMALL, PRECISION)
+def d2silu(z, PRECISION: tl.constexpr):
+    """Second derivative of SiLU."""
+    s = sigmoid(z, PRECISION)
+    return s * (1.0 - s) * (2.0 + z * (1.0 - 2.0 * s))
+
+
+@triton.jit
+def inverse_norm(x, PRECISION: tl.constexpr):
+    """1 / |x| of every row, [C], as `inner.unit` has it."""
+    return rsqrt(tl.sum(x * x, 1) + SMALL, PRECISION)
+
+
+@triton.jit
+def unit_backward(d, y, scale):
+    """Gradient of x for y = unit(x) = x scale."""
+    return (d - y * tl.sum(y * d, 1)[:, None]) * scale[:, None]

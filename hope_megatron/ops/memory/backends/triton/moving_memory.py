@@ -9,37 +9,36 @@ from torch import Tensor
 
 from hope_megatron.ops.memory.backends.triton.bank import launch as bank
 from hope_megatron.ops.memory.backends.triton.bank import read
-from hope_megatron.ops.memory.backends.triton.bank.launch import Layers, Made, Place, Setting
+from hope_megatron.ops.memory.backends.triton.bank.launch import Layers, Made, Setting, System
 from hope_megatron.ops.memory.backends.triton.fixed.read import read_backward_writes
 from hope_megatron.ops.memory.backends.triton.launching import launch
+from hope_megatron.ops.memory.backends.triton.sizes import Sizes, operand_dtype, starts_of
 from hope_megatron.ops.memory.backends.triton.sums import outer_sum
 
 
-def _read_backward(d_y, q, made: Made, t, system, starts: Layers, anchor: Layers, d_starts: Layers, s: Setting, p: Place, read_as):
+def _read_backward(d_y, q, made: Made, t: bank.Tape, system: System, starts: Layers, anchor: Layers, d_starts: Layers, s: Setting, z: Sizes, read_as):
     """Gradients that reads give: of q; to r, keys and r_in; of k and log alpha; of A2 and A. Fills `d_starts` but the last."""
     causal, _ = read_as
-    like, dtype = made.k, bank.operand_dtype(s.precision)
-    new = lambda width, dtype=torch.float32: torch.empty(p.B, p.T, p.H, width, dtype=dtype, device=like.device)  # noqa: E731
-    phi, d_z, d_q, d_log_alpha = new(p.h, dtype), new(p.h, dtype), torch.empty_like(q), torch.empty_like(made.log_alpha)
-    grid, counts, tile = (p.chunks, p.B * p.H), p.counts[:3], p.tile(s)
+    like, dtype = made.k, operand_dtype(s.precision)
+    phi, d_z, d_q, d_log_alpha = z.rows(z.h, like, dtype), z.rows(z.h, like, dtype), torch.empty_like(q), torch.empty_like(made.log_alpha)
     launch(
-        read.moving_read_backward, grid, d_y, q, made.k, t.keys, t.u_in, t.u, made.log_eta, made.log_alpha,
-        starts.w_in, anchor.w_in, starts.vector, anchor.vector, phi, d_z, d_q, d_log_alpha, *counts, **tile,
+        read.moving_read_backward, z.grid, d_y, q, made.k, t.keys, t.u_in, t.u, made.log_eta, made.log_alpha,
+        starts.w_in, anchor.w_in, starts.vector, anchor.vector, phi, d_z, d_q, d_log_alpha, *z.counts, **z.tile,
         ANCHORED=s.anchored, CAUSAL=causal, SKIP=read_as[1], PRECISION=s.precision,
     )  # fmt: skip
-    d_keys, d_r, d_k, d_r_in = new(p.h), new(p.d), new(p.d), new(p.h)
-    tile_in = tile | dict(D=p.h, H=p.d)
+    d_keys, d_r, d_k, d_r_in = (z.rows(width, like) for width in (z.h, z.d, z.d, z.h))
+    tile_in = z.tile | dict(D=z.h, H=z.d)
     for grad, x, keys, u, inverse, d_keys_out, d_r_out, d_states, sizes, dgd in (
-        (d_y, phi, t.keys, t.u, t.inverse, d_keys, d_r, d_starts.vector, tile, s.dgd),
-        (d_z, q, made.k, t.u_in, system[1], d_k, d_r_in, d_starts.w_in, tile_in, s.dgd_in),
+        (d_y, phi, t.keys, t.u, t.inverse, d_keys, d_r, d_starts.vector, z.tile, s.dgd),
+        (d_z, q, made.k, t.u_in, system.inverse_in, d_k, d_r_in, d_starts.w_in, tile_in, s.dgd_in),
     ):
         launch(
-            read_backward_writes, grid, grad, x, keys, u, made.log_eta, made.log_alpha, inverse, d_keys_out, d_r_out, d_states,
-            *counts, **sizes, DGD=dgd, CAUSAL=causal, PRECISION=s.precision,
+            read_backward_writes, z.grid, grad, x, keys, u, made.log_eta, made.log_alpha, inverse, d_keys_out, d_r_out, d_states,
+            *z.counts, **sizes, DGD=dgd, CAUSAL=causal, PRECISION=s.precision,
         )  # fmt: skip
     sums = (None, None)
     if s.anchored:
-        sums = outer_sum((d_z, q), precision=s.precision), outer_sum((d_y, phi), precision=s.precision)
+        sums = outer_sum((q, d_z), precision=s.precision), outer_sum((phi, d_y), precision=s.precision)
     return d_q, (d_r, d_keys, d_r_in), d_k, d_log_alpha, sums
 
 
@@ -47,15 +46,15 @@ class _MovingMemory(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, s: Setting, read_as: tuple[bool, bool], begins, *tensors: Tensor):
         q, made, first, anchor = tensors[0], Made(*tensors[1:5]), Layers(*tensors[5:8]), Layers(*tensors[8:])
-        p = Place.of(q, first.vector.size(-1), s)
-        system = bank.input_system(made, s, p)
-        starts = bank.starts_of(first, s, p.chunks)
-        bank.chain(made, made, made[2:], made.k, starts, anchor, begins, s, p, system[0])
-        t = bank.tape(made, starts, anchor, system, s, p)
+        z = Sizes.of(q, first.vector.size(-2), s.rows)
+        system = bank.system_of(made, s, z)
+        starts = Layers(*(starts_of(w, z.chunks) for w in first))
+        bank.chain(made, made, made[2:], made.k, system, starts, anchor, begins, s, z)
+        t = bank.tape(made, starts, anchor, system, s, z)
         y = torch.empty_like(q)
         launch(
-            read.moving_read, (p.chunks, p.B * p.H), q, made.k, t.keys, t.u_in, t.u, made.log_eta, made.log_alpha,
-            starts.w_in, anchor.w_in, starts.vector, anchor.vector, y, *p.counts[:3], **p.tile(s),
+            read.moving_read, z.grid, q, made.k, t.keys, t.u_in, t.u, made.log_eta, made.log_alpha,
+            starts.w_in, anchor.w_in, starts.vector, anchor.vector, y, *z.counts, **z.tile,
             ANCHORED=s.anchored, CAUSAL=read_as[0], SKIP=read_as[1], PRECISION=s.precision,
         )  # fmt: skip
         ctx.s, ctx.read_as, ctx.begins = s, read_as, begins
@@ -67,19 +66,19 @@ class _MovingMemory(torch.autograd.Function):
     def backward(ctx: Any, d_y: Tensor, *grads: Tensor):
         s, begins, saved = ctx.s, ctx.begins, ctx.saved_tensors
         q, made, anchor, starts = saved[0], Made(*saved[1:5]), Layers(*saved[5:8]), Layers(*saved[8:])
-        p = Place.of(q, starts.vector.size(-1), s)
-        system = bank.input_system(made, s, p)
-        t = bank.tape(made, starts, anchor, system, s, p)
+        z = Sizes.of(q, starts.vector.size(-2), s.rows)
+        system = bank.system_of(made, s, z)
+        t = bank.tape(made, starts, anchor, system, s, z)
         d_starts = Layers(*map(torch.empty_like, starts))
         d_q, reads, d_k, d_log_alpha, sums = _read_backward(
-            d_y.contiguous(), q, made, t, system, starts, anchor, d_starts, s, p, ctx.read_as
+            d_y.contiguous(), q, made, t, system, starts, anchor, d_starts, s, z, ctx.read_as
         )
         for d, end, last in zip(d_starts, grads[:2], grads[2:]):
             d[:, -1] = end
             d[:, -2] += last
         d_made = Made(d_k, torch.zeros_like(made.v), torch.zeros_like(made.log_eta), d_log_alpha)
         found, d_first, _, _ = bank.chain_backward(
-            made, made.k, made.k, made, made[2:], t, starts, anchor, reads, d_made, d_starts, begins, s, p, added=True
+            made, made.k, made.k, made, made[2:], t, system, starts, anchor, reads, d_made, d_starts, begins, s, z, added=True
         )
         d_in, d_a = bank.weight_sums(made, made.k, made, t, found, None, s)
         d_anchor = (d_in + sums[0].unsqueeze(1), d_a + sums[1].unsqueeze(1)) if s.anchored else (None, None)

@@ -14,6 +14,7 @@ from hope_megatron.ops.memory.backends.triton.bank.launch import Layers, Made
 from hope_megatron.ops.memory.backends.triton.fixed import launch as fixed
 from hope_megatron.ops.memory.backends.triton.moving_memory import moving_memory
 from hope_megatron.ops.memory.backends.triton.self_memories import self_memories
+from hope_megatron.ops.memory.backends.triton.sizes import tile_rows
 from hope_megatron.ops.memory.inner import unit
 from hope_megatron.ops.memory.layout import Group, Weights
 from hope_megatron.ops.memory.rule import MemoryRule
@@ -39,7 +40,7 @@ def triton_scan(
     if own is None:
         made = Made(unit(x_k), unit(x_v) if rule.normalize_values else x_v, log_eta, log_alpha)
     else:
-        made, own = _make(own, [x_k, x_v, log_eta, log_alpha], rule, begins.get(rule.self_chunk), precision)
+        made, own = _make(own, Made(x_k, x_v, log_eta, log_alpha), rule, begins.get(rule.self_chunk), precision)
     y, main = _write_and_read(main, unit(q), made, rule, begins.get(rule.chunk_tokens), precision)
     return y, _join(groups, own, main)
 
@@ -50,51 +51,86 @@ def _log_rate(logits: Tensor | None, like: Tensor, log_max: float) -> Tensor:
     return F.logsigmoid(logits) + log_max
 
 
+def _padded(x: Tensor, chunk: int, value: float = 0.0) -> Tensor:
+    """Tokens [B, T, ...] with every chunk filled up to the rows of a tile. What is filled in writes nothing and keeps all."""
+    T, rows = x.size(1), tile_rows(chunk)
+    if T % chunk == 0 and rows == chunk:
+        return x
+    after = (0, 0) * (x.dim() - 2)
+    whole = F.pad(x, (*after, 0, -T % chunk), value=value).unflatten(1, (-1, chunk))
+    return F.pad(whole, (*after, 0, rows - chunk), value=value).flatten(1, 2)
+
+
+def _filled(made: Made, rule: MemoryRule, chunk: int, *, logits: bool) -> Made:
+    """With rates of zero, retention of one. logits: of eta and alpha, where memories make the rates."""
+    kept = math.inf if logits and rule.adaptive_alpha else 0.0
+    values = (0.0, 0.0, -math.inf, kept)
+    return Made(*(_padded(x, chunk, value) for x, value in zip(made, values)))
+
+
+def _cut(x: Tensor, chunk: int, T: int) -> Tensor:
+    """The inverse of `_padded`."""
+    rows = tile_rows(chunk)
+    if x.size(1) == T:
+        return x
+    return x.unflatten(1, (-1, rows))[:, :, :chunk].flatten(1, 2)[:, :T].contiguous()
+
+
 class _Bank(NamedTuple):
-    """Some memories of all streams."""
+    """Some memories of all streams. Weights as the operator has them: W2 [N, n, h, d], W1 [N, NV, d, h], scalar [N, NS, h]."""
 
     now: Layers
     start: Layers  # where their chunk began
     anchor: Layers | None
 
     def moved(self, now: tuple[Tensor, ...], start: tuple[Tensor, ...]) -> _Bank:
-        """With other weights: V of the layers that change, which are the last ones of `Layers`."""
-        return self._replace(now=self._from_anchor(now), start=self._from_anchor(start))
+        """With other weights: V, as kernels have it, of the layers that change, which are the last ones of `Layers`."""
+        return self._replace(now=self._from_kernels(now), start=self._from_kernels(start))
 
-    def _from_anchor(self, changed: tuple[Tensor, ...]) -> Layers:
+    def _from_kernels(self, changed: tuple[Tensor, ...]) -> Layers:
         first = len(self.now) - len(changed)
+        changed = (*(v.mT for v in changed[:-1]), changed[-1])
         if self.anchor is not None:
             changed = tuple(v + a for v, a in zip(changed, self.anchor[first:]))
         return Layers(*self.now[:first], *changed)
 
-    def to_anchor(self, *, moving: bool) -> tuple[Layers, Layers]:
+    def for_kernels(self, *, moving: bool) -> tuple[Layers, Layers]:
         """V = W - A of output layers (moving: of input layers too), and A. Without an anchor: W, and anything of A's shape."""
-        if self.anchor is None:
-            return self.now, Layers(*(x.detach() for x in self.now))
-        w_in, vector, scalar = (w - a for w, a in zip(self.now, self.anchor))
-        return Layers(w_in if moving else self.now.w_in, vector, scalar), self.anchor
+        v, a = self.now, self.anchor
+        if a is not None:
+            v = Layers(v.w_in - a.w_in if moving else v.w_in, v.vector - a.vector, v.scalar - a.scalar)
+        transposed = lambda w: Layers(w.w_in.mT.contiguous(), w.vector.mT.contiguous(), w.scalar.contiguous())  # noqa: E731
+        v = transposed(v)
+        return v, Layers(*(x.detach() for x in v)) if a is None else transposed(a)
 
 
-def _make(own: _Bank, x: list[Tensor], rule: MemoryRule, begins: Tensor | None, precision: str) -> tuple[Made, _Bank]:
+def _make(own: _Bank, x: Made, rule: MemoryRule, begins: Tensor | None, precision: str) -> tuple[Made, _Bank]:
     """Keys, values and rates, by the self-memories, and those after the last token."""
-    s = _bank_setting(rule, rule.self_chunk, precision, own=True, anchored=own.anchor is not None)
-    made, now, start = self_memories(s, x, *own.to_anchor(moving=s.moving), begins)
-    return made, own.moved(now, start)
+    T, chunk = x.k.size(1), rule.self_chunk
+    s = _bank_setting(rule, chunk, precision, own=True, anchored=own.anchor is not None)
+    made, now, start = self_memories(s, _filled(x, rule, chunk, logits=True), *own.for_kernels(moving=s.moving), begins)
+    return Made(*(_cut(x, chunk, T) for x in made)), own.moved(now, start)
 
 
 def _write_and_read(main: _Bank, q: Tensor, made: Made, rule: MemoryRule, begins: Tensor | None, precision: str):
     """y, and M_mem after the last token."""
-    anchored = main.anchor is not None
-    causal, skip = rule.read == "causal", rule.read_skip and rule.num_layers == 2
+    T, chunk, anchored = q.size(1), rule.chunk_tokens, main.anchor is not None
+    q, made = _padded(q, chunk), _filled(made, rule, chunk, logits=False)
+    first, anchor = main.for_kernels(moving=rule.writes_input)
     if rule.writes_input:
-        s = _bank_setting(rule, rule.chunk_tokens, precision, own=False, anchored=anchored)
-        y, now, start = moving_memory(s, q, made, *main.to_anchor(moving=True), causal=causal, skip=skip, begins=begins)
-        return y, main.moved((*now, main.now.scalar), (*start, main.now.scalar))
-    s = _fixed_setting(rule, precision, anchored=anchored)
-    first, anchor = main.to_anchor(moving=False)
-    w_in = first.w_in[:, 0] if s.two_layers else None
-    y, now, start = fixed.fixed_memory(s, [q, *made], w_in, first.vector[:, 0], anchor.vector[:, 0] if anchored else None, begins)
-    return y, main.moved((now.unsqueeze(1), main.now.scalar), (start.unsqueeze(1), main.now.scalar))
+        s = _bank_setting(rule, chunk, precision, own=False, anchored=anchored)
+        y, now, start = moving_memory(
+            s, q, made, first, anchor, causal=rule.read == "causal", skip=rule.read_skip, begins=begins
+        )
+    else:
+        s = _fixed_setting(rule, precision, anchored=anchored)
+        w_in = first.w_in[:, 0] if s.two_layers else None
+        y, *ends = fixed.fixed_memory(
+            s, fixed.Inputs(q, *made), w_in, first.vector[:, 0], anchor.vector[:, 0] if anchored else None, begins
+        )
+        now, start = ((x.unsqueeze(1),) for x in ends)
+    scalar = main.now.scalar  # none
+    return _cut(y, chunk, T), main.moved((*now, scalar), (*start, scalar))
 
 
 def _bank_setting(rule: MemoryRule, chunk: int, precision: str, *, own: bool, anchored: bool) -> bank.Setting:
@@ -103,7 +139,7 @@ def _bank_setting(rule: MemoryRule, chunk: int, precision: str, *, own: bool, an
         numbers.append(at if own and there else -1)
         at += there
     return bank.Setting(
-        chunk, own, *numbers, *((rule.num_vector, rule.num_scalar) if own else (1, 0)),
+        tile_rows(chunk), own, *numbers, *((rule.num_vector, rule.num_scalar) if own else (1, 0)),
         moving=rule.writes_input, dgd=rule.dgd_layers == "all", dgd_in=rule.writes_input and rule.dgd_layers != "none",
         own=rule.own_targets, unit_target=rule.normalize_targets, unit_value=rule.normalize_values,
         residual=rule.dot_target == "residual", anchored=anchored, exact_inverse=rule.writes_input,
@@ -114,8 +150,8 @@ def _bank_setting(rule: MemoryRule, chunk: int, precision: str, *, own: bool, an
 def _fixed_setting(rule: MemoryRule, precision: str, *, anchored: bool) -> fixed.Setting:
     two = rule.num_layers == 2
     return fixed.Setting(
-        rule.chunk_tokens, two, unit=two and rule.dgd_layers == "all", dgd=rule.output_uses_dgd, erased=rule.decay_erased,
-        l2=rule.objective == "l2", own=rule.own_targets, unit_target=rule.normalize_targets,
+        tile_rows(rule.chunk_tokens), two, unit=two and rule.dgd_layers == "all", dgd=rule.output_uses_dgd,
+        erased=rule.decay_erased, l2=rule.objective == "l2", own=rule.own_targets, unit_target=rule.normalize_targets,
         residual=two and (rule.objective == "l2" or rule.dot_target == "residual"), anchored=anchored,
         causal=rule.read == "causal", skip=two and rule.read_skip, precision=precision,
     )  # fmt: skip
@@ -131,9 +167,7 @@ def _split(groups: tuple[Group, ...]) -> tuple[_Bank | None, _Bank]:
 
     def cut(part: slice, scalars: slice) -> _Bank:
         parts = (part, part, scalars)
-        return _Bank(
-            *(None if w is None else Layers(*(x[:, i].contiguous() for x, i in zip(w, parts))) for w in banks[0])
-        )
+        return _Bank(*(None if w is None else Layers(*(x[:, i] for x, i in zip(w, parts))) for w in banks[0]))
 
     return cut(slice(1, None), slice(None)), cut(slice(0, 1), slice(0))
 

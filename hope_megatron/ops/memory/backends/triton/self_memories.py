@@ -9,20 +9,21 @@ from torch import Tensor
 
 from hope_megatron.ops.memory.backends.triton.bank import backward as back
 from hope_megatron.ops.memory.backends.triton.bank import launch as bank
-from hope_megatron.ops.memory.backends.triton.bank.launch import Layers, Made, Place, Setting
+from hope_megatron.ops.memory.backends.triton.bank.launch import Layers, Made, Setting
 from hope_megatron.ops.memory.backends.triton.launching import launch
+from hope_megatron.ops.memory.backends.triton.sizes import Sizes, starts_of
 
 
 class _SelfMemories(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, s: Setting, begins, *tensors: Tensor):
         x, first, anchor = tensors[:4], Layers(*tensors[4:7]), Layers(*tensors[7:])
-        p = Place.of(x[0], first.vector.size(-1), s)
+        z = Sizes.of(x[0], first.vector.size(-2), s.rows)
         made, norms = Made(*map(torch.empty_like, x)), tuple(map(torch.empty_like, x[2:]))
-        starts = bank.starts_of(first, s, p.chunks)
-        phi_x = x[0] if s.moving else bank.input_features(x[0], x[1], starts, anchor, s, p, slope=False)[0]
-        write_in = torch.empty_like(made.k, dtype=bank.operand_dtype(s.precision)) if s.moving else made.k
-        bank.chain(x, made, norms, phi_x, starts, anchor, begins, s, p, write_in)
+        w_in = starts_of(first.w_in, z.chunks) if s.moving else first.w_in
+        starts = Layers(w_in, starts_of(first.vector, z.chunks), starts_of(first.scalar, z.chunks))
+        phi_x = x[0] if s.moving else bank.input_features(x[0], x[1], starts, anchor, s, z, slope=False)[0]
+        bank.chain(x, made, norms, phi_x, bank.chain_scratch(made, s, z), starts, anchor, begins, s, z)
         ctx.s, ctx.begins = s, begins
         ctx.save_for_backward(*x, *anchor, *made, *norms, *starts)
         changed = starts[0 if s.moving else 1 :]
@@ -34,28 +35,26 @@ class _SelfMemories(torch.autograd.Function):
         s, begins, saved = ctx.s, ctx.begins, ctx.saved_tensors
         x, anchor, made, norms = saved[:4], Layers(*saved[4:7]), Made(*saved[7:11]), saved[11:13]
         starts = Layers(*saved[13:])
-        p = Place.of(x[0], starts.vector.size(-1), s)
-        phi_x, slope_x = bank.input_features(x[0], x[1], starts, anchor, s, p, slope=True)
-        system = bank.input_system(made, s, p) if s.moving else (made.k, made.k)
-        t = bank.tape(made, starts, anchor, system, s, p)
+        z = Sizes.of(x[0], starts.vector.size(-2), s.rows)
+        phi_x, slope_x = bank.input_features(x[0], x[1], starts, anchor, s, z, slope=True)
+        system = bank.system_of(made, s, z)
+        t = bank.tape(made, starts, anchor, system, s, z)
 
         d_made = Made(*(g.float().clone(memory_format=torch.contiguous_format) for g in grads[:4]))
         changed = starts[0 if s.moving else 1 :]
-        ragged = p.T % s.chunk != 0
-        d_changed = [torch.zeros_like(w) if ragged else torch.empty_like(w) for w in changed]
+        d_changed = [torch.zeros_like(w) for w in changed]
         for d, end, last in zip(d_changed, grads[4:], grads[4 + len(changed) :]):
             d[:, -1] = end
-            if ragged:
-                d[:, -2] += last
+            d[:, -2] += last
         d_starts = Layers(*d_changed) if s.moving else Layers(d_changed[0][:0], *d_changed)
         found, d_first, d_raw, d_a_scalar = bank.chain_backward(
-            x, phi_x, slope_x, made, norms, t, starts, anchor, None, d_made, d_starts, begins, s, p, added=ragged
+            x, phi_x, slope_x, made, norms, t, system, starts, anchor, None, d_made, d_starts, begins, s, z, added=True
         )
         d_x_k, d_x_v = torch.empty_like(x[0]), torch.empty_like(x[1])
         launch(
-            back.input_gradients, (p.chunks, p.B * p.H), x[0], x[1], slope_x, found.d_z_x, *d_raw,
+            back.input_gradients, z.grid, x[0], x[1], slope_x, found.d_z_x, *d_raw,
             starts.w_in, anchor.w_in, starts.vector, anchor.vector, starts.scalar, anchor.scalar, d_x_k, d_x_v,
-            *p.counts, **p.tile(s), KEY=s.key, VALUE=s.value, ETA=s.eta, ALPHA=s.alpha, NV=s.num_vector, NS=s.num_scalar,
+            *z.counts, z.plane, **z.tile, KEY=s.key, VALUE=s.value, ETA=s.eta, ALPHA=s.alpha, NV=s.num_vector, NS=s.num_scalar,
             MOVING=s.moving, ANCHORED=s.anchored, PRECISION=s.precision,
         )  # fmt: skip
         d_in, d_a_vector = bank.weight_sums(x, phi_x, made, t, found, d_raw, s)

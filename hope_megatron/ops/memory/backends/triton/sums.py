@@ -6,11 +6,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from hope_megatron.ops.memory.backends.triton.language import load_rows, load_rows_t, mm, store
+from hope_megatron.ops.memory.backends.triton.language import add_mm, columns, rows, store
 from hope_megatron.ops.memory.backends.triton.launching import kernel, launch
-
-_TOKENS = 64
-"""Tokens of one product."""
 
 
 @kernel
@@ -24,32 +21,32 @@ def _outer(
     found = tl.zeros([P, Q], tl.float32)
     for t in tl.range(split * span, tl.minimum(T, (split + 1) * span), C):
         at = ((n // HEADS).to(tl.int64) * T + t) * HEADS + n % HEADS
-        valid = tl.minimum(C, T - t)
-        left = load_rows_t(a0 + at * P, HEADS * P, valid, C, P)
-        found += mm(left, load_rows(b0 + at * Q, HEADS * Q, valid, C, Q), PRECISION)
+        left = columns(a0 + at * P, HEADS * P, C, P)
+        found = add_mm(found, left, rows(b0 + at * Q, HEADS * Q, C, Q), PRECISION)
         if PAIRS > 1:
-            left = load_rows_t(a1 + at * P, HEADS * P, valid, C, P)
-            found += mm(left, load_rows(b1 + at * Q, HEADS * Q, valid, C, Q), PRECISION)
+            left = columns(a1 + at * P, HEADS * P, C, P)
+            found = add_mm(found, left, rows(b1 + at * Q, HEADS * Q, C, Q), PRECISION)
         if PAIRS > 2:
-            left = load_rows_t(a2 + at * P, HEADS * P, valid, C, P)
-            found += mm(left, load_rows(b2 + at * Q, HEADS * Q, valid, C, Q), PRECISION)
+            left = columns(a2 + at * P, HEADS * P, C, P)
+            found = add_mm(found, left, rows(b2 + at * Q, HEADS * Q, C, Q), PRECISION)
         if PAIRS > 3:
-            left = load_rows_t(a3 + at * P, HEADS * P, valid, C, P)
-            found += mm(left, load_rows(b3 + at * Q, HEADS * Q, valid, C, Q), PRECISION)
+            left = columns(a3 + at * P, HEADS * P, C, P)
+            found = add_mm(found, left, rows(b3 + at * Q, HEADS * Q, C, Q), PRECISION)
     store(out + (split.to(tl.int64) * tl.num_programs(1) + n) * P * Q, found, P, Q)
 
 
 def outer_sum(*pairs: tuple[Tensor, Tensor], precision: str) -> Tensor:
     """sum_t a_t b_t^T over one to four pairs of [B, T, H, P] and [B, T, H, Q]: [B H, P, Q] in float32.
 
-    Tokens are split among programs and the parts added up in a fixed order: the same bits every time.
+    T is a multiple of 16. Tokens are split among programs and the parts added up in a fixed order: the same bits every time.
     """
     (B, T, H, P), Q = pairs[0][0].shape, pairs[0][1].size(-1)
-    splits = max(1, min(8, T // (2 * _TOKENS)))
-    span = -(-T // (splits * _TOKENS)) * _TOKENS
+    block = min(64, T & -T)  # tokens of one product
+    splits = max(1, min(8, T // (2 * block)))
+    span = -(-T // (splits * block)) * block
     out = pairs[0][0].new_empty(splits, B * H, P, Q, dtype=torch.float32)
     operands = [x for pair in pairs for x in pair]
     operands += operands[:2] * (4 - len(pairs))
-    sizes = dict(C=_TOKENS, P=P, Q=Q, PAIRS=len(pairs), PRECISION=precision)
+    sizes = dict(C=block, P=P, Q=Q, PAIRS=len(pairs), PRECISION=precision)
     launch(_outer, (splits, B * H), *operands, out, T, H, span, **sizes)
     return out.sum(0) if splits > 1 else out[0]

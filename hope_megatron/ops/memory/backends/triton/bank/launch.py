@@ -10,13 +10,14 @@ from torch import Tensor
 from hope_megatron.ops.memory.backends.triton.bank import backward as back
 from hope_megatron.ops.memory.backends.triton.bank import forward as fore
 from hope_megatron.ops.memory.backends.triton.launching import launch
+from hope_megatron.ops.memory.backends.triton.sizes import Sizes, operand_dtype
 from hope_megatron.ops.memory.backends.triton.sums import outer_sum
 
 
 class Setting(NamedTuple):
     """What kernels are specialised on. Numbers of memories are -1 where there is none."""
 
-    chunk: int  # tokens
+    rows: int  # of a chunk's tiles
     own_chain: bool  # self-memories; else M_mem
     key: int
     value: int
@@ -55,11 +56,11 @@ class Setting(NamedTuple):
 
 
 class Layers(NamedTuple):
-    """Weights of n memories in all streams, or gradients of them."""
+    """Weights of n memories in all streams, or gradients of them; at chunk starts and the end: [N, chunks + 1, ...]."""
 
-    w_in: Tensor  # W2 [N, n, h, d]; moving: V2, at starts [N, chunks + 1, n, h, d]
-    vector: Tensor  # V of W1 [N, NV, d, h], at starts [N, chunks + 1, NV, d, h]
-    scalar: Tensor  # [N, NS, h], at starts [N, chunks + 1, NS, h]
+    w_in: Tensor  # W2^T [N, n, d, h]; moving: V2^T
+    vector: Tensor  # V^T of W1 [N, NV, h, d]
+    scalar: Tensor  # [N, NS, h]
 
 
 class Made(NamedTuple):
@@ -71,16 +72,24 @@ class Made(NamedTuple):
     log_alpha: Tensor
 
 
+class System(NamedTuple):
+    """What all memories of a bank share in a chunk, as `input_system` leaves it."""
+
+    table: Tensor  # [1, N, chunks, C, C]
+    write_in: Tensor  # K_in [B, T, H, d]
+    inverse_in: Tensor  # Y_in [1, N, chunks, C, C]
+
+
 class Tape(NamedTuple):
     """As `bank_tape` leaves it."""
 
     keys: Tensor
     phi_v: Tensor
     write: Tensor
-    write_in: Tensor
     slope_k: Tensor
     slope_v: Tensor
     key_scale: Tensor
+    inverse: Tensor
     u: Tensor
     target: Tensor
     missed: Tensor
@@ -93,108 +102,66 @@ class Tape(NamedTuple):
     u_in: Tensor
     missed_in: Tensor
     curve: Tensor
-    inverse: Tensor
 
 
-class Place(NamedTuple):
-    """Sizes that the launches of one operator share."""
-
-    B: int
-    T: int
-    H: int
-    d: int
-    h: int
-    chunks: int
-    block: int
-
-    @classmethod
-    def of(cls, x: Tensor, h: int, s: Setting) -> Place:
-        B, T, H, d = x.shape
-        return cls(B, T, H, d, h, -(-T // s.chunk), max(16, 1 << (s.chunk - 1).bit_length()))
-
-    @property
-    def counts(self) -> tuple[int, int, int, int]:
-        return self.T, self.H, self.chunks, self.B * self.T * self.H
-
-    def tile(self, s: Setting) -> dict[str, int]:
-        return dict(C=self.block, CHUNK=s.chunk, D=self.d, H=self.h)
-
-    def planes(self, n: int, width: int | None, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Uninitialised [n, B, T, H, width]; width None: [n, B, T, H]."""
-        shape = (n, self.B, self.T, self.H) if width is None else (n, self.B, self.T, self.H, width)
-        return like.new_empty(shape, dtype=dtype)
-
-
-def operand_dtype(precision: str) -> torch.dtype:
-    """Of scratch that products read."""
-    return torch.bfloat16 if precision in ("bf16", "bf16_ptx") else torch.float32
-
-
-def starts_of(first: Layers, s: Setting, chunks: int) -> Layers:
-    """Room for the weights at every chunk's start and the end, with the first ones in place."""
-
-    def room(x: Tensor) -> Tensor:
-        out = x.new_empty(x.size(0), chunks + 1, *x.shape[1:])
-        out[:, 0] = x
-        return out
-
-    return Layers(room(first.w_in) if s.moving else first.w_in, room(first.vector), room(first.scalar))
-
-
-def input_features(x_k, x_v, w: Layers, anchor: Layers, s: Setting, p: Place, *, slope: bool) -> tuple[Tensor, Tensor]:
+def input_features(x_k, x_v, w: Layers, anchor: Layers, s: Setting, z: Sizes, *, slope: bool) -> tuple[Tensor, Tensor]:
     """phi_x, slope_x: [n, B, T, H, h]."""
-    phi = p.planes(s.n, p.h, x_k, operand_dtype(s.precision))
+    phi = z.rows(z.h, x_k, operand_dtype(s.precision), s.n)
     slopes = torch.empty_like(phi) if slope else phi
     launch(
-        fore.input_features, (p.chunks, p.B * p.H, s.n), x_k, x_v, w.w_in, anchor.w_in, phi, slopes, *p.counts, **p.tile(s),
+        fore.input_features, (*z.grid, s.n), x_k, x_v, w.w_in, anchor.w_in, phi, slopes, *z.counts, z.plane, **z.tile,
         VALUE=s.value, MOVING=s.moving, ANCHORED=s.anchored, SLOPE=slope, PRECISION=s.precision,
     )  # fmt: skip
     return phi, slopes
 
 
-def chain(x, made: Made, norms, phi_x, starts: Layers, anchor: Layers, begins, s: Setting, p: Place, write_in: Tensor) -> None:
+def chain_scratch(made: Made, s: Setting, z: Sizes) -> System:
+    """For the chain of self-memories: one chunk's squares."""
+    one = made.k.new_empty(z.N, z.C, z.C, dtype=torch.float32)
+    write_in = torch.empty_like(made.k, dtype=operand_dtype(s.precision)) if s.moving else made.k
+    return System(one, write_in, torch.empty_like(one, dtype=operand_dtype(s.precision)))
+
+
+def system_of(made: Made, s: Setting, z: Sizes) -> System:
+    """Decay tables, and moving: K_in and Y_in, of all chunks."""
+    table, dtype = z.squares(made.k), operand_dtype(s.precision)
+    if not s.moving:
+        sizes = dict(C=z.C, PRECISION=s.precision)
+        launch(fore.decay_tables, z.grid, made.log_eta, made.log_alpha, table, *z.counts, **sizes)
+        return System(table, made.k, table)
+    system = System(table, torch.empty_like(made.k, dtype=dtype), z.squares(made.k, dtype) if s.dgd_in else table)
+    launch(
+        fore.input_system, z.grid, made.k, made.log_eta, made.log_alpha, *system, *z.counts,
+        C=z.C, D=z.d, DGD_IN=s.dgd_in, EXACT=s.exact_inverse, PRECISION=s.precision,
+    )  # fmt: skip
+    return system
+
+
+def chain(x, made: Made, norms, phi_x, system: System, starts: Layers, anchor: Layers, begins, s: Setting, z: Sizes) -> None:
     """The loop over chunks: fills `starts`, and `made` with `norms` for self-memories. x: x_k, x_v and two logits."""
-    keys = p.planes(s.n, p.h, made.k, operand_dtype(s.precision))
+    keys = z.rows(z.h, made.k, operand_dtype(s.precision), s.n)
     launch(
-        fore.bank_chain, (p.B * p.H,), *x, phi_x, *made, *norms, keys, write_in, starts.w_in, anchor.w_in,
+        fore.bank_chain, (z.N,), *x, phi_x, *made, *norms, keys, *system, starts.w_in, anchor.w_in,
         starts.vector, anchor.vector, starts.scalar, anchor.scalar, keys if begins is None else begins,
-        *p.counts, s.log_eta_max, **p.tile(s), **s.made(), **s.write(), RESETS=begins is not None, EXACT=s.exact_inverse,
+        *z.counts, z.plane, s.log_eta_max, **z.tile, **s.made(), **s.write(), RESETS=begins is not None, EXACT=s.exact_inverse,
     )  # fmt: skip
 
 
-def input_system(made: Made, s: Setting, p: Place) -> tuple[Tensor, Tensor]:
-    """K_in [B, T, H, d] and Y_in^T [N, chunks, C, C]."""
-    dtype = operand_dtype(s.precision)
-    write_in = torch.empty_like(made.k, dtype=dtype)
-    inverse = made.k.new_empty(p.B * p.H, p.chunks, p.block, p.block, dtype=dtype) if s.dgd_in else write_in
-    tile = p.tile(s)
-    tile.pop("H")
-    launch(
-        fore.input_system, (p.chunks, p.B * p.H), made.k, made.log_eta, made.log_alpha, write_in, inverse,
-        *p.counts[:3], **tile, DGD_IN=s.dgd_in, EXACT=s.exact_inverse, PRECISION=s.precision,
-    )  # fmt: skip
-    return write_in, inverse
-
-
-def tape(made: Made, starts: Layers, anchor: Layers, system: tuple[Tensor, Tensor], s: Setting, p: Place) -> Tape:
-    """What backward needs of what every chunk wrote. system: as `input_system` leaves it; anything if not moving."""
+def tape(made: Made, starts: Layers, anchor: Layers, system: System, s: Setting, z: Sizes) -> Tape:
+    """What backward needs of what every chunk wrote."""
     dtype, like, nv, ns = operand_dtype(s.precision), made.k, s.num_vector, s.num_scalar
-    wide = lambda n: p.planes(n, p.h, like, dtype)  # noqa: E731
-    narrow = lambda: p.planes(nv, p.d, like, dtype)  # noqa: E731
-    each = lambda n: p.planes(n, None, like)  # noqa: E731
+    wide = lambda n: z.rows(z.h, like, dtype, n)  # noqa: E731
+    narrow = lambda n: z.rows(z.d, like, dtype, n)  # noqa: E731
     moving = s.n if s.moving else 0
     t = Tape(
-        keys=wide(s.n), phi_v=wide(s.n), write=wide(s.n), write_in=system[0], slope_k=wide(s.n), slope_v=wide(s.n),
-        key_scale=each(s.n), u=narrow(), target=narrow(), missed=narrow(), target_scale=each(nv),
-        e=narrow() if s.moving else wide(0), u_scalar=each(ns), target_scalar=each(ns), missed_scalar=each(ns),
-        e_scalar=each(ns), u_in=wide(moving), missed_in=wide(moving), curve=wide(moving),
-        inverse=system[1] if s.own_chain or not s.dgd else torch.empty_like(system[1]),
+        wide(s.n), wide(s.n), wide(s.n), wide(s.n), wide(s.n), z.each(s.n, like), z.squares(like, dtype, s.n if s.dgd else 0),
+        narrow(nv), narrow(nv), narrow(nv), z.each(nv, like), narrow(nv if s.moving else 0),
+        z.each(ns, like), z.each(ns, like), z.each(ns, like), z.each(ns, like), wide(moving), wide(moving), wide(moving),
     )  # fmt: skip
     launch(
-        fore.bank_tape, (p.chunks, p.B * p.H, s.n), *made, t.keys, *system, starts.w_in, anchor.w_in,
-        starts.vector, anchor.vector, starts.scalar, anchor.scalar, t.phi_v, t.write, t.slope_k, t.slope_v, t.key_scale,
-        t.u, t.target, t.missed, t.target_scale, t.e, t.u_scalar, t.target_scalar, t.missed_scalar, t.e_scalar,
-        t.u_in, t.missed_in, t.curve, t.inverse, *p.counts, **p.tile(s), **s.write(), READ=not s.own_chain, EXACT=s.exact_inverse,
+        fore.bank_tape, (*z.grid, s.n), *made, t.keys, *system, starts.w_in, anchor.w_in,
+        starts.vector, anchor.vector, starts.scalar, anchor.scalar, *t[1:6], t.inverse, *t[7:],
+        *z.counts, z.plane, **z.tile, **s.write(), EXACT=s.exact_inverse,
     )  # fmt: skip
     return t
 
@@ -212,32 +179,31 @@ class Found(NamedTuple):
 
 
 def chain_backward(
-    x, phi_x, slope_x, made: Made, norms, t: Tape, starts: Layers, anchor: Layers, reads, d_made: Made, d_starts: Layers,
-    begins, s: Setting, p: Place, *, added: bool,
+    x, phi_x, slope_x, made: Made, norms, t: Tape, system: System, starts: Layers, anchor: Layers, reads,
+    d_made: Made, d_starts: Layers, begins, s: Setting, z: Sizes, *, added: bool,
 ) -> tuple[Found, Layers, tuple[Tensor, ...], Tensor]:  # fmt: skip
     """Returns what is left for sums; gradients of the first weights; d_raw_k, d_raw_v and of the logits; of A of scalar memories.
 
     reads: gradients that M_mem's read adds to r, keys and r_in; None: self-memories. d_made: added to. d_starts: the last are
     given; added: the others hold what is added; filled.
     """
-    dtype, like = operand_dtype(s.precision), made.k
-    wide = lambda n: p.planes(n, p.h, like, dtype)  # noqa: E731
-    moving = s.n if s.moving else 0
+    dtype, like, nv = operand_dtype(s.precision), made.k, s.num_vector
+    wide = lambda n: z.rows(z.h, like, dtype, n)  # noqa: E731
+    narrow = lambda n: z.rows(z.d, like, dtype, n)  # noqa: E731
     found = Found(
-        p.planes(s.num_vector, p.d, like, dtype), p.planes(s.num_vector, p.d, like, dtype), wide(s.n), wide(s.n),
-        wide(moving), wide(s.num_vector if s.moving else 0), wide(s.n if s.own_chain else 0),
+        narrow(nv), narrow(nv), wide(s.n), wide(s.n), wide(s.n if s.moving else 0), wide(nv if s.moving else 0),
+        wide(s.n if s.own_chain else 0),
     )  # fmt: skip
     d_first = Layers(*(torch.zeros_like(x[:, 0]) for x in d_starts)) if begins is not None else d_starts
     d_anchor_scalar = torch.zeros_like(starts.scalar[:, 0])
     d_raw = tuple(map(torch.empty_like, made)) if s.own_chain else tuple(made)
     launch(
-        back.bank_chain_backward, (p.B * p.H,), *x[:2], phi_x, slope_x, *made, *norms,
-        t.keys, t.phi_v, t.write, t.write_in, t.slope_k, t.slope_v, t.key_scale, t.u, t.target, t.missed, t.target_scale, t.e,
-        t.u_scalar, t.target_scalar, t.missed_scalar, t.e_scalar, t.u_in, t.missed_in, t.curve,
+        back.bank_chain_backward, (z.N,), *x[:2], phi_x, slope_x, *made, *norms,
+        *t[:3], system.table, system.write_in, *t[3:6], *t[7:],
         starts.w_in, anchor.w_in, starts.vector, anchor.vector, starts.scalar, anchor.scalar, *(reads or made[:3]),
         *d_made, d_starts.vector, d_starts.scalar, d_starts.w_in, d_first.vector, d_first.scalar, d_first.w_in,
-        d_anchor_scalar, *found, *d_raw, t.keys if begins is None else begins, *p.counts, s.log_eta_max,
-        **p.tile(s), **s.made(), **s.write(), RESETS=begins is not None, ADDED=added, READ=reads is not None,
+        d_anchor_scalar, *found, *d_raw, t.keys if begins is None else begins, *z.counts, z.plane, s.log_eta_max,
+        **z.tile, **s.made(), **s.write(), RESETS=begins is not None, ADDED=added, READ=reads is not None,
     )  # fmt: skip
     first = Layers(*(x[:, 0] for x in d_starts))
     if begins is not None:
@@ -245,27 +211,21 @@ def chain_backward(
     return found, first, d_raw, d_anchor_scalar
 
 
-def weight_sums(x, phi_x, made: Made, t: Tape, f: Found, d_raw, s: Setting) -> tuple[Tensor, Tensor | None]:
-    """Gradients of W2 (moving: of A2) [N, n, h, d] and of A of vector memories [N, NV, d, h]."""
+def weight_sums(x, phi_x, made: Made, t: Tape, f: Found, d_raw, s: Setting) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of W2^T (moving: of A2^T) [N, n, d, h] and of A^T of vector memories [N, NV, h, d]; None where there is no A."""
     d_in, d_anchor = [], []
     for m in range(s.n):
         vector = m < s.num_vector
-        pairs = [(f.d_z_k[m], made.k)]
-        if s.own or not vector:
-            pairs.append((f.d_z_v[m], made.v))
-        if s.own_chain:
-            pairs.append((f.d_z_x[m], x[1] if m == s.value else x[0]))
-        if s.moving and s.dgd_in:
-            pairs.append((f.d_r_in[m], made.k))
-        d_in.append(outer_sum(*pairs, precision=s.precision))
-        if not (vector and s.anchored):
-            continue
-        pairs = [(f.d_r[m], t.keys[m])] if s.dgd else []
-        if s.own:
-            pairs.append((f.d_target[m], t.phi_v[m]))
-        if s.own_chain:
-            pairs.append((d_raw[1] if m == s.value else d_raw[0], phi_x[m]))
-        if s.moving:
-            pairs.append((t.e[m], f.d_hidden[m]))
-        d_anchor.append(outer_sum(*pairs, precision=s.precision))
-    return torch.stack(d_in, 1), torch.stack(d_anchor, 1) if d_anchor else None
+        inputs = x[1] if m == s.value else x[0]
+        if s.anchored or not s.moving:
+            pairs = [(made.k, f.d_z_k[m])]
+            pairs += [(made.v, f.d_z_v[m])] if s.own or not vector else []
+            pairs += [(inputs, f.d_z_x[m])] if s.own_chain else []
+            pairs += [(made.k, f.d_r_in[m])] if s.moving and s.dgd_in else []
+            d_in.append(outer_sum(*pairs, precision=s.precision))
+        if vector and s.anchored:
+            pairs = [(t.keys[m], f.d_r[m])] * s.dgd + [(t.phi_v[m], f.d_target[m])] * s.own
+            pairs += [(f.d_hidden[m], t.e[m])] if s.moving else []
+            pairs += [(phi_x[m], d_raw[1] if m == s.value else d_raw[0])] if s.own_chain else []
+            d_anchor.append(outer_sum(*pairs, precision=s.precision))
+    return torch.stack(d_in, 1) if d_in else None, torch.stack(d_anchor, 1) if d_anchor else None
