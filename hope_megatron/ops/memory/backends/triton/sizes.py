@@ -75,7 +75,7 @@ def tile_rows(chunk: int) -> int:
 
 def operand_dtype(precision: str) -> torch.dtype:
     """Of scratch that products read."""
-    return torch.bfloat16 if precision in ("bf16", "bf16_ptx") else torch.float32
+    return torch.bfloat16 if precision.startswith("bf16") else torch.float32
 
 
 def starts_of(first: Tensor, chunks: int) -> Tensor:
