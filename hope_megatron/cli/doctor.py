@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hope_megatron.cli.formatting import bytes_text
 from hope_megatron.config.environment import detect_apex, fused_kernels, installed_versions
+from hope_megatron.runtime.formatting import bytes_text
 
 OK, NOTE, WARNING, MISSING = "ok", "note", "warning", "missing"
 

@@ -19,16 +19,12 @@ from hope_megatron.config.accounting import (
 from hope_megatron.config.hardware import Hardware
 from hope_megatron.config.model import MemoryConfig, ModelConfig
 from hope_megatron.config.optim import OptimConfig
+from hope_megatron.config.optimizers import OPTIMIZERS
 from hope_megatron.config.run import RunConfig
 from hope_megatron.config.training import TrainingConfig
 from hope_megatron.ops.memory.rule import why_not_hopes_own
 
 FP32 = 4
-
-MATRIX_STATES = {"m3": 4, "muon": 1, "adamuon": 2, "adamw": 2, "sgd": 1}
-"""fp32 numbers kept per matrix element; M3 has two momenta, a second moment and the slow direction."""
-VECTOR_STATES = {"m3": 2, "muon": 2, "adamuon": 2, "adamw": 2, "sgd": 1}
-"""The same for the parameters that are not matrices: AdamW beside every optimizer but SGD."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +79,9 @@ def compute_bytes(training: TrainingConfig) -> int:
 
 
 def _optimizer_bytes(model: ModelConfig, optim: OptimConfig, tp: int) -> float:
-    total = 0.0
+    total, optimizer = 0.0, OPTIMIZERS[optim.name]
     for weight in weight_table(model):
-        states = (MATRIX_STATES if weight.matrix else VECTOR_STATES)[optim.name]
+        states = optimizer.matrix_states if weight.matrix else optimizer.vector_states
         states += weight.update_period_steps > 1  # the gradient gathered between two ticks of a slow level
         total += FP32 * states * weight.total / (tp if weight.sharded else 1)
     return total

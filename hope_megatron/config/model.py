@@ -120,8 +120,8 @@ class MemoryConfig(Section, MemoryCompute, MemoryRule):
 
     @model_validator(mode="after")
     def _check(self) -> MemoryConfig:
-        if (text := self.conflict()) is not None:
-            raise ConfigError(f"memory.{text}")
+        if (text := self.conflict("memory.")) is not None:
+            raise ConfigError(text)
         if self.adaptive_eta and self.eta == "fixed":
             raise ConfigError(
                 "memory.adaptive_eta=true adds to a rate that memory.eta=fixed does not have; set one of them otherwise"

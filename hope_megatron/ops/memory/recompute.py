@@ -24,8 +24,10 @@ Scan = Callable[..., tuple[Tensor, tuple[Group, ...]]]
 _KEPT_ROWS, _KEPT_SQUARES = 14, 4
 
 
-def default_segment_tokens(num_tokens: int, period: int, groups: tuple[Group, ...]) -> int:
-    """Segment length that minimises kept weights plus one segment's activations, a multiple of `period`."""
+def segment_periods(keep_every: int | None, num_tokens: int, period: int, groups: tuple[Group, ...]) -> int:
+    """Periods per segment: `MemoryCompute.keep_every`, or what minimises kept weights plus one segment's activations."""
+    if keep_every is not None:
+        return keep_every
     state = activations = 0
     for group in groups:
         w = group.now.w_in if group.now.w_in is not None else group.now.w_vector
@@ -33,7 +35,7 @@ def default_segment_tokens(num_tokens: int, period: int, groups: tuple[Group, ..
         state += sum(x[: group.n].numel() for x in group.now if x is not None)
         activations += group.n * (_KEPT_ROWS * period * h + _KEPT_SQUARES * period * period)
     periods = math.sqrt(max(1, num_tokens / period) * state / activations)
-    return max(1, round(periods)) * period
+    return max(1, round(periods))
 
 
 def recomputed_scan(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-Kernel = Literal["auto", "torch", "cpu", "triton"]
+Kernel = Literal["auto", "torch", "phases", "cpu", "triton"]
 
 
 class MemoryRuleError(ValueError):
@@ -185,17 +185,17 @@ class MemoryRule:
         """One-layer memories meet |k|^2 = 1, and the gradient of "dot" does not depend on what it changes."""
         return self.normalize_steps and self.num_layers == 2 and self.objective == "l2"
 
-    def conflict(self) -> str | None:
-        """Why these values do not go together, and what to do; None if they do."""
+    def conflict(self, section: str = "") -> str | None:
+        """Why these values do not go together, and what to do; None if they do. section: what stands before the names of fields."""
         small, large = sorted((self.chunk_tokens, self.self_chunk_tokens or self.chunk_tokens))
         if self.adaptive and large % small:
             return (
-                f"chunk_tokens={self.chunk_tokens} and self_chunk_tokens={self.self_chunk_tokens}: "
+                f"{section}chunk_tokens={self.chunk_tokens} and {section}self_chunk_tokens={self.self_chunk_tokens}: "
                 f"one must divide the other; for example self_chunk_tokens={small}"
             )
         if self.num_layers == 1 and (self.adaptive or self.own_targets):
             return (
-                "num_layers=1 (a matrix memory) has static projections and external targets; set "
+                f"{section}num_layers=1 (a matrix memory) has static projections and external targets; set "
                 "adaptive_key, adaptive_value, adaptive_eta, adaptive_alpha and own_targets to false, or num_layers=2"
             )
         return None
@@ -214,8 +214,15 @@ class MemoryCompute:
     """How the rule is computed: nothing here changes what a memory learns but by rounding."""
 
     kernel: Kernel = "auto"
-    """What computes the memories: the best there is for the device (auto), PyTorch's operators, the kernel compiled for CPUs, or
-    Triton's. One that cannot take the rule, the shape or the device is refused, with the reason."""
+    """What computes the memories: the best there is for the device (auto); PyTorch's operators chunk by chunk (torch) or in
+    phases over all chunks, which launch less (phases); the kernel compiled for CPUs; or Triton's. One that cannot take the rule,
+    the shape or the device is refused, with the reason."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Operands of products inside the memories: as they are, or rounded to bf16. Sums and the memories themselves are fp32 in both.
+    bf16 is for the phases and Triton."""
+    keep_every: Annotated[int | None, Bound(gt=0)] = None
+    """Weights are kept for backward at the start of every this many chunks; what lies between is computed again. None: chosen by
+    the kernel, for the least memory together."""
 
     def __post_init__(self) -> None:
         check_fields(self)

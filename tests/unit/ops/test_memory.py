@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from hope_megatron.ops.memory import (
     Bank,
+    MemoryCompute,
     MemoryParams,
     MemoryRule,
     RateLogits,
@@ -30,6 +31,11 @@ from hope_megatron.ops.memory.types import map_params
 B, H, d, h = 2, 2, 6, 5
 HOPE = MemoryRule(chunk_tokens=8, self_chunk_tokens=8)
 STATIC = dict(adaptive_key=False, adaptive_value=False, adaptive_eta=False, adaptive_alpha=False, own_targets=False)
+
+
+def alone(backend):
+    """`memory_chunked` with one backend and no other: an error where that cannot take a case."""
+    return functools.partial(memory_chunked, backends=(backend,))
 
 
 def make_params(rule: MemoryRule, layers: int = 2, scale: float = 0.3) -> MemoryParams:
@@ -276,14 +282,14 @@ def test_stream_in_pieces_equals_one_piece():
     ],
     ids=str,
 )
-def test_the_written_out_backward_is_that_of_autograd(changes, warm, recompute, backend_alone):
+def test_the_written_out_backward_is_that_of_autograd(changes, warm, recompute):
     rule = MemoryRule(chunk_tokens=16, self_chunk_tokens=16, **changes)
     params = make_params(rule)
     inputs = make_inputs(75)
     state = memory_recurrent(*make_inputs(21), params, rule)[1] if warm else None
     by_hand, by_autograd = (
         outputs_and_gradients(
-            functools.partial(backend_alone(backend), recompute=recompute, segment_tokens=32),
+            functools.partial(alone(backend), recompute=recompute, compute=MemoryCompute(keep_every=2)),
             *inputs, params, rule, state,
         )
         for backend in (MANUAL, AUTOGRAD)
@@ -303,7 +309,7 @@ def test_a_recomputed_piece_leaves_the_state_of_a_plain_one(rule, T):
     for x in leaves(params):
         x.requires_grad_()
     plain = memory_chunked(*inputs, params, rule)[1]
-    recomputed = memory_chunked(*inputs, params, rule, recompute=True, segment_tokens=8)[1]
+    recomputed = memory_chunked(*inputs, params, rule, recompute=True, compute=MemoryCompute(keep_every=1))[1]
     assert recomputed.position == plain.position
     expected, found = (memory_chunked(*more, params, rule, state)[0] for state in (plain, recomputed))
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
@@ -311,14 +317,14 @@ def test_a_recomputed_piece_leaves_the_state_of_a_plain_one(rule, T):
 
 @pytest.mark.parametrize("momentum", [False, True])
 @pytest.mark.parametrize("chunk, self_chunk, warm", [(8, 8, False), (4, 16, True), (8, 8, True)])
-@pytest.mark.parametrize("segment_tokens", [None, 16, 1000])
+@pytest.mark.parametrize("keep_every", [None, 1, 1000])
 @pytest.mark.parametrize("decay_to", ["zero", "initial"])
-def test_recomputing_changes_no_gradient(decay_to, momentum, chunk, self_chunk, warm, segment_tokens):
+def test_recomputing_changes_no_gradient(decay_to, momentum, chunk, self_chunk, warm, keep_every):
     rule = MemoryRule(chunk, self_chunk, decay_to=decay_to)
     params = make_params(rule)
     q, k, v, logits = make_inputs(77, momentum=momentum)
     state = memory_recurrent(*make_inputs(11, momentum=momentum), params, rule)[1] if warm else None
-    recomputing = functools.partial(memory_chunked, recompute=True, segment_tokens=segment_tokens)
+    recomputing = functools.partial(memory_chunked, recompute=True, compute=MemoryCompute(keep_every=keep_every))
     plain = outputs_and_gradients(memory_chunked, q, k, v, logits, params, rule, state)
     bounded = outputs_and_gradients(recomputing, q, k, v, logits, params, rule, state)
     for a, b in zip(itertools.chain(*plain), itertools.chain(*bounded)):
@@ -442,7 +448,7 @@ def test_what_stays_when_nothing_is_written(decay_to, kept):
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e-6, 1.0])
-def test_a_memory_that_has_faded_is_the_same_on_every_path(scale, backend_alone):
+def test_a_memory_that_has_faded_is_the_same_on_every_path(scale):
     """Features, keys and targets near and far below epsilon: unit(x) = x / sqrt(|x|^2 + epsilon^2) everywhere."""
     rule = MemoryRule(chunk_tokens=16, self_chunk_tokens=16, decay_to="zero")
     bank = lambda n, o: Bank(scale * torch.randn(H, n, 16, 16).double(), scale * torch.randn(H, n, o, 16).double())  # noqa: E731
@@ -454,7 +460,7 @@ def test_a_memory_that_has_faded_is_the_same_on_every_path(scale, backend_alone)
         dtype = torch.float32 if backend is CPU else torch.float64
         cast = lambda x, dtype=dtype: x.to(dtype)  # noqa: E731
         rates = RateLogits(*(r if r is None else cast(r) for r in logits))
-        y, end = backend_alone(backend)(*map(cast, qkv), rates, map_params(cast, params), rule)
+        y, end = alone(backend)(*map(cast, qkv), rates, map_params(cast, params), rule)
         found = leaves(y, end.now)
         for a, b in zip(found, leaves(exact, state.now)):
             assert (a.double() - b).abs().max() <= (1e-4 if backend is CPU else 1e-10) * b.abs().max()
@@ -462,7 +468,7 @@ def test_a_memory_that_has_faded_is_the_same_on_every_path(scale, backend_alone)
 
 @pytest.mark.parametrize("cut", [8, 16, 21, 24])
 @pytest.mark.parametrize("rule", [HOPE, MemoryRule(4, 8), MemoryRule(16, 8)], ids=str)
-def test_the_start_in_a_state_is_that_of_the_next_tokens_chunk(rule, cut, backend_alone):
+def test_the_start_in_a_state_is_that_of_the_next_tokens_chunk(rule, cut):
     """On every path: `now` at a border, else the weights at the last border."""
     params, (q, k, v, logits) = make_params(rule), make_inputs(cut)
     expected = {}
@@ -474,7 +480,7 @@ def test_the_start_in_a_state_is_that_of_the_next_tokens_chunk(rule, cut, backen
             rates = RateLogits(*(None if r is None else r[:, :length] for r in logits))
             state = memory_recurrent(q[:, :length], k[:, :length], v[:, :length], rates, params, rule)[1]
         expected[name] = getattr(state.now, name)
-    for scan in (memory_recurrent, memory_chunked, backend_alone(AUTOGRAD)):
+    for scan in (memory_recurrent, memory_chunked, alone(AUTOGRAD)):
         start = scan(q, k, v, logits, params, rule)[1].start
         for a, b in zip(leaves(start), leaves(MemoryParams(**expected))):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)

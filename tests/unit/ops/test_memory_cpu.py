@@ -14,6 +14,7 @@ import torch
 
 from hope_megatron.ops.memory import (
     Bank,
+    MemoryCompute,
     MemoryParams,
     MemoryRule,
     MemoryState,
@@ -125,16 +126,23 @@ OUTPUT = {"written_layers": "output"}
         (96, 48, 16, 16, OUTPUT | FULL, 0, True),
     ],
 )
-def test_the_kernel_equals_float64(T, chunk, d, h, changes, warm, recompute, backend_alone):
+def test_the_kernel_equals_float64(T, chunk, d, h, changes, warm, recompute):
     rule = MemoryRule(chunk_tokens=chunk, self_chunk_tokens=chunk, **changes)
     case, state = make_case(T, d, h, rule, warm=warm)
-    options = dict(recompute=recompute, segment_tokens=2 * chunk)
-    assert largest_difference(case, state, rule, backend_alone(CPU), **options) < FLOAT32
+    options = dict(recompute=recompute, compute=MemoryCompute(keep_every=2))
+    assert (
+        largest_difference(case, state, rule, functools.partial(memory_chunked, backends=(CPU,)), **options) < FLOAT32
+    )
 
 
-def test_pytorchs_operators_lie_within_the_same_bound(backend_alone):
+def test_pytorchs_operators_lie_within_the_same_bound():
     rule = MemoryRule(chunk_tokens=64, self_chunk_tokens=64)
-    assert largest_difference(*make_case(130, 64, 64, rule, warm=7), rule, backend_alone(MANUAL)) < FLOAT32
+    assert (
+        largest_difference(
+            *make_case(130, 64, 64, rule, warm=7), rule, functools.partial(memory_chunked, backends=(MANUAL,))
+        )
+        < FLOAT32
+    )
 
 
 def test_threads_segments_and_cuts_at_borders_change_no_bit():
@@ -145,7 +153,9 @@ def test_threads_segments_and_cuts_at_borders_change_no_bit():
         torch.set_num_threads(1)
         outputs, gradients = outputs_and_gradients(case, None, rule, torch.float32)
         torch.set_num_threads(3)
-        several = outputs_and_gradients(case, None, rule, torch.float32, recompute=True, segment_tokens=48)
+        several = outputs_and_gradients(
+            case, None, rule, torch.float32, recompute=True, compute=MemoryCompute(keep_every=3)
+        )
     finally:
         torch.set_num_threads(before)
     assert all(map(torch.equal, [*outputs, *gradients], [*several[0], *several[1]]))

@@ -43,16 +43,24 @@ class Case(NamedTuple):
     dtype: torch.dtype
     device: str
     """Type of the device: "cpu", "cuda", ..."""
+    precision: str
+    """`MemoryCompute.precision`."""
     plain: bool
     """Whether inputs are ordinary tensors: not fake ones, not those of a functional transform."""
 
     @classmethod
-    def of(cls, tensors: list[Tensor | None], params: MemoryParams, rule: MemoryRule) -> Case:
+    def of(cls, tensors: list[Tensor | None], params: MemoryParams, rule: MemoryRule, compute: MemoryCompute) -> Case:
         """tensors: q, x_k, x_v [B, T, H, d], logits of eta, alpha, theta or None."""
         q, w_in = tensors[0], params.mem.w_in
         (B, _, H, d), rates = q.shape, tuple(x is not None for x in tensors[3:])
         h = d if w_in is None else w_in.size(-2)
-        return cls(rule, rates, B * H, d, h, q.dtype, q.device.type, type(q) in (Tensor, torch.nn.Parameter))
+        plain = type(q) in (Tensor, torch.nn.Parameter)
+        return cls(rule, rates, B * H, d, h, q.dtype, q.device.type, compute.precision, plain)
+
+
+def computes_in_full(case: Case) -> str | None:
+    """The reason of a backend that knows no other precision than that of its inputs."""
+    return None if case.precision == "fp32" else f"it computes in fp32, not in {case.precision}"
 
 
 class Backend(NamedTuple):
@@ -64,12 +72,12 @@ class Backend(NamedTuple):
     why_not: Callable[[Case], str | None]
     """Why it cannot take a case, in words; None if it can."""
     scan: Callable[..., tuple[Tensor, Any]]
-    """(tensors, rule, groups, *, recompute, segment_tokens) -> y [B, T, H, d], groups.
+    """(tensors, rule, groups, *, compute, recompute) -> y [B, T, H, d], groups.
 
     tensors: q, x_k, x_v [B, T, H, d] and three logits [B, T, H] or None, in one dtype. T is a multiple of the rule's period and
-    begins at a border. recompute, segment_tokens: see `memory_chunked`."""
+    begins at a border. compute, recompute: see `memory_chunked`."""
     unwise: Callable[[Case], str | None] = lambda case: None
-    """Why `auto` passes it over although it could; None if it does not."""
+    """Why `auto` passes it over although it could, as long as another can; None if it does not."""
 
 
 def choose(case: Case, compute: MemoryCompute, backends: tuple[Backend, ...]) -> Backend:
@@ -89,14 +97,21 @@ def choose(case: Case, compute: MemoryCompute, backends: tuple[Backend, ...]) ->
 @functools.lru_cache(maxsize=256)
 def _choose(case: Case, compute: MemoryCompute, backends: tuple[Backend, ...]) -> Backend:
     reasons: list[str] = []
+    possible = None
     for backend in backends:
         if compute.kernel not in ("auto", backend.kernel):
             continue
-        reason = backend.why_not(case) or (backend.unwise(case) if compute.kernel == "auto" else None)
+        reason = backend.why_not(case)
+        if reason is None:
+            possible = possible or backend
+            reason = backend.unwise(case) if compute.kernel == "auto" else None
         if reason is None:
             _record(backend, case, reasons)
             return backend
         reasons.append(f"{backend.name}: {reason}")
+    if possible is not None:
+        _record(possible, case, reasons)
+        return possible
     raise KernelError(
         f"memory.kernel={compute.kernel} cannot compute these memories ({_shape(case)}): "
         f"{'; '.join(reasons) or 'this installation does not have it'}. Set memory.kernel=auto"

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from hope_megatron.ops.memory.backends.cpu.build import NoKernel, library
 from hope_megatron.ops.memory.backends.cpu.calls import Settings, call_backward, call_forward, why_not_sizes
-from hope_megatron.ops.memory.backends.registry import Backend, Case
+from hope_megatron.ops.memory.backends.registry import Backend, Case, computes_in_full
 from hope_megatron.ops.memory.layout import Group, Weights
-from hope_megatron.ops.memory.recompute import default_segment_tokens
-from hope_megatron.ops.memory.rule import MemoryRule, why_not_hopes_own
+from hope_megatron.ops.memory.recompute import segment_periods
+from hope_megatron.ops.memory.rule import MemoryCompute, MemoryRule, why_not_hopes_own
 
 _KEPT_EVERY_TOKENS = 32
 """Weights are kept no more often: with chunks of a token they would outweigh everything else."""
@@ -29,6 +29,8 @@ def why_not(case: Case) -> str | None:
         return f"it is compiled for CPUs, not for {case.device}"
     if case.dtype != torch.float32:
         return f"it computes in float32, not in {str(case.dtype).removeprefix('torch.')}"
+    if (text := computes_in_full(case)) is not None:
+        return text
     if not case.plain:
         return "the tensors have no memory that compiled code could read"
     if (text := why_not_sizes(case.d, case.h, case.rule.chunk_tokens)) is not None:
@@ -48,18 +50,17 @@ def cpu_scan(
     rule: MemoryRule,
     groups: tuple[Group, ...],
     *,
+    compute: MemoryCompute,
     recompute: bool,
-    segment_tokens: int | None,
 ) -> tuple[Tensor, tuple[Group, ...]]:
     """See `Backend.scan`; nothing is transposed. recompute: keep weights every segment, else every 32 tokens or every chunk."""
     (B, T, H, d), (group,) = tensors[0].shape, groups
-    tokens = _KEPT_EVERY_TOKENS
-    if recompute:
-        tokens = segment_tokens or default_segment_tokens(T, rule.chunk_tokens, groups)
-    h = group.now.w_in.size(1)
+    segment_chunks, h = max(1, _KEPT_EVERY_TOKENS // rule.chunk_tokens), group.now.w_in.size(1)
+    if recompute or compute.keep_every:
+        segment_chunks = segment_periods(compute.keep_every, T, rule.chunk_tokens, groups)
     settings = Settings(
         sequences=B, heads=H, tokens=T, d=d, h=h, chunk=rule.chunk_tokens,
-        segment_chunks=max(1, tokens // rule.chunk_tokens), residual=rule.dot_target == "residual",
+        segment_chunks=segment_chunks, residual=rule.dot_target == "residual",
         read_skip=rule.read_skip, anchored=group.anchor is not None, writes_in=rule.writes_input, eta_max=rule.eta_max,
     )  # fmt: skip
     anchor = None if group.anchor is None else _pack(group.anchor, B * H)

@@ -16,16 +16,18 @@ from torch import Tensor
 
 from hope_megatron.ops.memory.backends.manual.backward import ChunkBackward
 from hope_megatron.ops.memory.backends.manual.forward import Tape, end, read, write
-from hope_megatron.ops.memory.backends.registry import Backend, Case
+from hope_megatron.ops.memory.backends.registry import Backend, Case, computes_in_full
 from hope_megatron.ops.memory.inner import unit
 from hope_megatron.ops.memory.layout import Group, Weights
-from hope_megatron.ops.memory.recompute import default_segment_tokens
-from hope_megatron.ops.memory.rule import MemoryRule, why_not_hopes_own
+from hope_megatron.ops.memory.recompute import segment_periods
+from hope_megatron.ops.memory.rule import MemoryCompute, MemoryRule, why_not_hopes_own
 
 
 def why_not(case: Case) -> str | None:
     """See `Backend.why_not`."""
     eta, alpha, theta = case.rates
+    if (text := computes_in_full(case)) is not None:
+        return text
     return why_not_hopes_own(case.rule, eta=eta, alpha=alpha, theta=theta)
 
 
@@ -34,16 +36,13 @@ def manual_scan(
     rule: MemoryRule,
     groups: tuple[Group, ...],
     *,
+    compute: MemoryCompute,
     recompute: bool,
-    segment_tokens: int | None,
 ) -> tuple[Tensor, tuple[Group, ...]]:
     """See `Backend.scan`. recompute: keep weights at segment borders only, else everything that backward needs."""
     (B, T, H, _), (group,) = tensors[0].shape, groups
     rows = [x.transpose(1, 2).flatten(0, 1) for x in tensors[:5]]
-    segment_chunks = None
-    if recompute:
-        tokens = segment_tokens or default_segment_tokens(T, rule.chunk_tokens, groups)
-        segment_chunks = -(-tokens // rule.chunk_tokens)
+    segment_chunks = segment_periods(compute.keep_every, T, rule.chunk_tokens, groups) if recompute else None
     anchor = (None, None, None) if group.anchor is None else _memory_major(group.anchor, B * H)
     y, *weights = _ManualScan.apply(
         rule, segment_chunks, unit(rows[0]), *rows[1:], *_memory_major(group.now, B * H), *anchor
