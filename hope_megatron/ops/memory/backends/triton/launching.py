@@ -8,7 +8,6 @@ import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
 import triton
 from torch import Tensor
 
@@ -29,7 +28,9 @@ class Launch(NamedTuple):
 _record: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("recorded launches", default=None)
 
 
-def launch(function: Any, grid: tuple[int, ...], *arguments: Tensor | int | float, warps: int | None = None, **constants: Any) -> None:
+def launch(
+    function: Any, grid: tuple[int, ...], *arguments: Tensor | int | float, warps: int | None = None, **constants: Any
+) -> None:
     """Run `function` on a grid of programs. warps: of a program; None: 4, and 8 where a tile has 128 rows."""
     if warps is None:
         warps = 8 if max(constants.get(name, 0) for name in ("C", "D", "H", "P", "Q")) > 64 else 4

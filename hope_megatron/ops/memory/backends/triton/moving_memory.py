@@ -16,11 +16,28 @@ from hope_megatron.ops.memory.backends.triton.sizes import Sizes, operand_dtype,
 from hope_megatron.ops.memory.backends.triton.sums import outer_sum
 
 
-def _read_backward(d_y, q, made: Made, t: bank.Tape, system: System, starts: Layers, anchor: Layers, d_starts: Layers, s: Setting, z: Sizes, read_as):
+def _read_backward(
+    d_y,
+    q,
+    made: Made,
+    t: bank.Tape,
+    system: System,
+    starts: Layers,
+    anchor: Layers,
+    d_starts: Layers,
+    s: Setting,
+    z: Sizes,
+    read_as,
+):
     """Gradients that reads give: of q; to r, keys and r_in; of k and log alpha; of A2 and A. Fills `d_starts` but the last."""
     causal, _ = read_as
     like, dtype = made.k, operand_dtype(s.precision)
-    phi, d_z, d_q, d_log_alpha = z.rows(z.h, like, dtype), z.rows(z.h, like, dtype), torch.empty_like(q), torch.empty_like(made.log_alpha)
+    phi, d_z, d_q, d_log_alpha = (
+        z.rows(z.h, like, dtype),
+        z.rows(z.h, like, dtype),
+        torch.empty_like(q),
+        torch.empty_like(made.log_alpha),
+    )
     launch(
         read.moving_read_backward, z.grid, d_y, q, made.k, t.keys, t.u_in, t.u, made.log_eta, made.log_alpha,
         starts.w_in, anchor.w_in, starts.vector, anchor.vector, phi, d_z, d_q, d_log_alpha, *z.counts, **z.tile,
@@ -78,14 +95,31 @@ class _MovingMemory(torch.autograd.Function):
             d[:, -2] += last
         d_made = Made(d_k, torch.zeros_like(made.v), torch.zeros_like(made.log_eta), d_log_alpha)
         found, d_first, _, _ = bank.chain_backward(
-            made, made.k, made.k, made, made[2:], t, system, starts, anchor, reads, d_made, d_starts, begins, s, z, added=True
+            made,
+            made.k,
+            made.k,
+            made,
+            made[2:],
+            t,
+            system,
+            starts,
+            anchor,
+            reads,
+            d_made,
+            d_starts,
+            begins,
+            s,
+            z,
+            added=True,
         )
         d_in, d_a = bank.weight_sums(made, made.k, made, t, found, None, s)
         d_anchor = (d_in + sums[0].unsqueeze(1), d_a + sums[1].unsqueeze(1)) if s.anchored else (None, None)
         return None, None, None, d_q, *d_made, d_first.w_in, d_first.vector, None, *d_anchor, None
 
 
-def moving_memory(s: Setting, q: Tensor, made: Made, first: Layers, anchor: Layers, *, causal: bool, skip: bool, begins=None):
+def moving_memory(
+    s: Setting, q: Tensor, made: Made, first: Layers, anchor: Layers, *, causal: bool, skip: bool, begins=None
+):
     """Write and read M_mem along a piece of a stream.
 
     Args:

@@ -26,9 +26,7 @@ from hope_megatron.ops.memory.backends.triton.launching import kernel
 
 
 @triton.jit
-def through_unit(
-    y_at, d_at, norm_at, d_raw_at, row, HEADS, C: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr
-):
+def through_unit(y_at, d_at, norm_at, d_raw_at, row, HEADS, C: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr):
     """d of what y = unit(.) was made of, [C, d]; stored too."""
     d = rows(d_at, row, C, D)
     if UNIT:
@@ -105,7 +103,11 @@ def bank_chain_backward(
     n = tl.program_id(0).to(tl.int64)
     row, row_h = HEADS * D, HEADS * H
     all_in, all_out, all_scalar = (NV + NS) * H * D, NV * D * H, NS * H
-    first_out, first_scalar, first_in = n * (chunks + 1) * all_out, n * (chunks + 1) * all_scalar, n * (chunks + 1) * all_in
+    first_out, first_scalar, first_in = (
+        n * (chunks + 1) * all_out,
+        n * (chunks + 1) * all_scalar,
+        n * (chunks + 1) * all_in,
+    )
     anchors_in = anchor_in + n * all_in
     anchors, anchors_s = anchor_vector + n * all_out, anchor_scalar + n * all_scalar
     for back in tl.range(0, chunks, disable_licm=True):
@@ -204,7 +206,7 @@ def bank_chain_backward(
             store_each(d_log_eta + at, d_rate, HEADS, C)
             store_each(d_log_alpha + at, d_step, HEADS, C)
         tl.debug_barrier()
-        if RESETS:
+        if RESETS:  # noqa: SIM102 (decided when compiling, the next one when running)
             if tl.load(begins + n * (chunks + 1) + i) != 0:
                 for m in tl.range(0, NV):
                     restart(d_states_vector + of_out + m * D * H, d_first_vector + n * all_out + m * D * H, H, D)

@@ -22,7 +22,6 @@ from hope_megatron.ops.memory.backends.triton.language import (
     load_t,
     log_sigmoid,
     mm,
-    operand,
     place,
     rows,
     silu,
@@ -67,7 +66,17 @@ def input_system(
     tl.debug_barrier()
     strength = eta * exp(tl.sum(step, 0) - total, PRECISION)
     input_system_of(
-        k + at * D, table + square, write_in + at * D, inverse_in + square, HEADS * D, strength, C, D, DGD_IN, EXACT, PRECISION
+        k + at * D,
+        table + square,
+        write_in + at * D,
+        inverse_in + square,
+        HEADS * D,
+        strength,
+        C,
+        D,
+        DGD_IN,
+        EXACT,
+        PRECISION,
     )
 
 
@@ -228,7 +237,17 @@ def bank_chain(
         strength = exp(rate + end - total, PRECISION)
         if MOVING and SELF:
             input_system_of(
-                k + at * D, square, write_in + at * D, inverse_in + n * C * C, row, strength, C, D, DGD_IN, EXACT, PRECISION
+                k + at * D,
+                square,
+                write_in + at * D,
+                inverse_in + n * C * C,
+                row,
+                strength,
+                C,
+                D,
+                DGD_IN,
+                EXACT,
+                PRECISION,
             )
         anew = False
         if RESETS:

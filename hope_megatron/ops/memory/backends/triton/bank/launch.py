@@ -51,7 +51,12 @@ class Setting(NamedTuple):
     def made(self) -> dict[str, Any]:
         """Constants of chains."""
         return dict(
-            SELF=self.own_chain, KEY=self.key, VALUE=self.value, ETA=self.eta, ALPHA=self.alpha, UNIT_VALUE=self.unit_value
+            SELF=self.own_chain,
+            KEY=self.key,
+            VALUE=self.value,
+            ETA=self.eta,
+            ALPHA=self.alpha,
+            UNIT_VALUE=self.unit_value,
         )
 
 
@@ -137,7 +142,9 @@ def system_of(made: Made, s: Setting, z: Sizes) -> System:
     return system
 
 
-def chain(x, made: Made, norms, phi_x, system: System, starts: Layers, anchor: Layers, begins, s: Setting, z: Sizes) -> None:
+def chain(
+    x, made: Made, norms, phi_x, system: System, starts: Layers, anchor: Layers, begins, s: Setting, z: Sizes
+) -> None:
     """The loop over chunks: fills `starts`, and `made` with `norms` for self-memories. x: x_k, x_v and two logits."""
     keys = z.rows(z.h, made.k, operand_dtype(s.precision), s.n)
     launch(

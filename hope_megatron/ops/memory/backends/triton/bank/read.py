@@ -1,6 +1,6 @@
 """M_mem's read where both layers are written: one program per chunk and stream.
 
-    z = A2 q + gamma V2 q - (Gamma . q k^T) rows_in     phi = silu(z)     y = A phi + gamma V phi - (Gamma . phi keys^T) rows
+z = A2 q + gamma V2 q - (Gamma . q k^T) rows_in     phi = silu(z)     y = A phi + gamma V phi - (Gamma . phi keys^T) rows
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from hope_megatron.ops.memory.backends.triton.language import (
-    add_mm,
     columns,
     dsilu,
     each,

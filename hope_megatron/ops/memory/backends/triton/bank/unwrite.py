@@ -9,7 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hope_megatron.ops.memory.backends.triton.bank.write import input_weights
 from hope_megatron.ops.memory.backends.triton.language import (
     add_mm,
     columns,

@@ -50,7 +50,7 @@ def features_of_keys(
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     MOVING: tl.constexpr, DGD: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """z, 1 / |silu(z)| (DGD, else 1), keys [C, h], which are stored too, and MOVING: what the input layer holds, since V2 k + A2 k."""
+    """z, 1 / |silu(z)| (DGD, else 1), keys [C, h], stored too, and MOVING: what the input layer holds, since V2 k + A2 k."""
     z = mm(k, load(w_in_at, D, H), PRECISION)
     held = z
     if MOVING:

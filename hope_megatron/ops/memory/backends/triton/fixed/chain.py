@@ -10,7 +10,6 @@ from hope_megatron.ops.memory.backends.triton.language import (
     each,
     inverse_norm,
     load,
-    load_t,
     mm,
     operand,
     place,
@@ -63,7 +62,7 @@ def chain_backward(
     d_r_in,  # what reads add to the gradient of r, [B, T, H, d]
     begins,
     d_r_out,  # the gradient of r, [B, T, H, d]
-    d_states,  # of V^T, [N, chunks + 1, h, d]: the last is given, of the others what reads add; out: all of it at each chunk's start
+    d_states,  # of V^T, [N, chunks + 1, h, d]: the last is given, the others hold what reads add; out: at each chunk's start
     d_first,  # of the state that streams start anew from, [N, h, d]; out
     T, HEADS, chunks,
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,

@@ -55,7 +55,9 @@ def value_gradients(
     at, fixed = place(i, n, T, HEADS, C), n.to(tl.int64) * D * H
     d_target = -rows(d_r_in + at * D, HEADS * D, C, D).to(tl.float32)
     if UNIT_TARGET:
-        d_target = unit_backward(d_target, rows(target_in + at * D, HEADS * D, C, D), each(target_scale_in + at, HEADS, C))
+        d_target = unit_backward(
+            d_target, rows(target_in + at * D, HEADS * D, C, D), each(target_scale_in + at, HEADS, C)
+        )
     store_rows(d_target_out + at * D, d_target, HEADS * D, C, D)
     W = load_t(states + (n.to(tl.int64) * (chunks + 1) + i) * D * H, H, D)
     if ANCHORED:

@@ -44,7 +44,11 @@ class Setting(NamedTuple):
 
     def read(self) -> dict[str, Any]:
         return dict(
-            TWO_LAYERS=self.two_layers, ANCHORED=self.anchored, CAUSAL=self.causal, SKIP=self.skip, PRECISION=self.precision
+            TWO_LAYERS=self.two_layers,
+            ANCHORED=self.anchored,
+            CAUSAL=self.causal,
+            SKIP=self.skip,
+            PRECISION=self.precision,
         )
 
     def key(self) -> dict[str, Any]:
@@ -98,7 +102,19 @@ def _prepare(x: Inputs, w_in: Tensor, anchor: Tensor, s: Setting, z: Sizes) -> _
         inverse=z.squares(x.k, dtype) if s.dgd else x.k,
     )
     launch(
-        prepare.prepare, z.grid, x.k, x.v, x.log_eta, x.log_alpha, w_in, anchor, *p, *z.counts, **z.tile, **s.key(), EXACT=False
+        prepare.prepare,
+        z.grid,
+        x.k,
+        x.v,
+        x.log_eta,
+        x.log_alpha,
+        w_in,
+        anchor,
+        *p,
+        *z.counts,
+        **z.tile,
+        **s.key(),
+        EXACT=False,
     )
     return p
 
@@ -176,7 +192,20 @@ class _FixedMemory(torch.autograd.Function):
         r = _solve(p, states, s, z)
         y = torch.empty_like(q)
         launch(
-            read.read, z.grid, q, p.keys, r.u, log_eta, log_alpha, w_in, anchor, states, y, *z.counts, **z.tile, **s.read()
+            read.read,
+            z.grid,
+            q,
+            p.keys,
+            r.u,
+            log_eta,
+            log_alpha,
+            w_in,
+            anchor,
+            states,
+            y,
+            *z.counts,
+            **z.tile,
+            **s.read(),
         )
         ctx.s, ctx.begins = s, begins
         ctx.save_for_backward(*x, w_in, anchor, states, *p, *r)

@@ -1,8 +1,8 @@
 """All of a memory with fixed features that does not depend on its changing weights, one program per chunk and stream.
 
-    keys = silu(W2 k), unit under DGD      phi_v = silu(W2 v)      r = base + probe V keys - unit(target + V phi_v)
-    u = Y r, Y = (I + N diag(eta))^-1, N_ts = exp(since_t - total_s) <keys_t, keys_s> for s < t (without DGD: u = r)
-    V_C = gamma_C V - K^T r, K = Y^T (eta Gamma_C keys)
+keys = silu(W2 k), unit under DGD      phi_v = silu(W2 v)      r = base + probe V keys - unit(target + V phi_v)
+u = Y r, Y = (I + N diag(eta))^-1, N_ts = exp(since_t - total_s) <keys_t, keys_s> for s < t (without DGD: u = r)
+V_C = gamma_C V - K^T r, K = Y^T (eta Gamma_C keys)
 """
 
 from __future__ import annotations

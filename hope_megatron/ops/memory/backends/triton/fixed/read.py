@@ -1,6 +1,6 @@
 """Rows and reads of a memory with fixed features, and the read's backward: one program per chunk and stream.
 
-    u = Y r    y = (A + gamma V) phi_q - (Gamma . phi_q keys^T) (eta u)
+u = Y r    y = (A + gamma V) phi_q - (Gamma . phi_q keys^T) (eta u)
 """
 
 from __future__ import annotations
@@ -161,7 +161,9 @@ def read_backward_writes(
         store_rows(d_r_out + at * D, d_u, HEADS * D, C, D)
         u = rows(u_in + at * D, HEADS * D, C, D)
         d_scores = mm(u, columns(d_y_in + at * D, HEADS * D, C, D), PRECISION) * reach
-        store_rows(d_keys_out + at * H, mm(d_scores, rows(phi_q_in + at * H, HEADS * H, C, H), PRECISION), HEADS * H, C, H)
+        store_rows(
+            d_keys_out + at * H, mm(d_scores, rows(phi_q_in + at * H, HEADS * H, C, H), PRECISION), HEADS * H, C, H
+        )
     else:
         store(state, mm(phi_q_t, d_y, PRECISION), H, D)
         store_rows(d_keys_out + at * H, tl.zeros([C, H], tl.float32), HEADS * H, C, H)
