@@ -68,6 +68,8 @@ setup(
         "scipy>=1.11,<2",
         "sentencepiece>=0.2,<0.3",
         "webdataset>=1.0,<2",
+        # A wheel of its own: a CPU build of torch is not disturbed. CUDA builds of torch bring theirs.
+        'triton>=3.6,<3.10; platform_system == "Linux" and platform_machine == "x86_64"',
     ],
     extras_require={
         "data": DATA,

@@ -1,0 +1,107 @@
+"""What the Triton kernels take, on which devices and versions, and the backend that runs them.
+
+No GPU has run these kernels yet: they are exact under Triton's interpreter and compile for sm_90. So `auto` passes them over.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from importlib.metadata import version
+
+import torch
+from torch import Tensor
+
+from hope_megatron.ops.memory.backends.registry import Backend, Case
+from hope_megatron.ops.memory.layout import Group
+from hope_megatron.ops.memory.rule import MemoryCompute, MemoryRule
+
+WIDTHS = (16, 32, 64, 128)
+"""Of heads and of memories."""
+
+LONGEST_CHUNK = 128
+
+TRUSTED = {8: (3, 6), 9: (3, 6), 10: (3, 9), 12: (3, 9)}
+"""First Triton version that is trusted, by the major compute capability.
+
+9 (Hopper): 3.4 to 3.7.0 miscompile `tl.dot(tl.trans(x), ...)` with x from another product (flash-linear-attention #640); no kernel
+here transposes a value. 10, 12 (Blackwell): 3.6 cannot build such kernels, and recurrences of products race before 3.8."""
+
+
+def why_not(case: Case) -> str | None:
+    """See `Backend.why_not`."""
+    return _why_not_rule(case) or _why_not_shape(case) or _why_not_here(case.device)
+
+
+def _why_not_rule(case: Case) -> str | None:
+    rule, (eta, alpha, theta) = case.rule, case.rates
+    if theta:
+        return "it has no momentum"
+    if rule.objective == "l2" and rule.num_layers == 2:
+        return "with objective l2 it takes matrix memories alone"
+    if rule.objective == "l2" and rule.output_uses_dgd:
+        return "with objective l2 it has no Delta Gradient Descent term"
+    if rule.decay_erased and (rule.num_layers == 2 or (alpha and rule.decay_to == "initial")):
+        return "it scales what is erased in matrix memories that forget towards zero alone"
+    if (rule.adaptive_eta and not eta) or (rule.adaptive_alpha and not alpha):
+        return "memories of rates need rates from data"
+    if rule.eta_max == 0:
+        return "eta_max=0 writes nothing"
+    if rule.writes_input and case.precision == "bf16":
+        return "where W2 is written too, bf16 loses up to a third of a gradient when a key comes back; use fp32"
+    return None
+
+
+def _why_not_shape(case: Case) -> str | None:
+    if case.dtype != torch.float32 or not case.plain:
+        return "it takes ordinary float32 tensors"
+    if case.d not in WIDTHS or case.h not in WIDTHS:
+        return f"d {case.d} and h {case.h} are not both of {', '.join(map(str, WIDTHS))}"
+    longest = max(case.rule.chunk_tokens, case.rule.self_chunk)
+    return f"chunks of {longest} tokens are longer than {LONGEST_CHUNK}" if longest > LONGEST_CHUNK else None
+
+
+@functools.cache
+def _why_not_here(device: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install triton"
+    if device == "cpu":
+        return None if interpreted() else "Triton runs on a CPU in its interpreter alone (TRITON_INTERPRET=1)"
+    if device != "cuda" or torch.version.hip:
+        return f"no Triton version is trusted on {'AMD' if torch.version.hip else device} devices yet"
+    major, _ = torch.cuda.get_device_capability()
+    first, found = TRUSTED.get(major), tuple(map(int, version("triton").split(".")[:2]))
+    if first is None:
+        return f"no Triton version is trusted on compute capability {major} yet"
+    return f"Triton {found[0]}.{found[1]} is older than {first[0]}.{first[1]}" if found < first else None
+
+
+def unwise(case: Case) -> str | None:
+    """See `Backend.unwise`."""
+    return "no GPU has run it yet; memory.kernel=triton asks for it"
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def scan(
+    tensors: list[Tensor | None],
+    rule: MemoryRule,
+    groups: tuple[Group, ...],
+    *,
+    compute: MemoryCompute,
+    recompute: bool,
+) -> tuple[Tensor, tuple[Group, ...]]:
+    """See `Backend.scan`. Weights are kept at every chunk's start whatever `recompute` says."""
+    from hope_megatron.ops.memory.backends.triton.scan import triton_scan
+
+    precision = compute.precision
+    if precision == "bf16":
+        precision = "bf16_emulated" if tensors[0].device.type == "cpu" else "bf16_ptx"
+    return triton_scan(tensors, rule, groups, precision=precision)
+
+
+TRITON = Backend("Triton kernels", "triton", why_not, scan, unwise)

@@ -1,0 +1,132 @@
+"""M_mem's read where both layers are written: one program per chunk and stream.
+
+z = A2 q + gamma V2 q - (Gamma . q k^T) rows_in     phi = silu(z)     y = A phi + gamma V phi - (Gamma . phi keys^T) rows
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hope_megatron.ops.memory.backends.triton.language import (
+    columns,
+    dsilu,
+    each,
+    exp,
+    load,
+    load_t,
+    mm,
+    operand,
+    place,
+    rows,
+    silu,
+    store_each,
+    store_rows,
+)
+from hope_megatron.ops.memory.backends.triton.launching import kernel
+from hope_megatron.ops.memory.backends.triton.system import decay
+
+
+@triton.jit
+def answer(
+    x, V_at, A_at, keys_at, u_at, HEADS, gamma, reach,
+    C: tl.constexpr, X: tl.constexpr, Y: tl.constexpr,
+    ANCHORED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What a layer, V^T [X, Y], written along the chunk, makes of x [C, X]: [C, Y]. reach: Gamma eta."""
+    y = mm(x, load(V_at, X, Y), PRECISION)
+    if CAUSAL:
+        scores = mm(x, columns(keys_at, HEADS * X, C, X), PRECISION) * reach
+        y = y * gamma[:, None] - mm(scores, rows(u_at, HEADS * Y, C, Y), PRECISION)
+    if ANCHORED:
+        y += mm(x, load(A_at, X, Y), PRECISION)
+    return y
+
+
+@triton.jit
+def answer_backward(
+    d_y, x, V_at, A_at, keys_at, u_at, HEADS, gamma, reach,
+    C: tl.constexpr, X: tl.constexpr, Y: tl.constexpr,
+    ANCHORED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of x [C, X], and rho = <d_y, y - A x> [C]."""
+    d_x = mm(d_y, load_t(V_at, X, Y), PRECISION)
+    rho = gamma * 0.0
+    if CAUSAL:
+        d_x = d_x * gamma[:, None]
+        d_scores = -mm(d_y, columns(u_at, HEADS * Y, C, Y), PRECISION) * reach
+        scores = mm(x, columns(keys_at, HEADS * X, C, X), PRECISION)
+        rho = tl.sum(d_x * x, 1) + tl.sum(d_scores * scores, 1)
+        d_x += mm(d_scores, rows(keys_at, HEADS * X, C, X), PRECISION)
+    if ANCHORED:
+        d_x += mm(d_y, load_t(A_at, X, Y), PRECISION)
+    return d_x, rho
+
+
+@kernel
+def moving_read(
+    q_in, k, keys, u_in, u, log_eta, log_alpha,  # [B, T, H, d], d, h, h, d; [B, T, H]
+    states_in, anchor_in, states, anchor,  # V2^T, V^T at chunk starts [N, chunks + 1, d, h], [N, chunks + 1, h, d]; A2^T, A^T
+    y_out,
+    T, HEADS, chunks,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    ANCHORED: tl.constexpr, CAUSAL: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    i, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    at = place(i, n, T, HEADS, C)
+    state, fixed = (n * (chunks + 1) + i) * D * H, n * D * H
+    total = tl.cumsum(each(log_alpha + at, HEADS, C), 0)
+    eta = exp(each(log_eta + at, HEADS, C), PRECISION)
+    gamma, reach = exp(total, PRECISION), decay(total, total, False, PRECISION, C) * eta[None, :]
+    q = rows(q_in + at * D, HEADS * D, C, D)
+    z = answer(
+        q, states_in + state, anchor_in + fixed, k + at * D, u_in + at * H, HEADS, gamma, reach,
+        C, D, H, ANCHORED, CAUSAL, PRECISION,
+    )  # fmt: skip
+    phi = operand(silu(z, PRECISION), PRECISION)
+    y = answer(
+        phi, states + state, anchor + fixed, keys + at * H, u + at * D, HEADS, gamma, reach,
+        C, H, D, ANCHORED, CAUSAL, PRECISION,
+    )  # fmt: skip
+    if SKIP:
+        y += q
+    store_rows(y_out + at * D, y, HEADS * D, C, D)
+
+
+@kernel
+def moving_read_backward(
+    d_y_in, q_in, k, keys, u_in, u, log_eta, log_alpha, states_in, anchor_in, states, anchor,
+    phi_out, d_z_out, d_q_out,  # features of queries and gradients of their pre-activations [B, T, H, h]; of queries [B, T, H, d]
+    d_log_alpha_out,  # what the read adds to it, [B, T, H]
+    T, HEADS, chunks,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    ANCHORED: tl.constexpr, CAUSAL: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What a read gives to its query. What it gives to what was written: fixed/read.py, once for each layer."""
+    i, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    at = place(i, n, T, HEADS, C)
+    state, fixed = (n * (chunks + 1) + i) * D * H, n * D * H
+    total = tl.cumsum(each(log_alpha + at, HEADS, C), 0)
+    eta = exp(each(log_eta + at, HEADS, C), PRECISION)
+    gamma, reach = exp(total, PRECISION), decay(total, total, False, PRECISION, C) * eta[None, :]
+    q = rows(q_in + at * D, HEADS * D, C, D)
+    z = answer(
+        q, states_in + state, anchor_in + fixed, k + at * D, u_in + at * H, HEADS, gamma, reach,
+        C, D, H, ANCHORED, CAUSAL, PRECISION,
+    )  # fmt: skip
+    phi = operand(silu(z, PRECISION), PRECISION)
+    store_rows(phi_out + at * H, phi, HEADS * H, C, H)
+    d_phi, rho = answer_backward(
+        rows(d_y_in + at * D, HEADS * D, C, D), phi, states + state, anchor + fixed, keys + at * H, u + at * D,
+        HEADS, gamma, reach, C, H, D, ANCHORED, CAUSAL, PRECISION,
+    )  # fmt: skip
+    d_z = operand(d_phi * dsilu(z, PRECISION), PRECISION)
+    store_rows(d_z_out + at * H, d_z, HEADS * H, C, H)
+    d_q, rho_in = answer_backward(
+        d_z, q, states_in + state, anchor_in + fixed, k + at * D, u_in + at * H,
+        HEADS, gamma, reach, C, D, H, ANCHORED, CAUSAL, PRECISION,
+    )  # fmt: skip
+    if SKIP:
+        d_q += rows(d_y_in + at * D, HEADS * D, C, D)
+    store_rows(d_q_out + at * D, d_q, HEADS * D, C, D)
+    store_each(d_log_alpha_out + at, tl.cumsum(rho + rho_in, 0, reverse=True), HEADS, C)

@@ -1,0 +1,275 @@
+"""The backward of write.py: one chunk of one memory, from the gradient of its weights at the chunk's end to that at its start.
+
+Gradients d_x are those of x. What needs no carry is stored for sums over all chunks: d_r, d_target, d_z of keys and values, and
+where W2 is written d_r_in and d_hidden. Those of k and v are added up over the memories, in memory.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hope_megatron.ops.memory.backends.triton.language import (
+    add_mm,
+    columns,
+    each,
+    load,
+    load_t,
+    mm,
+    rows,
+    store,
+    store_rows,
+    unit_backward,
+)
+
+
+@triton.jit
+def gram_gradient(d_r_at, u_at, stride, table_at, C: tl.constexpr, W: tl.constexpr, PRECISION: tl.constexpr):
+    """Minus the gradient of the gram of keys in r = u + (table . gram) u, its both sides added up: [C, C]."""
+    d = mm(rows(d_r_at, stride, C, W), columns(u_at, stride, C, W), PRECISION) * load(table_at, C, C)
+    return d + mm(rows(u_at, stride, C, W), columns(d_r_at, stride, C, W), PRECISION) * load_t(table_at, C, C)
+
+
+@triton.jit
+def through_features(
+    d_keys, keys_at, slope_k_at, key_scale_at, HEADS, C: tl.constexpr, H: tl.constexpr, DGD: tl.constexpr
+):
+    """d_z of keys = unit(silu(z)), [C, h]."""
+    if DGD:
+        d_keys = unit_backward(d_keys, rows(keys_at, HEADS * H, C, H), each(key_scale_at, HEADS, C))
+    return d_keys * rows(slope_k_at, HEADS * H, C, H)
+
+
+@triton.jit
+def input_r(
+    write_in_at, d_in_at, end_in, u_in_at, missed_in_at, d_r_in_read_at, d_r_in_at, row, row_h,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, READ: tl.constexpr, DGD_IN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """d_r_in [C, h], stored too; drive, lost [C] and <d V2_C, V2_C> of the input layer."""
+    d_in = load(d_in_at, D, H)
+    ends = tl.sum(tl.sum(d_in * load(end_in, D, H), 1), 0)
+    d_r = -mm(rows(write_in_at, row, C, D), d_in, PRECISION)
+    if READ:
+        d_r += rows(d_r_in_read_at, row_h, C, H)
+    store_rows(d_r_in_at, d_r, row_h, C, H)
+    drive = tl.sum(d_r * rows(u_in_at, row_h, C, H), 1)
+    lost = drive * 0.0
+    if DGD_IN:
+        lost = drive + tl.sum(d_r * rows(missed_in_at, row_h, C, H), 1)
+    return d_r, drive, lost, ends
+
+
+@triton.jit
+def input_layer(
+    d_z_k, d_k, k_at, v_at, d_z_v_at, d_r_in_at, u_in_at, table_at, w_in_at, anchor_in_at, d_in_at, d_new_in,
+    d_k_at, HEADS, since, strength, kept,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    ADDED: tl.constexpr, DGD_IN: tl.constexpr, OWN: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the written input layer gives to k (with d_k [C, d] so far: stored), and its gradient at the chunk's start."""
+    row, row_h = HEADS * D, HEADS * H
+    d_k = add_mm(d_k, rows(u_in_at, row_h, C, H) * -strength[:, None], load_t(d_in_at, D, H), PRECISION)
+    if DGD_IN:
+        reached = rows(d_r_in_at, row_h, C, H) * since[:, None]
+        d_k = add_mm(d_k, reached, load_t(w_in_at, D, H), PRECISION)
+        d_z_k += reached
+        if ANCHORED:
+            d_k = add_mm(d_k, rows(d_r_in_at, row_h, C, H), load_t(anchor_in_at, D, H), PRECISION)
+        d_gram = gram_gradient(d_r_in_at, u_in_at, row_h, table_at, C, H, PRECISION)
+        d_k = add_mm(d_k, -d_gram, rows(k_at, row, C, D), PRECISION)
+    store_rows(d_k_at, d_k, row, C, D)
+    d_in = load(d_in_at, D, H) * kept
+    if ADDED:
+        d_in += load(d_new_in, D, H)
+    d_in = add_mm(d_in, columns(k_at, row, C, D), d_z_k, PRECISION)
+    if OWN:
+        d_in = add_mm(d_in, columns(v_at, row, C, D), rows(d_z_v_at, row_h, C, H), PRECISION)
+    store(d_new_in, d_in, D, H)
+
+
+@triton.jit
+def unwrite_vector(
+    k_at, v_at, keys_at, phi_v_at, write_at, table_at, write_in_at,
+    u_at, target_at, missed_at, slope_k_at, slope_v_at, key_scale_at, target_scale_at,
+    e_at, u_in_at, missed_in_at, curve_at,
+    V_at, A_at, w_in_at, anchor_in_at, V_end, end_in,  # V^T at the chunk's start, and W2^T, or MOVING: V2^T; both at its end
+    d_V_at, d_in_at,  # gradients of V^T, V2^T at the chunk's end
+    d_new, d_new_in,  # and at its start; ADDED: hold what is added
+    d_r_read_at, d_keys_read_at, d_r_in_read_at,  # READ: what M_mem's read adds
+    d_r_at, d_target_at, d_z_k_at, d_z_v_at, d_r_in_at, d_hidden_at,  # out
+    d_k_at, d_v_at,  # added to
+    HEADS, since, strength, kept,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    ADDED: tl.constexpr, READ: tl.constexpr, MOVING: tl.constexpr, DGD: tl.constexpr, DGD_IN: tl.constexpr,
+    OWN: tl.constexpr, UNIT_TARGET: tl.constexpr, RESIDUAL: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Returns drive, lost of every token, summed over both layers, and <dV_C, V_C> (fixed/gradients.py has what they mean)."""
+    row, row_h = HEADS * D, HEADS * H
+    d_V = load(d_V_at, H, D)
+    ends = tl.sum(tl.sum(d_V * load(V_end, H, D), 1), 0)
+    d_r = -mm(rows(write_at, row_h, C, H), d_V, PRECISION)
+    if READ:
+        d_r += rows(d_r_read_at, row, C, D)
+    store_rows(d_r_at, d_r, row, C, D)
+    drive = tl.sum(d_r * rows(u_at, row, C, D), 1)
+    lost = drive * 0.0
+    if DGD:
+        lost = drive + tl.sum(d_r * rows(missed_at, row, C, D), 1)
+    d_target = -d_r
+    if MOVING:  # through hidden = W^T e
+        d_r_in, drive_in, lost_in, ends_in = input_r(
+            write_in_at, d_in_at, end_in, u_in_at, missed_in_at, d_r_in_read_at, d_r_in_at, row, row_h,
+            C, D, H, READ, DGD_IN, PRECISION,
+        )  # fmt: skip
+        drive, lost, ends = drive + drive_in, lost + lost_in, ends + ends_in
+        d_hidden = d_r_in * rows(slope_k_at, row_h, C, H)
+        store_rows(d_hidden_at, d_hidden, row_h, C, H)
+        W = load(V_at, H, D)
+        if ANCHORED:
+            W += load(A_at, H, D)
+        d_target = add_mm(d_target, -d_hidden, W, PRECISION)
+    d_k = rows(d_k_at, row, C, D)
+    if RESIDUAL:
+        d_k -= d_target
+    store_rows(d_k_at, d_k, row, C, D)
+
+    # the target, and the gradient of V
+    d_V = load(d_V_at, H, D) * kept
+    if ADDED:
+        d_V += load(d_new, H, D)
+    if OWN:
+        if UNIT_TARGET:
+            d_target = unit_backward(d_target, rows(target_at, row, C, D), each(target_scale_at, HEADS, C))
+        store_rows(d_target_at, d_target, row, C, D)
+        d_V = add_mm(d_V, columns(phi_v_at, row_h, C, H), d_target, PRECISION)
+    d_v = rows(d_v_at, row, C, D) + d_target
+    if OWN:
+        W_t = load_t(V_at, H, D)
+        if ANCHORED:
+            W_t += load_t(A_at, H, D)
+        d_z_v = mm(d_target, W_t, PRECISION) * rows(slope_v_at, row_h, C, H)
+        store_rows(d_z_v_at, d_z_v, row_h, C, H)
+        d_v = add_mm(d_v, d_z_v, input_weights_t(w_in_at, anchor_in_at, D, H, MOVING, ANCHORED), PRECISION)
+    store_rows(d_v_at, d_v, row, C, D)
+    tl.debug_barrier()  # d_r, d_r_in and d_hidden, stored as rows, are read as columns
+    if MOVING:
+        d_V = add_mm(d_V, columns(d_hidden_at, row_h, C, H), rows(e_at, row, C, D), PRECISION)
+    if DGD:
+        d_V = add_mm(d_V, columns(keys_at, row_h, C, H), rows(d_r_at, row, C, D) * since[:, None], PRECISION)
+    store(d_new, d_V, H, D)
+
+    # keys
+    d_keys = mm(rows(u_at, row, C, D) * -strength[:, None], load_t(d_V_at, H, D), PRECISION)
+    if READ:
+        d_keys += rows(d_keys_read_at, row_h, C, H)
+    if DGD:
+        d_keys = add_mm(d_keys, rows(d_r_at, row, C, D) * since[:, None], load_t(V_at, H, D), PRECISION)
+        if ANCHORED:
+            d_keys = add_mm(d_keys, rows(d_r_at, row, C, D), load_t(A_at, H, D), PRECISION)
+        d_gram = gram_gradient(d_r_at, u_at, row, table_at, C, D, PRECISION)
+        d_keys = add_mm(d_keys, -d_gram, rows(keys_at, row_h, C, H), PRECISION)
+    d_z_k = through_features(d_keys, keys_at, slope_k_at, key_scale_at, HEADS, C, H, DGD)
+    if MOVING:
+        d_z_k += rows(d_r_in_at, row_h, C, H).to(tl.float32) * rows(curve_at, row_h, C, H)
+    store_rows(d_z_k_at, d_z_k, row_h, C, H)
+    W2_t = input_weights_t(w_in_at, anchor_in_at, D, H, MOVING, ANCHORED)
+    d_k = add_mm(rows(d_k_at, row, C, D), d_z_k, W2_t, PRECISION)
+    if MOVING:
+        input_layer(
+            d_z_k, d_k, k_at, v_at, d_z_v_at, d_r_in_at, u_in_at, table_at, w_in_at, anchor_in_at, d_in_at, d_new_in,
+            d_k_at, HEADS, since, strength, kept, C, D, H, ADDED, DGD_IN, OWN, ANCHORED, PRECISION,
+        )  # fmt: skip
+    else:
+        store_rows(d_k_at, d_k, row, C, D)
+    return drive, lost, ends
+
+
+@triton.jit
+def input_weights_t(
+    w_in_at, anchor_in_at, D: tl.constexpr, H: tl.constexpr, MOVING: tl.constexpr, ANCHORED: tl.constexpr
+):
+    """W2 [h, d]."""
+    W = load_t(w_in_at, D, H)
+    if MOVING and ANCHORED:
+        W += load_t(anchor_in_at, D, H)
+    return W
+
+
+@triton.jit
+def unwrite_scalar(
+    k_at, v_at, keys_at, phi_v_at, write_at, table_at, write_in_at,
+    u_at, target_at, missed_at, slope_k_at, slope_v_at, key_scale_at,  # u, target, missed: one number a token
+    e_at, u_in_at, missed_in_at, curve_at,
+    V_at, A_at, w_in_at, anchor_in_at, V_end, end_in,  # V, A [h]
+    d_V_at, d_in_at, d_new, d_new_in, d_A_at,  # d_A_at: gradient of A, added to
+    d_z_k_at, d_z_v_at, d_r_in_at,
+    d_k_at, d_v_at,
+    HEADS, since, strength, kept,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    ADDED: tl.constexpr, MOVING: tl.constexpr, DGD: tl.constexpr, DGD_IN: tl.constexpr,
+    UNIT_TARGET: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As `unwrite_vector`."""
+    row, row_h, i_h = HEADS * D, HEADS * H, tl.arange(0, H)
+    d_end, V = tl.load(d_V_at + i_h), tl.load(V_at + i_h)
+    W = V
+    if ANCHORED:
+        A = tl.load(A_at + i_h)
+        W = V + A
+    d_r = -tl.sum(rows(write_at, row_h, C, H) * d_end[None, :], 1)
+    u = each(u_at, HEADS, C)
+    drive = d_r * u
+    lost = drive * 0.0
+    if DGD:
+        lost = drive + d_r * each(missed_at, HEADS, C)
+    ends = tl.sum(d_end * tl.load(V_end + i_h), 0)
+    d_target, d_A = -d_r, d_end * 0.0
+    if MOVING:
+        d_r_in, drive_in, lost_in, ends_in = input_r(
+            write_in_at, d_in_at, end_in, u_in_at, missed_in_at, d_r_in_at, d_r_in_at, row, row_h,
+            C, D, H, False, DGD_IN, PRECISION,
+        )  # fmt: skip
+        drive, lost, ends = drive + drive_in, lost + lost_in, ends + ends_in
+        d_hidden = d_r_in * rows(slope_k_at, row_h, C, H)
+        d_target -= tl.sum(d_hidden * W[None, :], 1)
+        d_A += tl.sum(each(e_at, HEADS, C)[:, None] * d_hidden, 0)
+    if UNIT_TARGET:
+        target = each(target_at, HEADS, C)
+        d_target = d_target * (1.0 - target * target)
+    d_A += tl.sum(d_target[:, None] * rows(phi_v_at, row_h, C, H), 0)
+    d_V = d_end * kept + d_A
+    if ADDED:
+        d_V += tl.load(d_new + i_h)
+    d_z_v = d_target[:, None] * W[None, :] * rows(slope_v_at, row_h, C, H)
+    store_rows(d_z_v_at, d_z_v, row_h, C, H)
+    W2_t = input_weights_t(w_in_at, anchor_in_at, D, H, MOVING, ANCHORED)
+    store_rows(d_v_at, add_mm(rows(d_v_at, row, C, D), d_z_v, W2_t, PRECISION), row, C, D)
+
+    d_keys = (u * -strength)[:, None] * d_end[None, :]
+    if DGD:
+        keys, held = rows(keys_at, row_h, C, H), d_r * since
+        d_V += tl.sum(held[:, None] * keys, 0)
+        d_keys += held[:, None] * V[None, :]
+        if ANCHORED:
+            d_keys += d_r[:, None] * A[None, :]
+            d_A += tl.sum(d_r[:, None] * keys, 0)
+        d_gram = d_r[:, None] * u[None, :] * load(table_at, C, C) + u[:, None] * d_r[None, :] * load_t(table_at, C, C)
+        d_keys = add_mm(d_keys, -d_gram, keys, PRECISION)
+    tl.store(d_new + i_h, d_V)
+    if ANCHORED:
+        tl.store(d_A_at + i_h, tl.load(d_A_at + i_h) + d_A)
+    d_z_k = through_features(d_keys, keys_at, slope_k_at, key_scale_at, HEADS, C, H, DGD)
+    if MOVING:
+        d_z_k += d_r_in * rows(curve_at, row_h, C, H)
+    store_rows(d_z_k_at, d_z_k, row_h, C, H)
+    W2_t = input_weights_t(w_in_at, anchor_in_at, D, H, MOVING, ANCHORED)
+    d_k = add_mm(rows(d_k_at, row, C, D), d_z_k, W2_t, PRECISION)
+    if MOVING:
+        tl.debug_barrier()  # d_r_in, stored as rows, is read as columns
+        input_layer(
+            d_z_k, d_k, k_at, v_at, d_z_v_at, d_r_in_at, u_in_at, table_at, w_in_at, anchor_in_at, d_in_at, d_new_in,
+            d_k_at, HEADS, since, strength, kept, C, D, H, ADDED, DGD_IN, True, ANCHORED, PRECISION,
+        )  # fmt: skip
+    else:
+        store_rows(d_k_at, d_k, row, C, D)
+    return drive, lost, ends

@@ -1,0 +1,256 @@
+"""What one chunk writes into one memory whose keys depend on weights that change.
+
+Of a vector memory, with V = W - A of either layer (`since`: gamma one token back, `strength`: Gamma_C eta, Y the system's inverse):
+    z = W2 k    keys = unit(silu(z))    target = unit(v + W silu(W2 v))    e = k - target
+    r = e + A keys + since V keys       u = Y r          V <- gamma_C V - keys^T (strength u)
+    r_in = silu'(z) . W^T e + A2 k + since V2 k          V2 <- gamma_C V2 - K_in^T r_in
+A scalar memory has one column for V, no skip, tanh for unit. With TAPE nothing is written: what backward needs is stored.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hope_megatron.ops.memory.backends.triton.language import (
+    add_mm,
+    columns,
+    d2silu,
+    dsilu,
+    inverse_norm,
+    load,
+    load_t,
+    mm,
+    operand,
+    rows,
+    silu,
+    store,
+    store_each,
+    store_rows,
+    tanh,
+)
+from hope_megatron.ops.memory.backends.triton.system import unit_lower_inverse
+
+
+@triton.jit
+def input_weights(
+    w_in_at, anchor_in_at, D: tl.constexpr, H: tl.constexpr, MOVING: tl.constexpr, ANCHORED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """W2^T [d, h]."""
+    W = load(w_in_at, D, H)
+    if MOVING and ANCHORED:
+        W += load(anchor_in_at, D, H)
+    return operand(W, PRECISION)
+
+
+@triton.jit
+def features_of_keys(
+    k, w_in_at, anchor_in_at, keys_at, row_h, since,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    MOVING: tl.constexpr, DGD: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """z, 1 / |silu(z)| (DGD, else 1), keys [C, h], stored too, and MOVING: what the input layer holds, since V2 k + A2 k."""
+    z = mm(k, load(w_in_at, D, H), PRECISION)
+    held = z
+    if MOVING:
+        held = z * since[:, None]
+        if ANCHORED:
+            initial = mm(k, load(anchor_in_at, D, H), PRECISION)
+            z += initial
+            held += initial
+    keys = silu(z, PRECISION)
+    scale = since * 0.0 + 1.0
+    if DGD:
+        scale = inverse_norm(keys, PRECISION)
+        keys = keys * scale[:, None]
+    keys = operand(keys, PRECISION)
+    store_rows(keys_at, keys, row_h, C, H)
+    return z, scale, keys, held
+
+
+@triton.jit
+def write_vector(
+    k_at, v_at, keys_at,  # this chunk's rows: k, v [C, d]; where keys go [C, h]
+    table_at,  # exp(since_t - total_s) eta_s for s < t, [C, C]
+    write_in_at, inverse_in_at,  # MOVING: K_in [C, d], and Y_in [C, C] for the tape
+    V_at, A_at, w_in_at, anchor_in_at,  # V^T, A^T of W1 [h, d]; W2^T, or MOVING: V2^T, and A2^T [d, h]
+    next_V, next_in, first_V, first_in, anew,  # where the chunk's end goes, unless the next chunk starts anew from the first
+    phi_v_at, write_at, u_at, target_at, missed_at, slope_k_at, slope_v_at, key_scale_at, target_scale_at, inverse_at,  # the tape
+    e_at, u_in_at, missed_in_at, curve_at,  # the tape, MOVING
+    HEADS, since, strength, kept,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    TAPE: tl.constexpr, MOVING: tl.constexpr, DGD: tl.constexpr, DGD_IN: tl.constexpr,
+    OWN: tl.constexpr, UNIT_TARGET: tl.constexpr, RESIDUAL: tl.constexpr, ANCHORED: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    row, row_h = HEADS * D, HEADS * H
+    k = rows(k_at, row, C, D)
+    z, key_scale, keys, held_in = features_of_keys(
+        k, w_in_at, anchor_in_at, keys_at, row_h, since, C, D, H, MOVING, DGD, ANCHORED, PRECISION
+    )
+    slope = dsilu(z, PRECISION)
+    if TAPE:
+        store_rows(slope_k_at, slope, row_h, C, H)
+        store_each(key_scale_at, key_scale, HEADS, C)
+    e = rows(v_at, row, C, D).to(tl.float32)
+    if OWN:
+        z_v = mm(e, input_weights(w_in_at, anchor_in_at, D, H, MOVING, ANCHORED, PRECISION), PRECISION)
+        phi_v = operand(silu(z_v, PRECISION), PRECISION)
+        W = load(V_at, H, D)
+        if ANCHORED:
+            W += load(A_at, H, D)
+        e = add_mm(e, phi_v, W, PRECISION)
+        if UNIT_TARGET:
+            target_scale = inverse_norm(e, PRECISION)
+            e = e * target_scale[:, None]
+            if TAPE:
+                store_each(target_scale_at, target_scale, HEADS, C)
+        if TAPE:
+            store_rows(phi_v_at, phi_v, row_h, C, H)
+            store_rows(slope_v_at, dsilu(z_v, PRECISION), row_h, C, H)
+            store_rows(target_at, e, row, C, D)
+    e = -e
+    if RESIDUAL:
+        e += k
+    r = e
+    if DGD:
+        if ANCHORED:
+            r = add_mm(r, keys, load(A_at, H, D), PRECISION)
+        if TAPE:
+            store_rows(missed_at, -r, row, C, D)
+        r = add_mm(r, keys * since[:, None], load(V_at, H, D), PRECISION)
+    tl.debug_barrier()  # keys, stored as rows, are read as columns
+    if DGD:
+        gram = mm(keys, columns(keys_at, row_h, C, H), PRECISION)
+        inverse = operand(unit_lower_inverse(gram * load(table_at, C, C), EXACT, PRECISION, C), PRECISION)
+        if TAPE:
+            store(inverse_at, inverse, C, C)
+            tl.debug_barrier()
+            written = rows(keys_at, row_h, C, H) * strength[:, None]
+            store_rows(write_at, mm(load_t(inverse_at, C, C), written, PRECISION), row_h, C, H)
+        r = mm(inverse, r, PRECISION)
+    elif TAPE:
+        store_rows(write_at, keys * strength[:, None], row_h, C, H)
+    if TAPE:
+        store_rows(u_at, r, row, C, D)
+    else:
+        new = load(V_at, H, D) * kept
+        new = add_mm(new, columns(keys_at, row_h, C, H), r * -strength[:, None], PRECISION)
+        if anew:
+            new = load(first_V, H, D)
+        store(next_V, new, H, D)
+    if MOVING:
+        W_t = load_t(V_at, H, D)
+        if ANCHORED:
+            W_t += load_t(A_at, H, D)
+        hidden = mm(e, W_t, PRECISION)
+        if TAPE:
+            store_rows(e_at, e, row, C, D)
+            store_rows(curve_at, hidden * d2silu(z, PRECISION), row_h, C, H)
+        write_input(
+            hidden * slope, held_in, k_at, write_in_at, inverse_in_at, w_in_at, anchor_in_at, next_in, first_in, anew,
+            u_in_at, missed_in_at, row, row_h, since, kept, C, D, H, TAPE, DGD_IN, ANCHORED, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def write_input(
+    r, held, k_at, write_in_at, inverse_in_at, w_in_at, anchor_in_at, next_in, first_in, anew, u_in_at, missed_in_at,
+    row, row_h, since, kept,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    TAPE: tl.constexpr, DGD_IN: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The input layer, which learns r = silu'(z) . W^T e [C, h] and held = since V2 k + A2 k."""
+    if TAPE:
+        missed = -r
+        if DGD_IN and ANCHORED:
+            missed -= mm(rows(k_at, row, C, D), load(anchor_in_at, D, H), PRECISION)
+        store_rows(missed_in_at, missed, row_h, C, H)
+    if DGD_IN:
+        r += held
+    if TAPE:
+        if DGD_IN:
+            r = mm(load(inverse_in_at, C, C), r, PRECISION)
+        store_rows(u_in_at, r, row_h, C, H)
+    else:
+        new = load(w_in_at, D, H) * kept
+        new = add_mm(new, columns(write_in_at, row, C, D), -r, PRECISION)
+        if anew:
+            new = load(first_in, D, H)
+        store(next_in, new, D, H)
+
+
+@triton.jit
+def write_scalar(
+    k_at, v_at, keys_at, table_at, write_in_at, inverse_in_at,
+    V_at, A_at, w_in_at, anchor_in_at,  # V, A [h]
+    next_V, next_in, first_V, first_in, anew,
+    phi_v_at, write_at, u_at, target_at, missed_at, slope_k_at, slope_v_at, key_scale_at, inverse_at,  # u, target, missed: [C]
+    e_at, u_in_at, missed_in_at, curve_at,
+    HEADS, since, strength, kept,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    TAPE: tl.constexpr, MOVING: tl.constexpr, DGD: tl.constexpr, DGD_IN: tl.constexpr,
+    UNIT_TARGET: tl.constexpr, ANCHORED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As `write_vector`; the target is its own always."""
+    row, row_h, i_h = HEADS * D, HEADS * H, tl.arange(0, H)
+    k = rows(k_at, row, C, D)
+    z, key_scale, keys, held_in = features_of_keys(
+        k, w_in_at, anchor_in_at, keys_at, row_h, since, C, D, H, MOVING, DGD, ANCHORED, PRECISION
+    )
+    slope = dsilu(z, PRECISION)
+    if TAPE:
+        store_rows(slope_k_at, slope, row_h, C, H)
+        store_each(key_scale_at, key_scale, HEADS, C)
+    V = tl.load(V_at + i_h)
+    W = V
+    if ANCHORED:
+        A = tl.load(A_at + i_h)
+        W = V + A
+    W2 = input_weights(w_in_at, anchor_in_at, D, H, MOVING, ANCHORED, PRECISION)
+    z_v = mm(rows(v_at, row, C, D), W2, PRECISION)
+    phi_v = silu(z_v, PRECISION)
+    target = tl.sum(phi_v * W[None, :], 1)
+    if UNIT_TARGET:
+        target = tanh(target, PRECISION)
+    if TAPE:
+        store_rows(phi_v_at, phi_v, row_h, C, H)
+        store_rows(slope_v_at, dsilu(z_v, PRECISION), row_h, C, H)
+        store_each(target_at, target, HEADS, C)
+    e = -target
+    r = e
+    if DGD:
+        if ANCHORED:
+            r += tl.sum(keys * A[None, :], 1)
+        if TAPE:
+            store_each(missed_at, -r, HEADS, C)
+        r += tl.sum(keys * V[None, :], 1) * since
+    tl.debug_barrier()
+    if DGD:
+        gram = mm(keys, columns(keys_at, row_h, C, H), PRECISION)
+        inverse = unit_lower_inverse(gram * load(table_at, C, C), EXACT, PRECISION, C)
+        if TAPE:
+            store(inverse_at, inverse, C, C)
+            tl.debug_barrier()
+            written = rows(keys_at, row_h, C, H) * strength[:, None]
+            store_rows(write_at, mm(load_t(inverse_at, C, C), written, PRECISION), row_h, C, H)
+        r = tl.sum(inverse * r[None, :], 1)
+    elif TAPE:
+        store_rows(write_at, keys * strength[:, None], row_h, C, H)
+    if TAPE:
+        store_each(u_at, r, HEADS, C)
+    else:
+        new = V * kept - tl.sum(rows(keys_at, row_h, C, H) * (r * strength)[:, None], 0)
+        if anew:
+            new = tl.load(first_V + i_h)
+        tl.store(next_V + i_h, new)
+    if MOVING:
+        hidden = e[:, None] * W[None, :]
+        if TAPE:
+            store_each(e_at, e, HEADS, C)
+            store_rows(curve_at, hidden * d2silu(z, PRECISION), row_h, C, H)
+        write_input(
+            hidden * slope, held_in, k_at, write_in_at, inverse_in_at, w_in_at, anchor_in_at, next_in, first_in, anew,
+            u_in_at, missed_in_at, row, row_h, since, kept, C, D, H, TAPE, DGD_IN, ANCHORED, PRECISION,
+        )  # fmt: skip

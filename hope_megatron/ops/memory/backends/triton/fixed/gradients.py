@@ -1,0 +1,130 @@
+"""What the chains' gradients mean for values, keys and rates: all chunks at once, one program per chunk and stream.
+
+With drive = <d_r, u> and lost = drive + <d_r, target - base> of every token, from homogeneity of the system, and rho of the reads:
+    d log eta_t = drive_t      d log alpha_t = sum_{j >= t} (rho_j - drive_j) + sum_{j > t} lost_j + <dV_C, V_C>
+(`ERASED`: the second sum from t on too; without DGD there is none.)
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hope_megatron.ops.memory.backends.triton.language import (
+    add_mm,
+    columns,
+    dsilu,
+    each,
+    exp,
+    inverse_norm,
+    load,
+    load_t,
+    mm,
+    operand,
+    place,
+    rows,
+    silu,
+    store_each,
+    store_rows,
+    unit_backward,
+)
+from hope_megatron.ops.memory.backends.triton.launching import kernel
+from hope_megatron.ops.memory.backends.triton.system import decay, decay_t
+
+
+@triton.jit
+def gram_gradient(d_r_at, u_at, stride, eta, since, total, C: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr):
+    """Minus the gradient of the gram of keys in r = u + (exp(since - total) . gram) eta u, its both sides added up: [C, C]."""
+    d = mm(rows(d_r_at, stride, C, D), columns(u_at, stride, C, D), PRECISION)
+    d = d * decay(since, total, True, PRECISION, C) * eta[None, :]
+    d_t = mm(rows(u_at, stride, C, D), columns(d_r_at, stride, C, D), PRECISION)
+    return d + d_t * decay_t(since, total, True, PRECISION, C) * eta[:, None]
+
+
+@kernel
+def value_gradients(
+    v_in, d_r_in, target_in, target_scale_in,
+    w_in, anchor, states,
+    d_target_out, d_z_out, d_v_out,  # [B, T, H, d], [B, T, H, h], [B, T, H, d]
+    T, HEADS, chunks,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    UNIT_TARGET: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """target = unit(v + W silu(W2 v))."""
+    i, n = tl.program_id(0), tl.program_id(1)
+    at, fixed = place(i, n, T, HEADS, C), n.to(tl.int64) * D * H
+    d_target = -rows(d_r_in + at * D, HEADS * D, C, D).to(tl.float32)
+    if UNIT_TARGET:
+        d_target = unit_backward(
+            d_target, rows(target_in + at * D, HEADS * D, C, D), each(target_scale_in + at, HEADS, C)
+        )
+    store_rows(d_target_out + at * D, d_target, HEADS * D, C, D)
+    W = load_t(states + (n.to(tl.int64) * (chunks + 1) + i) * D * H, H, D)
+    if ANCHORED:
+        W += load_t(anchor + fixed, H, D)
+    z = mm(rows(v_in + at * D, HEADS * D, C, D), load(w_in + fixed, D, H), PRECISION)
+    d_z = operand(mm(d_target, W, PRECISION) * dsilu(z, PRECISION), PRECISION)
+    store_rows(d_z_out + at * H, d_z, HEADS * H, C, H)
+    store_rows(d_v_out + at * D, add_mm(d_target, d_z, load_t(w_in + fixed, D, H), PRECISION), HEADS * D, C, D)
+
+
+@kernel
+def key_gradients(
+    k_in, keys_in, u_in, base_in, target_in, probe_in, log_eta, log_alpha,
+    d_r_in, d_keys_in,
+    w_in, anchor, states, d_states,
+    d_z_out, d_k_out, d_log_eta_out,  # [B, T, H, h], [B, T, H, d], [B, T, H]
+    d_log_alpha,  # [B, T, H]: holds what reads give, out: all of it
+    T, HEADS, chunks,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    TWO_LAYERS: tl.constexpr, UNIT: tl.constexpr, DGD: tl.constexpr, ERASED: tl.constexpr, L2: tl.constexpr,
+    OWN: tl.constexpr, RESIDUAL: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """r = k + A keys + probe V keys - target, its system, and V_C = gamma_C V - keys^T (Gamma_C eta u)."""
+    i, n = tl.program_id(0), tl.program_id(1)
+    at, fixed = place(i, n, T, HEADS, C), n.to(tl.int64) * D * H
+    step = each(log_alpha + at, HEADS, C)
+    eta, total, end = exp(each(log_eta + at, HEADS, C), PRECISION), tl.cumsum(step, 0), tl.sum(step, 0)
+    since = total if ERASED else total - step
+    state = (n.to(tl.int64) * (chunks + 1) + i) * D * H
+    u, d_r = rows(u_in + at * D, HEADS * D, C, D), rows(d_r_in + at * D, HEADS * D, C, D)
+    d_V = load_t(d_states + state + D * H, H, D)
+    ends = tl.sum(tl.sum(d_V * load_t(states + state + D * H, H, D), 1), 0)
+    d_keys = rows(d_keys_in + at * H, HEADS * H, C, H).to(tl.float32)
+    d_keys = add_mm(d_keys, u * (-eta * exp(end - total, PRECISION))[:, None], d_V, PRECISION)
+
+    drive = tl.sum(d_r.to(tl.float32) * u.to(tl.float32), 1)
+    store_each(d_log_eta_out + at, drive, HEADS, C)
+    d_total, lost = -drive, drive
+    if DGD:
+        missed = -rows(base_in + at * D, HEADS * D, C, D).to(tl.float32)
+        if OWN:
+            missed += rows(target_in + at * D, HEADS * D, C, D)
+        lost += tl.sum(missed * d_r, 1)
+        d_total += lost
+    d_log = each(d_log_alpha + at, HEADS, C) + tl.cumsum(d_total, 0, reverse=True) + ends
+    if DGD and not ERASED:
+        d_log -= lost
+    store_each(d_log_alpha + at, d_log, HEADS, C)
+
+    if DGD or L2:
+        probe = each(probe_in + at, HEADS, C)
+        d_keys = add_mm(d_keys, d_r * probe[:, None], load_t(states + state, H, D), PRECISION)
+        if ANCHORED:
+            d_keys = add_mm(d_keys, d_r, load_t(anchor + fixed, H, D), PRECISION)
+    keys = rows(keys_in + at * H, HEADS * H, C, H)
+    if DGD:
+        d_gram = gram_gradient(d_r_in + at * D, u_in + at * D, HEADS * D, eta, since, total, C, D, PRECISION)
+        d_keys = add_mm(d_keys, -d_gram, keys, PRECISION)
+
+    d_k = d_keys
+    if TWO_LAYERS:
+        z = mm(rows(k_in + at * D, HEADS * D, C, D), load(w_in + fixed, D, H), PRECISION)
+        if UNIT:
+            d_keys = unit_backward(d_keys, keys, inverse_norm(silu(z, PRECISION), PRECISION))
+        d_z = operand(d_keys * dsilu(z, PRECISION), PRECISION)
+        store_rows(d_z_out + at * H, d_z, HEADS * H, C, H)
+        d_k = mm(d_z, load_t(w_in + fixed, D, H), PRECISION)
+    if RESIDUAL:
+        d_k += rows(d_r_in + at * D, HEADS * D, C, D)
+    store_rows(d_k_out + at * D, d_k, HEADS * D, C, D)
