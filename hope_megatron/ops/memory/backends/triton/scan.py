@@ -123,10 +123,10 @@ def _write_and_read(main: _Bank, q: Tensor, made: Made, rule: MemoryRule, begins
             s, q, made, first, anchor, causal=rule.read == "causal", skip=rule.read_skip, begins=begins
         )
     else:
-        s = _fixed_setting(rule, precision, anchored=anchored)
-        w_in = first.w_in[:, 0] if s.two_layers else None
+        setting = _fixed_setting(rule, precision, anchored=anchored)
+        w_in = first.w_in[:, 0] if setting.two_layers else None
         y, *ends = fixed.fixed_memory(
-            s, fixed.Inputs(q, *made), w_in, first.vector[:, 0], anchor.vector[:, 0] if anchored else None, begins
+            setting, fixed.Inputs(q, *made), w_in, first.vector[:, 0], anchor.vector[:, 0] if anchored else None, begins
         )
         now, start = ((x.unsqueeze(1),) for x in ends)
     scalar = main.now.scalar  # none
