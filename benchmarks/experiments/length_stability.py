@@ -5,8 +5,8 @@
 
 The suite `languages` trains on up to 24 symbols and tests on 25 to 96. Here models are trained on up to 12 and validated on 13 to
 24, inside the suite's trained lengths, so that what is chosen here has not seen its test. The same command goes on where it
-stopped. Kept of every cell: the share of strings without a mistake at 20 snapshots, for raw and for averaged weights. Printed at the end:
-over the snapshots of the last half mean / worst, and at the last one.
+stopped. Kept of every cell: the share of strings without a mistake at 20 snapshots, for raw and for averaged weights. Printed at
+the end: over the snapshots of the last half mean / worst, and at the last one.
 """
 
 from __future__ import annotations

@@ -384,7 +384,8 @@ def test_a_real_suite_from_end_to_end(tmp_path):
 @pytest.mark.parametrize("momentum", ["none", "data"])
 def test_every_ablation_is_a_valid_model_of_equal_size(momentum):
     whole = changed(
-        small_hope(256, width=64, layers=2, heads=2, chunk_tokens=16), {**WHOLE, "memory": {"momentum": momentum}}
+        small_hope(256, width=64, layers=2, heads=2, chunk_tokens=16),
+        {"memory": {**WHOLE["memory"], "momentum": momentum}},
     )
     for name, changes in ablations(whole).items():
         model = matched(changed(whole, changes), whole)

@@ -26,7 +26,7 @@ ORDER = ("eta", "alpha", "k", "v", "mem")
 def why_not(case: Case) -> str | None:
     """See `Backend.why_not`."""
     rule, (_, _, theta) = case.rule, case.rates
-    if (text := rule.differs(read="causal", normalize_targets=True)) is not None:
+    if (text := rule.differs(read="causal", normalize_targets=True, adaptive_query=False)) is not None:
         return text
     if theta:
         return "it has no momentum"
