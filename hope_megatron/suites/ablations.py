@@ -10,7 +10,7 @@ from hope_megatron.config.model import ModelConfig
 from hope_megatron.suites.cells import train_and_test
 from hope_megatron.suites.fit import FitOptions
 from hope_megatron.suites.grids import settings_of
-from hope_megatron.suites.models import changed, digest, matched, small_hope
+from hope_megatron.suites.models import changed, matched, small_hope
 from hope_megatron.suites.recall import associative_recall
 from hope_megatron.suites.suite import Cell, Outcome, Suite, SuiteOptions, chosen
 from hope_megatron.suites.task import Task
@@ -92,7 +92,7 @@ def build(options: SuiteOptions) -> Suite:
         unbounded=("text",),
         notes='"rates 0" never writes.',
         parameters={name: num_parameters(config(tasks["text"], name)) for name in names},
-        models={name: digest(config(task, name) for task in tasks.values()) for name in names},
+        models={name: config(tasks["text"], name).model_dump(mode="json") for name in names},
     )
 
 
