@@ -115,11 +115,11 @@ class MemoryBank(NamedTuple):
 
 
 def memory_banks(model: ModelConfig) -> list[MemoryBank]:
-    """The banks that exist: M_mem, then (M_k, M_v), then (M_eta, M_alpha)."""
+    """The banks that exist: M_mem, then (M_k, M_v, M_q), then (M_eta, M_alpha)."""
     m, d = model.memory, model.head_dim
     banks = [
         MemoryBank("main memory", 1, d, m.chunk_tokens),
-        MemoryBank("key and value memories", m.num_vector, d, m.self_chunk),
+        MemoryBank("projection memories", m.num_vector, d, m.self_chunk),
         MemoryBank("rate memories", m.num_scalar, 1, m.self_chunk),
     ]
     return [bank for bank in banks if bank.memories]

@@ -185,8 +185,8 @@ class MemoryWeights(nn.Module):
         self._stack("mem_out", 1, d, h, std=memory.output_scale)
         # the self-memories begin as identities (or as zero), so that a new block is exactly static
         for name, count, outputs in (
-            ("vector", memory.adaptive_key + memory.adaptive_value, d),
-            ("scalar", memory.adaptive_eta + memory.adaptive_alpha, 1),
+            ("vector", memory.num_vector, d),
+            ("scalar", memory.num_scalar, 1),
         ):
             if count:
                 self._stack(f"{name}_in", count, h, d, std=input_std)

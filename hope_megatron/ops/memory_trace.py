@@ -20,7 +20,7 @@ class MemoryTrace(NamedTuple):
     """What one layer's memories did. Everything is detached."""
 
     names: tuple[str, ...]
-    """The memories that there are, of "mem", "k", "v", "eta", "alpha"; the order of n below."""
+    """The memories that there are, of "mem", "k", "v", "q", "eta", "alpha"; the order of n below."""
     ends: Tensor
     """[P] int64, tokens of the piece of stream that had been read when each piece ended."""
     eta: Tensor
@@ -82,6 +82,7 @@ def memory_names(rule: MemoryRule) -> tuple[str, ...]:
     adaptive = {
         "k": rule.adaptive_key,
         "v": rule.adaptive_value,
+        "q": rule.adaptive_query,
         "eta": rule.adaptive_eta,
         "alpha": rule.adaptive_alpha,
     }
@@ -92,9 +93,10 @@ def _inner_inputs(k: Tensor, v: Tensor, logits: RateLogits, rule: MemoryRule, st
     """Keys and values [B, H, 1, C, d] and rates [B, H, C] as the self-memories make them (eqs. 86-87)."""
     x_k, x_v = (x.transpose(1, 2).unsqueeze(2) for x in (k, v))
     adapted, gates = [], []
-    if start.vector is not None:
-        chosen = [x for x, there in ((x_k, rule.adaptive_key), (x_v, rule.adaptive_value)) if there]
-        adapted = list(apply_memory(start.vector, torch.cat(chosen, 2), skip=True).split(1, 2))
+    chosen = [x for x, there in ((x_k, rule.adaptive_key), (x_v, rule.adaptive_value)) if there]
+    if start.vector is not None and chosen:
+        without_query = Bank(*(None if w is None else w[:, :, : len(chosen)] for w in start.vector))
+        adapted = list(apply_memory(without_query, torch.cat(chosen, 2), skip=True).split(1, 2))
     if start.scalar is not None:
         gates = list(apply_memory(start.scalar, x_k, skip=False).squeeze(-1).unbind(2))
     keys = unit(adapted.pop(0) if rule.adaptive_key else x_k)

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from hope_megatron.suites.errors import SuiteError
+from hope_megatron.suites.models import same_model
 from hope_megatron.suites.registry import build_suite
 from hope_megatron.suites.results import outcomes, plain, read_record
 from hope_megatron.suites.suite import Cell, Outcome, Suite, SuiteOptions
@@ -58,14 +59,16 @@ def suite_of(path: Path) -> tuple[Suite, dict[Cell, Outcome]]:
     try:
         suite = build_suite(stored["suite"], options_of(stored))
         found = {cell: outcome for cell, (outcome, _) in outcomes(stored).items() if outcome.scores}
-        ours = {**plain(suite.settings), **{f"model of {name}": value for name, value in suite.models.items()}}
-        theirs = {**stored["settings"], **{f"model of {name}": value for name, value in stored["models"].items()}}
+        ours, theirs = plain(suite.settings), stored["settings"]
+        changed = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
+        known = suite.models.keys() & stored["models"].keys()
+        changed += [f"model of {name}" for name in known if not same_model(stored["models"][name], suite.models[name])]
     except (KeyError, TypeError) as error:
         raise SuiteError(f"{path} cannot be read as a record of a suite ({error!r})") from None
-    if ours != theirs:
-        changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    if changed:
         raise SuiteError(
-            f"{path} was made with other settings ({', '.join(changed)}); check out its commit {stored['provenance'].get('commit')}"
+            f"{path} was made with other settings ({', '.join(sorted(changed))}); "
+            f"check out its commit {stored['provenance'].get('commit')}"
         )
     if not found:
         raise SuiteError(f"{path} has no tested cell yet; run its suite further")

@@ -13,7 +13,7 @@ from hope_megatron.suites.errors import SuiteError
 from hope_megatron.suites.fit import FitOptions, Trained, Weights
 from hope_megatron.suites.grids import settings_of
 from hope_megatron.suites.held_out import score_test
-from hope_megatron.suites.models import changed, digest, family_choices, family_model, matched, small_hope
+from hope_megatron.suites.models import changed, family_choices, family_model, matched, small_hope
 from hope_megatron.suites.sequential import learn_in_sequence
 from hope_megatron.suites.suite import Cell, Outcome, Scores, Suite, SuiteOptions, chosen
 from hope_megatron.suites.task import Task
@@ -90,7 +90,7 @@ def build(options: SuiteOptions) -> Suite:
         notes="Every level beyond the first changes its weights only every 4, then every 16 steps; parameters are equal. "
         "The rate is chosen by the mean validation loss over all domains at the end.",
         parameters={name: num_parameters(configs[name]) for name in subjects},
-        models={name: digest([configs[name]]) for name in subjects},
+        models={name: configs[name].model_dump(mode="json") for name in subjects},
     )
 
 

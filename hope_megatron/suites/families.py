@@ -12,7 +12,7 @@ from hope_megatron.suites.grids import BOTH, STARTS, settings_of, started
 from hope_megatron.suites.held_out import TEST_SEQUENCES
 from hope_megatron.suites.languages import language_tasks
 from hope_megatron.suites.mad import mad_tasks
-from hope_megatron.suites.models import check_families, digest, small_hope, suite_model
+from hope_megatron.suites.models import check_families, small_hope, suite_model
 from hope_megatron.suites.needles import needle_tasks
 from hope_megatron.suites.permutations import permutation_tasks
 from hope_megatron.suites.recall import recall_tasks
@@ -197,5 +197,5 @@ def _family_suite(
         quantity=quantity,
         notes=notes,
         parameters={family: num_parameters(config(tasks[0], family)) for family in families},
-        models={family: digest(config(task, family) for task in tasks) for family in families},
+        models={family: config(tasks[0], family).model_dump(mode="json") for family in families},
     )

@@ -23,7 +23,7 @@ from hope_megatron.suites.fit import FitOptions, Trained, Weights, fit_task
 from hope_megatron.suites.grids import STARTS, settings_of, started
 from hope_megatron.suites.incremental_methods import Sentences, Stage, learn_in_context, learn_in_weights
 from hope_megatron.suites.labelled import Labelled, load_labelled, synthetic_labelled
-from hope_megatron.suites.models import check_families, digest, small_hope, suite_model
+from hope_megatron.suites.models import check_families, small_hope, suite_model
 from hope_megatron.suites.scoring import Score
 from hope_megatron.suites.selection import Setting
 from hope_megatron.suites.suite import Cell, Outcome, Scores, Suite, SuiteOptions, chosen
@@ -133,7 +133,7 @@ def build(options: SuiteOptions) -> Suite:
         notes=f"At most half of the classes, {CLASSES_PER_GROUP} a group, arrive in groups; the rest are for learning to learn. "
         "Which classes are which changes with the seed.",
         parameters={family: num_parameters(config(first, family)) for family in families},
-        models={subject: digest(config(d, subject.split(": ")[0]) for d in data.values()) for subject in grid},
+        models={subject: config(first, subject.split(": ")[0]).model_dump(mode="json") for subject in grid},
     )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from hope_megatron.config.accounting import num_parameters
@@ -20,6 +20,14 @@ _BUILT_IN: dict[str, dict[str, Any]] = {
     "hope": {},
     "transformer_pp": {"layer_pattern": ["attention"], "cms": {"levels": [{"hidden_size": 64}]}},
 }
+LIKE = {
+    "linear_attention": "Linear-attention-like: without that paper's feature map",
+    "retnet": "RetNet-like: without that paper's rotation of queries and keys, and its output gate",
+    "samba": "Samba-like: a gated linear recurrence in the place of that paper's Mamba layers",
+    "ttt_linear": "TTT-Linear-like: without that paper's layer norm",
+    "ttt_mlp": "TTT-MLP-like: without that paper's layer norm",
+}
+"""Families that lack a part of their paper's formulas, and which. Tables of them say so."""
 _FAST_CHUNK = 64  # tokens, where the length of a chunk changes nothing but the speed
 DEFAULT_FAMILIES = ("hope", "titans", "deltanet", "gated_deltanet", "retnet", "transformer_pp")
 
@@ -119,10 +127,13 @@ def _first_level(model: ModelConfig, units: int) -> ModelConfig:
     return changed(model, {"cms": {"levels": levels}})
 
 
-def digest(models: Iterable[ModelConfig]) -> str:
-    """A short name for some configurations: other settings, another name."""
-    text = "\n".join(model.model_dump_json() for model in models)
-    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+def same_model(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
+    """Whether a configuration out of a record is today's: fields that did not exist then have their defaults."""
+    try:
+        completed = ModelConfig.model_validate_json(json.dumps(stored), strict=True)
+    except (ValueError, TypeError):
+        return False
+    return completed.model_dump(mode="json") == ours
 
 
 def changed(model: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:

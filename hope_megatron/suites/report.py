@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hope_megatron.eval.report import markdown_table
+from hope_megatron.suites.models import LIKE
 from hope_megatron.suites.paper import paper_of
 from hope_megatron.suites.results import Results
 from hope_megatron.suites.selection import Choice
@@ -122,6 +123,8 @@ def suite_markdown(results: Results) -> str:
     if suite.grid and len(suite.tasks) > 1:
         parts.append(f"## The best setting for each task\n\n{_BEST}")
         parts += [_task_section(results, task, best=True) for task in suite.tasks]
+    if like := [LIKE[name] for name in dict.fromkeys(s.split(":")[0] for s in suite.subjects) if name in LIKE]:
+        parts.append("Not the whole of their papers' models: " + "; ".join(like) + ".")
     if suite.parameters:
         parts.append("Parameters: " + ", ".join(f"{name} {count:,}" for name, count in suite.parameters.items()) + ".")
     parts.append("Settings: " + "; ".join(f"{name} {value}" for name, value in _settings(suite)) + ".")

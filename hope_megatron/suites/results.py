@@ -10,6 +10,7 @@ from typing import Any
 
 from hope_megatron.runtime.files import write_text
 from hope_megatron.suites.errors import SuiteError
+from hope_megatron.suites.models import same_model
 from hope_megatron.suites.scoring import Score
 from hope_megatron.suites.selection import Choice, choose
 from hope_megatron.suites.suite import HOPES, Cell, Outcome, Suite
@@ -96,7 +97,7 @@ class Results:
             "settings": plain(self.suite.settings),
             "quantity": self.suite.quantity,
             "parameters": {**self.others["parameters"], **self.suite.parameters},
-            "models": {**self.others["models"], **self.suite.models},
+            "models": {**self.others["models"], **{name: dict(model) for name, model in self.suite.models.items()}},
             "provenance": dict(self.provenance),
             "chosen": {
                 subject: {task or "all tasks": str(self.choice(subject, task)) for task in (None, *self.suite.tasks)}
@@ -129,7 +130,8 @@ class Results:
             if any_hope and theirs.get("hope") != ours.get("hope"):
                 theirs, ours = {**theirs, "hope": "any"}, {**ours, "hope": "any"}
                 found = {cell: kept for cell, kept in found.items() if cell.subject.split(":")[0] not in HOPES}
-            other = {name for name, model in stored["models"].items() if suite.models.get(name, model) != model}
+            known = suite.models.keys() & stored["models"].keys()
+            other = {name for name in known if not same_model(stored["models"][name], suite.models[name])}
             found = {cell: kept for cell, kept in found.items() if cell.subject not in other}
             same = stored["suite"] == suite.name and theirs == ours
         except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -97,8 +97,8 @@ class Suite:
     """How it was run here, and where that differs."""
     parameters: Mapping[str, int] = field(default_factory=dict)
     """Parameters of each subject's model, in the first task."""
-    models: Mapping[str, str] = field(default_factory=dict)
-    """A digest of each subject's configuration; cells of a subject whose configuration changed are run again."""
+    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Each subject's configuration in the first task; cells of a subject whose configuration changed are run again."""
 
     @property
     def num_tries(self) -> int:

@@ -69,21 +69,22 @@ def _period(q, x_k, x_v, eta, alpha, theta, rule: MemoryRule, groups: tuple[Grou
         group = groups[0].at(position, rule.chunk_tokens)
         inputs = _generate(x_k, x_v, eta, alpha, theta, rule, group)
         write = _Write(inputs, rule, group)
-        return write.read(unit(q)), (write.end(),)
+        return write.read(_query(q, rule, group)), (write.end(),)
 
     own, main = groups
-    generated, at = [], position
-    for piece in _pieces([x_k, x_v, eta, alpha, theta], position, rule.self_chunk):
+    generated, queries, at = [], [], position
+    for q_piece, *piece in _pieces([q, x_k, x_v, eta, alpha, theta], position, rule.self_chunk):
         own = own.at(at, rule.self_chunk)
         inputs = _generate(*piece, rule, own)
+        queries.append(_query(q_piece, rule, own))
         own, at = _Write(inputs, rule, own).end(), at + inputs.k.size(1)
         generated.append(inputs)
     inputs = [None if xs[0] is None else torch.cat(xs, 1) for xs in zip(*generated)]
     outputs, at = [], position
-    for q_piece, *piece in _pieces([q, *inputs], position, rule.chunk_tokens):
+    for q_piece, *piece in _pieces([torch.cat(queries, 1), *inputs], position, rule.chunk_tokens):
         main = main.at(at, rule.chunk_tokens)
         write = _Write(_Inputs(*piece), rule, main)
-        outputs.append(write.read(unit(q_piece)))
+        outputs.append(write.read(q_piece))
         main, at = write.end(), at + q_piece.size(1)
     return torch.cat(outputs, 1), (own, main)
 
@@ -106,6 +107,11 @@ def _generate(x_k, x_v, eta, alpha, theta, rule: MemoryRule, group: Group) -> _I
         log_alpha=None if alpha is None else F.logsigmoid(alpha),
         log_theta=None if theta is None else F.logsigmoid(theta) + math.log(rule.momentum_max),
     )
+
+
+def _query(q: Tensor, rule: MemoryRule, group: Group) -> Tensor:
+    """Unit queries of a chunk [N, C, d], by their memory at its start where there is one."""
+    return unit(q + group.layers_of("q", q) if rule.adaptive_query else q)
 
 
 class _Write:

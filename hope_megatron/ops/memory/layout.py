@@ -79,7 +79,8 @@ def split_state(state: MemoryState, rule: MemoryRule, anchor: MemoryParams | Non
 
     anchor: what retention forgets towards, [B, H, n, ...]; None: zero.
     """
-    vector = [name for name, there in (("k", rule.adaptive_key), ("v", rule.adaptive_value)) if there]
+    projections = (("k", rule.adaptive_key), ("v", rule.adaptive_value), ("q", rule.adaptive_query))
+    vector = [name for name, there in projections if there]
     scalar = [name for name, there in (("eta", rule.adaptive_eta), ("alpha", rule.adaptive_alpha)) if there]
     if not vector and not scalar:
         return (_group(state, anchor, ["mem"], []),)

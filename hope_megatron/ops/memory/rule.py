@@ -93,7 +93,7 @@ class MemoryRule:
     chunk_tokens: Annotated[int, Bound(gt=0)] = 32
     """Tokens per chunk of M_mem: its inner gradients are taken at the state that stood at the chunk's start."""
     self_chunk_tokens: Annotated[int | None, Bound(gt=0)] = None
-    """Tokens per chunk of the other four memories; None means chunk_tokens. One must divide the other."""
+    """Tokens per chunk of the self-memories; None means chunk_tokens. One must divide the other."""
     num_layers: Literal[1, 2] = 2
     """1: a matrix memory, M(x) = W x. 2: M(x) = x + W1 silu(W2 x), eq. 89."""
     objective: Literal["dot", "l2"] = "dot"
@@ -118,6 +118,8 @@ class MemoryRule:
     """Keys pass through the memory M_k. False: static projections."""
     adaptive_value: bool = True
     """Values pass through the memory M_v."""
+    adaptive_query: bool = False
+    """Queries pass through a memory M_q. The paper's table 6 finds less perplexity without it."""
     adaptive_eta: bool = True
     """Learning rates get a term from the memory M_eta."""
     adaptive_alpha: bool = True
@@ -147,8 +149,8 @@ class MemoryRule:
 
     @property
     def adaptive(self) -> bool:
-        """Whether any of the four self-memories exists."""
-        return self.adaptive_key or self.adaptive_value or self.adaptive_eta or self.adaptive_alpha
+        """Whether any of the five self-memories exists."""
+        return self.num_vector + self.num_scalar > 0
 
     @property
     def self_chunk(self) -> int:
@@ -162,8 +164,8 @@ class MemoryRule:
 
     @property
     def num_vector(self) -> int:
-        """How many of M_k and M_v there are."""
-        return self.adaptive_key + self.adaptive_value
+        """How many of M_k, M_v and M_q there are."""
+        return self.adaptive_key + self.adaptive_value + self.adaptive_query
 
     @property
     def num_scalar(self) -> int:
@@ -196,7 +198,8 @@ class MemoryRule:
         if self.num_layers == 1 and (self.adaptive or self.own_targets):
             return (
                 f"{section}num_layers=1 (a matrix memory) has static projections and external targets; set "
-                "adaptive_key, adaptive_value, adaptive_eta, adaptive_alpha and own_targets to false, or num_layers=2"
+                "adaptive_key, adaptive_value, adaptive_query, adaptive_eta, adaptive_alpha and own_targets to false, "
+                "or num_layers=2"
             )
         return None
 
@@ -241,8 +244,9 @@ def pick(kind: type[Value], source: Any) -> Value:
 
 
 HOPES_OWN: Mapping[str, Any] = dict(
-    num_layers=2, adaptive_key=True, adaptive_value=True, adaptive_eta=True, adaptive_alpha=True, objective="dot",
-    dgd_layers="all", decay_erased=False, own_targets=True, normalize_values=True, normalize_targets=True, read="causal",
+    num_layers=2, adaptive_key=True, adaptive_value=True, adaptive_query=False, adaptive_eta=True, adaptive_alpha=True,
+    objective="dot", dgd_layers="all", decay_erased=False, own_targets=True, normalize_values=True, normalize_targets=True,
+    read="causal",
 )  # fmt: skip
 """HOPE's own rule, with what it leaves open: the one whose backward is written by hand."""
 

@@ -28,7 +28,7 @@ class MemoryParams(NamedTuple):
     """The memories of every head: M_mem alone, and the self-memories that exist."""
 
     mem: Bank  # n = 1
-    vector: Bank | None = None  # M_k, M_v
+    vector: Bank | None = None  # M_k, M_v, M_q
     scalar: Bank | None = None  # M_eta, M_alpha; o = 1
 
 

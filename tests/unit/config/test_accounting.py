@@ -137,6 +137,8 @@ def test_recompute_is_the_memories_or_a_forward_without_the_head():
         ["written_layers=output", "objective=l2", "dgd_layers=none", "eta_max=0.01"],
         ["own_targets=false"],
         ["adaptive_key=false", "adaptive_alpha=false"],
+        ["adaptive_query=true"],
+        ["adaptive_query=true", "adaptive_key=false", "self_chunk_tokens=8"],
         STATIC,
         ["num_layers=1", "decay=none", *STATIC],
         ["num_layers=1", "momentum=constant", *STATIC],
@@ -195,8 +197,8 @@ def _operator_inputs(model: ModelConfig, *, B: int, T: int):
 
     params = MemoryParams(
         bank(1, d),
-        bank(memory.adaptive_key + memory.adaptive_value, d),
-        bank(memory.adaptive_eta + memory.adaptive_alpha, 1),
+        bank(memory.num_vector, d),
+        bank(memory.num_scalar, 1),
     )
     rates = [random(B, T, H) if there else None for there in (True, memory.decay != "none", memory.momentum != "none")]
     return *(random(B, T, H, d) for _ in range(3)), RateLogits(*rates), params, memory.rule

@@ -24,6 +24,7 @@ VARIANTS = {
     "constant_rates": tiny_model(memory=MemoryConfig(decay="constant", momentum="constant")),
     "momentum": tiny_model(memory=MemoryConfig(momentum="data", hidden_size=12)),
     "partly_adaptive": tiny_model(memory=MemoryConfig(adaptive_key=False, adaptive_alpha=False)),
+    "adaptive_query": tiny_model(memory=MemoryConfig(adaptive_query=True)),
     "matrix": tiny_model(memory=MemoryConfig(num_layers=1, dgd_layers="all", conv_width=1, **STATIC)),
     "untied": tiny_model(tie_embeddings=False),
     "inner_rates": tiny_model(

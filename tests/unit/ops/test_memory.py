@@ -25,6 +25,8 @@ from hope_megatron.ops.memory import (
 from hope_megatron.ops.memory.backends.autograd import AUTOGRAD
 from hope_megatron.ops.memory.backends.cpu.scan import CPU
 from hope_megatron.ops.memory.backends.manual.scan import MANUAL
+from hope_megatron.ops.memory.backends.phases.scan import PHASES
+from hope_megatron.ops.memory.backends.registry import Case
 from hope_megatron.ops.memory.inner import EPSILON, dsilu, output_error, unit
 from hope_megatron.ops.memory.types import map_params
 
@@ -48,9 +50,7 @@ def make_params(rule: MemoryRule, layers: int = 2, scale: float = 0.3) -> Memory
             torch.randn(H, n, h, d, dtype=torch.float64), scale * torch.randn(H, n, outputs, h, dtype=torch.float64)
         )
 
-    return MemoryParams(
-        bank(1, d), bank(rule.adaptive_key + rule.adaptive_value, d), bank(rule.adaptive_eta + rule.adaptive_alpha, 1)
-    )
+    return MemoryParams(bank(1, d), bank(rule.num_vector, d), bank(rule.num_scalar, 1))
 
 
 def make_inputs(T: int, *, decay: bool = True, momentum: bool = False):
@@ -172,6 +172,39 @@ def test_ragged_lengths(T):
 @pytest.mark.parametrize("chunk, self_chunk", [(4, 16), (16, 4), (1, 8), (32, 32)])
 def test_two_chunk_lengths(chunk, self_chunk):
     assert_same(MemoryRule(chunk, self_chunk), 37, momentum=True, warm=True)
+    assert_same(MemoryRule(chunk, self_chunk, adaptive_query=True), 37, warm=True)
+
+
+def test_queries_are_read_through_their_own_memory():
+    """By the formula: y = M_mem(unit(M_q(x_q))), both at the state that stood there; and other memories are as without it."""
+    rule, T = MemoryRule(1, 1, adaptive_query=True), 9
+    params = make_params(rule)
+    q, k, v, logits = make_inputs(T)
+    y, state = memory_recurrent(q, k, v, logits, params, rule)
+    plain = replace(rule, adaptive_query=False)
+    first_two = params._replace(vector=Bank(*(w[:, :2] for w in params.vector)))
+    at = None
+    for t in range(T):
+        piece = RateLogits(*(None if r is None else r[:, t : t + 1] for r in logits))
+        before = params.vector if at is None else at.start.vector
+        w_in, w_out = (w[..., 2, :, :] for w in before)
+        x = q[:, t]
+        query = x + torch.einsum("...oh,...h->...o", w_out, F.silu(torch.einsum("...hd,...d->...h", w_in, x)))
+        _, at = memory_recurrent(q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1], piece, params, rule, at)
+        m_in, m_out = (w[..., 0, :, :] for w in at.now.mem)
+        hidden = F.silu(torch.einsum("...hd,...d->...h", m_in, query / (query.norm(dim=-1, keepdim=True) + EPSILON)))
+        torch.testing.assert_close(torch.einsum("...oh,...h->...o", m_out, hidden), y[:, t], rtol=1e-5, atol=1e-6)
+    _, without = memory_recurrent(q, k, v, logits, first_two, plain)
+    for name in ("mem", "scalar"):
+        torch.testing.assert_close(getattr(state.now, name), getattr(without.now, name), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", [CPU, MANUAL, PHASES], ids=lambda backend: backend.kernel)
+def test_backends_that_have_no_query_memory_say_so(backend):
+    rule = MemoryRule(16, 16, adaptive_query=True)
+    case = Case(rule, (True, True, False), 4, 16, 16, torch.float32, "cpu", "fp32", True)
+    assert "adaptive_query" in backend.why_not(case)
+    assert AUTOGRAD.why_not(case) is None
 
 
 @pytest.mark.parametrize(
@@ -182,10 +215,12 @@ def test_reads_and_targets(read, read_skip, dot_target):
     assert_same(MemoryRule(8, 8, read=read, read_skip=read_skip, dot_target=dot_target), 19)
 
 
-@pytest.mark.parametrize("adaptive", list(itertools.product([False, True], repeat=4)))
+ADAPTIVE = ("adaptive_key", "adaptive_value", "adaptive_query", "adaptive_eta", "adaptive_alpha")
+
+
+@pytest.mark.parametrize("adaptive", list(itertools.product([False, True], repeat=5)))
 def test_every_subset_of_self_memories(adaptive):
-    key, value, eta, alpha = adaptive
-    rule = MemoryRule(8, 8, adaptive_key=key, adaptive_value=value, adaptive_eta=eta, adaptive_alpha=alpha)
+    rule = MemoryRule(8, 8, **dict(zip(ADAPTIVE, adaptive)))
     assert_same(rule, 13)
     assert_same(replace(rule, own_targets=False, normalize_values=False, eta_max=0.1), 13)
 
@@ -221,7 +256,7 @@ def test_extreme_decay_over_a_long_chunk(alpha):
     objective=st.sampled_from(["dot", "l2"]),
     dgd=st.sampled_from(["none", "input", "all"]),
     read=st.sampled_from(["causal", "chunk_start"]),
-    adaptive=st.tuples(*[st.booleans()] * 4),
+    adaptive=st.tuples(*[st.booleans()] * 5),
     own_targets=st.booleans(),
     flags=st.tuples(*[st.booleans()] * 5),
     seed=st.integers(0, 2**31),
@@ -229,7 +264,6 @@ def test_extreme_decay_over_a_long_chunk(alpha):
 def test_any_rule_length_and_seed(T, chunks, objective, dgd, read, adaptive, own_targets, flags, seed):
     torch.manual_seed(seed)
     decay, momentum, warm, erased, normalize = flags
-    names = ("adaptive_key", "adaptive_value", "adaptive_eta", "adaptive_alpha")
     rule = MemoryRule(
         *chunks,
         objective=objective,
@@ -239,7 +273,7 @@ def test_any_rule_length_and_seed(T, chunks, objective, dgd, read, adaptive, own
         decay_erased=erased and dgd != "none",
         normalize_steps=normalize,
         eta_max=0.1,  # also the rules that diverge at larger rates stay where float64 has digits left
-        **dict(zip(names, adaptive)),
+        **dict(zip(ADAPTIVE, adaptive)),
     )
     assert_same(rule, T, decay=decay, momentum=momentum, warm=warm)
 

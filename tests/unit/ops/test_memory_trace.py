@@ -20,9 +20,7 @@ def make_params(rule: MemoryRule) -> MemoryParams:
         make = lambda *shape: torch.randn(H, n, *shape, dtype=torch.float64)  # noqa: E731
         return Bank(make(h, d), 0.3 * make(outputs, h)) if n else None
 
-    return MemoryParams(
-        bank(1, d), bank(rule.adaptive_key + rule.adaptive_value, d), bank(rule.adaptive_eta + rule.adaptive_alpha, 1)
-    )
+    return MemoryParams(bank(1, d), bank(rule.num_vector, d), bank(rule.num_scalar, 1))
 
 
 def make_inputs(tokens: int = T):
@@ -41,7 +39,7 @@ def errors(start: MemoryParams, x_k: torch.Tensor, x_v: torch.Tensor, rule: Memo
     single = lambda bank: [Bank(*(w[:, :, [i]] for w in bank)) for i in range(bank.w_out.size(2))]  # noqa: E731
     vectors, scalars = ([] if bank is None else single(bank) for bank in (start.vector, start.scalar))
     key = unit(apply_memory(vectors[0], x_k, skip=True) if rule.adaptive_key else x_k)
-    value = unit(apply_memory(vectors[-1], x_v, skip=True) if rule.adaptive_value else x_v)
+    value = unit(apply_memory(vectors[rule.adaptive_key], x_v, skip=True) if rule.adaptive_value else x_v)
     found = []
     for bank in [start.mem, *vectors]:
         found.append((apply_memory(bank, key, skip=True) - unit(apply_memory(bank, value, skip=True))).norm(dim=-1))
@@ -58,15 +56,19 @@ def errors(start: MemoryParams, x_k: torch.Tensor, x_v: torch.Tensor, rule: Memo
         replace(RULE, chunk_tokens=4, self_chunk_tokens=8),
         replace(RULE, adaptive_value=False, adaptive_eta=False),
         replace(RULE, adaptive_key=False, adaptive_alpha=False, objective="l2", eta_max=0.1),
+        replace(RULE, adaptive_query=True),
+        replace(RULE, adaptive_query=True, adaptive_key=False, adaptive_value=False),
     ],
-    ids=["two-lengths", "long-self-chunks", "key-alpha", "value-eta-l2"],
+    ids=["two-lengths", "long-self-chunks", "key-alpha", "value-eta-l2", "query", "query-alone"],
 )
 def test_trace_equals_the_token_loop(rule):
     torch.manual_seed(0)
     params, (q, k, v, logits) = make_params(rule), make_inputs()
     trace = trace_memory(q, k, v, logits, params, rule)
     state = first = initial_state(params, B, momentum=False, dtype=torch.float64)
-    names = ["mem"] + [n for n in ("k", "v") if n in trace.names] + [n for n in ("eta", "alpha") if n in trace.names]
+    names = (
+        ["mem"] + [n for n in ("k", "v", "q") if n in trace.names] + [n for n in ("eta", "alpha") if n in trace.names]
+    )
     assert list(trace.names) == names
     ends = trace.ends.tolist()
     for t in range(T):

@@ -298,17 +298,22 @@ def test_results_of_other_settings_are_refused(tmp_path):
 
 
 def test_cells_of_a_changed_model_are_run_again(tmp_path):
-    def suite(calls: list[Cell], **models: str) -> Suite:
+    old, new = (small_hope(64, width=32, layers=n, heads=2, chunk_tokens=8).model_dump(mode="json") for n in (1, 2))
+
+    def suite(calls: list[Cell], **models: dict) -> Suite:
         run = lambda cell: calls.append(cell) or one_score(cell)  # noqa: E731
         return Suite("s", "A suite", ("t",), tuple(models), 1, {}, run, models=models)
 
     path, calls = tmp_path / "s.json", []
-    run_suite(suite([], a="1", b="1"), path, {}, tell=lambda line: None)
-    run_suite(suite(calls, a="2", b="1"), path, {}, tell=lambda line: None)
+    run_suite(suite([], a=old, b=old), path, {}, tell=lambda line: None)
+    run_suite(suite(calls, a=new, b=old), path, {}, tell=lambda line: None)
     assert calls == [Cell("t", "a", 0)]
-    run_suite(suite(calls, b="1"), path, {}, tell=lambda line: None)  # a row by itself leaves the others in the file
-    assert json.loads(path.read_text())["models"] == {"a": "2", "b": "1"}
-    run_suite(suite(calls, a="2", b="1"), path, {}, tell=lambda line: None)
+    run_suite(suite(calls, b=old), path, {}, tell=lambda line: None)  # a row by itself leaves the others in the file
+    stored = json.loads(path.read_text())
+    assert stored["models"] == {"a": new, "b": old}
+    del stored["models"]["a"]["memory"]["adaptive_query"]  # a field that did not exist when the record was written
+    path.write_text(json.dumps(stored))
+    run_suite(suite(calls, a=new, b=old), path, {}, tell=lambda line: None)
     assert calls == [Cell("t", "a", 0)]
 
 
@@ -374,6 +379,7 @@ def test_a_real_suite_from_end_to_end(tmp_path):
     results = run_suite(build_suite("languages", options), tmp_path / "l.json", {}, tell=lambda line: None)
     assert {cell.subject for cell in results.outcomes} == {"hope", "retnet"} and len(results.outcomes) == 4
     text = suite_markdown(results)
+    assert "RetNet-like: without that paper's rotation" in text
     assert "| 2-20" in text and "retnet" in text and "100 %, longer bin 100 %" in text
     plot_suite(results, tmp_path / "l.png")
     assert plot_trajectories(results, tmp_path / "steps.png")
@@ -384,7 +390,8 @@ def test_a_real_suite_from_end_to_end(tmp_path):
 @pytest.mark.parametrize("momentum", ["none", "data"])
 def test_every_ablation_is_a_valid_model_of_equal_size(momentum):
     whole = changed(
-        small_hope(256, width=64, layers=2, heads=2, chunk_tokens=16), {**WHOLE, "memory": {"momentum": momentum}}
+        small_hope(256, width=64, layers=2, heads=2, chunk_tokens=16),
+        {"memory": {**WHOLE["memory"], "momentum": momentum}},
     )
     for name, changes in ablations(whole).items():
         model = matched(changed(whole, changes), whole)

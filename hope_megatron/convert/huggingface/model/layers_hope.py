@@ -66,7 +66,8 @@ class MemoryWeights(nn.Module):
 
     def __init__(self, heads: int, d: int, h: int, memory: SimpleNamespace) -> None:
         super().__init__()
-        vector, scalar = memory.adaptive_key + memory.adaptive_value, memory.adaptive_eta + memory.adaptive_alpha
+        vector = memory.adaptive_key + memory.adaptive_value + getattr(memory, "adaptive_query", False)
+        scalar = memory.adaptive_eta + memory.adaptive_alpha
         shapes = {"mem_out": (1, d, d)} if memory.num_layers == 1 else {"mem_in": (1, h, d), "mem_out": (1, d, h)}
         if memory.num_layers == 2 and vector:
             shapes |= {"vector_in": (vector, h, d), "vector_out": (vector, d, h)}
