@@ -96,13 +96,17 @@ def check_python() -> list[Finding]:
 
 
 def check_memory_kernel() -> list[Finding]:
-    """The memory operator compiled for this CPU; builds it if it is not there yet."""
+    """What computes memories, the only row that says so: the operator compiled for this CPU, built if it is not there yet."""
     from hope_megatron.ops.memory.backends.cpu.build import NoKernel, load
 
     try:
-        return [Finding("memory kernel", OK, f"compiled for this CPU: {load()._name}")]
+        return [
+            Finding(
+                "memory kernel", OK, f"on CPUs, compiled for this one: {load()._name}; elsewhere PyTorch's operators"
+            )
+        ]
     except NoKernel as reason:
-        text = "none for this CPU: memories run through PyTorch's operators, several times slower"
+        text = "none for this CPU: memories run through PyTorch's operators everywhere, several times slower on CPUs"
         return [Finding("memory kernel", NOTE, text, str(reason))]
 
 

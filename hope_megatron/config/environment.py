@@ -99,7 +99,8 @@ def fused_kernels(*, cuda: bool) -> list[Kernel]:
         name="PyTorch",
         available=_importable("torch"),
         in_use=True,
-        why="norms, attention (scaled_dot_product_attention), memories and optimizer updates are its own operators",
+        why="norms, attention (scaled_dot_product_attention) and optimizer updates are its own operators; "
+        "the row `memory kernel` says what computes memories",
     )
     rows = [
         torch,

@@ -108,11 +108,32 @@ def override_model(model: ModelConfig, overrides: Iterable[str]) -> ModelConfig:
     Raises:
         ConfigError: with one line per mistake.
     """
-    tree = _Tree("the model's configuration")
-    tree.merge({"model": model.model_dump(mode="json")}, "the model's configuration")
+    tree = _tree_of(model)
     for path, value, text in map(_parse_override, overrides):
         tree.set(("model", *path), value, text)
     return _validate(ModelConfig, tree.data["model"], tree, ("model",))
+
+
+def change_model(model: ModelConfig, changes: Mapping[str, Any], source: str) -> ModelConfig:
+    """A model with the settings of a file, nested or with dotted keys: mappings merge, everything else replaces.
+
+    Args:
+        model: only what it was set to counts; defaults, and what follows from other settings, follow the changes.
+        changes: as in a model or family file.
+        source: where they come from, for messages.
+
+    Raises:
+        ConfigError: with one line per mistake.
+    """
+    tree = _tree_of(model)
+    tree.merge({"model": changes}, source)
+    return _validate(ModelConfig, tree.data["model"], tree, ("model",))
+
+
+def _tree_of(model: ModelConfig) -> _Tree:
+    tree = _Tree("the model's configuration")
+    tree.merge({"model": model.model_dump(mode="json", exclude_unset=True)}, "the model's configuration")
+    return tree
 
 
 def override_inner_clocks(model: ModelConfig, overrides: Iterable[str]) -> ModelConfig:
@@ -276,7 +297,10 @@ def _merge_family(tree: _Tree, name: str, family: str, base: str) -> None:
     _merge_model(model, base, base)
     model.merge({"model": read_mapping(file)}, str(file))
     model.merge({"model": {"name": name}}, str(file))
-    built = [_validate(ModelConfig, t.data["model"], t, ("model",)) for t in (model, target)]
+    try:
+        built = [_validate(ModelConfig, t.data["model"], t, ("model",)) for t in (model, target)]
+    except ConfigError as error:
+        raise ConfigError(f"{file}, over {base}: {error}") from None
     model.merge({"model": {"cms": {"levels": matched_levels(*built)}}}, str(file))
     tree.merge(model.data, str(file))
 

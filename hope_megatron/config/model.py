@@ -10,7 +10,7 @@ import itertools
 import math
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 from hope_megatron.config.base import ConfigError, Section
 from hope_megatron.config.descent import largest_stable_step
@@ -100,23 +100,31 @@ class MemoryConfig(Section, MemoryCompute, MemoryRule):
             return "above 2 a delta-rule write overshoots its unit key and grows"
         if self.objective == "dot":
             return "without DGD on all layers nothing bounds the writes"
-        return "the gradients of a chunk are taken at its start and summed"
+        return (
+            "the gradients of a chunk are taken at its start and summed, so that the bound falls as chunks get longer"
+        )
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _defaults_that_follow(cls, values: Any) -> Any:
-        """Defaults that depend on other settings, so that leaving a part of HOPE out takes one key."""
+    def _defaults_that_follow(cls, values: Any, handler: ModelWrapValidatorHandler[MemoryConfig]) -> MemoryConfig:
+        """Defaults that depend on other settings, so that leaving a part of HOPE out takes one key.
+
+        They do not count as set (`model_fields_set`): when another setting changes, they follow it again.
+        """
         if not isinstance(values, dict):
-            return values
-        values = dict(values)
+            return handler(values)
+        derived: dict[str, Any] = {}
         if values.get("eta") == "fixed":
-            values.setdefault("adaptive_eta", False)
+            derived["adaptive_eta"] = False
         if values.get("decay") in ("none", "retnet"):
-            values.setdefault("adaptive_alpha", False)
+            derived["adaptive_alpha"] = False
         if "eta_max" not in values and not _ETA_FACTORS.isdisjoint(values):
             with contextlib.suppress(ValueError):  # where other fields are wrong, validation will say which
-                values["eta_max"] = min(1.0, cls(**values | {"eta_max": 0.0}).largest_stable_eta)
-        return values
+                derived["eta_max"] = min(1.0, cls(**derived | values | {"eta_max": 0.0}).largest_stable_eta)
+        derived = {name: value for name, value in derived.items() if name not in values}
+        model = handler({**values, **derived})
+        model.model_fields_set.difference_update(derived)
+        return model
 
     @model_validator(mode="after")
     def _check(self) -> MemoryConfig:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from hope_megatron.config.accounting import num_parameters
 from hope_megatron.config.families import matched_levels
-from hope_megatron.config.load import override_model, read_mapping
-from hope_megatron.config.model import CMSConfig, CMSLevelConfig, MemoryConfig, ModelConfig
+from hope_megatron.config.load import change_model, override_model, read_mapping
+from hope_megatron.config.model import CMSConfig, CMSLevelConfig, ModelConfig
 from hope_megatron.config.presets import config_names, find_config
 from hope_megatron.suites.errors import SuiteError
 from hope_megatron.suites.suite import HOPES
@@ -82,23 +83,28 @@ def family_model(family: str, hope: ModelConfig) -> ModelConfig:
     computes the same at every chunk length gets a longer one, which is faster.
     """
     check_families((family,))
-    settings = _BUILT_IN[family] if family in _BUILT_IN else read_mapping(find_config(family, "families"))
     if family == "hope":
         return hope
-    memory = dict(settings.get("memory", {}))
+    settings, source = _BUILT_IN.get(family), family
+    if settings is None:
+        file = find_config(family, "families")
+        settings, source = read_mapping(file), str(file)
     chunk = hope.memory.chunk_tokens
-    if "chunk_tokens" in memory:
-        if "eta_max" in memory:
-            memory["eta_max"] *= _largest_rate(memory, chunk) / _largest_rate(memory, memory["chunk_tokens"])
-        memory["chunk_tokens"] = chunk
-    model = changed(hope, {**settings, "memory": memory, "name": family})
+    model = change_model(change_model(hope, settings, source), {"name": family}, source)
+    given = model.memory.model_fields_set
+    if model.memory.chunk_tokens != chunk:
+        changes: dict[str, Any] = {"chunk_tokens": chunk}
+        own, here = model.memory.largest_stable_eta, _largest_rate(model, chunk)
+        if "eta_max" in given and math.isfinite(own):
+            changes["eta_max"] = model.memory.eta_max * here / own
+        model = changed(model, {"memory": changes})
     if model.memory.any_chunk:
         model = changed(model, {"memory": {"chunk_tokens": max(chunk, _FAST_CHUNK)}})
     return matched(model, hope)
 
 
-def _largest_rate(memory: dict[str, Any], chunk: int) -> float:
-    return MemoryConfig(**{**memory, "chunk_tokens": chunk, "eta_max": 0.0}).largest_stable_eta
+def _largest_rate(model: ModelConfig, chunk: int) -> float:
+    return changed(model, {"memory": {"chunk_tokens": chunk, "eta_max": 0.0}}).memory.largest_stable_eta
 
 
 def suite_model(family: str, hope: ModelConfig, hope_settings: tuple[str, ...]) -> ModelConfig:
@@ -138,12 +144,4 @@ def same_model(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
 
 def changed(model: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
     """The model with nested changes, validated: mappings merge, everything else replaces."""
-    return ModelConfig.model_validate(_merge(model.model_dump(), changes))
-
-
-def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in changes.items():
-        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if nested else value
-    return merged
+    return change_model(model, changes, "this suite")

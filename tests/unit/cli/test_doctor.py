@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from hope_megatron.cli import doctor
 from hope_megatron.cli.main import main
+from hope_megatron.config.environment import fused_kernels
 
 
 def test_this_machine_is_ready(capsys):
@@ -20,6 +22,25 @@ def test_this_machine_is_ready(capsys):
     assert {"Python", "torch", "gloo", "NCCL", "GPU", "cores", "memory", "disk", "Slurm"} <= topics
     assert {kernel["name"] for kernel in report["kernels"]} >= {"NVIDIA apex", "Transformer Engine", "PyTorch"}
     assert report["apex"]["kind"] in ("absent", "nvidia", "other")
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_one_row_says_what_computes_memories(compiled, monkeypatch):
+    from hope_megatron.ops.memory.backends.cpu import build
+
+    def load():
+        if not compiled:
+            raise build.NoKernel("no compiler")
+        return SimpleNamespace(_name="kernel.so")
+
+    monkeypatch.setattr(build, "load", load)
+    (finding,) = doctor.check_memory_kernel()
+    assert (finding.status == doctor.OK) == compiled == ("compiled for this one: kernel.so" in finding.text)
+    for cuda in (True, False):
+        rows = [kernel for kernel in fused_kernels(cuda=cuda) if "memories" in kernel.why]
+        assert [kernel.why.rpartition("; ")[2] for kernel in rows] == [
+            "the row `memory kernel` says what computes memories"
+        ]
 
 
 def test_doctor_survives_a_torch_that_crashes(tmp_path, monkeypatch, capsys):
