@@ -151,10 +151,11 @@ def _layer_numbers(
 def _bounded(model: ModelConfig, seq_length: int, states: float, memories: float) -> tuple[float, float]:
     """Bytes per token when only the weights at segment borders stay, and one segment at a time is recomputed.
 
-    The segment length is about that of ops/memory/recompute.py: what makes the two equal.
+    The segment length is `memory.keep_every`, else about that of ops/memory/recompute.py: what makes the two equal.
     """
-    periods = max(1.0, seq_length / max(model.memory.chunk_tokens, model.memory.self_chunk))
-    segment = max(1.0, (periods * states / memories) ** 0.5)
+    periods = max(1.0, seq_length / model.memory.period)
+    segment = model.memory.keep_every or max(1.0, (periods * states / memories) ** 0.5)
+    segment = min(segment, periods)
     return states / segment, memories * segment / periods
 
 

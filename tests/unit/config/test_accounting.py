@@ -240,6 +240,14 @@ def test_recompute_trades_activations_for_flops():
     assert slower.mfu < slower.utilization
 
 
+def test_weights_that_are_kept_less_often_take_less():
+    often, seldom = (
+        footprint(run_of("hope_tiny", "training.recompute=memory", f"model.memory.keep_every={n}"), 1) for n in (1, 8)
+    )
+    assert often.memory_states == pytest.approx(8 * seldom.memory_states)
+    assert often.activations < seldom.activations
+
+
 def test_estimate_by_hand():
     run = run_of("hope_tiny")
     flops = 3 * forward_flops(run.model, 1024).total * run.training.tokens

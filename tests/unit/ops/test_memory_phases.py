@@ -232,3 +232,28 @@ def test_the_registry_takes_them_on_a_gpu_and_by_counts():
     assert chosen(hope, 16 * 24, "cuda") == MANUAL.name
     assert chosen(ttt, 16 * 24, "cuda") == PHASES.name
     assert chosen(ttt, 24, "cpu") == AUTOGRAD.name
+
+
+@pytest.mark.parametrize("different", [1, 8])
+@pytest.mark.parametrize("written", ["all", "output"])
+def test_bf16_keeps_every_gradient_of_keys_that_come_back(written, different):
+    """Few keys, each read and written again and again at rates near 1: the hardest case for the triangular systems."""
+    torch.use_deterministic_algorithms(False)
+    torch.manual_seed(0)
+    T, width, rule = 256, 64, MemoryRule(64, written_layers=written)
+    new = lambda *shape, scale=1.0, shift=0.0: scale * torch.randn(*shape, dtype=torch.float64) + shift  # noqa: E731
+    bank = lambda n, o: Bank(new(2, n, width, width, scale=0.19), new(2, n, o, width, scale=0.06))  # noqa: E731
+    keys = new(1, different, 2, width)[:, torch.randint(different, (T,))]
+    tree = (keys, keys, new(1, T, 2, width), RateLogits(new(1, T, 2, shift=4.0), new(1, T, 2, shift=4.0)))
+    tree = (*tree, MemoryParams(bank(1, width), bank(2, width), bank(2, 1)))
+    found = []
+    for dtype, compute in ((torch.float64, AUTO), (torch.float32, MemoryCompute(precision="bf16"))):
+        leaf = lambda x, dtype=dtype: None if x is None else x.to(dtype, copy=True).requires_grad_()  # noqa: E731
+        build = lambda x: type(x)(*map(build, x)) if isinstance(x, tuple) else leaf(x)  # noqa: B023, E731
+        inputs = [build(x) for x in tree]
+        y = alone(PHASES)(*inputs, rule, compute=compute)[0]
+        weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+        found.append([y, *torch.autograd.grad((y * weight).sum(), tensors_of(tuple(inputs)))])
+    for exact, x in zip(*found):
+        assert (x.double() - exact).norm() < 0.1 * exact.norm()
+    assert not torch.equal(found[0][0].float(), found[1][0])  # something was rounded

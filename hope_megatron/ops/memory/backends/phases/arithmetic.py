@@ -41,7 +41,8 @@ class Products:
 
 
 EXACT = Products(low=False)
-"""For what must not be rounded: grams, and what the triangular systems make of them."""
+"""For what must not be rounded: grams, which the triangular systems invert, and of memories in the loop own targets and what is
+added to weights. Where a key comes back, their errors stay in the state and grow."""
 
 
 def lower_solve(system: Tensor, right: Tensor) -> Tensor:

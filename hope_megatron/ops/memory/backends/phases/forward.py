@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hope_megatron.ops.memory.backends.phases.arithmetic import Products, length
+from hope_megatron.ops.memory.backends.phases.arithmetic import EXACT, Products, length
 from hope_megatron.ops.memory.backends.phases.form import Form
 from hope_megatron.ops.memory.backends.phases.read import Read, read
 from hope_megatron.ops.memory.backends.phases.tables import Consts, MomentumTables, Tables
@@ -56,20 +56,20 @@ class Weights:
         """Those of chunk i."""
         return self.out[:, :, i : i + 1], self.inner[:, :, i : i + 1] if self.writes_in else self.inner
 
-    def write(self, p: Products, i: int, t: Written, x: Inputs) -> None:
+    def write(self, i: int, t: Written, x: Inputs) -> None:
         """Chunk i's writes: V_C = gamma_C V - rows^T (Gamma_C keys); README.md has those with momentum."""
-        self._layer(p, i, self.out, self.out_end, t.rows, t.keys_end, x.tables)
+        self._layer(i, self.out, self.out_end, t.rows, t.keys_end, x.tables)
         if self.writes_in:
-            self._layer(p, i, self.inner, self.inner_end, t.rows_in, x.k_end, x.tables)
+            self._layer(i, self.inner, self.inner_end, t.rows_in, x.k_end, x.tables)
 
     @staticmethod
-    def _layer(p: Products, i: int, starts, end, rows, keys_end, t: Tables) -> None:
+    def _layer(i: int, starts, end, rows, keys_end, t: Tables) -> None:
         now = starts[:, :, i : i + 1, :, 1:]
         after = starts[:, :, i + 1 : i + 2, :, 1:] if i + 1 < starts.size(2) else end
         torch.mul(now, t.kept_by_column, out=after)
         if t.m0_end is not None:
             after[..., 0, :].addcmul_(now[..., 1, :], t.m0_end)
-        p.add(after.flatten(-2), rows.mT, keys_end, alpha=-1)
+        EXACT.add(after.flatten(-2), rows.mT, keys_end, alpha=-1)
 
     def kept(self, every: int) -> Kept:
         """What `again` takes."""
@@ -137,7 +137,7 @@ def loop(form: Form, c: Consts | MomentumTables, p: Products, stream: Stream, we
         else:
             x = inputs.at(i)
         t = learn(form, p, x, *w, scratch)
-        weights.write(p, i, t, x)
+        weights.write(i, t, x)
         if form.mem:
             rows.append(t.rows[-1, :, 0])
             rows_in.append(t.rows_in[-1, :, 0])

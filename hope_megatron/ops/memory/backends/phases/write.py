@@ -200,7 +200,7 @@ def _errors(form: Form, p: Products, x: Inputs, keys, nk, values, both, W, norm)
     base = k if form.residual else torch.zeros_like(k[:1, :1, :1])
     target = None
     if m:
-        target = p.mm(values[:m], both[:m], v[:m])
+        target = EXACT.mm(values[:m], both[:m], v[:m])
         if form.own:
             length(target[lead:], out=norm[lead:])
         target[:lead].tanh_()
