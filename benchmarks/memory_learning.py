@@ -37,7 +37,7 @@ import torch  # isort: skip
 from torch import Tensor
 
 from hope_megatron.config import ModelConfig
-from hope_megatron.model.language_model import IGNORE
+from hope_megatron.model.loss import IGNORE
 
 VARIANTS: dict[str, list[str]] = {
     "default": [],

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from hope_megatron.config.model import ModelConfig
 from hope_megatron.layers.parameters import declare, normal
+from hope_megatron.ops.rotary import RotaryTable, rotate
 
 
 class AttentionState(NamedTuple):
@@ -29,11 +29,13 @@ class AttentionState(NamedTuple):
 
 
 class StreamingAttention(MegatronModule):
-    """Causal scaled-dot-product attention over past and present keys: SelfAttention's `core_attention`.
+    """Causal scaled-dot-product attention over past and present keys, all rotated: SelfAttention's `core_attention`.
 
     Megatron-Core's call has no room for a state, so the mixer sets `past` and `documents` before it
     and takes `present` after it.
     """
+
+    rotary: RotaryTable
 
     def __init__(self, config: TransformerConfig, **kwargs):
         super().__init__(config)
@@ -45,11 +47,13 @@ class StreamingAttention(MegatronModule):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> Tensor:
         """query [T, B, heads, d], key and value [T, B, groups, d] -> [T, B, heads * d]."""
         past, T = self.past, query.size(0)
+        first = past.position if past is not None else 0
+        cos, sin = self.rotary.rows(first, T, query)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if past is not None:
             key, value = torch.cat([past.k, key]), torch.cat([past.v, value])
-        position = T + (past.position if past is not None else 0)
         kept = slice(-min(self.window, key.size(0)) if self.window else None, None)
-        self.present = AttentionState(key[kept], value[kept], position)
+        self.present = AttentionState(key[kept], value[kept], first + T)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, T, d]
         mask, causal = self._mask(T, key.size(0), q.device)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
@@ -86,9 +90,7 @@ class AttentionMixer(MegatronModule):
             (self.attention.linear_proj.weight, output_std, 1),
         ):
             declare(weight, normal(std), shard_dim=dim, role="matrix", weight_decay=True, width_fan_in=True)
-        self.rotary = RotaryEmbedding(
-            model.head_dim, rotary_percent=1.0, rotary_base=model.attention.rope_base, use_cpu_initialization=True
-        )
+        self.attention.core_attention.rotary = shared_rotary_table(config, model)
         groups = model.attention.num_kv_heads or model.num_heads
         self.num_groups = groups // parallel_state.get_tensor_model_parallel_world_size()
         self.head_dim = model.head_dim
@@ -106,13 +108,17 @@ class AttentionMixer(MegatronModule):
 
         documents: number of the document of every token, [B, T]; none sees another. Then there is no state, in or out.
         """
-        tokens = x.size(0)
-        if self.config.sequence_parallel:
-            tokens *= parallel_state.get_tensor_model_parallel_world_size()
         core = self.attention.core_attention
         core.past, core.documents = state, documents
-        rotation = self.rotary(tokens, offset=state.position if state is not None else 0)
-        # Megatron-Core wants a mask argument to be there; StreamingAttention makes its own
-        y, _ = self.attention(x, attention_mask=x.new_zeros(1, dtype=torch.bool), rotary_pos_emb=rotation)
+        # StreamingAttention rotates, and makes its own mask where there is one
+        y, _ = self.attention(x, attention_mask=None)
         present, core.past, core.present, core.documents = core.present, None, None, None
         return y, present if documents is None else None
+
+
+def shared_rotary_table(config: TransformerConfig, model: ModelConfig) -> RotaryTable:
+    """The table of a model's layers: they share the configuration, and it keeps the table."""
+    table = getattr(config, "rotary_table", None)
+    if table is None:
+        table = config.rotary_table = RotaryTable(model.head_dim, model.attention.rope_base)
+    return table

@@ -29,6 +29,14 @@ from hope_megatron.layers.linear import (
 )
 from hope_megatron.layers.norm import RMSNorm
 from hope_megatron.layers.parameters import declare, normal
+from hope_megatron.ops.regions import region
+
+
+@region(backward_kernels=1)
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up, of [..., 2 h] that holds both side by side -> [..., h]."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 class FastWeights(NamedTuple):
@@ -79,8 +87,7 @@ class CMSLevel(MegatronModule):
         x = enter_parallel_region(self.norm(x), self.config)
         hidden = self.up(x)[0] if fast is None else linear_per_context(x, fast.up)
         if self.activation == "swiglu":
-            gate, hidden = hidden.chunk(2, dim=-1)
-            hidden = F.silu(gate) * hidden
+            hidden = swiglu(hidden)
         else:
             hidden = F.silu(hidden) if self.activation == "silu" else F.gelu(hidden)
         if fast is None:

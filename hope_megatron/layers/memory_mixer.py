@@ -138,7 +138,8 @@ class MemoryMixer(MegatronModule):
         tail = None
         if self.conv is not None:
             qkv, tail = short_conv(qkv, self.conv, state.conv if state else None, documents)
-        qkv = F.silu(qkv)
+        else:
+            qkv = F.silu(qkv)
         q, k, v = qkv.view(B, T, 3, self.num_heads, self.head_dim).unbind(2)
         inputs = (q, k, v, self._rate_logits(x), self.memories(), self.rule)
         before = state.memory if state else None

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
@@ -23,11 +22,9 @@ from hope_megatron.layers.norm import RMSNorm
 from hope_megatron.layers.parameters import declare, normal
 from hope_megatron.layers.specs import layer_spec
 from hope_megatron.model.in_context import FastModel, fast_weights, read_and_learn
+from hope_megatron.model.loss import vocab_parallel_losses
 from hope_megatron.model.sharded_state import sharded_parameters
 from hope_megatron.model.state import ModelState
-
-IGNORE = -100
-"""Target of positions that carry no loss."""
 
 
 class ModelOutput(NamedTuple):
@@ -120,7 +117,7 @@ class LanguageModel(MegatronModule):
             return ModelOutput(losses, None, state)
         inner = state.inner if state else None
         fast = fast_weights(self, inner) if fast is None else fast
-        logits, states = self.read(tokens, state.layers if state else None, fast, documents)
+        logits, states = self.read(tokens, state.layers if state else None, fast, documents, keep_states=return_state)
         end = ModelState(states, inner) if return_state else None
         if targets is None:
             logits = gather_from_tensor_model_parallel_region(logits.float())
@@ -133,6 +130,8 @@ class LanguageModel(MegatronModule):
         states: tuple[Any, ...] | None,
         fast: FastModel | None,
         documents: Tensor | None = None,
+        *,
+        keep_states: bool = True,
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """This rank's logits [T, B, padded_vocab / tp] of tokens [B, T], and the mixers' states after them.
 
@@ -140,22 +139,32 @@ class LanguageModel(MegatronModule):
             states: those of the mixers, by layer.
             fast: weights in the place of the CMS levels' own, by layer and level.
             documents: as for `forward`.
+            keep_states: False drops the states at once, which else live as long as the pass; none are returned.
         """
         x = self._embed(tokens)
         ends = []
         nothing: tuple[FastLevels | None, ...] = (None,) * len(self.layers)
         for layer, layer_state, weights in zip(self.layers, states or nothing, fast or nothing, strict=True):
             if self.recompute == "layer" and torch.is_grad_enabled():
-                x, layer_state = checkpoint(layer, x, layer_state, documents, weights, use_reentrant=False)
+                x, layer_state = checkpoint(
+                    layer, x, layer_state, documents, weights, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 x, layer_state = layer(x, layer_state, documents, weights)
-            ends.append(layer_state)
+            if keep_states:
+                ends.append(layer_state)
         return self._head(self.norm(x)), tuple(ends)
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Losses [B, T] float32 of `read`'s logits, which are used up: Megatron-Core overwrites them."""
-        losses = vocab_parallel_cross_entropy(logits.float(), targets.t().contiguous()).t()
-        return losses * (targets != IGNORE)
+        """Losses [B, T] float32 of `read`'s logits, which backward overwrites."""
+        first = logits.size(-1) * parallel_state.get_tensor_model_parallel_rank()
+        return vocab_parallel_losses(
+            logits,
+            targets.t(),
+            first=first,
+            num_valid=min(logits.size(-1), max(0, self.model_config.vocab_size - first)),
+            group=parallel_state.get_tensor_model_parallel_group(),
+        ).t()
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """[B, T] -> [T, B, D], or [T/tp, B, D] under sequence parallelism."""
@@ -163,12 +172,6 @@ class LanguageModel(MegatronModule):
         return x if self.config.sequence_parallel else x.transpose(0, 1).contiguous()
 
     def _head(self, x: Tensor) -> Tensor:
-        """[T, B, D] -> this rank's logits [T, B, padded_vocab / tp]; rows that pad the vocabulary never win."""
+        """[T, B, D] -> this rank's logits [T, B, padded_vocab / tp]; the columns that pad the vocabulary are no tokens."""
         weight = self.embedding.weight if self.model_config.tie_embeddings else None
-        logits, _ = self.head(enter_parallel_region(x, self.config), weight=weight)
-        first = logits.size(-1) * parallel_state.get_tensor_model_parallel_rank()
-        padding = first + logits.size(-1) - self.model_config.vocab_size
-        if padding <= 0:
-            return logits
-        ids = torch.arange(first, first + logits.size(-1), device=logits.device)
-        return logits.masked_fill(ids >= self.model_config.vocab_size, torch.finfo(logits.dtype).min)
+        return self.head(enter_parallel_region(x, self.config), weight=weight)[0]

@@ -1,15 +1,18 @@
-"""Causal depthwise convolution of a few taps, with its state explicit."""
+"""Causal depthwise convolution of a few taps and the SiLU after it, with its state explicit."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from hope_megatron.ops.regions import region
 
 
 def short_conv(
     x: Tensor, weight: Tensor, tail: Tensor | None = None, documents: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """y_t = sum_j weight[:, j] x_{t - (w - 1) + j}: the last tap is the present token.
+    """silu(y) with y_t = sum_j weight[:, j] x_{t - (w - 1) + j}: the last tap is the present token.
 
     Args:
         x: [B, T, N].
@@ -18,14 +21,23 @@ def short_conv(
         documents: number of the document of every token, [B, T]; taps do not reach into another one. Not with a tail.
 
     Returns:
-        y [B, T, N], and the tail for what comes next [B, w - 1, N].
+        silu(y) [B, T, N], and the tail for what comes next [B, w - 1, N].
     """
-    width, T = weight.size(1), x.size(1)
+    width = weight.size(1)
     if tail is None:
         tail = x.new_zeros(x.size(0), width - 1, x.size(2))
-    padded = torch.cat([tail.to(x.dtype), x], 1)
+    tail = tail.to(x.dtype)
+    # a copy of its own: a view would keep everything it is a view of alive, as long as the state lives
+    end = x[:, -(width - 1) :].clone() if x.size(1) >= width - 1 else torch.cat([tail, x], 1)[:, x.size(1) :].clone()
+    return _convolved(x, weight, tail, documents), end if width > 1 else tail
+
+
+@region(backward_kernels=4)
+def _convolved(x: Tensor, weight: Tensor, tail: Tensor, documents: Tensor | None) -> Tensor:
+    width, T = weight.size(1), x.size(1)
+    padded = torch.cat([tail, x], 1)
     taps = [padded[:, j : j + T] * weight[:, j] for j in range(width)]
     if documents is not None:
         before = torch.cat([documents.new_full((x.size(0), width - 1), -1), documents], 1)
         taps = [tap * (before[:, j : j + T] == documents).unsqueeze(-1) for j, tap in enumerate(taps)]
-    return sum(taps), padded[:, T:]
+    return F.silu(sum(taps))

@@ -92,7 +92,9 @@ class MemoryMixer(nn.Module):
         qkv = self.qkv(x)
         if self.conv is not None:
             qkv, tail = short_conv(qkv, self.conv, tail)
-        q, k, v = F.silu(qkv).view(batch_size, num_tokens, 3, self.heads, self.d).unbind(2)
+        else:
+            qkv = F.silu(qkv)
+        q, k, v = qkv.view(batch_size, num_tokens, 3, self.heads, self.d).unbind(2)
         y, memory = memory_chunked(q, k, v, self._rate_logits(x), self.memories(), self.rule, memory)
         y = self.head_norm(y).flatten(2)
         if self.gate is not None:

@@ -11,7 +11,7 @@ from hope_megatron.engine.distributed import init_distributed, shutdown_distribu
 from hope_megatron.model import ModelState, build_model
 from hope_megatron.model.in_context import InContextError, initial_inner_state
 from hope_megatron.model.in_context_reference import learn_reference
-from hope_megatron.model.language_model import IGNORE
+from hope_megatron.model.loss import IGNORE
 from hope_megatron.testing.models import random_batch, tiny_model
 
 

@@ -12,7 +12,7 @@ from hope_megatron.config.model import AttentionConfig, MemoryConfig
 from hope_megatron.config.parallel import ParallelConfig
 from hope_megatron.engine.distributed import init_distributed, shutdown_distributed
 from hope_megatron.model import ModelState, build_model
-from hope_megatron.model.language_model import IGNORE
+from hope_megatron.model.loss import IGNORE
 from hope_megatron.testing.models import random_batch, tiny_model
 
 
