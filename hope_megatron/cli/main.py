@@ -28,6 +28,9 @@ COMMANDS = {
     "quickstart": Command("hope_megatron.cli.quickstart", "from text to a pretrained HOPE on this machine, in minutes"),
     "doctor": Command("hope_megatron.cli.doctor", "what this machine has, what is missing, and what to do about it"),
     "plan": Command("hope_megatron.cli.plan", "parameters, FLOPs, memory and time of a run, before it is run"),
+    "rehearse": Command(
+        "hope_megatron.cli.rehearse", "one step at any number of GPUs, without one: kernels, memory, collectives, time"
+    ),
     "data": Command("hope_megatron.cli.data", "text to tokenizer to token shards; inspect and verify them"),
     "train": Command("hope_megatron.cli.train", "pretrain from a configuration"),
     "launch": Command(

@@ -17,6 +17,10 @@ class Hardware:
     name: str
     peak_flops: float
     """Dense matrix FLOP/s: bf16 on GPUs, fp32 on the CPU core."""
+    peak_fp32: float
+    """FLOP/s in float32 without tensor cores."""
+    peak_tf32: float
+    """Dense matrix FLOP/s in TF32; that of float32 where there is none."""
     memory_bytes: float
     memory_bandwidth: float
     """Bytes per second between the device and its memory."""
@@ -33,6 +37,8 @@ HARDWARE = {
     "h100": Hardware(
         name="NVIDIA H100 SXM",
         peak_flops=989.4 * TFLOPS,
+        peak_fp32=66.9 * TFLOPS,
+        peak_tf32=494.7 * TFLOPS,
         memory_bytes=80 * GB,
         memory_bandwidth=3350 * GB,
         link_bandwidth=900 * GB,
@@ -43,6 +49,8 @@ HARDWARE = {
     "h200": Hardware(
         name="NVIDIA H200 SXM",
         peak_flops=989.4 * TFLOPS,
+        peak_fp32=66.9 * TFLOPS,
+        peak_tf32=494.7 * TFLOPS,
         memory_bytes=141 * GB,
         memory_bandwidth=4800 * GB,
         link_bandwidth=900 * GB,
@@ -53,6 +61,8 @@ HARDWARE = {
     "a100": Hardware(
         name="NVIDIA A100 SXM 80GB",
         peak_flops=312 * TFLOPS,
+        peak_fp32=19.5 * TFLOPS,
+        peak_tf32=156 * TFLOPS,
         memory_bytes=80 * GB,
         memory_bandwidth=2039 * GB,
         link_bandwidth=600 * GB,
@@ -63,6 +73,8 @@ HARDWARE = {
     "l40s": Hardware(
         name="NVIDIA L40S",
         peak_flops=362.05 * TFLOPS,
+        peak_fp32=91.6 * TFLOPS,
+        peak_tf32=183 * TFLOPS,
         memory_bytes=48 * GB,
         memory_bandwidth=864 * GB,
         link_bandwidth=64 * GB,
@@ -73,6 +85,8 @@ HARDWARE = {
     "b200": Hardware(
         name="NVIDIA B200 SXM",
         peak_flops=2250 * TFLOPS,
+        peak_fp32=75 * TFLOPS,
+        peak_tf32=1125 * TFLOPS,
         memory_bytes=180 * GB,
         memory_bandwidth=8000 * GB,
         link_bandwidth=1800 * GB,
@@ -83,6 +97,8 @@ HARDWARE = {
     "cpu": Hardware(
         name="CPU core (AVX2)",
         peak_flops=0.096 * TFLOPS,
+        peak_fp32=0.096 * TFLOPS,
+        peak_tf32=0.096 * TFLOPS,
         memory_bytes=4 * GB,
         memory_bandwidth=10 * GB,
         link_bandwidth=10 * GB,

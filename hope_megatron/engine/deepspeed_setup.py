@@ -32,6 +32,10 @@ def import_deepspeed() -> Any:
     # DeepSpeed asks this table whether to compile its shared-memory collective (comm/torch.py:49), and fills it by running
     # compilers (ops/__init__.py:16). We use none of its compiled operators, so the table says no, unasked.
     deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)
+    # It prints memory figures, three lines per parameter group, and forgets the device's peak (runtime/utils.py:828).
+    import deepspeed.runtime.bf16_optimizer
+
+    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None
     return deepspeed
 
 

@@ -1,0 +1,165 @@
+"""From counts to time: the one formula that `hope plan` (closed forms) and `hope rehearse` (counts) share.
+
+A phase takes the longer of two: the host issues its kernels one after the other, the device runs them one after the other. On the
+device every family of kernels takes the longest of its bytes, its FLOPs by dtype, and the time that its kernels take however
+little they do. Collectives that nothing hides come on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hope_megatron.config.efficiency import DEFAULT, Efficiency, End
+from hope_megatron.config.hardware import Hardware
+
+Bound = Literal["launch", "memory", "math", "network"]
+
+GPUS_PER_NODE = 8
+"""Of the usual reference systems: ranks of one node are neighbours and talk over its links."""
+
+
+@dataclass
+class Work:
+    """What a family of kernels does in a phase."""
+
+    kernels: float = 0.0
+    bytes: float = 0.0
+    """Read and written."""
+    flops: dict[str, float] = field(default_factory=dict)
+    """By dtype: bfloat16, float32, tf32, float64."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Collectives of one kind over one group in a phase."""
+
+    phase: str
+    operator: str
+    """allreduce, allgather, reduce_scatter, alltoall, broadcast."""
+    group: str
+    ranks: tuple[int, ...]
+    count: float
+    bytes: float
+    """Of the largest operand, over all calls."""
+    hidden: bool
+    """Runs beside computation."""
+
+
+@dataclass(frozen=True)
+class PhaseTime:
+    """Seconds of a phase by what takes them."""
+
+    launch: float
+    """The host issues all kernels."""
+    memory: float
+    """Families of kernels that their bytes bound, on the device."""
+    math: float
+    """Families that their FLOPs bound."""
+    latency: float
+    """Families of many small kernels, which neither bounds."""
+    network: float
+    """Collectives that nothing hides."""
+    network_hidden: float
+    """Collectives beside computation, as far as they fit."""
+
+    @property
+    def device(self) -> float:
+        """The device runs all kernels."""
+        return self.memory + self.math + self.latency
+
+    @property
+    def total(self) -> float:
+        """What the phase takes."""
+        return max(self.launch, self.device) + self.network
+
+
+Phases = Mapping[str, Mapping[str, Work]]
+"""By phase and family."""
+
+
+def phase_times(
+    phases: Phases,
+    transfers: Iterable[Transfer],
+    hardware: Hardware,
+    efficiency: Efficiency = DEFAULT,
+    end: End = "expected",
+) -> dict[str, PhaseTime]:
+    """Time of each phase on given hardware, at one end of the assumed efficiencies."""
+    transfers = list(transfers)
+    times = {}
+    for phase in dict.fromkeys([*phases, *(transfer.phase for transfer in transfers)]):
+        families = phases.get(phase, {})
+        launch = sum(work.kernels for work in families.values()) * efficiency.launch_s.at(end)
+        device = {"memory": 0.0, "math": 0.0, "latency": 0.0}
+        for family, work in families.items():
+            bound, seconds = family_seconds(family, work, hardware, efficiency, end)
+            device[bound] += seconds
+        exposed, hidden = (
+            sum(
+                transfer_seconds(t, hardware, efficiency, end)
+                for t in transfers
+                if t.phase == phase and t.hidden == way
+            )
+            for way in (False, True)
+        )
+        busy = max(launch, sum(device.values()))
+        times[phase] = PhaseTime(
+            launch, **device, network=exposed + max(0.0, hidden - busy), network_hidden=min(hidden, busy)
+        )
+    return times
+
+
+def family_seconds(
+    family: str, work: Work, hardware: Hardware, efficiency: Efficiency, end: End = "expected"
+) -> tuple[str, float]:
+    """(bound, seconds on the device) of a family of kernels; bound: memory, math or latency."""
+    seconds = {
+        "memory": work.bytes / (hardware.memory_bandwidth * efficiency.memory.at(end)),
+        "math": sum(flops / flop_rate(family, dtype, hardware, efficiency, end) for dtype, flops in work.flops.items()),
+        "latency": work.kernels * efficiency.kernel_s.at(end),
+    }
+    bound = max(seconds, key=seconds.__getitem__)
+    return bound, seconds[bound]
+
+
+def flop_rate(family: str, dtype: str, hardware: Hardware, efficiency: Efficiency, end: End = "expected") -> float:
+    """FLOP/s that a family of kernels reaches in a dtype."""
+    if dtype in ("bfloat16", "float16"):
+        share = efficiency.attention if family == "attention" else efficiency.matmul_bf16
+        return hardware.peak_flops * share.at(end)
+    if family == "solves":
+        return hardware.peak_fp32 * efficiency.solve.at(end)
+    peak = {"tf32": hardware.peak_tf32, "float64": hardware.peak_fp32 / 2}.get(dtype, hardware.peak_fp32)
+    return peak * efficiency.matmul_fp32.at(end)
+
+
+def transfer_seconds(
+    transfer: Transfer, hardware: Hardware, efficiency: Efficiency = DEFAULT, end: End = "expected"
+) -> float:
+    """Time of collectives by the bytes that pass through one device (nccl-tests' bus bandwidth)."""
+    n = len(transfer.ranks)
+    if n < 2:
+        return 0.0
+    passes = {"allreduce": 2 * (n - 1) / n, "broadcast": 1.0, "reduce": 1.0}.get(transfer.operator, (n - 1) / n)
+    inside = len({rank // GPUS_PER_NODE for rank in transfer.ranks}) == 1
+    if inside:
+        bandwidth = hardware.link_bandwidth / 2 * efficiency.link.at(end)
+    else:
+        bandwidth = hardware.network_bandwidth * efficiency.network.at(end)
+    return transfer.count * efficiency.collective_s.at(end) + passes * transfer.bytes / bandwidth
+
+
+def bound_of(times: Mapping[str, PhaseTime]) -> Bound:
+    """What most of the time goes to."""
+    shares: dict[Bound, float] = {"launch": 0.0, "memory": 0.0, "math": 0.0, "network": 0.0}
+    for time in times.values():
+        shares["network"] += time.network
+        if time.launch >= time.device:
+            shares["launch"] += time.launch
+        else:
+            shares["memory"] += time.memory
+            shares["math"] += time.math
+            shares["launch"] += time.latency
+    return max(shares, key=shares.__getitem__)

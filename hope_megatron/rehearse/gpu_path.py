@@ -1,0 +1,160 @@
+"""Take the path that a GPU would take: on fake CPU tensors PyTorch and the project would choose what suits a CPU.
+
+Kernels that only a GPU has are counted by what they read and write and by what they keep for backward; what they compute is left
+out. Those are PyTorch's fused norms and attention, and the regions that torch.compile makes one kernel of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hope_megatron.ops.memory import fused
+from hope_megatron.ops.regions import Region
+from hope_megatron.optim import exchange
+from hope_megatron.rehearse.operators import Family, tensors_in
+from hope_megatron.rehearse.watch import Watch
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@contextlib.contextmanager
+def gpu_path(watch: Watch) -> Iterator[None]:
+    """Choose as a GPU would, for a while."""
+    stand_ins = _StandIns(watch)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(cpu_path())
+        stack.enter_context(patch.object(F, "rms_norm", stand_ins.rms_norm))
+        stack.enter_context(patch.object(F, "scaled_dot_product_attention", stand_ins.attention))
+        stack.enter_context(patch.object(Region, "runner", staticmethod(stand_ins.region)))
+        stack.enter_context(patch.object(exchange, "_MAX_BATCH_NUMEL_CPU", exchange._MAX_BATCH_NUMEL))
+        yield
+
+
+@contextlib.contextmanager
+def cpu_path() -> Iterator[None]:
+    """Run the memories through PyTorch's operators, which can be watched, for a while."""
+    with patch.dict(fused.kernels, clear=True):
+        yield
+
+
+class _StandIns:
+    """Functions in the place of kernels that only a GPU has."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def rms_norm(self, x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+        """One kernel that keeps its input and a root per row; backward one for x and one for the weight."""
+        roots = lambda: x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)  # noqa: E731
+        inputs = (x,) if weight is None else (x, weight)
+        return self._kernel("rms_norm", "norms", inputs, lambda: torch.empty_like(x), roots, backward_kernels=2)
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """FlashAttention in half precision without a mask; else the memory-efficient kernel, which reads the mask as a bias and
+        wants shared heads repeated. Either writes [B, T, heads, d] and keeps q, k, v, its output and a number per row."""
+        flash = query.dtype in _HALF and attn_mask is None and query.size(-1) <= 256
+        if enable_gqa and not flash:
+            key, value = (x.repeat_interleave(query.size(-3) // x.size(-3), -3) for x in (key, value))
+        inputs = [query, key, value]
+        if attn_mask is not None:
+            shape = (*query.shape[:-1], key.size(-2))
+            bias = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device)
+            inputs.append(bias.masked_fill(attn_mask.logical_not(), float("-inf")).expand(shape))
+        products = 2 * query.numel() * key.size(-2) * (0.5 if is_causal else 1)
+        return self._kernel(
+            "flash_attention" if flash else "efficient_attention",
+            "attention",
+            tuple(inputs),
+            lambda: torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2),
+            lambda: query.new_empty(query.shape[:-1], dtype=torch.float32),
+            backward_kernels=3 if flash else 2,
+            flops=(2 * products, 5 * products),
+            keeps_output=True,
+        )
+
+    def region(self, region: Region, args: tuple[Any, ...]) -> Any:
+        """One kernel that keeps its inputs."""
+        name = getattr(region, "__name__", "region")
+        tensors = tensors_in(list(args), [])
+        family: Family = "copies" if name == "copy" else "pointwise"
+        return self._kernel(
+            name, family, tuple(tensors), lambda: region.function(*args), None, backward_kernels=region.backward_kernels
+        )
+
+    def _kernel(
+        self,
+        name: str,
+        family: Family,
+        inputs: tuple[Tensor, ...],
+        make: Callable[[], Tensor],
+        keep: Callable[[], Tensor] | None,
+        *,
+        backward_kernels: int,
+        flops: tuple[float, float] = (0, 0),
+        keeps_output: bool = False,
+    ) -> Tensor:
+        work = _Work(self.watch, name, family, make, keep, backward_kernels, flops, keeps_output)
+        return _Kernel.apply(work, *inputs)
+
+
+class _Work:
+    """What a kernel and its backward do."""
+
+    def __init__(
+        self,
+        watch: Watch,
+        name: str,
+        family: Family,
+        make: Any,
+        keep: Any,
+        backward_kernels: int,
+        flops: Any,
+        keeps_output: bool,
+    ):
+        self.watch, self.name, self.family, self.make, self.keep = watch, name, family, make, keep
+        self.backward_kernels, self.flops, self.keeps_output = backward_kernels, flops, keeps_output
+
+
+class _Kernel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, work: _Work, *inputs: Tensor) -> Tensor:
+        with work.watch.hidden():
+            output = work.make()
+            kept = [] if work.keep is None else [work.keep()]
+        work.watch.count_kernel(work.name, work.family, list(inputs), [output, *kept], flops=work.flops[0])
+        if work.keeps_output:
+            kept.append(output)
+        ctx.save_for_backward(*inputs, *kept)
+        ctx.work, ctx.num_inputs = work, len(inputs)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
+        work, saved = ctx.work, list(ctx.saved_tensors)
+        with work.watch.hidden():
+            gradients = [
+                torch.empty_like(x) if needed else None
+                for x, needed in zip(saved[: ctx.num_inputs], ctx.needs_input_grad[1:])
+            ]
+        made = [x for x in gradients if x is not None]
+        work.watch.count_kernel(
+            f"{work.name}_backward", work.family, [d_output, *saved], made, work.backward_kernels, work.flops[1]
+        )
+        return None, *gradients
