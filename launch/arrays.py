@@ -9,22 +9,22 @@ ARRAY/NAME-INDEX/     the runs
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from hope_megatron.config import ConfigError, RunConfig
+from hope_megatron.runtime.files import write_json, write_text
 from launch import slurm
 from launch.attempts import History
 from launch.cluster import ClusterConfig
-from launch.environment import LaunchError
+from launch.errors import LaunchError
 from launch.freeze import freeze_code
 from launch.jobs import describe, load_config, write_files
 from launch.preflight import preflight, require, slurm_preflight
 from launch.script import array_script
-from launch.submission import LaunchDirectory, write_atomically, write_submission
+from launch.submission import LaunchDirectory, write_submission
 
 
 def grid(axes: Iterable[str]) -> list[tuple[str, ...]]:
@@ -84,7 +84,7 @@ def submit_array(
         "limit": limit,
         "cells": {run.name: list(cell) for run, cell in zip(runs, cells, strict=True)},
     }
-    write_atomically(array_dir / "array.json", json.dumps(record, indent=1) + "\n")
+    write_json(array_dir / "array.json", record)
     return array_dir, job_id
 
 
@@ -134,7 +134,7 @@ def queue_array(
         History(directory.attempts).submitted()
         (folder / "cells" / str(index)).symlink_to(run.run_dir)
     script = folder / "array.sbatch"
-    write_atomically(script, array_script(cluster, replace(submissions[0], name=name), folder, len(runs), limit))
+    write_text(script, array_script(cluster, replace(submissions[0], name=name), folder, len(runs), limit))
     require(slurm_preflight(cluster, nodes, script))
     job_id = slurm.submit(script)
     for index, (directory, submission) in enumerate(zip(directories, submissions, strict=True)):

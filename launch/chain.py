@@ -27,14 +27,15 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 from hope_megatron.config import ConfigError, Section
 from hope_megatron.config.load import read_mapping
 from hope_megatron.config.messages import explain
+from hope_megatron.runtime.files import write_json, write_text
 from launch import slurm
 from launch.attempts import is_finished
 from launch.cluster import ClusterConfig
-from launch.environment import LaunchError
+from launch.errors import LaunchError
 from launch.freeze import freeze_code
 from launch.jobs import load_config, submit_run
 from launch.script import command_script
-from launch.submission import LaunchDirectory, write_atomically
+from launch.submission import LaunchDirectory
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -135,7 +136,7 @@ def submit_chain(
         shutil.rmtree(directory)  # it was not there before
         raise
     record = {"name": chain.name, "links": [vars(link) for link in links]}
-    write_atomically(directory / "chain.json", json.dumps(record, indent=1) + "\n")
+    write_json(directory / "chain.json", record)
     return directory, links
 
 
@@ -157,7 +158,7 @@ def _submit(
     log, script = directory / f"{link.name}.log", directory / f"{link.name}.sbatch"
     code = freeze_code(directory / "code")
     text = command_script(cluster, job_name, link.run, code=code, work_dir=Path.cwd(), log=log, gpus=link.gpus)
-    write_atomically(script, text)
+    write_text(script, text)
     return Link(link.name, slurm.submit(script, options), str(log), None)
 
 

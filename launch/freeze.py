@@ -14,8 +14,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from launch.environment import LaunchError
-from launch.submission import write_atomically
+from hope_megatron.runtime.files import write_text
+from launch.errors import LaunchError
 
 PACKAGES = ("hope_megatron", "data_pipeline", "launch", "configs")
 _ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +43,7 @@ def freeze_code(code_dir: Path, root: Path = _ROOT) -> Path:
                 shutil.copytree(root / package, temporary / package, ignore=_LEFT_OUT)
         source = _source(root)
         (temporary / "changes.patch").write_text(source.pop("changes"), encoding="utf-8")
-        write_atomically(
+        write_text(
             temporary / "source.json", json.dumps({"root": str(root), "digest": digest, **source}, indent=1) + "\n"
         )
         os.rename(temporary, target)

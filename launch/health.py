@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hope_megatron.runtime.files import write_json, write_text
 from launch.step import Step, srun_command
-from launch.submission import LaunchDirectory, Submission, write_atomically
+from launch.submission import LaunchDirectory, Submission
 
 Pair = tuple[str, ...]
 """Two neighbours; a node alone, if the job has only one."""
@@ -47,7 +48,7 @@ def check_nodes(
             "pairs": paired,
             **health,
         }
-        write_atomically(results / "options.json", json.dumps(options))
+        write_json(results / "options.json", options)
         step = Step(command, {}, Path(submission.code))
         step.wait(health["timeout_s"], interrupted)
         return _read_reports(results, nodes)
@@ -64,7 +65,7 @@ def check_nodes(
             checked += paired
             failed |= judge_pairs(paired, answers, submission.ranks_per_node, health)
         problems = blame(checked, failed)
-    write_atomically(
+    write_text(
         directory.health, json.dumps({"nodes": list(nodes), "problems": problems, "reports": reports}, indent=1) + "\n"
     )
     return {} if interrupted() else problems

@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hope_megatron.config import RunConfig, dump_config, load_run_config
+from hope_megatron.runtime.files import write_text
 from launch import slurm
 from launch.attempts import History, is_finished
 from launch.cluster import ClusterConfig, load_cluster
-from launch.environment import LaunchError
+from launch.errors import LaunchError
 from launch.freeze import freeze_code
 from launch.preflight import Check, preflight, require, slurm_preflight
 from launch.script import container_options, train_script
-from launch.submission import LaunchDirectory, Submission, read_submission, write_atomically, write_submission
+from launch.submission import LaunchDirectory, Submission, read_submission, write_submission
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def submit_run(
     code = freeze_code(directory.code)
     submission = replace(describe(config, cluster, nodes, code), job_ids_before=before)
     write_files(config, cluster, submission, directory)
-    write_atomically(directory.script, train_script(cluster, submission, directory))
+    write_text(directory.script, train_script(cluster, submission, directory))
     checks = slurm_preflight(cluster, nodes, directory.script)
     for check in checks:
         report(str(check))
@@ -112,8 +113,8 @@ def submit_run(
 def write_files(config: RunConfig, cluster: ClusterConfig, submission: Submission, directory: LaunchDirectory) -> None:
     """Write what the job will read."""
     directory.path.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory.config, dump_config(config))
-    write_atomically(directory.cluster, dump_config(cluster))
+    write_text(directory.config, dump_config(config))
+    write_text(directory.cluster, dump_config(cluster))
     write_submission(directory, submission)
 
 

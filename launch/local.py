@@ -18,17 +18,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from launch.environment import (
-    LAUNCH_DIR_VARIABLE,
-    LAUNCH_TIME_VARIABLE,
-    LaunchError,
-    available_cpus,
-    count_gpus,
-    process_environment,
-    read_failures,
-    read_worker_pids,
-    record_stop_signal,
-)
+from hope_megatron.runtime.process import LAUNCH_TIME_VARIABLE, available_cpus, count_gpus, process_environment
+from hope_megatron.runtime.reports import LAUNCH_DIR_VARIABLE, read_failures, read_worker_pids, record_stop_signal
+from launch.errors import LaunchError
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch.environment import apply_process_environment
+from hope_megatron.runtime.files import write_json
+from hope_megatron.runtime.process import apply_process_environment
 from launch.step import free_port
-from launch.submission import write_atomically
 from launch.worker import rank_environment
 
 _COLLECTIVE_TIMEOUT_S = 60
@@ -38,7 +38,7 @@ def main() -> int:
             check_pair(options, report)
     except Exception as error:
         report["problems"].append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-    write_atomically(results / f"rank-{int(os.environ['RANK']):05d}.json", json.dumps(report))
+    write_json(results / f"rank-{int(os.environ['RANK']):05d}.json", report)
     # Not an orderly exit: destructors of a broken process group may hang.
     os._exit(0)
 

@@ -16,7 +16,7 @@ from hope_megatron.config.footprint import footprint
 from hope_megatron.config.hardware import GB, find_hardware
 from launch import slurm
 from launch.cluster import ClusterConfig, parse_time_limit
-from launch.environment import LaunchError
+from launch.errors import LaunchError
 
 _USABLE_GPU_SHARE = 0.92
 """The rest goes to the CUDA context, NCCL's buffers and fragmentation."""

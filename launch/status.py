@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hope_megatron.runtime.formatting import duration_text
+from hope_megatron.runtime.process import start_up_text
 from launch.attempts import CRASHED, LOST, UNHEALTHY, History, is_finished, newest_checkpoint_step
-from launch.environment import start_up_text
 from launch.jobs import active_job
 from launch.submission import LaunchDirectory, read_submission
 
@@ -51,7 +52,7 @@ class Status:
             f"  step        {self.step:,} of {self.steps:,}; newest checkpoint at {self.checkpoint:,}",
         ]
         if self.tokens_per_s is not None:
-            left = f", {_duration(self.eta_s)} left" if self.eta_s is not None else ""
+            left = f", {duration_text(self.eta_s)} left" if self.eta_s is not None else ""
             lines.append(f"  speed       {self.tokens_per_s:,.0f} tokens/s{left}")
         lines.append(f"  attempts    {self.attempts}, {self.restarts} after failures")
         if self.start_up:
@@ -168,12 +169,3 @@ def _json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
-
-
-def _duration(seconds: float | None) -> str:
-    minutes = round((seconds or 0) / 60)
-    return (
-        f"{minutes // 1440} d {minutes % 1440 // 60} h"
-        if minutes >= 2880
-        else f"{minutes // 60} h {minutes % 60:02d} min"
-    )

@@ -8,7 +8,7 @@
       job.log           output of the job, appended over all its restarts
       attempts.jsonl    every start of the ranks and how it ended (launch/attempts.py)
       health.json       the last check of the nodes
-      reports/          what the ranks of the current attempt report (launch/environment.py)
+      reports/          what the ranks of the current attempt report (hope_megatron/runtime/reports.py)
       code/DIGEST/      the code that the job runs (launch/freeze.py)
 
 Standard library only: the supervisor reads it on the node, outside of any container.
@@ -17,12 +17,12 @@ Standard library only: the supervisor reads it on the node, outside of any conta
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from launch.environment import LaunchError
+from hope_megatron.runtime.files import write_json
+from launch.errors import LaunchError
 
 
 class LaunchDirectory:
@@ -77,7 +77,7 @@ class Submission:
 
 def write_submission(directory: LaunchDirectory, submission: Submission) -> None:
     """Write the record."""
-    write_atomically(directory.submission, json.dumps(asdict(submission), indent=1) + "\n")
+    write_json(directory.submission, asdict(submission))
 
 
 def read_submission(run_dir: Path) -> Submission:
@@ -100,13 +100,3 @@ def read_submission(run_dir: Path) -> Submission:
     known = {item.name for item in fields(Submission)}
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key in known}
     return Submission(**values)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

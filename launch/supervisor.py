@@ -20,6 +20,8 @@ from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
+from hope_megatron.runtime.process import LAUNCH_TIME_VARIABLE
+from hope_megatron.runtime.reports import LAUNCH_DIR_VARIABLE, Failure, read_failures, read_worker_pids
 from launch import slurm
 from launch.attempts import (
     CRASHED,
@@ -32,7 +34,6 @@ from launch.attempts import (
     is_finished,
     newest_checkpoint_step,
 )
-from launch.environment import LAUNCH_DIR_VARIABLE, LAUNCH_TIME_VARIABLE, Failure, read_failures, read_worker_pids
 from launch.health import check_nodes
 from launch.step import Step, TaskError, free_port, srun_command
 from launch.submission import LaunchDirectory, read_submission

@@ -1,7 +1,7 @@
 """Environment variables of a job, in one table with a reason for each. The reasons appear in the batch script.
 
-What each process sets for itself (OpenMP, MLflow's patience) is in launch/environment.py. A cluster file's `env` wins over
-this table.
+What each process sets for itself (OpenMP, MLflow's patience) is in hope_megatron/runtime/process.py. A cluster file's
+`env` wins over this table.
 """
 
 from __future__ import annotations

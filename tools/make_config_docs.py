@@ -90,7 +90,10 @@ def _type(field: FieldInfo, section: type[Section] | None) -> str:
     text = re.sub(r"Literal\[([^]]*)\]", lambda match: match[1].replace("'", ""), text)
     text = text.replace("Path", "path").replace("str", "text").replace("tuple", "list").replace("None", "null")
     bounds = [
-        f"{sign} {getattr(rule, name)}" for rule in field.metadata for name, sign in _BOUNDS if hasattr(rule, name)
+        f"{sign} {limit}"
+        for rule in field.metadata
+        for name, sign in _BOUNDS
+        if (limit := getattr(rule, name, None)) is not None
     ]
     return " ".join([text.replace("|", "\\|"), *bounds])
 

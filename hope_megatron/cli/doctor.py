@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hope_megatron.cli.formatting import bytes_text
 from hope_megatron.config.environment import detect_apex, fused_kernels, installed_versions
+from hope_megatron.runtime.formatting import bytes_text
 
 OK, NOTE, WARNING, MISSING = "ok", "note", "warning", "missing"
 
@@ -97,7 +97,7 @@ def check_python() -> list[Finding]:
 
 def check_memory_kernel() -> list[Finding]:
     """The memory operator compiled for this CPU; builds it if it is not there yet."""
-    from hope_megatron.ops.memory.native.build import NoKernel, load
+    from hope_megatron.ops.memory.backends.cpu.build import NoKernel, load
 
     try:
         return [Finding("memory kernel", OK, f"compiled for this CPU: {load()._name}")]

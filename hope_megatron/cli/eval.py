@@ -16,16 +16,17 @@ Other evaluations: hope eval memory, hope eval lm, hope eval suite.
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hope_megatron.checkpoint.errors import ModelReferenceError
 from hope_megatron.cli.eval_output import add_output_arguments, check_output, write_output
 from hope_megatron.cli.learning import add_learning_arguments, prepare_learning
-from hope_megatron.cli.models import MODEL_HELP, ModelReferenceError, OpenModel, open_model, prepare_process
+from hope_megatron.cli.models import MODEL_HELP, prepare_process
+from hope_megatron.convert.open_model import OpenModel, open_model
 
 if TYPE_CHECKING:
-    import numpy as np
+    pass
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate."""
     prepare_process()
-    from hope_megatron.cli.heldout import heldout_tokens
+    from hope_megatron.eval.evaluate import evaluate
+    from hope_megatron.eval.heldout import heldout_tokens
 
     opened = open_model(args.model, args.tokenizer)
     check_output(args, opened)
@@ -116,64 +118,6 @@ def _draw(path: Path, result: dict[str, Any], opened: OpenModel) -> None:
         plot_positions(path, result["loss_by_position"], opened.window_tokens, title)
     else:
         plot_losses(path, {name: score["loss"] for name, score in result["scores"].items()}, title)
-
-
-def evaluate(
-    opened: OpenModel,
-    tokens: np.ndarray,
-    context_tokens: int | None,
-    *,
-    batch_size: int = 8,
-    baseline_manifest: Path | None = None,
-    stride_tokens: int | None = None,
-    learn: bool = False,
-) -> dict[str, Any]:
-    """Score a model, and baselines if asked for, on the same targets tokens[1:].
-
-    Args:
-        context_tokens, stride_tokens: see `score_heldout`.
-        baseline_manifest: training shards to count the baselines on.
-        learn: the model learns in context.
-
-    Returns:
-        `scores` by model name (see `HeldoutScore.as_dict`), baselines first, and how they came about.
-    """
-    from hope_megatron.cli.heldout import manifest_counts
-    from hope_megatron.eval.baselines import BigramModel, UnigramModel
-    from hope_megatron.eval.perplexity import heldout_score, loss_by_position, row_tokens, score_heldout, text_size
-
-    losses = {}
-    if baseline_manifest is not None:
-        counts = manifest_counts(baseline_manifest, opened.tokenizer)
-        for name, baseline in (("unigram", UnigramModel(counts)), ("bigram", BigramModel(counts))):
-            losses[name] = -baseline.log_probs(tokens[:-1], tokens[1:])
-    started = time.monotonic()
-    losses["model"] = score_heldout(
-        opened.model,
-        tokens,
-        context_tokens=context_tokens,
-        window_tokens=opened.window_tokens,
-        batch_size=batch_size,
-        stride_tokens=stride_tokens,
-        learn=learn,
-    )
-    seconds = time.monotonic() - started
-    num_targets = len(tokens) - 1
-    row_length = row_tokens(num_targets, context_tokens, batch_size)
-    size = text_size(tokens[1:], opened.tokenizer.decode, opened.tokenizer.eos_id)
-    return {
-        "model": opened.name,
-        "tokens": num_targets,
-        "context_tokens": context_tokens,
-        "stride_tokens": stride_tokens,
-        "batch_size": batch_size,
-        "inner_clocks": opened.model.model_config.cms.model_dump(mode="json") if learn else None,
-        "tokens_per_second": num_targets / seconds,
-        "scores": {name: heldout_score(nats, size).as_dict() for name, nats in losses.items()},
-        "loss_by_position": []
-        if stride_tokens
-        else loss_by_position(losses["model"], row_length, opened.window_tokens),
-    }
 
 
 def _context_tokens(text: str | None, default: int) -> int | None:

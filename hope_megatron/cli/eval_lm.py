@@ -19,8 +19,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hope_megatron.checkpoint.errors import ModelReferenceError
 from hope_megatron.cli.eval_output import add_output_arguments, check_output, write_output
-from hope_megatron.cli.models import MODEL_HELP, ModelReferenceError, OpenModel, open_model, prepare_process
+from hope_megatron.cli.models import MODEL_HELP, prepare_process
+from hope_megatron.convert.open_model import OpenModel, open_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Start the processes, or be one of them."""
-    from launch.environment import is_worker
+    from hope_megatron.runtime.process import is_worker
 
     if args.batch_size < 1 or args.nproc < 1 or (args.limit is not None and args.limit < 1):
         raise ModelReferenceError("--batch-size, --nproc and --limit must be positive")
@@ -72,7 +74,8 @@ def _argv(args: argparse.Namespace) -> list[str]:
 
 def _work(args: argparse.Namespace) -> int:
     """Be one process of a world that a launcher has started."""
-    from launch.environment import die_with_parent, report_failure
+    from hope_megatron.runtime.process import die_with_parent
+    from hope_megatron.runtime.reports import report_failure
 
     die_with_parent()
     try:

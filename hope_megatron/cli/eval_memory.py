@@ -13,8 +13,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hope_megatron.cli.models import MODEL_HELP, ModelReferenceError, OpenModel, open_model, prepare_process
+from hope_megatron.checkpoint.errors import ModelReferenceError
+from hope_megatron.cli.models import MODEL_HELP, prepare_process
 from hope_megatron.cli.output_files import check_writable
+from hope_megatron.convert.open_model import OpenModel, open_model
 
 if TYPE_CHECKING:
     from hope_megatron.eval.memory_text import TextHealth
@@ -41,10 +43,10 @@ def run(args: argparse.Namespace) -> int:
         raise ModelReferenceError("--top must not be negative, and --max-tokens at least 2")
     check_writable(args.json, args.png)
     prepare_process()
-    from hope_megatron.cli.heldout import heldout_tokens
+    from hope_megatron.eval.heldout import heldout_tokens
     from hope_megatron.eval.memory_plot import plot_memory
     from hope_megatron.eval.memory_text import read_text
-    from hope_megatron.eval.report import write_json
+    from hope_megatron.runtime.files import write_json
 
     opened = open_model(args.model, args.tokenizer)
     count = args.max_tokens or 2 * opened.window_tokens

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hope_megatron.cli.models import ModelReferenceError, OpenModel
+from hope_megatron.checkpoint.errors import ModelReferenceError
 from hope_megatron.cli.output_files import check_writable
+from hope_megatron.convert.open_model import OpenModel
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,14 +36,14 @@ def write_output(
         tables: Markdown.
         metrics: what MLflow gets, by name.
     """
-    from hope_megatron.eval.report import write_json, write_text
+    from hope_megatron.runtime.files import write_json, write_text
 
     if args.json:
         write_json(args.json, result)
     if args.markdown:
         write_text(args.markdown, f"{tables}\n")
     if args.mlflow and opened.checkpoint is not None:
-        from hope_megatron.engine.checkpoint_format import checkpoint_step
+        from hope_megatron.checkpoint.format import checkpoint_step
         from hope_megatron.training.run_directory import RunDirectory
         from hope_megatron.training.tracking import log_evaluation
 

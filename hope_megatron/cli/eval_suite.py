@@ -22,8 +22,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hope_megatron.cli.models import MODEL_HELP, ModelReferenceError, open_model, prepare_process
+from hope_megatron.checkpoint.errors import ModelReferenceError
+from hope_megatron.cli.models import MODEL_HELP, prepare_process
 from hope_megatron.cli.output_files import check_writable
+from hope_megatron.convert.open_model import open_model
 
 SUITES = {
     "languages": "formal languages: parity, (aa)*, (abab)*, a^n b^n, a^n b^n c^n, shuffle-2",
@@ -118,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     """Run what is missing, print the tables."""
     _check(args)
     prepare_process(args.threads)
-    from hope_megatron.eval.report import write_text
+    from hope_megatron.runtime.files import write_text
     from hope_megatron.suites.registry import build_suite
     from hope_megatron.suites.report import plot_suite, suite_markdown, suite_outline
     from hope_megatron.suites.suite import SuiteOptions, run_suite

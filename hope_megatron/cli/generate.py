@@ -18,9 +18,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hope_megatron.checkpoint.errors import ModelReferenceError
 from hope_megatron.cli.learning import add_learning_arguments, prepare_learning
-from hope_megatron.cli.models import MODEL_HELP, ModelReferenceError, OpenModel, open_model, prepare_process
+from hope_megatron.cli.models import MODEL_HELP, prepare_process
 from hope_megatron.cli.output_files import check_writable
+from hope_megatron.convert.open_model import OpenModel, open_model
 
 if TYPE_CHECKING:
     from hope_megatron.generation.sampling import SamplingOptions

@@ -19,7 +19,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from launch.environment import LaunchError
+from launch.errors import LaunchError
 
 _ACTIONS = {
     "status": (),

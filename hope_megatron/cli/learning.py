@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from hope_megatron.cli.models import ModelReferenceError
+from hope_megatron.checkpoint.errors import ModelReferenceError
 
 if TYPE_CHECKING:
     from hope_megatron.model import LanguageModel

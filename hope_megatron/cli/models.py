@@ -1,48 +1,12 @@
-"""What `eval`, `generate` and `convert` share: finding a model by name and opening it with its tokenizer."""
+"""What the commands that use a model in this process share."""
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from launch.environment import apply_process_environment, available_cpus
-
-if TYPE_CHECKING:
-    from data_pipeline.tokenizer import Tokenizer
-    from hope_megatron.config import RunConfig
-    from hope_megatron.model import LanguageModel
+from hope_megatron.runtime.process import apply_process_environment, available_cpus
 
 MODEL_HELP = "a run directory (its newest checkpoint), RUN@STEP, a checkpoint, or an exported Hugging Face directory"
-
-
-class ModelReferenceError(ValueError):
-    """A model reference or its tokenizer leads nowhere."""
-
-    is_user_error = True
-
-
-@dataclass(frozen=True)
-class OpenModel:
-    """A model in this process, and what belongs to it."""
-
-    name: str
-    model: LanguageModel
-    tokenizer: Tokenizer
-    window_tokens: int
-    """Sequence length in training."""
-    run: RunConfig | None
-    """The run's configuration; None for an exported model."""
-    checkpoint: Path | None = None
-    """The checkpoint that was opened; None for an exported model."""
-
-    @property
-    def title(self) -> str:
-        """A short name: run and step, or the directory."""
-        if self.checkpoint is None:
-            return Path(self.name).name
-        return f"{self.checkpoint.parent.parent.name}, {self.checkpoint.name}"
 
 
 def prepare_process(num_threads: int | None = None) -> None:
@@ -54,34 +18,3 @@ def prepare_process(num_threads: int | None = None) -> None:
     apply_process_environment(num_threads or available_cpus())
     # Megatron-Core reports at every import that optional CUDA packages are absent; `hope doctor` says so when asked.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
-
-
-def open_model(reference: str, tokenizer_file: Path | None = None) -> OpenModel:
-    """Load the model that `reference` names.
-
-    Args:
-        reference: see MODEL_HELP.
-        tokenizer_file: instead of the one the model was trained with.
-    """
-    from data_pipeline.tokenizer import Tokenizer
-    from hope_megatron.convert.huggingface import is_huggingface_model, load_huggingface
-    from hope_megatron.convert.local_model import build_local_model
-    from hope_megatron.convert.source import find_checkpoint
-
-    directory = Path(reference)
-    if is_huggingface_model(directory):
-        loaded = load_huggingface(directory)
-        tokenizer = Tokenizer.load(tokenizer_file or loaded.tokenizer_file)
-        opened = OpenModel(reference, loaded.model, tokenizer, loaded.train_tokens_per_sequence, None)
-    else:
-        source = find_checkpoint(reference)
-        tokenizer = Tokenizer.load(tokenizer_file or source.config.data.tokenizer)
-        model = build_local_model(source.config.model, source.tensors(), source=str(source.path))
-        window = source.config.training.seq_length
-        opened = OpenModel(str(source.path), model, tokenizer, window, source.config, source.path)
-    vocab_size = opened.model.model_config.vocab_size
-    if tokenizer.vocab_size != vocab_size:
-        raise ModelReferenceError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size}; give its own with --tokenizer"
-        )
-    return opened

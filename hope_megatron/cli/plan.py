@@ -14,7 +14,6 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from hope_megatron.cli.formatting import bytes_text, count_text, duration_text, percent_text
 from hope_megatron.config import RunConfig, load_run_config, resolve_run_config
 from hope_megatron.config.accounting import (
     forward_flops,
@@ -28,6 +27,7 @@ from hope_megatron.config.footprint import estimate, footprint
 from hope_megatron.config.hardware import HARDWARE, find_hardware
 from hope_megatron.config.load import read_mapping
 from hope_megatron.config.presets import find_config, split_family
+from hope_megatron.runtime.formatting import bytes_text, count_text, duration_text, percent_text
 
 TOKENS_PER_PARAMETER = 20
 """Training length of a bare model preset (Hoffmann et al., arXiv 2203.15556)."""

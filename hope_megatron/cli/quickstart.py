@@ -21,9 +21,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from hope_megatron.cli.models import open_model, prepare_process
+from hope_megatron.cli.models import prepare_process
 from hope_megatron.cli.quickstart_report import build_report, write_report
-from launch.environment import available_cpus, count_gpus
+from hope_megatron.convert.open_model import open_model
+from hope_megatron.runtime.process import available_cpus, count_gpus
 
 if TYPE_CHECKING:
     from hope_megatron.config import RunConfig
@@ -204,8 +205,8 @@ class Quickstart:
     def _evaluate(self) -> None:
         import torch
 
-        from hope_megatron.cli.eval import evaluate
-        from hope_megatron.cli.heldout import manifest_tokens
+        from hope_megatron.eval.evaluate import evaluate
+        from hope_megatron.eval.heldout import manifest_tokens
         from hope_megatron.eval.report import score_table
 
         torch.set_num_threads(available_cpus())
@@ -217,8 +218,8 @@ class Quickstart:
         _say(f"{result['tokens']:,} held-out tokens, none of them seen in training", *table)
 
     def _export(self) -> None:
-        from hope_megatron.convert.huggingface import export_huggingface
-        from hope_megatron.convert.source import find_checkpoint
+        from hope_megatron.checkpoint.find import find_checkpoint
+        from hope_megatron.convert.huggingface.export import export_huggingface
 
         source = find_checkpoint(str(self.config.run_dir))
         self.export = export_huggingface(source, self.directory / "model", self.tokenizer)

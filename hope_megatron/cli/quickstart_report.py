@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hope_megatron.config import RunConfig
-    from hope_megatron.convert.huggingface import Export
+    from hope_megatron.convert.huggingface.export import Export
 
 
 def build_report(
@@ -40,7 +40,8 @@ def build_report(
 
 def write_report(directory: Path, config: RunConfig, report: dict[str, Any]) -> None:
     """Write report.json, report.md, losses.png and curves.png."""
-    from hope_megatron.eval.report import plot_losses, write_json, write_text
+    from hope_megatron.eval.report import plot_losses
+    from hope_megatron.runtime.files import write_json, write_text
     from hope_megatron.training.plots import plot_curves
 
     losses = {"unigram": report["unigram_loss"], "bigram": report["bigram_loss"], "HOPE": report["heldout_loss"]}

@@ -83,8 +83,8 @@ def _load(args: argparse.Namespace) -> Plan:
 def _plan(args: argparse.Namespace) -> int:
     from rich.table import Table
 
-    from hope_megatron.cli.formatting import bytes_text, count_text, duration_text
     from hope_megatron.config.hardware import find_hardware
+    from hope_megatron.runtime.formatting import bytes_text, count_text, duration_text
     from hope_megatron.sweep.plan import check_budget
 
     plan = _load(args)

@@ -13,16 +13,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
-from hope_megatron.config import ConfigError, RunConfig, dump_config, load_run_config
+from hope_megatron.config import RunConfig, dump_config, load_run_config
 from hope_megatron.training.run_directory import RunDirectory
-
-if TYPE_CHECKING:
-    from data_pipeline import SampleStream, Tokenizer, TokenStream
-    from hope_megatron.training.batches import SampleSource
-    from hope_megatron.training.run import ContinueData
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Start the processes of a run, or be one of them."""
-    from launch.environment import is_worker
+    from hope_megatron.runtime.process import is_worker
 
     if is_worker():
         return _work(args)
@@ -67,12 +60,14 @@ def run(args: argparse.Namespace) -> int:
         )
         return 0
     # Mistakes that can be seen without torch show here, at once, and before any process starts.
+    from hope_megatron.training.sources import open_sources
+
     open_sources(config)
     directory = RunDirectory(config.run_dir)
     directory.acquire()
     directory.release()
     if nproc == 1:
-        from launch.environment import apply_process_environment
+        from hope_megatron.runtime.process import apply_process_environment
 
         apply_process_environment(config.training.num_threads)
         return _train(config, args)
@@ -89,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _work(args: argparse.Namespace) -> int:
     """Be one process of a world that a launcher has started."""
-    from launch.environment import apply_process_environment, die_with_parent, report_failure
+    from hope_megatron.runtime.process import apply_process_environment, die_with_parent
+    from hope_megatron.runtime.reports import report_failure
 
     die_with_parent()
     rank = int(os.environ["RANK"])
@@ -110,11 +106,13 @@ def _transition_argument(args: argparse.Namespace) -> list[str]:
 
 def _train(config: RunConfig, args: argparse.Namespace) -> int:
     """Train in this process. Returns 0, or 128 + the signal that ended the run early."""
+    from hope_megatron.runtime.process import silence_import_warnings
     from hope_megatron.training.phases import PhaseClock
-    from launch.environment import silence_import_warnings
 
     silence_import_warnings()
     phases = PhaseClock.of_this_process()
+    from hope_megatron.training.sources import continuing, open_sources
+
     train_source, heldout_source = open_sources(config)
     phases.mark("data")
     from hope_megatron.engine.distributed import shutdown_distributed
@@ -126,75 +124,11 @@ def _train(config: RunConfig, args: argparse.Namespace) -> int:
         train_source,
         heldout_source,
         resume=args.resume,
-        continue_data=_continue_data(config, args.data_transition),
+        continue_data=continuing(config, args.data_transition),
         phases=phases,
     )
     shutdown_distributed()
     return 128 + finished.stop_signal if finished.stop_signal else 0
-
-
-def open_sources(config: RunConfig) -> tuple[SampleStream, TokenStream | None]:
-    """The training and held-out samples of a run, checked against its tokenizer and model.
-
-    Raises:
-        DataError: if manifests, shards or tokenizer cannot be used.
-        ConfigError: if they do not fit the model or each other.
-    """
-    from data_pipeline import Ledger, Tokenizer, TokenStream
-
-    data, seq_length = config.data, config.training.seq_length
-    tokenizer = Tokenizer.load(data.tokenizer)
-    skip_corrupt = Ledger(RunDirectory(config.run_dir).data_ledger) if data.on_corrupt == "skip" else None
-    sets = {
-        name: TokenStream(path, seq_length, data.seed, skip_corrupt=skip_corrupt)
-        for name, path in {"train": data.train, **data.mix_with}.items()
-    }
-    heldout = TokenStream(data.heldout, seq_length, shuffle=False) if data.heldout else None
-    for name, stream in sets.items():
-        _check_fits(stream, "data.train" if name == "train" else f"data.mix_with.{name}", tokenizer, config)
-    if heldout is not None:
-        _check_fits(heldout, "data.heldout", tokenizer, config)
-    return _mixed(sets, config), heldout
-
-
-def _check_fits(stream: TokenStream, name: str, tokenizer: Tokenizer, config: RunConfig) -> None:
-    if stream.manifest.tokenizer_sha256 != tokenizer.digest:
-        raise ConfigError(
-            f"{name} ({stream.manifest.location}) was made with another tokenizer than data.tokenizer "
-            f"({config.data.tokenizer}): digests {stream.manifest.tokenizer_sha256[:12]} and {tokenizer.digest[:12]}; "
-            "use the tokenizer that lies beside the shards, or prepare the data again"
-        )
-    if stream.manifest.vocab_size != config.model.vocab_size:
-        raise ConfigError(
-            f"{name} has a vocabulary of {stream.manifest.vocab_size} tokens, model.vocab_size is "
-            f"{config.model.vocab_size}; set model.vocab_size={stream.manifest.vocab_size}"
-        )
-
-
-def _mixed(sets: dict[str, TokenStream], config: RunConfig) -> SampleStream:
-    from data_pipeline import MixtureStream
-
-    if not config.data.mix_with:
-        return sets["train"]
-    schedule = [(phase.from_tokens, phase.weights) for phase in config.data.mix_schedule]
-    return MixtureStream(sets, schedule, config.data.seed)
-
-
-def _continue_data(config: RunConfig, data_transition: str | None) -> ContinueData:
-    """Take the data up at a saved position; changed data only with a reason, which goes to the run's data ledger."""
-    from data_pipeline import Ledger, SampleStream, resume
-
-    def continue_data(source: SampleSource, state: Mapping[str, Any]) -> SampleSource:
-        assert isinstance(source, SampleStream)
-        stream, number = resume(source, state, data_transition=data_transition is not None)
-        if stream.fingerprint != state["fingerprint"] and int(os.environ.get("RANK", 0)) == 0:
-            step = number // config.training.global_batch_size
-            Ledger(RunDirectory(config.run_dir).data_ledger).record_transition(
-                number, state["fingerprint"], stream.fingerprint, step=step, reason=data_transition or ""
-            )
-        return stream
-
-    return continue_data
 
 
 def _leave(code: int) -> None:

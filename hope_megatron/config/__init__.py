@@ -1,8 +1,10 @@
 """Configuration: pydantic models, strict YAML, dotted overrides, closed forms for cost. Imports no torch."""
 
 from hope_megatron.config.base import ConfigError, Section
+from hope_megatron.config.layout import ParallelLayout
 from hope_megatron.config.load import (
     dump_config,
+    in_layout,
     load_model_config,
     load_run_config,
     resolve_run_config,
@@ -25,11 +27,13 @@ __all__ = [
     "MupConfig",
     "OptimConfig",
     "ParallelConfig",
+    "ParallelLayout",
     "RunConfig",
     "Section",
     "TrackingConfig",
     "TrainingConfig",
     "dump_config",
+    "in_layout",
     "load_model_config",
     "load_run_config",
     "resolve_run_config",

@@ -119,8 +119,8 @@ def memory_banks(model: ModelConfig) -> list[MemoryBank]:
     m, d = model.memory, model.head_dim
     banks = [
         MemoryBank("main memory", 1, d, m.chunk_tokens),
-        MemoryBank("key and value memories", m.adaptive_key + m.adaptive_value, d, m.self_chunk),
-        MemoryBank("rate memories", m.adaptive_eta + m.adaptive_alpha, 1, m.self_chunk),
+        MemoryBank("key and value memories", m.num_vector, d, m.self_chunk),
+        MemoryBank("rate memories", m.num_scalar, 1, m.self_chunk),
     ]
     return [bank for bank in banks if bank.memories]
 
@@ -216,7 +216,7 @@ def memory_macs(model: ModelConfig, seq_length: int) -> tuple[float, float, floa
     """
     memory, d, h = model.memory, model.head_dim, model.memory_hidden
     deep, momentum, anchored = memory.num_layers == 2, memory.momentum != "none", memory.keeps_initial
-    writes_in = deep and memory.written_layers == "all"
+    writes_in = memory.writes_input
     hidden = h if deep else d  # fan-in of the output layer
     banks = memory_banks(model)
 

@@ -19,15 +19,12 @@ from hope_megatron.config.accounting import (
 from hope_megatron.config.hardware import Hardware
 from hope_megatron.config.model import MemoryConfig, ModelConfig
 from hope_megatron.config.optim import OptimConfig
+from hope_megatron.config.optimizers import OPTIMIZERS
 from hope_megatron.config.run import RunConfig
 from hope_megatron.config.training import TrainingConfig
+from hope_megatron.ops.memory.rule import why_not_hopes_own
 
 FP32 = 4
-
-MATRIX_STATES = {"m3": 4, "muon": 1, "adamuon": 2, "adamw": 2, "sgd": 1}
-"""fp32 numbers kept per matrix element; M3 has two momenta, a second moment and the slow direction."""
-VECTOR_STATES = {"m3": 2, "muon": 2, "adamuon": 2, "adamw": 2, "sgd": 1}
-"""The same for the parameters that are not matrices: AdamW beside every optimizer but SGD."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +79,9 @@ def compute_bytes(training: TrainingConfig) -> int:
 
 
 def _optimizer_bytes(model: ModelConfig, optim: OptimConfig, tp: int) -> float:
-    total = 0.0
+    total, optimizer = 0.0, OPTIMIZERS[optim.name]
     for weight in weight_table(model):
-        states = (MATRIX_STATES if weight.matrix else VECTOR_STATES)[optim.name]
+        states = optimizer.matrix_states if weight.matrix else optimizer.vector_states
         states += weight.update_period_steps > 1  # the gradient gathered between two ticks of a slow level
         total += FP32 * states * weight.total / (tp if weight.sharded else 1)
     return total
@@ -153,7 +150,7 @@ def _layer_numbers(
 def _bounded(model: ModelConfig, seq_length: int, states: float, memories: float) -> tuple[float, float]:
     """Bytes per token when only the weights at segment borders stay, and one segment at a time is recomputed.
 
-    The segment length is about that of ops/memory/bounded.py: what makes the two equal.
+    The segment length is about that of ops/memory/recompute.py: what makes the two equal.
     """
     periods = max(1.0, seq_length / max(model.memory.chunk_tokens, model.memory.self_chunk))
     segment = max(1.0, (periods * states / memories) ** 0.5)
@@ -181,7 +178,7 @@ def _memory_bytes(model: ModelConfig, seq_length: int) -> tuple[float, float]:
         for bank in banks
     )
     if _written_out(memory):
-        # counted on the tape of ops/memory/fused_forward.py; the last few are columns
+        # counted on the tape of ops/memory/backends/manual/forward.py; the last few are columns
         anchor = (4 * d + 6 * h + 2) * memory.keeps_initial
         return FP32 * states, FP32 * (33 * d + 46 * h + 16 * C + 25 + anchor)
     numbers = d + 12 * d * vector_memories + 7 * C * (1 + memory.adaptive)
@@ -191,13 +188,9 @@ def _memory_bytes(model: ModelConfig, seq_length: int) -> tuple[float, float]:
 
 
 def _written_out(memory: MemoryConfig) -> bool:
-    """Whether ops/memory/fused.py trains these memories, with a tape of its own; see `supports` there."""
-    adaptive = (memory.adaptive_key, memory.adaptive_value, memory.adaptive_eta, memory.adaptive_alpha)
-    memories_fit = memory.num_layers == 2 and all(adaptive) and memory.chunk_tokens == memory.self_chunk
-    rates_fit = memory.eta == "data" and memory.eta_max > 0 and memory.decay != "none" and memory.momentum == "none"
-    targets_fit = memory.own_targets and memory.objective == "dot" and memory.normalize_values
-    rule_fits = memory.dgd_layers == "all" and not memory.decay_erased and memory.read == "causal"
-    return memories_fit and rates_fit and targets_fit and memory.normalize_targets and rule_fits
+    """Whether ops/memory/backends/manual trains these memories, with a tape of its own."""
+    rates = dict(eta=memory.eta == "data", alpha=memory.decay != "none", theta=memory.momentum != "none")
+    return why_not_hopes_own(memory, **rates) is None
 
 
 @dataclass(frozen=True, kw_only=True)

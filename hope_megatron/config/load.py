@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from hope_megatron.config.base import ConfigError, Section
 from hope_megatron.config.families import matched_levels
+from hope_megatron.config.layout import ParallelLayout
 from hope_megatron.config.messages import Location, dotted, explain
 from hope_megatron.config.model import ModelConfig
 from hope_megatron.config.presets import find_config, split_family
@@ -73,6 +74,23 @@ def resolve_run_config(data: Mapping[str, Any], overrides: Iterable[str] = (), *
 _INNER_KEY = re.compile(
     r"cms\.(connection|inner_decay_towards|levels\.\d+\.inner_(chunk_tokens|rate|momentum|weight_decay))"
 )
+
+
+def in_layout(config: RunConfig, layout: ParallelLayout) -> RunConfig:
+    """The configuration of the same run in another layout.
+
+    Raises:
+        ConfigError: the layout does not divide the model or the batch.
+    """
+    parallel = {
+        **config.parallel.model_dump(),
+        "tensor_parallel": layout.tensor_parallel,
+        "sequence_parallel": layout.sequence_parallel,
+        "zero_stage": layout.zero_stage,
+    }
+    changed = resolve_run_config({**config.model_dump(mode="json"), "parallel": parallel}, source="the new layout")
+    changed.accumulation_steps(layout.world_size)
+    return changed
 
 
 def override_model(model: ModelConfig, overrides: Iterable[str]) -> ModelConfig:

@@ -14,66 +14,22 @@ from pydantic import Field, model_validator
 
 from hope_megatron.config.base import ConfigError, Section
 from hope_megatron.config.descent import largest_stable_step
+from hope_megatron.ops.memory.rule import MemoryCompute, MemoryRule, pick
 
 Mixer = Literal["memory", "attention"]
 
 _ETA_FACTORS = {"objective", "dgd_layers", "num_layers"}
 
 
-class MemoryConfig(Section):
+class MemoryConfig(Section, MemoryCompute, MemoryRule):
     """The associative memories of a head (eqs. 83-93): what they are, what they learn, and when they are read.
 
-    The defaults are HOPE. RetNet, DeltaNet, TTT and Titans are other settings of the same operator.
+    The defaults are HOPE. RetNet, DeltaNet, TTT and Titans are other settings of the same operator. What the operator itself has to
+    know is inherited from its rule (ops/memory/rule.py); the rest is here.
     """
 
-    num_layers: Literal[1, 2] = 2
-    """1: a matrix memory, M(x) = W x. 2: M(x) = x + W1 silu(W2 x), eq. 89."""
     hidden_size: int | None = Field(default=None, gt=0)
     """Hidden width of a two-layer memory; None means the head width."""
-    chunk_tokens: int = Field(default=32, gt=0)
-    """Tokens per chunk of M_mem: its inner gradients are taken at the state that stood at the chunk's start."""
-    self_chunk_tokens: int | None = Field(default=None, gt=0)
-    """Tokens per chunk of the other four memories; None means chunk_tokens. One must divide the other."""
-
-    objective: Literal["dot", "l2"] = "dot"
-    """Inner loss: -<M(k), v> or 0.5 |M(k) - v|^2."""
-    written_layers: Literal["all", "output"] = "all"
-    """Layers that a context changes. "output": W2 stays as training left it, and with it the features of every key, so that a
-    second value of a key replaces the first."""
-    dgd_layers: Literal["none", "input", "all"] = "all"
-    """Layers whose update carries the Delta-Gradient-Descent term W (alpha I - eta k k^T). "input" is eq. 88 read literally."""
-    decay_erased: bool = False
-    """Retention also scales what that term erases, W alpha (I - eta k k^T): the gated delta rule."""
-    own_targets: bool = True
-    """Each memory writes its own target M(v) (self-modification). False: the target is v, as in Titans."""
-    dot_target: Literal["residual", "full"] = "residual"
-    """With objective "dot" and a memory with a skip: learn v - k through the layers (residual), or v itself (full, literal)."""
-    adaptive_key: bool = True
-    """Keys pass through the memory M_k. False: static projections."""
-    adaptive_value: bool = True
-    """Values pass through the memory M_v."""
-    adaptive_eta: bool = True
-    """Learning rates get a term from the memory M_eta."""
-    adaptive_alpha: bool = True
-    """Retention gets a term from the memory M_alpha."""
-    normalize_values: bool = True
-    """Unit-norm values. Unbounded values diverged in every variant measured."""
-    normalize_targets: bool = True
-    """Unit-norm own targets (tanh for the two scalar memories): own targets feed back on themselves."""
-
-    normalize_steps: bool = True
-    """Objective l2, two layers: no token's step passes Polyak's, which takes its error to zero. Without it what is learned
-    about features and weights lengthens the steps until they overshoot: TTT-MLP was not finite after 350 steps."""
-
-    read: Literal["causal", "chunk_start"] = "causal"
-    """Read M_mem as updated up to this very token (dual form), or at the chunk's start (eq. 90 literally)."""
-    read_skip: bool = False
-    """Whether the output includes the memory's skip connection, q itself."""
-
-    eta_max: float = Field(default=1.0, ge=0.0)
-    """Bound of the inner learning rate. 0 silences all writes (the control experiment). Left out where 1 would diverge
-    (objective l2, or no DGD on some layer), it is the largest rate that is known to be stable. Above 1 (delta
-    rule only) a write can turn what its key holds into its negative, which is what parity takes (arXiv 2411.12537)."""
     eta: Literal["data", "fixed"] = "data"
     """Inner learning rate: from the token, or eta_max always (linear attention)."""
     eta_init: float = Field(default=0.1, gt=0.0, lt=1.0)
@@ -82,15 +38,10 @@ class MemoryConfig(Section):
     """Retention alpha: from the token, a learned constant per head, RetNet's fixed 1 - 2^(-5 - head), or 1."""
     alpha_init: float = Field(default=0.999, gt=0.0, lt=1.0)
     """Initial retention per token."""
-    decay_to: Literal["zero", "initial"] = "initial"
-    """What retention forgets towards: the learned initial state, W_0 + (W - W_0) alpha, or nothing, W alpha (eq. 88 literally),
-    which fades W_0 too, so that contexts longer than the trained ones are read with memories that were never trained."""
     momentum: Literal["none", "constant", "data"] = "none"
     """Momentum theta of the inner update: 0, a learned constant per head, or from the token."""
     momentum_init: float = Field(default=0.5, gt=0.0, lt=1.0)
     """Initial theta, below momentum_max."""
-    momentum_max: float = Field(default=0.9, gt=0.0, lt=1.0)
-    """Upper bound of the momentum's decay. The nearer to 1, the lower the largest stable rate on l2."""
 
     input_scale: float = Field(default=1.0, gt=0.0)
     """Initial std of W2 times sqrt(d). At 1 text, copying and counting are learnt better than at 3
@@ -103,24 +54,19 @@ class MemoryConfig(Section):
     """Multiply the output by silu(W x). It kept associative recall from being learnt, hence "none"."""
 
     @property
-    def self_chunk(self) -> int:
-        """Tokens per chunk of the four self-memories, resolved."""
-        return self.self_chunk_tokens or self.chunk_tokens
+    def rule(self) -> MemoryRule:
+        """What the operator has to know of it."""
+        return pick(MemoryRule, self)
 
     @property
-    def adaptive(self) -> bool:
-        """Whether any of the four self-memories exists."""
-        return self.adaptive_key or self.adaptive_value or self.adaptive_eta or self.adaptive_alpha
+    def compute(self) -> MemoryCompute:
+        """How the operator is asked to compute it."""
+        return pick(MemoryCompute, self)
 
     @property
     def keeps_initial(self) -> bool:
         """Whether there is a retention and it spares the learned initial state."""
         return self.decay != "none" and self.decay_to == "initial"
-
-    @property
-    def erases(self) -> bool:
-        """Whether every write first erases what its key holds: Delta Gradient Descent on all layers there are."""
-        return self.dgd_layers == "all" or (self.dgd_layers == "input" and self.num_layers == 1)
 
     @property
     def any_chunk(self) -> bool:
@@ -138,19 +84,19 @@ class MemoryConfig(Section):
         descent, as long as descent.py says it may be, on a curvature of |k|^2 = 1 (a matrix), of at most 1 (`normalize_steps`),
         or of |silu(W2 k)|^2 and |W1|^2 (two layers without it, together at least 2).
         """
-        if self.objective == "dot" and self.erases:
+        if self.objective == "dot" and self.output_uses_dgd:
             return 2.0
         if self.objective == "dot" and self.num_layers == 1:
             return math.inf  # linear attention: writes add up and nothing multiplies them
         curvature = 1.0
-        if self.objective == "l2" and self.num_layers == 2 and not (self.erases or self.normalize_steps):
+        if self.objective == "l2" and self.num_layers == 2 and not (self.output_uses_dgd or self.normalize_steps):
             curvature = 2 * max(1.0, self.input_scale**2 / 4)  # a unit key's features: about input_scale^2 / 4
         carried = self.momentum_max if self.objective == "l2" and self.momentum != "none" else 0.0
         return largest_stable_step(self.chunk_tokens, carried) / curvature
 
     @property
     def _why_limited(self) -> str:
-        if self.objective == "dot" and self.erases:
+        if self.objective == "dot" and self.output_uses_dgd:
             return "above 2 a delta-rule write overshoots its unit key and grows"
         if self.objective == "dot":
             return "without DGD on all layers nothing bounds the writes"
@@ -169,17 +115,13 @@ class MemoryConfig(Section):
             values.setdefault("adaptive_alpha", False)
         if "eta_max" not in values and not _ETA_FACTORS.isdisjoint(values):
             with contextlib.suppress(ValueError):  # where other fields are wrong, validation will say which
-                values["eta_max"] = min(1.0, cls(**values, eta_max=0.0).largest_stable_eta)
+                values["eta_max"] = min(1.0, cls(**values | {"eta_max": 0.0}).largest_stable_eta)
         return values
 
     @model_validator(mode="after")
     def _check(self) -> MemoryConfig:
-        small, large = sorted((self.chunk_tokens, self.self_chunk))
-        if large % small:
-            raise ConfigError(
-                f"memory.chunk_tokens={self.chunk_tokens} and memory.self_chunk_tokens={self.self_chunk}: "
-                f"one must divide the other; for example self_chunk_tokens={small}"
-            )
+        if (text := self.conflict("memory.")) is not None:
+            raise ConfigError(text)
         if self.adaptive_eta and self.eta == "fixed":
             raise ConfigError(
                 "memory.adaptive_eta=true adds to a rate that memory.eta=fixed does not have; set one of them otherwise"
@@ -188,11 +130,6 @@ class MemoryConfig(Section):
             raise ConfigError(
                 f"memory.adaptive_alpha=true adds to a retention that memory.decay={self.decay} fixes; "
                 "set adaptive_alpha=false, or decay=data"
-            )
-        if self.num_layers == 1 and (self.adaptive or self.own_targets):
-            raise ConfigError(
-                "memory.num_layers=1 (a matrix memory) has static projections and external targets; set "
-                "adaptive_key, adaptive_value, adaptive_eta, adaptive_alpha and own_targets to false, or num_layers=2"
             )
         if self.eta_max > 0 and self.objective == "l2" and not self.normalize_values:
             raise ConfigError(

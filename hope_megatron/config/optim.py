@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from hope_megatron.config.base import Section
+from hope_megatron.config.optimizers import OPTIMIZERS
+
+if TYPE_CHECKING:
+    OptimizerName = str
+else:
+    OptimizerName = Literal[tuple(OPTIMIZERS)]  # the registry's names, checked where a file is read
 
 
 class OptimConfig(Section):
     """M3 and its peers. Matrices get the named optimizer, everything else AdamW with `vector_lr`."""
 
-    name: Literal["m3", "muon", "adamuon", "adamw", "sgd"] = "m3"
+    name: OptimizerName = "m3"
     """The optimizer of matrix parameters."""
     lr: float = Field(default=2e-3, gt=0)
     """Peak learning rate of matrices."""

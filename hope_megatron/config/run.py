@@ -7,8 +7,10 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from hope_megatron.config.base import ConfigError, Section
+from hope_megatron.config.layout import ParallelLayout
 from hope_megatron.config.model import ModelConfig
 from hope_megatron.config.optim import OptimConfig
+from hope_megatron.config.optimizers import OPTIMIZERS
 from hope_megatron.config.parallel import ParallelConfig
 from hope_megatron.config.training import CheckpointConfig, DataConfig, TrackingConfig, TrainingConfig
 
@@ -48,10 +50,11 @@ class RunConfig(Section):
                 "parallel.zero_stage=0 with training.precision=bf16 computes a wrong gradient norm in DeepSpeed; "
                 "set zero_stage=1, or precision=fp32"
             )
-        if self.model.mup and self.optim.name == "sgd":
+        if self.model.mup and not OPTIMIZERS[self.optim.name].scales_with_width:
+            known = ", ".join(name for name, entry in OPTIMIZERS.items() if entry.scales_with_width)
             raise ConfigError(
-                "model.mup has learning-rate rules for adamw, muon, adamuon and m3, not for optim.name=sgd, whose updates shrink "
-                "with the gradients; choose one of those, or remove model.mup"
+                f"model.mup has no learning-rate rule for optim.name={self.optim.name}, whose updates shrink with the "
+                f"gradients; choose one of {known}, or remove model.mup"
             )
         if self.checkpoint.keep_best:
             check_checkpoints_are_evaluated(self.checkpoint, self.training, self.data)
@@ -80,6 +83,17 @@ class RunConfig(Section):
                 f"micro_batch_size {self.training.micro_batch_size} = {per_pass}; change one of them"
             )
         return dp
+
+    def layout(self, world_size: int) -> ParallelLayout:
+        """How a world of `world_size` ranks is arranged.
+
+        Raises:
+            ConfigError: as for `data_parallel`.
+        """
+        parallel = self.parallel
+        return ParallelLayout(
+            parallel.tensor_parallel, self.data_parallel(world_size), parallel.zero_stage, parallel.sequence_parallel
+        )
 
     def accumulation_steps(self, world_size: int) -> int:
         """Forward-backward passes per optimizer step."""

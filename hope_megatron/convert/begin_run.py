@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hope_megatron.checkpoint.errors import ConversionError
+from hope_megatron.checkpoint.format import MASTER, list_checkpoints, step_directory_name
+from hope_megatron.checkpoint.generators import fresh_generator_states
+from hope_megatron.checkpoint.reshard import write_checkpoint
+from hope_megatron.checkpoint.unsharded import WholeCheckpoint, WholeParameter
 from hope_megatron.config import RunConfig
-from hope_megatron.convert.deepspeed_universal import universal_weights
-from hope_megatron.convert.deepspeed_zero import is_zero_checkpoint, zero_shards
-from hope_megatron.convert.errors import ConversionError
-from hope_megatron.convert.huggingface import load_huggingface
-from hope_megatron.convert.layout import Layout
-from hope_megatron.convert.llama import check_against_transformers, import_llama
-from hope_megatron.convert.local_model import build_from_shards, build_local_model
-from hope_megatron.convert.rewrite import write_checkpoint
-from hope_megatron.convert.torch_dist import torch_dist_weights
-from hope_megatron.convert.whole import WholeCheckpoint, WholeParameter
+from hope_megatron.config.layout import ParallelLayout
+from hope_megatron.convert.formats import open_format
 from hope_megatron.engine.build import build_run_optimizer
-from hope_megatron.engine.checkpoint_format import MASTER, list_checkpoints, step_directory_name
-from hope_megatron.engine.generators import fresh_generator_states
 from hope_megatron.model import LanguageModel
 from hope_megatron.optim import read_tags
-
-log = logging.getLogger(__name__)
 
 
 def begin_run(source: Path, format_name: str, config: RunConfig, beginning: Mapping[str, Any]) -> Path:
@@ -32,7 +24,7 @@ def begin_run(source: Path, format_name: str, config: RunConfig, beginning: Mapp
 
     Args:
         source: a directory in a format whose weights can be read.
-        format_name: `hf`, `hf-llama`, `torch_dist` or `deepspeed`.
+        format_name: one of convert/formats.py.
         config: the run that is to start from it; its model must be the one that `source` holds.
         beginning: what training writes into a checkpoint, before the first step: `progress`, `data`, `provenance`.
 
@@ -45,43 +37,12 @@ def begin_run(source: Path, format_name: str, config: RunConfig, beginning: Mapp
     checkpoints = config.run_dir / "checkpoints"
     if list_checkpoints(checkpoints):
         raise ConversionError(f"{config.run_dir} has checkpoints already; give the run another name")
-    model = _READERS[format_name](source, config)
+    load_model = open_format(format_name).load_model
+    if load_model is None:
+        raise ConversionError(f"no run can be started from {format_name}")
+    model = load_model(source, config)
     whole = untrained_checkpoint(model, config, beginning, str(source)).with_history(f"import from {format_name}")
     return write_checkpoint(whole, whole.layout, checkpoints / step_directory_name(0)).directory
-
-
-def _from_huggingface(source: Path, config: RunConfig) -> LanguageModel:
-    loaded = load_huggingface(source)
-    check_architecture(loaded.config.model_dump(), config.model.model_dump(), source)
-    return loaded.model
-
-
-def _from_torch_dist(source: Path, config: RunConfig) -> LanguageModel:
-    return build_local_model(config.model, torch_dist_weights(source), source=str(source))
-
-
-def _from_deepspeed(source: Path, config: RunConfig) -> LanguageModel:
-    if is_zero_checkpoint(source):
-        return build_from_shards(config.model, zero_shards(source), source=str(source))
-    return build_local_model(config.model, universal_weights(source), source=str(source))
-
-
-def _from_llama(source: Path, config: RunConfig) -> LanguageModel:
-    model = import_llama(source, config.model)
-    difference = check_against_transformers(model, source)
-    if difference is None:
-        log.warning("transformers is not installed: the logits were not compared with those of %s", source)
-    else:
-        log.info("checked: logits differ by at most %.1e from those of %s in transformers", difference, source)
-    return model
-
-
-_READERS: dict[str, Callable[[Path, RunConfig], LanguageModel]] = {
-    "hf": _from_huggingface,
-    "torch_dist": _from_torch_dist,
-    "deepspeed": _from_deepspeed,
-    "hf-llama": _from_llama,
-}
 
 
 def untrained_checkpoint(
@@ -105,17 +66,7 @@ def untrained_checkpoint(
             "config": config.model_dump(mode="json"),
             "optimizer": {"name": config.optim.name, "groups": {group["name"]: {"step": 0} for group in groups}},
         },
-        layout=Layout(parallel.tensor_parallel, 1, parallel.zero_stage, parallel.sequence_parallel),
+        layout=ParallelLayout(parallel.tensor_parallel, 1, parallel.zero_stage, parallel.sequence_parallel),
         read=lambda name, state: named[name].detach().float().cpu(),
         generators=lambda dp_rank, tp_rank: fresh_generator_states(config.training.seed, dp_rank),
     )
-
-
-def check_architecture(exported: dict[str, Any], wanted: dict[str, Any], directory: Path) -> None:
-    """Refuse a run whose model is another one than `directory` holds, naming every key that differs."""
-    differing = [key for key in wanted if key != "name" and exported[key] != wanted[key]]
-    if differing:
-        lines = "".join(f"\n  model.{key}: {exported[key]} there, {wanted[key]} in the run" for key in differing)
-        raise ConversionError(
-            f"{directory} is another model than the run's:{lines}\nUse its architecture in the run file"
-        )

@@ -9,23 +9,28 @@ levels of the chain start with an output matrix of zeros, which adds nothing unt
 from __future__ import annotations
 
 import importlib.util
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hope_megatron.checkpoint.errors import ConversionError, ExportCheckError
+from hope_megatron.checkpoint.local_model import load_weights
+from hope_megatron.config import RunConfig
 from hope_megatron.config.model import AttentionConfig, CMSConfig, CMSLevelConfig, ModelConfig
 from hope_megatron.config.parallel import ParallelConfig
-from hope_megatron.convert.check import LOGIT_TOLERANCE
-from hope_megatron.convert.errors import ConversionError, ExportCheckError
-from hope_megatron.convert.local_model import load_weights
-from hope_megatron.convert.weights import read_json, read_weights
+from hope_megatron.convert.formats import Format
+from hope_megatron.convert.huggingface.check import LOGIT_TOLERANCE
+from hope_megatron.convert.huggingface.weights import read_json, read_weights
 from hope_megatron.engine.distributed import init_distributed
 from hope_megatron.model import LanguageModel, build_model
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 NUM_CHECKED_TOKENS = 64
+
+log = logging.getLogger(__name__)
 
 
 def llama_model_config(directory: Path) -> ModelConfig:
@@ -149,7 +154,7 @@ def _check_fits(wanted: ModelConfig, source: ModelConfig, directory: Path) -> No
     if lines:
         raise ConversionError(
             f"{directory} is another model than the run's:{''.join(lines)}\n"
-            f"`hope convert {directory} --from hf-llama --to model FILE` writes the model section that fits"
+            f"`hope import llama {directory} --model FILE` writes the model section that fits"
         )
 
 
@@ -212,3 +217,16 @@ def _fuse_qkv(q: Tensor, k: Tensor, v: Tensor, groups: int) -> Tensor:
     """Megatron-Core's layout: for each key-value head its query heads, its key and its value. [(heads + 2 groups) * d, D]."""
     parts = [part.view(groups, -1, q.size(1)) for part in (q, k, v)]
     return torch.cat(parts, 1).view(-1, q.size(1))
+
+
+def _load_model(source: Path, config: RunConfig) -> LanguageModel:
+    model = import_llama(source, config.model)
+    difference = check_against_transformers(model, source)
+    if difference is None:
+        log.warning("transformers is not installed: the logits were not compared with those of %s", source)
+    else:
+        log.info("checked: logits differ by at most %.1e from those of %s in transformers", difference, source)
+    return model
+
+
+FORMAT = Format(load_model=_load_model, read_model_config=llama_model_config)

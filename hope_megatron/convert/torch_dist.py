@@ -21,11 +21,16 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from hope_megatron.convert.errors import ConversionError
-from hope_megatron.convert.output import fresh_directory
-from hope_megatron.convert.sidecar import Parameters, has_sidecar, read_sidecar, write_sidecar
-from hope_megatron.convert.whole import WholeCheckpoint, compare_whole
-from hope_megatron.engine.checkpoint_format import MASTER
+from hope_megatron.checkpoint.errors import ConversionError
+from hope_megatron.checkpoint.find import CheckpointSource
+from hope_megatron.checkpoint.format import MASTER
+from hope_megatron.checkpoint.local_model import build_local_model
+from hope_megatron.checkpoint.output import fresh_directory
+from hope_megatron.checkpoint.unsharded import WholeCheckpoint, compare_whole, read_whole
+from hope_megatron.config import RunConfig
+from hope_megatron.convert.extras import Parameters, has_sidecar, read_sidecar, write_sidecar
+from hope_megatron.convert.formats import ExportOptions, Format
+from hope_megatron.model import LanguageModel
 
 _METADATA = ".metadata"
 _BACKEND = {
@@ -71,8 +76,8 @@ def read_torch_dist(directory: Path) -> WholeCheckpoint:
     """
     if not has_sidecar(directory):
         raise ConversionError(
-            f"{directory} was not written by `hope convert --to torch_dist`: its files do not say what model, clocks and "
-            "data position they belong to; start a run from its weights with --from torch_dist --to run CONFIG"
+            f"{directory} was not written by `hope export torch_dist`: its files do not say what model, clocks and "
+            "data position they belong to; start a run from its weights with `hope import torch_dist DIR CONFIG`"
         )
 
     def open_reader(_: Parameters) -> Callable[[str, str], Tensor]:
@@ -174,3 +179,16 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def _export(source: CheckpointSource, directory: Path, options: ExportOptions) -> list[str]:
+    whole = read_whole(source).with_history("export to torch_dist")
+    num_elements = write_torch_dist(whole, directory)
+    return [f"{directory}: torch_dist, of {whole.origin}", f"checked: {num_elements:,} numbers read back, all equal"]
+
+
+def _load_model(directory: Path, config: RunConfig) -> LanguageModel:
+    return build_local_model(config.model, torch_dist_weights(directory), source=str(directory))
+
+
+FORMAT = Format(export=_export, restore=read_torch_dist, load_model=_load_model)

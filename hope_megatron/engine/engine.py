@@ -13,6 +13,7 @@ from hope_megatron.engine.control import ControlGroup
 from hope_megatron.engine.deepspeed_setup import initialize
 from hope_megatron.engine.distributed import Mesh
 from hope_megatron.engine.sequence_parallel import reduce_sequence_parallel_gradients
+from hope_megatron.model import IGNORE
 from hope_megatron.optim import BoundOptimizer, apply_lr
 from hope_megatron.optim.geometry import full_shape
 
@@ -145,7 +146,7 @@ class Engine:
         self.model.eval()
         losses = self.model(tokens, targets, documents=documents, learn=learn and self._learns).losses
         self.model.train()
-        sums = torch.stack([losses.double().sum(), (targets != -100).sum().double()])
+        sums = torch.stack([losses.double().sum(), (targets != IGNORE).sum().double()])
         dist.all_reduce(sums, group=self.mesh.dp_group)
         return sums
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from hope_megatron.eval.memory_health import memory_mixers, observed_memories
 from hope_megatron.eval.perplexity import EvaluationError
+from hope_megatron.model import IGNORE
 from hope_megatron.ops.memory_trace import MemoryTrace
 
 
@@ -117,7 +118,7 @@ def read_text(model: nn.Module, tokens: np.ndarray, window_tokens: int) -> TextH
     traces: dict[int, list[MemoryTrace]] = {}
     device, was_training = next(model.parameters()).device, model.training
     inputs = torch.from_numpy(np.asarray(tokens, dtype=np.int64)).unsqueeze(0).to(device)
-    targets = torch.nn.functional.pad(inputs[:, 1:], (0, 1), value=-100)
+    targets = torch.nn.functional.pad(inputs[:, 1:], (0, 1), value=IGNORE)
     losses, state = [], None
     model.eval()
     try:

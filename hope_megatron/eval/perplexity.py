@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-IGNORE = -100  # target id that is not scored
+from hope_megatron.model import IGNORE
+
 _TEXT_PIECE = 1 << 16  # tokens decoded at a time when text is measured
 
 

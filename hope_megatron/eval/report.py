@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hope_megatron.runtime.files import replacing
+
 INK, MUTED, ACCENT = "#1f2328", "#8c959f", "#0969da"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file through a temporary one beside it, so that no reader sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as readable JSON; numbers that are not finite become null, which JSON can carry."""
-    write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -133,13 +114,8 @@ def plot_tasks(path: Path, figures: Sequence[tuple[str, str, Mapping[str, Any]]]
 
 def save_figure(figure: Any, path: Path, dpi: int = 150) -> None:
     """Write a matplotlib figure as a PNG, through a temporary file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=dpi)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _cell(value: Any) -> str:
@@ -152,13 +128,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
     return str(value)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from hope_megatron.generation.decoder import Decoder
 from hope_megatron.generation.errors import GenerationError
 from hope_megatron.model import LanguageModel, ModelState
 from hope_megatron.model.in_context import InContextError, initial_inner_state
+from hope_megatron.runtime.files import replacing
 
 FORMAT = "hope-state-v1"
 _STATE_PREFIX = "state."
@@ -34,19 +34,13 @@ def save_state(path: Path, decoder: Decoder) -> None:
     if decoder.state is not None:
         tensors |= {_STATE_PREFIX + name: tensor for name, tensor in decoder.state.tensors().items()}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={"format": FORMAT, "model": model_identity(decoder.model)})
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"format": FORMAT, "model": model_identity(decoder.model)})
     except OSError as error:
         raise GenerationError(
             f"cannot write the state file {path}: {error.strerror}; name a path that you may write to"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_state(path: Path, model: LanguageModel, kind: type[Decoder] = Decoder) -> Decoder:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +24,11 @@ from hope_megatron.layers.parameters import constant, declare, normal, rows
 from hope_megatron.ops.memory import (
     Bank,
     MemoryParams,
-    MemoryRule,
     MemoryState,
     RateLogits,
     initial_state,
     memory_chunked,
-    memory_documents,
+    memory_packed,
 )
 from hope_megatron.ops.short_conv import short_conv
 
@@ -41,39 +40,13 @@ class MemoryMixerState(NamedTuple):
     memory: MemoryState
 
 
-def memory_rule(config: MemoryConfig) -> MemoryRule:
-    """The operator's rule from the configuration."""
-    return MemoryRule(
-        chunk_tokens=config.chunk_tokens,
-        self_chunk_tokens=config.self_chunk if config.adaptive else config.chunk_tokens,
-        objective=config.objective,
-        written_layers=config.written_layers,
-        dgd_layers=config.dgd_layers,
-        decay_erased=config.decay_erased,
-        decay_to=config.decay_to,
-        own_targets=config.own_targets,
-        dot_target=config.dot_target,
-        adaptive_key=config.adaptive_key,
-        adaptive_value=config.adaptive_value,
-        adaptive_eta=config.adaptive_eta,
-        adaptive_alpha=config.adaptive_alpha,
-        normalize_values=config.normalize_values,
-        normalize_targets=config.normalize_targets,
-        normalize_steps=config.normalize_steps,
-        read=config.read,
-        read_skip=config.read_skip,
-        eta_max=config.eta_max,
-        theta_max=config.momentum_max,
-    )
-
-
 class MemoryMixer(MegatronModule):
     """x [T, B, D] (or its sequence shard) -> y of the same shape, and the state of the streams."""
 
     def __init__(self, config: TransformerConfig, model: ModelConfig, layer_number: int):
         super().__init__(config)
         memory = model.memory
-        self.memory_config, self.rule = memory, memory_rule(memory)
+        self.memory_config, self.rule, self.compute = memory, memory.rule, memory.compute
         self.head_dim, self.layer_number = model.head_dim, layer_number
         self.recompute_memory = False
         self.observer: Callable[..., None] | None = None  # sees what the memories are given, for measurements
@@ -143,12 +116,13 @@ class MemoryMixer(MegatronModule):
         q, k, v = qkv.view(B, T, 3, self.num_heads, self.head_dim).unbind(2)
         inputs = (q, k, v, self._rate_logits(x), self.memories(), self.rule)
         before = state.memory if state else None
+        how: dict[str, Any] = dict(compute=self.compute, recompute=self.recompute_memory)
         if self.observer is not None:
             self.observer(*inputs, before)
         if documents is not None:
-            y, end = memory_documents(*inputs, documents, recompute=self.recompute_memory), None
+            y, end = memory_packed(*inputs, documents, **how), None
         else:
-            y, memory = memory_chunked(*inputs, before, recompute=self.recompute_memory)
+            y, memory = memory_chunked(*inputs, before, **how)
             end = MemoryMixerState(tail, memory)
         y = self.head_norm(y).transpose(0, 1).reshape(T, B, -1)
         if self.gate is not None:

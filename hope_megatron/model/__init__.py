@@ -1,7 +1,7 @@
 """The language model: embedding, layers, head, loss, and its streaming state."""
 
 from hope_megatron.model.build import build_model
-from hope_megatron.model.language_model import LanguageModel, ModelOutput
+from hope_megatron.model.language_model import IGNORE, LanguageModel, ModelOutput
 from hope_megatron.model.state import ModelState
 
-__all__ = ["LanguageModel", "ModelOutput", "ModelState", "build_model"]
+__all__ = ["IGNORE", "LanguageModel", "ModelOutput", "ModelState", "build_model"]

@@ -9,10 +9,10 @@ weights (first order) and flows through the memories' states from segment to seg
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hope_megatron.config.model import ModelConfig
 from hope_megatron.layers.continuum_mlp import FastLevels, FastWeights
@@ -25,11 +25,23 @@ from hope_megatron.layers.inner_update import (
 )
 from hope_megatron.model.state import InnerState, ModelState
 
-if TYPE_CHECKING:
-    from hope_megatron.model.language_model import LanguageModel
-
 FastModel = tuple[FastLevels, ...]
 """Fast weights by layer and level."""
+
+
+class LearningModel(Protocol):
+    """What learning in context needs of a model; `LanguageModel` is one."""
+
+    model_config: ModelConfig
+    layers: nn.ModuleList
+
+    def read(self, tokens: Tensor, states: tuple[Any, ...] | None, fast: FastModel | None) -> tuple[Tensor, Any]:
+        """Logits of tokens [B, T], and the mixers' states after them."""
+        ...
+
+    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Losses [B, T] of logits, which are used up."""
+        ...
 
 
 class InContextError(ValueError):
@@ -38,7 +50,7 @@ class InContextError(ValueError):
     is_user_error = True
 
 
-def initial_inner_state(model: LanguageModel, batch_size: int) -> InnerState:
+def initial_inner_state(model: LearningModel, batch_size: int) -> InnerState:
     """The state of `batch_size` contexts from which nothing has been learnt."""
     clocks = inner_clocks(model.model_config.cms)
     if not any(clocks):
@@ -56,7 +68,7 @@ def initial_inner_state(model: LanguageModel, batch_size: int) -> InnerState:
     return InnerState(tuple(layers), 0)
 
 
-def set_inner_clocks(model: LanguageModel, config: ModelConfig) -> None:
+def set_inner_clocks(model: LearningModel, config: ModelConfig) -> None:
     """Give a built model, of any kind, other clocks: those of `config`, which must be its configuration otherwise.
 
     Its matrices are the levels' starts, so nothing needs retraining. Rates are constants, but for factors it has learnt.
@@ -64,12 +76,12 @@ def set_inner_clocks(model: LanguageModel, config: ModelConfig) -> None:
     model.model_config = config
 
 
-def fast_weights(model: LanguageModel, inner: InnerState | None) -> FastModel | None:
+def fast_weights(model: LearningModel, inner: InnerState | None) -> FastModel | None:
     """The weights that streams have come to; None where nothing was learnt."""
     return None if inner is None else _adapted(model, inner)
 
 
-def _adapted(model: LanguageModel, inner: InnerState) -> FastModel:
+def _adapted(model: LearningModel, inner: InnerState) -> FastModel:
     return tuple(
         tuple(
             adapted_weights(level, state) if state is not None else None
@@ -80,7 +92,7 @@ def _adapted(model: LanguageModel, inner: InnerState) -> FastModel:
 
 
 def read_and_learn(
-    model: LanguageModel,
+    model: LearningModel,
     tokens: Tensor,
     targets: Tensor,
     state: ModelState | None = None,
@@ -160,7 +172,7 @@ def _gradients(losses: Tensor, fast: FastModel, *, keep_graph: bool) -> FastMode
 
 
 def _step(
-    model: LanguageModel, inner: InnerState, fast: FastModel, gradients: FastModel, position: int
+    model: LearningModel, inner: InnerState, fast: FastModel, gradients: FastModel, position: int
 ) -> tuple[InnerState, FastModel]:
     """Give every level its gradient; where a clock ticked, the weights are made anew."""
     clocks = inner_clocks(model.model_config.cms)

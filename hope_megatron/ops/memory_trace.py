@@ -53,12 +53,12 @@ def trace_memory(
     scale = [torch.where(norm > 0, norm, 1.0) for norm in _norms(new.now)]
     q, k, v = (x.to(dtype) for x in (q, k, v))
     rates, surprises, updates, drifts, ends = [], [], [], [], []
-    at, period = 0, min(rule.chunk_tokens, rule.self_chunk_tokens)
+    at, period = 0, min(rule.chunk_tokens, rule.self_chunk)
     while at < T:
         stop = min(T, at + period - state.position % period)
         piece = RateLogits(*(None if r is None else r[:, at:stop].to(dtype) for r in logits))
-        keys, values, eta, alpha = _inner_inputs(k[:, at:stop], v[:, at:stop], piece, rule, _start(state, rule))
-        surprises.append(_surprise(keys, values, rule, _start(state, rule)))
+        keys, values, eta, alpha = _inner_inputs(k[:, at:stop], v[:, at:stop], piece, rule, state.start)
+        surprises.append(_surprise(keys, values, rule, state.start))
         rates.append((eta, alpha))
         _, after = memory_chunked(q[:, at:stop], k[:, at:stop], v[:, at:stop], piece, params, rule, state)
         updates.append(_ratio(after.now, state.now, scale))
@@ -86,16 +86,6 @@ def memory_names(rule: MemoryRule) -> tuple[str, ...]:
         "alpha": rule.adaptive_alpha,
     }
     return ("mem", *(name for name, there in adaptive.items() if there))
-
-
-def _start(state: MemoryState, rule: MemoryRule) -> MemoryParams:
-    """The weights at which the next token's inner gradients are taken: a border of a memory's chunk renews its own."""
-    now, start = state.now, state.start
-    if state.position % rule.chunk_tokens == 0:
-        start = start._replace(mem=now.mem)
-    if state.position % rule.self_chunk_tokens == 0:
-        start = start._replace(vector=now.vector, scalar=now.scalar)
-    return start
 
 
 def _inner_inputs(k: Tensor, v: Tensor, logits: RateLogits, rule: MemoryRule, start: MemoryParams):

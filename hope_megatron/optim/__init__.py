@@ -10,7 +10,6 @@ from hope_megatron.optim.groups import build_param_groups
 from hope_megatron.optim.m3 import M3
 from hope_megatron.optim.muon import AdaMuon, Muon
 from hope_megatron.optim.schedule import apply_lr, lr_at
-from hope_megatron.optim.state import export_layout, export_state, import_state, iter_state, layout_tags
 from hope_megatron.optim.tags import ParamTags, read_tags
 
 __all__ = [
@@ -28,11 +27,6 @@ __all__ = [
     "apply_lr",
     "build_optimizer",
     "build_param_groups",
-    "export_layout",
-    "export_state",
-    "import_state",
-    "iter_state",
-    "layout_tags",
     "lr_at",
     "merge_shards",
     "read_tags",

@@ -2,54 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hope_megatron.optim.bound import BoundVector
 from hope_megatron.optim.errors import OptimError, UnboundShardError
 from hope_megatron.optim.exchange import Communicator, MatrixExchange, NewtonSchulz
 from hope_megatron.optim.plan import ParamLayout, assign_phases, param_flops
+from hope_megatron.optim.statistics import last_step_stats, relative_updates
 from hope_megatron.optim.tags import read_tags
+from hope_megatron.optim.update import UpdateContext, adam_update
 from hope_megatron.optim.zero import FlatVector, Run, check_wrapper, flat_vectors, shard_shape
-
-# The size of AdamW's typical update. Orthogonal updates are scaled to it, so that one learning rate serves matrices and
-# vectors (Moonlight, arXiv 2502.16982, section 2.2).
-UPDATE_RMS = 0.2
-
-
-@dataclass
-class BoundVector:
-    """A tensor the optimizer steps (ZeRO's flat vector, or a plain parameter seen flat) and what it knows about it."""
-
-    tensor: Tensor
-    group_name: str
-    params: list[ParamLayout]
-    dp_group: Any
-    dp_rank: int
-    exchange: MatrixExchange | None
-    """None where nothing is orthogonalised."""
-    update_norm: Tensor | None = None
-    """Frobenius norm of this rank's part of the last update, before the learning rate."""
-    changes: dict[str, Tensor] = field(default_factory=dict)
-    """By parameter: sums of squares of the last measured update and of the weights, of this rank's part."""
-    numel: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.numel = sum(run.numel for param in self.params for run in param.runs if run.dp_rank == self.dp_rank)
-
-    def measure(self, update: Tensor, lr: float) -> None:
-        """Note how much an update changes each parameter."""
-        flat = self.tensor.view(-1)
-        for param in self.params:
-            runs = [slice(r.flat_start, r.flat_start + r.numel) for r in param.runs if r.dp_rank == self.dp_rank]
-            squares = [torch.stack([(lr * update[run]).square().sum(), flat[run].square().sum()]) for run in runs]
-            self.changes[param.name] = torch.stack(squares).sum(0) if squares else flat.new_zeros(2)
 
 
 class BoundOptimizer(torch.optim.Optimizer):
@@ -253,10 +221,8 @@ class BoundOptimizer(torch.optim.Optimizer):
         if group["weight_decay"]:
             flat.mul_(1.0 - group["lr"] * group["weight_decay"])
         num_updates = state["step"] // group["update_period_steps"]
-        if group["role"] == "matrix":
-            update = self.matrix_update(grad, state, group, num_updates, bound.exchange)
-        else:
-            update = self.vector_update(grad, state, group, num_updates)
+        context = UpdateContext(grad, state, group, num_updates, bound.exchange)
+        update = self.matrix_update(context) if group["role"] == "matrix" else self.vector_update(context)
         flat.add_(update, alpha=-group["lr"])
         bound.update_norm = torch.linalg.vector_norm(update)
         if self.measure_updates:
@@ -285,92 +251,24 @@ class BoundOptimizer(torch.optim.Optimizer):
         return average
 
     @abstractmethod
-    def matrix_update(
-        self,
-        grad: Tensor,
-        state: dict[str, Any],
-        group: dict[str, Any],
-        num_updates: int,
-        exchange: MatrixExchange | None,
-    ) -> Tensor:
-        """The update of a vector of matrices before learning rate and sign; `num_updates` counts from 1."""
+    def matrix_update(self, context: UpdateContext) -> Tensor:
+        """The update of a vector of matrices, before learning rate and sign."""
 
-    def vector_update(self, grad: Tensor, state: dict[str, Any], group: dict[str, Any], num_updates: int) -> Tensor:
-        return adam_update(grad, state, group, num_updates)
+    def vector_update(self, context: UpdateContext) -> Tensor:
+        """The same for a vector of everything else."""
+        return adam_update(context)
 
     # -- statistics ----------------------------------------------------------------------------------------------------
 
     def last_step_stats(self, *, reduce: bool = False) -> dict[str, float]:
-        """What the last step did. Synchronises with the device: call it on logging steps.
-
-        optim/newton_schulz_calls        matrices orthogonalised by this rank in the last step
-        optim/newton_schulz_calls_total  ... since the optimizer was built
-        optim/exchange_bytes             bytes of matrices this rank sent to others in the last step
-        optim/orthogonality_residual     ||O O^T - I||_F / sqrt(rank) of one matrix, another in every step
-        optim/update_rms/<group>         root mean square of this rank's part of the update, before the learning rate
-
-        With `reduce` (all ranks of the default group together) calls and bytes are summed, the residual is the largest,
-        and the RMS is over all ranks.
-        """
-        sums: dict[str, float] = {}
-        residual = -1.0
-        for bound in self._bound.values():
-            if bound.update_norm is not None:
-                for key, value in (("square", float(bound.update_norm) ** 2), ("numel", float(bound.numel))):
-                    name = f"{key}/{bound.group_name}"
-                    sums[name] = sums.get(name, 0.0) + value
-        exchanges = [bound.exchange for bound in self._bound.values() if bound.exchange is not None]
-        if exchanges:
-            sums["newton_schulz_calls"] = float(sum(e.last_calls for e in exchanges))
-            sums["newton_schulz_calls_total"] = float(sum(e.calls for e in exchanges))
-            sums["exchange_bytes"] = float(sum(e.sent_bytes for e in exchanges))
-            residual = max((float(e.residual) for e in exchanges if e.residual is not None), default=-1.0)
-        if reduce and dist.is_initialized():
-            sums, residual = _reduce_stats(sums, residual)
-        stats = {f"optim/{key}": value for key, value in sums.items() if "/" not in key}
-        if residual >= 0:
-            stats["optim/orthogonality_residual"] = residual
-        for key in [k for k in sums if k.startswith("square/")]:
-            group_name = key.removeprefix("square/")
-            stats[f"optim/update_rms/{group_name}"] = math.sqrt(sums[key] / max(sums[f"numel/{group_name}"], 1.0))
-        return stats
+        """See `statistics.last_step_stats`."""
+        return last_step_stats(list(self._bound.values()), reduce=reduce)
 
     def relative_updates(self, label: Callable[[str], str | None]) -> dict[str, float]:
-        """|lr update| / |weights| of the parameters that the last step changed, if it was to `measure_updates`. Collective.
-
-        label: from a parameter's name to the name of a figure, which parameters may share, or None to leave it out.
-        """
-        found: dict[str, Tensor] = {}
-        for bound in self._bound.values():
-            for param in bound.params:
-                name = label(param.name)
-                if name is not None and param.name in bound.changes:
-                    found[name] = found.get(name, 0.0) + bound.changes[param.name].double()
-        if found and dist.is_initialized():
-            joined = torch.stack(list(found.values()))
-            dist.all_reduce(joined)
-            found = dict(zip(found, joined))
-        ratios = {name: (squares[0] / squares[1].clamp(min=1e-300)).sqrt() for name, squares in found.items()}
-        return {name: float(ratio) for name, ratio in sorted(ratios.items())}
+        """See `statistics.relative_updates`; of the last step, if it was to `measure_updates`."""
+        return relative_updates(list(self._bound.values()), label)
 
 
 def _some_of(names: list[str], most: int = 3) -> str:
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _reduce_stats(sums: dict[str, float], residual: float) -> tuple[dict[str, float], float]:
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
-    values = torch.tensor(list(sums.values()), dtype=torch.float64, device=device)
-    largest = torch.tensor(residual, dtype=torch.float64, device=device)
-    dist.all_reduce(values)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return dict(zip(sums, values.tolist())), float(largest)
-
-
-def adam_update(grad: Tensor, state: dict[str, Any], group: dict[str, Any], num_updates: int) -> Tensor:
-    """Adam's update with bias correction (weight decay is applied apart, as in AdamW)."""
-    beta1, beta2 = group["betas"]
-    m1, v = state["m1"].lerp_(grad, 1 - beta1), state["v"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = (v / (1 - beta2**num_updates)).sqrt_().add_(group["eps"])
-    return (m1 / (1 - beta1**num_updates)).div_(denominator)

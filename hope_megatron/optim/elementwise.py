@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hope_megatron.optim.base import BoundOptimizer, adam_update
-from hope_megatron.optim.exchange import MatrixExchange
-from hope_megatron.optim.muon import averaged_momentum
+from hope_megatron.optim.base import BoundOptimizer
+from hope_megatron.optim.update import UpdateContext, adam_update, averaged_momentum
 
 
 class AdamW(BoundOptimizer):
@@ -16,15 +15,8 @@ class AdamW(BoundOptimizer):
 
     matrix_state = ("m1", "v")
 
-    def matrix_update(
-        self,
-        grad: Tensor,
-        state: dict[str, Any],
-        group: dict[str, Any],
-        num_updates: int,
-        exchange: MatrixExchange | None,
-    ) -> Tensor:
-        return adam_update(grad, state, group, num_updates)
+    def matrix_update(self, context: UpdateContext) -> Tensor:
+        return adam_update(context)
 
 
 class SGD(BoundOptimizer):
@@ -36,15 +28,8 @@ class SGD(BoundOptimizer):
     def __init__(self, param_groups: list[dict[str, Any]], *, momentum: float = 0.95, nesterov: bool = False) -> None:
         super().__init__(param_groups, momentum=momentum, nesterov=nesterov)
 
-    def matrix_update(
-        self,
-        grad: Tensor,
-        state: dict[str, Any],
-        group: dict[str, Any],
-        num_updates: int,
-        exchange: MatrixExchange | None,
-    ) -> Tensor:
-        return averaged_momentum(grad, state, group)
+    def matrix_update(self, context: UpdateContext) -> Tensor:
+        return averaged_momentum(context)
 
-    def vector_update(self, grad: Tensor, state: dict[str, Any], group: dict[str, Any], num_updates: int) -> Tensor:
-        return averaged_momentum(grad, state, group)
+    def vector_update(self, context: UpdateContext) -> Tensor:
+        return averaged_momentum(context)

@@ -7,13 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hope_megatron.optim.base import UPDATE_RMS, BoundOptimizer
+from hope_megatron.optim.base import BoundOptimizer
 from hope_megatron.optim.errors import OptimError
-from hope_megatron.optim.exchange import Job, MatrixExchange, NewtonSchulz
-
-# Below any second moment in use: keeps 0 / 0 from becoming NaN in a matrix that never had a gradient and in ZeRO's
-# padding.
-_TINY = 1e-30
+from hope_megatron.optim.exchange import Job, NewtonSchulz
+from hope_megatron.optim.update import TINY, UPDATE_RMS, UpdateContext
 
 
 class M3(BoundOptimizer):
@@ -74,17 +71,10 @@ class M3(BoundOptimizer):
     def slow_period(self, group: dict[str, Any]) -> int:
         return group["slow_period_steps"] if self.stagger else 1
 
-    def matrix_update(
-        self,
-        grad: Tensor,
-        state: dict[str, Any],
-        group: dict[str, Any],
-        num_updates: int,
-        exchange: MatrixExchange | None,
-    ) -> Tensor:
-        assert exchange is not None
-        self._add_gradient(grad, state, group, num_updates, exchange)
-        fast = Job(state["m1"], out=torch.zeros_like(grad))
+    def matrix_update(self, context: UpdateContext) -> Tensor:
+        state, group, exchange, num_updates = context.state, context.group, context.matrices, context.num_updates
+        self._add_gradient(context)
+        fast = Job(state["m1"], out=torch.zeros_like(context.grad))
         update = state["o2"] * group["slow_weight"]  # that of the last period: the tick below is for the next update
         ending = self._phase_that_ends(num_updates, group)
         exchange.orthogonalize(
@@ -96,13 +86,12 @@ class M3(BoundOptimizer):
             update.div_(denominator.add_(group["eps"]))
         else:
             floor = exchange.means(state["v"]).sqrt_().mul_(group["denominator_floor"])
-            update.div_(exchange.add_(denominator, floor).clamp_min_(_TINY))
-            exchange.scale_(update, UPDATE_RMS / exchange.root_mean_squares(update).clamp_min_(_TINY))
+            update.div_(exchange.add_(denominator, floor).clamp_min_(TINY))
+            exchange.scale_(update, UPDATE_RMS / exchange.root_mean_squares(update).clamp_min_(TINY))
         return update
 
-    def _add_gradient(
-        self, grad: Tensor, state: dict[str, Any], group: dict[str, Any], num_updates: int, exchange: MatrixExchange
-    ) -> None:
+    def _add_gradient(self, context: UpdateContext) -> None:
+        grad, state, group = context.grad, context.state, context.group
         (beta1, beta2), beta3 = group["betas"], group["slow_beta"]
         # M2 needs no buffer for the running sum: adding beta3 g at every update is the same, and the moving average
         # decays at the first update of a period.
@@ -113,9 +102,9 @@ class M3(BoundOptimizer):
             return
         state["m1"].lerp_(grad, 1 - beta1)
         state["v"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        phase = self._phase_that_ends(num_updates - 1, group)
+        phase = self._phase_that_ends(context.num_updates - 1, group)
         if phase is not None:
-            exchange.scale_phase_(state["m2"], beta3, phase)
+            context.matrices.scale_phase_(state["m2"], beta3, phase)
         state["m2"].add_(grad, alpha=(1 - beta3) / group["slow_period_steps"])
 
     def _phase_that_ends(self, num_updates: int, group: dict[str, Any]) -> int | None:

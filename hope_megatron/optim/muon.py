@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hope_megatron.optim.base import UPDATE_RMS, BoundOptimizer
-from hope_megatron.optim.exchange import Job, MatrixExchange, NewtonSchulz
-
-_TINY = 1e-30
+from hope_megatron.optim.base import BoundOptimizer
+from hope_megatron.optim.exchange import Job, NewtonSchulz
+from hope_megatron.optim.update import TINY, UPDATE_RMS, UpdateContext, averaged_momentum
 
 
 class Muon(BoundOptimizer):
@@ -32,17 +31,10 @@ class Muon(BoundOptimizer):
     ) -> None:
         super().__init__(param_groups, betas=betas, eps=eps, ns=ns, momentum=momentum, nesterov=nesterov)
 
-    def matrix_update(
-        self,
-        grad: Tensor,
-        state: dict[str, Any],
-        group: dict[str, Any],
-        num_updates: int,
-        exchange: MatrixExchange | None,
-    ) -> Tensor:
-        assert exchange is not None
-        update = torch.zeros_like(grad)
-        exchange.orthogonalize(num_updates, Job(averaged_momentum(grad, state, group), update))
+    def matrix_update(self, context: UpdateContext) -> Tensor:
+        exchange = context.matrices
+        update = torch.zeros_like(context.grad)
+        exchange.orthogonalize(context.num_updates, Job(averaged_momentum(context), update))
         return exchange.scale_(update, UPDATE_RMS * exchange.shapes(update.device).amax(1).sqrt())
 
 
@@ -52,26 +44,11 @@ class AdaMuon(Muon):
 
     matrix_state: tuple[str, ...] = ("m1", "v")
 
-    def matrix_update(
-        self,
-        grad: Tensor,
-        state: dict[str, Any],
-        group: dict[str, Any],
-        num_updates: int,
-        exchange: MatrixExchange | None,
-    ) -> Tensor:
-        assert exchange is not None
-        update = torch.zeros_like(grad)
-        exchange.orthogonalize(num_updates, Job(averaged_momentum(grad, state, group).sign(), update))
-        beta2 = group["betas"][1]
-        v = state["v"].mul_(beta2).addcmul_(update, update, value=1 - beta2)
-        update.div_(v.sqrt().add_(group["eps"]))
-        return exchange.scale_(update, UPDATE_RMS / exchange.root_mean_squares(update).clamp_min_(_TINY))
-
-
-def averaged_momentum(grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    """Moving average of gradients, with one step of look-ahead if `nesterov`. Never an alias of the state's tensor in
-    that case."""
-    beta = group["momentum"]
-    m1 = state["m1"].lerp_(grad, 1 - beta)
-    return grad.lerp(m1, beta) if group["nesterov"] else m1
+    def matrix_update(self, context: UpdateContext) -> Tensor:
+        exchange = context.matrices
+        update = torch.zeros_like(context.grad)
+        exchange.orthogonalize(context.num_updates, Job(averaged_momentum(context).sign(), update))
+        beta2 = context.group["betas"][1]
+        v = context.state["v"].mul_(beta2).addcmul_(update, update, value=1 - beta2)
+        update.div_(v.sqrt().add_(context.group["eps"]))
+        return exchange.scale_(update, UPDATE_RMS / exchange.root_mean_squares(update).clamp_min_(TINY))

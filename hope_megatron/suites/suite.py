@@ -10,9 +10,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from hope_megatron.eval.report import write_json
+from hope_megatron.runtime.files import write_json
+from hope_megatron.runtime.formatting import duration_text
 from hope_megatron.suites.errors import SuiteError
-from hope_megatron.training.progress import format_duration
 
 Scores = dict[str, float]
 
@@ -178,7 +178,7 @@ def run_suite(
         results.seconds[cell] = round(time.monotonic() - started, 1)
         results.save()
         shown = ", ".join(f"{name}: {value:.3g}" for name, value in results.scores[cell].items())
-        took, left = format_duration(results.seconds[cell]), format_duration(_seconds_left(results, cells))
+        took, left = duration_text(results.seconds[cell]), duration_text(_seconds_left(results, cells))
         tell(f"[{number}/{len(cells)}] {cell.task}, {cell.subject}, seed {cell.seed}: {shown} ({took}, {left} left)")
     return results
 

@@ -8,7 +8,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-IGNORE = -100  # target of positions that are not asked
+from hope_megatron.model import IGNORE
+
 PAD = 0  # token behind the end of a shorter sequence
 
 

@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from hope_megatron.runtime.files import replacing
 from hope_megatron.sweep.analysis import FamilyAnalysis, columns
 from hope_megatron.sweep.laws import Array, LossLaw
 
@@ -243,7 +244,6 @@ def _save(figure: Figure, out: Path) -> bool:
         for axis in (axes.xaxis, axes.yaxis):
             if axis.get_scale() == "log":
                 _number_ticks(axis)
-    temporary = out.with_name(f".{out.name}.tmp")
-    figure.savefig(temporary, dpi=130, format="png")
-    temporary.replace(out)
+    with replacing(out) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
     return True

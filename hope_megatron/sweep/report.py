@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hope_megatron.config.load import dump_config
+from hope_megatron.runtime.files import write_json, write_text
 from hope_megatron.sweep import plots
 from hope_megatron.sweep.analysis import SINGLE_EPOCH, FamilyAnalysis
 from hope_megatron.sweep.bootstrap import Estimate
@@ -17,7 +17,6 @@ from hope_megatron.sweep.collect import Observation, write_csv
 from hope_megatron.sweep.document import Block, Bullets, Code, Heading, Picture, Table, Text, to_html, to_markdown
 from hope_megatron.sweep.hyper import grid_steps_moved
 from hope_megatron.sweep.recommend import Recommendation
-from launch.submission import write_atomically
 
 FAR_EXTRAPOLATION = 30.0
 """Beyond this many times the largest run a law is a guess."""
@@ -52,9 +51,9 @@ def write_report(
     write_csv(observations, folder / "cells.csv")
     coefficients = [row for family in families for row in coefficient_rows(family)]
     _write_rows(folder / "coefficients.csv", ("family", "law", "coefficient", "value", "low", "high"), coefficients)
-    write_atomically(folder / "fit.json", json.dumps(summary(families, flops), indent=1) + "\n")
+    write_json(folder / "fit.json", summary(families, flops))
     for one in recommendations:
-        write_atomically(folder / f"{one.config.name}.yaml", dump_config(one.config))
+        write_text(folder / f"{one.config.name}.yaml", dump_config(one.config))
     blocks = [
         *_recommendation(recommendations, flops, folder),
         *_families(families, flops, pictures),
@@ -64,8 +63,8 @@ def write_report(
         *_runs(families, pictures, missing),
     ]
     name = f"Scaling laws: {title}"
-    write_atomically(folder / "report.md", to_markdown(name, blocks, folder))
-    write_atomically(folder / "report.html", to_html(name, blocks))
+    write_text(folder / "report.md", to_markdown(name, blocks, folder))
+    write_text(folder / "report.html", to_html(name, blocks))
     return folder / "report.html"
 
 

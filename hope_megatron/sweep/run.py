@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import FrameType
 
+from hope_megatron.runtime.process import process_environment
 from hope_megatron.sweep.errors import SweepError
 from hope_megatron.sweep.plan import Cell, Plan
 from hope_megatron.sweep.store import State, SweepDirectory
 from launch.attempts import is_finished
-from launch.environment import process_environment
 
 _POLL_S = 0.2
 _USER_ERROR = 2

@@ -19,10 +19,11 @@ from enum import Enum
 from pathlib import Path
 
 from hope_megatron.config.load import dump_config, read_mapping
+from hope_megatron.runtime.files import write_json, write_text
 from hope_megatron.sweep.errors import SweepError
 from hope_megatron.sweep.plan import Cell, Plan
 from launch.attempts import History, is_finished
-from launch.submission import LaunchDirectory, write_atomically
+from launch.submission import LaunchDirectory
 
 
 class State(str, Enum):
@@ -76,7 +77,7 @@ class SweepDirectory:
             self.cells.mkdir(parents=True, exist_ok=True)
             for cell in plan.cells:
                 self._write_run_file(cell)
-            write_atomically(self.path / "sweep.yaml", dump_config(plan.sweep))
+            write_text(self.path / "sweep.yaml", dump_config(plan.sweep))
         except OSError as error:
             raise SweepError(
                 f"cannot write the sweep directory {self.path}: {error.strerror}; choose another output_dir"
@@ -95,7 +96,7 @@ class SweepDirectory:
                     f"the cell {cell.name} has started with another configuration (its {', '.join(changed)} differ); "
                     f"give the changed sweep another name, or remove {self.path}"
                 )
-        write_atomically(path, text)
+        write_text(path, text)
 
     def attempts(self, cell: Cell) -> Attempts:
         """What is recorded of a cell."""
@@ -108,7 +109,7 @@ class SweepDirectory:
 
     def record(self, cell: Cell, attempts: Attempts) -> None:
         """Record how a cell's attempts went."""
-        write_atomically(self.cells / f"{cell.name}.json", json.dumps(asdict(attempts)) + "\n")
+        write_json(self.cells / f"{cell.name}.json", asdict(attempts))
 
     def state(self, cell: Cell) -> State:
         """Where a cell stands, from what is on disk: its summary, its lock, its record, and the history of its Slurm job."""

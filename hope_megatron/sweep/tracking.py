@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hope_megatron.runtime.files import write_json
 from hope_megatron.sweep.analysis import FamilyAnalysis
 from hope_megatron.sweep.plan import Plan
 from hope_megatron.sweep.report import coefficient_rows
 from hope_megatron.sweep.store import SweepDirectory
 from hope_megatron.training.mlflow_client import default_uri, open_experiment
-from launch.submission import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def open_parent(plan: Plan, directory: SweepDirectory) -> None:
         tags = {**config.tracking.tags, "hope_megatron.sweep": plan.sweep.name}
         run = client.create_run(experiment_id, run_name=plan.sweep.name, tags=tags)
         state = {"uri": uri, "experiment": config.tracking.experiment, "run_id": run.info.run_id, "linked": []}
-        write_atomically(directory.path / "tracking.json", json.dumps(state) + "\n")
+        write_json(directory.path / "tracking.json", state)
     except Exception as error:  # any of a server's ways to fail
         log.warning(
             "MLflow at %s does not answer (%s); the sweep goes on without a parent run", uri, type(error).__name__
@@ -59,7 +59,7 @@ def link_children(plan: Plan, directory: SweepDirectory) -> int:
             state["linked"].append(cell.name)
     except Exception as error:  # any of a server's ways to fail
         log.warning("MLflow does not answer (%s); the next call links what is missing", type(error).__name__)
-    write_atomically(directory.path / "tracking.json", json.dumps(state) + "\n")
+    write_json(directory.path / "tracking.json", state)
     return len(new)
 
 

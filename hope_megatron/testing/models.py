@@ -17,7 +17,7 @@ def tiny_model(*, memory: MemoryConfig | None = None, **changes) -> ModelConfig:
         num_layers=2,
         hidden_size=32,
         num_heads=4,
-        memory=memory or MemoryConfig(chunk_tokens=8),
+        memory=memory or MemoryConfig(chunk_tokens=8),  # type: ignore[call-arg]
         attention=AttentionConfig(num_kv_heads=2),
         cms=CMSConfig(levels=(CMSLevelConfig(hidden_size=24), CMSLevelConfig(hidden_size=16, update_period_steps=4))),
     )

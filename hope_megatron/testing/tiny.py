@@ -51,7 +51,7 @@ def tiny_run_config(
             num_layers=2,
             hidden_size=hidden_size,
             num_heads=2,
-            memory=MemoryConfig(chunk_tokens=8),
+            memory=MemoryConfig(chunk_tokens=8),  # type: ignore[call-arg]
             mup=MupConfig(base_width=mup_base_width) if mup_base_width else None,
             cms=cms
             or CMSConfig(

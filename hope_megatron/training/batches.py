@@ -15,9 +15,7 @@ from torch import Tensor
 
 from hope_megatron.config.run import RunConfig
 from hope_megatron.engine.distributed import Mesh
-
-IGNORE = -100
-"""Target id that carries no loss."""
+from hope_megatron.model import IGNORE
 
 
 class SampleSource(Protocol):

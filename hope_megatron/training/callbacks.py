@@ -10,21 +10,21 @@ from typing import Any
 
 import torch
 
+from hope_megatron.checkpoint.format import PROBE_NAME
 from hope_megatron.eval.memory_health import cms_figure, measure_memories
+from hope_megatron.runtime.files import write_json
+from hope_megatron.runtime.process import start_up_text
 from hope_megatron.training.batches import heldout_batches, micro_batches, rank_samples
 from hope_megatron.training.loop import Callback, Run
 from hope_megatron.training.metrics import MetricsFile, read_metrics
 from hope_megatron.training.plots import plot_curves
 from hope_megatron.training.progress import Progress
-from hope_megatron.training.run_directory import RunDirectory, write_atomically
+from hope_megatron.training.run_directory import RunDirectory
 from hope_megatron.training.signals import signal_name
 from hope_megatron.training.step import StepResult, evaluate
 from hope_megatron.training.tracking import Tracker
-from launch.environment import start_up_text
 
 log = logging.getLogger(__name__)
-
-PROBE_FILE = "probe.safetensors"
 
 
 def default_callbacks(progress: Progress, tracker: Tracker | None) -> list[Callback]:
@@ -55,7 +55,7 @@ class FirstStep(Callback):
         if run.engine.mesh.rank == 0:
             phases = run.phases.start_up()
             log.info("started in %s", start_up_text(phases))
-            write_atomically(run.directory.start_up, json.dumps({"step": run.state.step, "phases_s": phases}) + "\n")
+            write_json(run.directory.start_up, {"step": run.state.step, "phases_s": phases})
 
     def finish(self, run: Run) -> None:
         run.phases.mark("steps")
@@ -208,7 +208,7 @@ class Checkpointing(Callback):
             return None
         tokens, _ = micro_batches(run.heldout_source, range(1), 1, run.engine.mesh.device)[0]
         logits = run.engine.logits(tokens)
-        return {PROBE_FILE: {"tokens": tokens.cpu(), "logits": logits.float().cpu()}}
+        return {PROBE_NAME: {"tokens": tokens.cpu(), "logits": logits.float().cpu()}}
 
 
 class Summary(Callback):
@@ -237,7 +237,7 @@ class Summary(Callback):
             "phases_s": run.phases.rounded(),
             "provenance": run.provenance,
         }
-        write_atomically(run.directory.summary, json.dumps(summary, indent=1) + "\n")
+        write_json(run.directory.summary, summary)
 
 
 def is_summarized(directory: RunDirectory) -> bool:

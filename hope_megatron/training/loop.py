@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from hope_megatron.checkpoint.checkpointer import Checkpointer
 from hope_megatron.config.run import RunConfig
-from hope_megatron.engine.checkpoint import Checkpointer
 from hope_megatron.engine.engine import Engine, NonFiniteError
+from hope_megatron.runtime.reports import report_ready
 from hope_megatron.training.batches import BatchReader, SampleSource
 from hope_megatron.training.phases import PhaseClock
 from hope_megatron.training.run_directory import RunDirectory
 from hope_megatron.training.signals import StopRequest
 from hope_megatron.training.state import TrainingState
 from hope_megatron.training.step import StepResult, train_step
-from launch.environment import report_ready
 
 
 @dataclass

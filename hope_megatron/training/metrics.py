@@ -18,10 +18,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from hope_megatron.runtime.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -46,12 +47,7 @@ class MetricsFile:
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if (record := _parse(line)) is not None and record["step"] <= step]
         if len(kept) < len(lines):
-            temporary = self.path.with_suffix(".tmp")
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.writelines(kept)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
+            write_text(self.path, "".join(kept))
         return len(lines) - len(kept)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from launch.environment import launch_time, process_start_time
+from hope_megatron.runtime.process import launch_time, process_start_time
 
 START_UP = ("launch", "python", "data", "imports", "rendezvous", "model", "checkpoint", "first_step")
 """Phases until training runs: from the allocation (or the launcher's start) to the process, its interpreter and the command,

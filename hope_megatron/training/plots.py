@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hope_megatron.runtime.files import replacing
 from hope_megatron.training.metrics import read_metrics
 
 _TRAIN, _HELDOUT, _RATE, _REFERENCE = "#4C78A8", "#E4572E", "#54A24B", "#8C8C8C"
@@ -61,9 +62,8 @@ def plot_curves(metrics: Path, out: Path, *, title: str, references: Mapping[str
     for axes in (loss_axes, rate_axes):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    temporary = out.with_name(f".{out.name}.tmp")
-    figure.savefig(temporary, dpi=150, format="png")
-    temporary.replace(out)
+    with replacing(out) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
     return True
 
 

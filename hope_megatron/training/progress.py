@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
+from hope_megatron.runtime.formatting import duration_text
+
 _ERASE_LINE = "\r\x1b[K"
 _REFRESH_S = 0.1
 
@@ -65,7 +67,7 @@ class Progress:
         seconds = self._clock.seconds_per_step
         if seconds:
             parts.append(f"{self.tokens_per_step / seconds:,.0f} tokens/s")
-            parts.append(f"{format_duration((self.num_steps - step) * seconds)} left")
+            parts.append(f"{duration_text((self.num_steps - step) * seconds)} left")
         return "  ".join(parts)
 
     def _write(self, text: str) -> None:
@@ -117,15 +119,3 @@ def configure_logging(rank: int, log_file: Path, progress: Progress) -> None:
         to_file = logging.FileHandler(log_file, encoding="utf-8")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root.addHandler(to_file)
-
-
-def format_duration(seconds: float) -> str:
-    """45s, 12m 05s, 3h 20m, 2d 04h."""
-    seconds = int(seconds + 0.5)
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m {seconds % 60:02d}s"
-    if seconds < 86400:
-        return f"{seconds // 3600}h {seconds % 3600 // 60:02d}m"
-    return f"{seconds // 86400}d {seconds % 86400 // 3600:02d}h"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import hope_megatron
+from hope_megatron.ops.memory.backends.registry import chosen_kernels
 
 _PACKAGES = (
     "torch",
@@ -25,7 +26,8 @@ _PACKAGES = (
 
 
 def provenance() -> dict[str, Any]:
-    """Commit of the source tree (None when installed without one), whether it has changes, and versions of what computes."""
+    """Commit of the source tree (None when installed without one), whether it has changes, versions of what computes, and the
+    kernels that the memories run on: a list that grows while they are chosen, at the first step."""
     return {
         **_source(Path(hope_megatron.__file__).resolve().parents[1]),
         "versions": {
@@ -34,6 +36,7 @@ def provenance() -> dict[str, Any]:
             **{name: _version(name) for name in _PACKAGES},
         },
         "platform": platform.platform(),
+        "memory_kernels": chosen_kernels,
     }
 
 

@@ -7,21 +7,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hope_megatron.checkpoint.checkpointer import Checkpointer
+from hope_megatron.checkpoint.format import Checkpoint, list_checkpoints
+from hope_megatron.checkpoint.generators import seed_generators
 from hope_megatron.config import RunConfig, dump_config
 from hope_megatron.engine.build import build_engine
-from hope_megatron.engine.checkpoint import Checkpointer
-from hope_megatron.engine.checkpoint_format import Checkpoint, list_checkpoints
 from hope_megatron.engine.control import ControlGroup
 from hope_megatron.engine.distributed import Mesh, init_distributed
-from hope_megatron.engine.generators import seed_generators
+from hope_megatron.runtime.files import write_text
+from hope_megatron.runtime.formatting import duration_text
 from hope_megatron.training.batches import SampleSource
 from hope_megatron.training.callbacks import default_callbacks, is_summarized
 from hope_megatron.training.loop import Outcome, Run, train
 from hope_megatron.training.metrics import read_metrics
 from hope_megatron.training.phases import PhaseClock
-from hope_megatron.training.progress import Progress, configure_logging, format_duration
+from hope_megatron.training.progress import Progress, configure_logging
 from hope_megatron.training.provenance import provenance
-from hope_megatron.training.run_directory import RunDirectory, RunDirectoryError, write_atomically
+from hope_megatron.training.run_directory import RunDirectory, RunDirectoryError
 from hope_megatron.training.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -93,7 +95,7 @@ def run_training(
                 log.info("%s is complete: all %d steps are done", config.name, run.state.step)
             return run
         if mesh.rank == 0:
-            write_atomically(directory.config, dump_config(config))
+            write_text(directory.config, dump_config(config))
             if config.tracking.mlflow:
                 tracker = Tracker(config, directory, tags={"hope_megatron.commit": str(run.provenance["commit"])})
         _announce(run)
@@ -177,4 +179,4 @@ def _report(run: Run, outcome: Outcome) -> None:
     if outcome is Outcome.STOPPED:
         log.info("stopped after step %d of %d; the same command resumes it", run.state.step, run.config.training.steps)
     else:
-        log.info("done in %s of steps; curves in %s", format_duration(run.state.wall_s), run.directory.curves)
+        log.info("done in %s of steps; curves in %s", duration_text(run.state.wall_s), run.directory.curves)

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from hope_megatron.config.run import RunConfig
+from hope_megatron.runtime.files import write_json
 from hope_megatron.training.metrics import read_metrics_from
 from hope_megatron.training.mlflow_client import connect, default_uri, open_experiment
-from hope_megatron.training.run_directory import RunDirectory, write_atomically
+from hope_megatron.training.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ class _Session:
             self._client.log_batch(self.run_id, params=params[first : first + _BATCH])
 
     def _save(self) -> None:
-        write_atomically(self._directory.tracking, json.dumps(self._known, indent=1) + "\n")
+        write_json(self._directory.tracking, self._known)
 
 
 def log_evaluation(directory: RunDirectory, step: int, metrics: Mapping[str, float]) -> str:

@@ -21,8 +21,8 @@ def describe(config, state):
 
 def local_state(engine):
     """Every tensor this rank owns, as bytes, and every clock."""
-    from hope_megatron.engine.generators import generator_states
-    from hope_megatron.engine.pieces import group_scalars, live_pieces
+    from hope_megatron.checkpoint.generators import generator_states
+    from hope_megatron.checkpoint.shards import group_scalars, live_pieces
 
     found = {
         f"{state}/{piece.parameter}/{piece.offset}": view.contiguous().view(torch.uint8).numpy().tobytes()
@@ -56,7 +56,7 @@ def full_state(engine):
 
 def same_layout(rank, world_size, directory):
     """Undisturbed 7 steps, and 4 steps + a new engine + 3 steps, inside slow periods of M3 (3) and the CMS level (2)."""
-    from hope_megatron.engine.checkpoint import Checkpointer
+    from hope_megatron.checkpoint.checkpointer import Checkpointer
     from hope_megatron.training.state import TrainingState
 
     equal = {}
@@ -91,7 +91,7 @@ def test_resume_is_bitwise_on_the_same_layout(tmp_path):
 
 def other_layouts(rank, world_size, directory):
     """Save under TP2+SP ZeRO-1 and under DP2 ZeRO-3, load each under the other and under two more layouts."""
-    from hope_megatron.engine.checkpoint import Checkpointer
+    from hope_megatron.checkpoint.checkpointer import Checkpointer
     from hope_megatron.training.state import TrainingState
 
     layouts = {
@@ -120,7 +120,7 @@ def other_layouts(rank, world_size, directory):
 
 @pytest.mark.distributed
 def test_checkpoint_loads_at_any_other_layout(tmp_path):
-    from hope_megatron.engine.checkpoint_format import Checkpoint, read_full_tensors
+    from hope_megatron.checkpoint.format import Checkpoint, read_full_tensors
 
     results = run_distributed(other_layouts, 2, str(tmp_path), timeout_s=240)[0]
     assert len(results) == 8
@@ -142,17 +142,17 @@ def mup_config(**layout):
 
 def converted_layouts(rank, world_size, directory):
     """Save under one layout, rewrite for another with one process, load that, and save what was loaded."""
-    from hope_megatron.convert.layout import Layout
-    from hope_megatron.convert.rewrite import reshard
-    from hope_megatron.convert.source import CheckpointSource
-    from hope_megatron.engine.checkpoint import Checkpointer
+    from hope_megatron.checkpoint.checkpointer import Checkpointer
+    from hope_megatron.checkpoint.find import CheckpointSource
+    from hope_megatron.checkpoint.reshard import reshard
+    from hope_megatron.config.layout import ParallelLayout
     from hope_megatron.training.state import TrainingState
 
     layouts = {
-        "tp2": (mup_config(tp=2, sequence_parallel=True, zero_stage=1), Layout(2, 1, 1, True)),
-        "dp2-zero3": (mup_config(zero_stage=3), Layout(1, 2, 3)),
-        "dp2-zero2": (mup_config(zero_stage=2), Layout(1, 2, 2)),
-        "dp2-zero0": (mup_config(zero_stage=0), Layout(1, 2, 0)),
+        "tp2": (mup_config(tp=2, sequence_parallel=True, zero_stage=1), ParallelLayout(2, 1, 1, True)),
+        "dp2-zero3": (mup_config(zero_stage=3), ParallelLayout(1, 2, 3)),
+        "dp2-zero2": (mup_config(zero_stage=2), ParallelLayout(1, 2, 2)),
+        "dp2-zero0": (mup_config(zero_stage=0), ParallelLayout(1, 2, 0)),
     }
     base, results = Path(directory), {}
     for source, targets in {"dp2-zero3": ("tp2", "dp2-zero0"), "tp2": ("dp2-zero3", "dp2-zero2")}.items():
@@ -194,8 +194,8 @@ def test_converted_checkpoint_is_what_the_other_layout_writes_and_trains_on_alik
 
 def faults(rank, world_size, directory):
     """What happens to damaged checkpoints, foreign ones, and saves that fail."""
-    from hope_megatron.engine.checkpoint import Checkpointer, CheckpointSaveError
-    from hope_megatron.engine.checkpoint_format import CheckpointError
+    from hope_megatron.checkpoint.checkpointer import Checkpointer, CheckpointSaveError
+    from hope_megatron.checkpoint.format import CheckpointError
     from hope_megatron.training.state import TrainingState
 
     base, config = Path(directory), tiny_run_config()

@@ -12,41 +12,41 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hope_megatron.checkpoint.errors import ConversionError
+from hope_megatron.checkpoint.find import CheckpointSource, find_checkpoint
+from hope_megatron.checkpoint.format import Checkpoint, read_full_tensors
+from hope_megatron.checkpoint.reshard import write_checkpoint
+from hope_megatron.checkpoint.unsharded import read_whole
+from hope_megatron.config.layout import ParallelLayout
 from hope_megatron.convert.begin_run import begin_run
-from hope_megatron.convert.deepspeed_native import read_native, write_native
-from hope_megatron.convert.deepspeed_zero import zero_shards
-from hope_megatron.convert.errors import ConversionError
-from hope_megatron.convert.layout import Layout
-from hope_megatron.convert.rewrite import write_checkpoint
-from hope_megatron.convert.source import CheckpointSource, find_checkpoint
-from hope_megatron.convert.whole import read_whole
-from hope_megatron.engine.checkpoint_format import Checkpoint, read_full_tensors
+from hope_megatron.convert.deepspeed.native import read_native, write_native
+from hope_megatron.convert.deepspeed.zero import zero_shards
 from hope_megatron.testing.distributed import run_distributed
 from hope_megatron.testing.tiny import tiny_run_config
 from hope_megatron.testing.training import advance, build
 
 # ZeRO 1 and 3 keep different wrappers for float32, bf16 with float32 gradients, and learning rates by width.
-LAYOUTS: dict[str, tuple[Layout, dict[str, Any]]] = {
-    "tp2dp2-zero1": (Layout(2, 2, 1), {}),
-    "tp2dp2-zero1-bf16": (Layout(2, 2, 1), {"precision": "bf16"}),
-    "dp4-zero2-bf16": (Layout(1, 4, 2), {"precision": "bf16"}),
-    "tp2dp2-zero3-mup": (Layout(2, 2, 3), {"mup_base_width": 16}),
+LAYOUTS: dict[str, tuple[ParallelLayout, dict[str, Any]]] = {
+    "tp2dp2-zero1": (ParallelLayout(2, 2, 1), {}),
+    "tp2dp2-zero1-bf16": (ParallelLayout(2, 2, 1), {"precision": "bf16"}),
+    "dp4-zero2-bf16": (ParallelLayout(1, 4, 2), {"precision": "bf16"}),
+    "tp2dp2-zero3-mup": (ParallelLayout(2, 2, 3), {"mup_base_width": 16}),
 }
 LOADS = {  # a checkpoint, and the layout in which DeepSpeed loads it
-    ("tp2dp2-zero1", "tp2dp2-zero3"): Layout(2, 2, 3),
-    ("tp2dp2-zero3-mup", "tp2dp2-zero2-mup"): Layout(2, 2, 2),
-    ("tp2dp2-zero1-bf16", "dp4-zero1-bf16"): Layout(1, 4, 1),
-    ("dp4-zero2-bf16", "dp4-zero3-bf16"): Layout(1, 4, 3),
+    ("tp2dp2-zero1", "tp2dp2-zero3"): ParallelLayout(2, 2, 3),
+    ("tp2dp2-zero3-mup", "tp2dp2-zero2-mup"): ParallelLayout(2, 2, 2),
+    ("tp2dp2-zero1-bf16", "dp4-zero1-bf16"): ParallelLayout(1, 4, 1),
+    ("dp4-zero2-bf16", "dp4-zero3-bf16"): ParallelLayout(1, 4, 3),
 }
 
 
-def run_config(layout: Layout, settings: dict[str, Any], **more: Any):
+def run_config(layout: ParallelLayout, settings: dict[str, Any], **more: Any):
     return tiny_run_config(tp=layout.tensor_parallel, zero_stage=layout.zero_stage, **settings, **more)
 
 
 def is_that_of(engine, checkpoint) -> bool:
     """Whether this rank holds what a checkpoint of ours holds for it: weights, optimizer states and clocks."""
-    from hope_megatron.engine.pieces import group_scalars, live_pieces
+    from hope_megatron.checkpoint.shards import group_scalars, live_pieces
 
     mesh = engine.mesh
     return group_scalars(engine) == checkpoint.description["optimizer"]["groups"] and all(
@@ -64,8 +64,8 @@ def is_that_of(engine, checkpoint) -> bool:
 
 def save_both(rank, world_size, directory):
     """Train two steps in each layout; DeepSpeed saves, and so do we. Then DeepSpeed loads what we make of ours."""
-    from hope_megatron.engine.checkpoint import Checkpointer
-    from hope_megatron.engine.generators import seed_generators
+    from hope_megatron.checkpoint.checkpointer import Checkpointer
+    from hope_megatron.checkpoint.generators import seed_generators
     from hope_megatron.training.state import TrainingState
 
     base, paths, next_steps, found = Path(directory), {}, {}, {}
@@ -145,7 +145,7 @@ BEGINNING = {"progress": {"step": 0}, "data": {}, "provenance": {"commit": None,
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_weights_start_a_run_bit_for_bit(saved, tmp_path: Path, name: str) -> None:
     directory, _ = saved
-    config = run_config(Layout(), LAYOUTS[name][1], output_dir=tmp_path)
+    config = run_config(ParallelLayout(), LAYOUTS[name][1], output_dir=tmp_path)
     begin_run(directory / name / "deepspeed", "deepspeed", config, BEGINNING)
     source = find_checkpoint(str(config.run_dir))
     found, expected = dict(source.tensors()), dict(read_full_tensors(directory / name / "ours/step-00000002"))

@@ -15,7 +15,7 @@ from hope_megatron.testing.training import advance, build
 
 def live_state(engine):
     """Every tensor this rank owns, and every clock."""
-    from hope_megatron.engine.pieces import group_scalars, live_pieces
+    from hope_megatron.checkpoint.shards import group_scalars, live_pieces
 
     pieces = {
         f"{state}/{piece.parameter}/{piece.offset}": view.clone()
@@ -35,14 +35,14 @@ def formats(rank, world_size, directory):
     from megatron.core import dist_checkpointing
     from safetensors.torch import load_file
 
-    from hope_megatron.convert.deepspeed_universal import read_universal, write_universal
-    from hope_megatron.convert.rewrite import write_checkpoint
-    from hope_megatron.convert.source import CheckpointSource
+    from hope_megatron.checkpoint.checkpointer import Checkpointer
+    from hope_megatron.checkpoint.find import CheckpointSource
+    from hope_megatron.checkpoint.format import read_full_tensors
+    from hope_megatron.checkpoint.generators import seed_generators
+    from hope_megatron.checkpoint.reshard import write_checkpoint
+    from hope_megatron.checkpoint.unsharded import compare_whole, read_whole
+    from hope_megatron.convert.deepspeed.universal import read_universal, write_universal
     from hope_megatron.convert.torch_dist import read_torch_dist, torch_dist_weights, write_torch_dist
-    from hope_megatron.convert.whole import compare_whole, read_whole
-    from hope_megatron.engine.checkpoint import Checkpointer
-    from hope_megatron.engine.checkpoint_format import read_full_tensors
-    from hope_megatron.engine.generators import seed_generators
     from hope_megatron.training.state import TrainingState
 
     base, found = Path(directory), {}

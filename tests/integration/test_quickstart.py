@@ -121,10 +121,10 @@ def test_generation_in_batches_and_from_files(hope: Here) -> None:
 
 
 def test_convert_exports_and_inspects(hope: Here) -> None:
-    assert "the training processes" in hope("convert", "runs/quickstart/hope@6", "--to", "hf", "exported")
+    assert "the training processes" in hope("export", "hf", "runs/quickstart/hope@6", "exported")
     original = hope.home / "runs/quickstart/model/model.safetensors"
     assert (hope.home / "exported/model.safetensors").read_bytes() == original.read_bytes()
-    inspected = hope("convert", "inspect", "runs/quickstart/hope")
+    inspected = hope("checkpoint", "inspect", "runs/quickstart/hope")
     assert "all digests right" in inspected and "embedding.weight" in inspected
 
 
@@ -135,8 +135,8 @@ def test_an_export_is_where_another_run_starts(hope: Here) -> None:
         "sequence_parallel: true", "sequence_parallel: false"
     )
     (hope.home / "again.yaml").write_text(run_file.replace("tensor_parallel: 2", "tensor_parallel: 1"))
-    hope("convert", "runs/quickstart/model", "--from", "hf", "--to", "run", "again.yaml")
-    assert "held-out tokens" in hope("convert", "runs/quickstart/again", "--to", "hf", "exported-again")
+    hope("import", "hf", "runs/quickstart/model", "again.yaml")
+    assert "held-out tokens" in hope("export", "hf", "runs/quickstart/again", "exported-again")
     original = (hope.home / "runs/quickstart/model/model.safetensors").read_bytes()
     assert (hope.home / "exported-again/model.safetensors").read_bytes() == original
     command = [sys.executable, "-m", "hope_megatron", "train", "again.yaml", "training.steps=2", "--nproc", "1"]

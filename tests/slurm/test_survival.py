@@ -65,7 +65,7 @@ def test_failed_link_cancels_what_follows(reference: Run, workspace: Workspace) 
             "run": ["data", "prepare", "no/such/file.txt", "--tokenizer", "none.model", "--out", "nowhere"],
         },
         {"name": "train", "config": str(workspace.run_file), "overrides": ["name=never"]},
-        {"name": "convert", "run": ["convert", "nowhere"]},
+        {"name": "convert", "run": ["export", "hf", "nowhere", "out"]},
     ]
     chain = workspace.directory / "broken.yaml"
     chain.write_text(yaml.safe_dump({"name": "broken", "output_dir": str(workspace.directory), "links": links}))

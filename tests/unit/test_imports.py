@@ -27,6 +27,7 @@ def test_contracts_of_pyproject_hold():
         "hope_megatron.config",
         "hope_megatron.config.footprint",
         "hope_megatron.cli.main",
+        "hope_megatron.ops.memory.rule",
         "data_pipeline",
         "launch",
         "launch.local",

@@ -2,22 +2,46 @@
 
 `memory_recurrent` is the token loop that reads like the paper; `memory_chunked` is what trains. They share a signature
 and are equal to rounding. The derivation is in README.md beside this file.
+
+`rule` imports no torch, so that configuration can use it; the names below bring torch when they are first used.
 """
 
-from hope_megatron.ops.memory import native  # noqa: F401
-from hope_megatron.ops.memory.chunk import memory_chunked
-from hope_megatron.ops.memory.documents import memory_documents
-from hope_megatron.ops.memory.recurrent import memory_recurrent
-from hope_megatron.ops.memory.types import Bank, MemoryParams, MemoryRule, MemoryState, RateLogits, initial_state
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hope_megatron.ops.memory.rule import MemoryCompute, MemoryRule, MemoryRuleError
+
+if TYPE_CHECKING:
+    from hope_megatron.ops.memory.operator import memory_chunked
+    from hope_megatron.ops.memory.packed import memory_packed
+    from hope_megatron.ops.memory.recurrent import memory_recurrent
+    from hope_megatron.ops.memory.types import Bank, MemoryParams, MemoryState, RateLogits, initial_state
+
+_HOMES = {
+    "memory_chunked": "operator",
+    "memory_packed": "packed",
+    "memory_recurrent": "recurrent",
+    **dict.fromkeys(("Bank", "MemoryParams", "MemoryState", "RateLogits", "initial_state"), "types"),
+}
 
 __all__ = [
     "Bank",
+    "MemoryCompute",
     "MemoryParams",
     "MemoryRule",
+    "MemoryRuleError",
     "MemoryState",
     "RateLogits",
     "initial_state",
     "memory_chunked",
-    "memory_documents",
+    "memory_packed",
     "memory_recurrent",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

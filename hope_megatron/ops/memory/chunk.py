@@ -1,4 +1,4 @@
-"""The memory operator in chunk form: what trains.
+"""The chunk form of the memory operator: every rule, any length, under autograd.
 
 Inside a chunk all inner gradients are taken at the chunk's first state, so a chunk is a handful of matrix products and one
 triangular system per key set; the loop over chunks is the only sequential part. README.md derives the form; it is exact.
@@ -9,7 +9,6 @@ and ns scalar memories, stacked memory-major in the batch dim of every product: 
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -17,108 +16,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hope_megatron.ops.memory.bounded import bounded_scan, default_segment_tokens
-from hope_megatron.ops.memory.fused import fused_scan, kernel_for, supports
-from hope_megatron.ops.memory.inner import dsilu, normalizes_steps, squared_norm, step_scale, unit
-from hope_megatron.ops.memory.layout import Group, Weights, join_state, split_state
+from hope_megatron.ops.memory.inner import dsilu, squared_norm, step_scale, unit
+from hope_megatron.ops.memory.layout import Group, Weights
+from hope_megatron.ops.memory.rule import MemoryRule
 from hope_megatron.ops.memory.tables import ChunkTables, chunk_tables, delta_inverse, gram
-from hope_megatron.ops.memory.types import MemoryParams, MemoryRule, MemoryState, RateLogits, initial_state
 
 
-def memory_chunked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    logits: RateLogits,
-    params: MemoryParams,
-    rule: MemoryRule,
-    state: MemoryState | None = None,
-    *,
-    recompute: bool = False,
-    segment_tokens: int | None = None,
-) -> tuple[Tensor, MemoryState]:
-    """Read and write the memories of every head along a piece of a stream (eqs. 83-93).
+def chunk_scan(tensors, rule: MemoryRule, groups: tuple[Group, ...], position: int) -> tuple[Tensor, tuple[Group, ...]]:
+    """The loop over periods.
 
     Args:
-        q, k, v: projected and convolved inputs x^q, x^k, x^v, each [B, T, H, d]; any T of at least 1.
-        logits: static parts of the rates, each [B, T, H] or None.
-        params: learned initial memories, [H, n, ...]; used when `state` is None.
-        rule: how the memories learn.
-        state: where an earlier piece of the same streams ended; None starts new streams.
-        recompute: keep only the weights at segment borders for backward, and recompute the rest (bounded.py).
-        segment_tokens: tokens per segment, rounded up to whole periods; None chooses by memory.
+        tensors: q, x_k, x_v [N, T, d] and the logits of eta, alpha, theta [N, T] or None; any T of at least 1.
+        position: of the first token in its stream.
 
     Returns:
-        y [B, T, H, d] in q's dtype, and the state after the last token. Differentiable with respect to everything,
-        through all writes.
-
-    Computes in float32 (float64 if q is float64) whatever the input dtype.
+        y [N, T, d], and the groups after the last token.
     """
-    B, T, H, d = q.shape
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    fresh = initial_state(params, B, momentum=logits.theta is not None, dtype=dtype)
-    state = fresh if state is None else state
-    anchored = logits.alpha is not None and rule.decay_to == "initial"
-    groups = split_state(state, rule, fresh.now if anchored else None)
-    tensors = [q.to(dtype), k.to(dtype), v.to(dtype), *(None if r is None else r.to(dtype) for r in logits)]
-    written_out = supports(rule, groups, tensors)
-    between_borders = state.position % period_tokens(rule) == 0 and T % period_tokens(rule) == 0
-    if written_out and between_borders and (kernel := kernel_for(tensors, groups[0])):
-        y, group = kernel.scan(tensors[:5], rule, groups[0], recompute=recompute, segment_tokens=segment_tokens)
-        return y.to(q.dtype), join_state((group,), B, state.position + T)
-
-    tensors = [None if x is None else x.transpose(1, 2).flatten(0, 1) for x in tensors]
-    scan = _scan
-    if written_out:
-        scan = functools.partial(_fused, recompute=recompute, segment_tokens=segment_tokens)
-    elif recompute and torch.is_grad_enabled():
-        scan = functools.partial(_recomputed, segment_tokens=segment_tokens)
-    y, groups = _between_borders(scan, tensors, rule, groups, state.position)
-    return y.view(B, H, T, d).transpose(1, 2).to(q.dtype), join_state(groups, B, state.position + T)
-
-
-def _scan(tensors, rule: MemoryRule, groups: tuple[Group, ...], position: int) -> tuple[Tensor, tuple[Group, ...]]:
-    """The loop over periods. tensors: q, k, v [N, T, d] and eta, alpha, theta [N, T]. Returns y [N, T, d] and the groups."""
     outputs = []
-    for piece in _pieces(tensors, position, period_tokens(rule)):
+    for piece in _pieces(tensors, position, rule.period):
         y, groups = _period(*piece, rule, groups, position)
         position += y.size(1)
         outputs.append(y)
     return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], groups
-
-
-def _between_borders(scan, tensors, rule: MemoryRule, groups, position: int) -> tuple[Tensor, tuple[Group, ...]]:
-    """`scan` for whole periods, which is all that it can; `_scan` before the first border and after the last one."""
-    period, T = period_tokens(rule), tensors[0].size(1)
-    head = min(T, -position % period)
-    lengths = [head, (T - head) // period * period, (T - head) % period]
-    pieces = zip(*((None, None, None) if x is None else x.split(lengths, 1) for x in tensors))
-    outputs = []
-    for length, piece, way in zip(lengths, pieces, (_scan, scan, _scan)):
-        if length:
-            y, groups = way(piece, rule, groups, position)
-            position += length
-            outputs.append(y)
-    return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], groups
-
-
-def _fused(tensors, rule: MemoryRule, groups, position: int, *, recompute: bool, segment_tokens: int | None):
-    """Whole chunks by fused.py."""
-    y, group = fused_scan(list(tensors[:5]), rule, groups[0], recompute=recompute, segment_tokens=segment_tokens)
-    return y, (group,)
-
-
-def _recomputed(tensors, rule: MemoryRule, groups, position: int, *, segment_tokens: int | None):
-    """`_scan` of whole periods in bounded memory."""
-    period = period_tokens(rule)
-    length = segment_tokens or default_segment_tokens(tensors[0].size(1), period, groups)
-    return bounded_scan(_scan, list(tensors), rule, groups, position, -(-length // period) * period)
-
-
-def period_tokens(rule: MemoryRule) -> int:
-    """The longer of the chunk lengths that there are; the shorter one divides it."""
-    adaptive = rule.adaptive_key or rule.adaptive_value or rule.adaptive_eta or rule.adaptive_alpha
-    return max(rule.chunk_tokens, rule.self_chunk_tokens) if adaptive else rule.chunk_tokens
 
 
 def _pieces(tensors: list[Tensor | None], position: int, chunk: int) -> list[tuple[Tensor | None, ...]]:
@@ -154,8 +73,8 @@ def _period(q, x_k, x_v, eta, alpha, theta, rule: MemoryRule, groups: tuple[Grou
 
     own, main = groups
     generated, at = [], position
-    for piece in _pieces([x_k, x_v, eta, alpha, theta], position, rule.self_chunk_tokens):
-        own = own.at(at, rule.self_chunk_tokens)
+    for piece in _pieces([x_k, x_v, eta, alpha, theta], position, rule.self_chunk):
+        own = own.at(at, rule.self_chunk)
         inputs = _generate(*piece, rule, own)
         own, at = _Write(inputs, rule, own).end(), at + inputs.k.size(1)
         generated.append(inputs)
@@ -185,7 +104,7 @@ def _generate(x_k, x_v, eta, alpha, theta, rule: MemoryRule, group: Group) -> _I
         v=unit(v) if rule.normalize_values else v,
         eta=k.new_full(k.shape[:2], rule.eta_max) if eta is None else rule.eta_max * torch.sigmoid(eta),
         log_alpha=None if alpha is None else F.logsigmoid(alpha),
-        log_theta=None if theta is None else F.logsigmoid(theta) + math.log(rule.theta_max),
+        log_theta=None if theta is None else F.logsigmoid(theta) + math.log(rule.momentum_max),
     )
 
 
@@ -195,7 +114,7 @@ class _Write:
     def __init__(self, inputs: _Inputs, rule: MemoryRule, group: Group):
         self.rule, self.group = rule, group
         self.tables = chunk_tables(inputs.eta, inputs.log_alpha, inputs.log_theta, decay_erased=rule.decay_erased)
-        n, two_layers = group.n, group.start.w_in is not None
+        n, two_layers = group.n, rule.num_layers == 2
         k_n = _repeat(inputs.k, n)  # [N n, C, d]
         phi, z = k_n, None
         if two_layers:
@@ -203,13 +122,11 @@ class _Write:
             phi = F.silu(z)
 
         e_vector, e_scalar = _errors(inputs.k, inputs.v, phi, rule, group)
-        writes_in = two_layers and rule.written_layers == "all"
-        dgd_in = writes_in and rule.dgd_layers != "none"
-        dgd_out = rule.dgd_layers == "all" or (rule.dgd_layers == "input" and not two_layers)
+        dgd_in, dgd_out = rule.writes_input and rule.dgd_layers != "none", rule.output_uses_dgd
         keys = unit(phi) if two_layers and rule.dgd_layers == "all" else phi
         inverse_in, inverse_out = self._inverses(inputs.k, keys if two_layers else None, dgd_in, dgd_out)
-        delta = _hidden_errors(e_vector, e_scalar, z, group) if writes_in else None
-        if normalizes_steps(rule, two_layers=two_layers):
+        delta = _hidden_errors(e_vector, e_scalar, z, group) if rule.writes_input else None
+        if rule.normalizes_steps:
             squared = group.stack(*(None if e is None else squared_norm(e) for e in (e_vector, e_scalar)))
             scale = step_scale(phi, keys, delta, squared)
             e_vector, e_scalar = (None if e is None else s * e for s, e in zip(group.cut(scale), (e_vector, e_scalar)))

@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hope_megatron.ops.memory.types import Bank, MemoryRule
+from hope_megatron.ops.memory.rule import MemoryRule
+from hope_megatron.ops.memory.types import Bank
 
 EPSILON = 1e-6
 
 
 def unit(x: Tensor) -> Tensor:
-    """x / |x| along the last dim, smooth at zero."""
+    """x / sqrt(|x|^2 + epsilon^2) along the last dim: of unit length where |x| is well above epsilon, smooth at zero."""
     return x * torch.rsqrt(squared_norm(x) + EPSILON**2)
 
 
@@ -87,18 +88,3 @@ def step_scale(phi: Tensor, key: Tensor, delta: Tensor | None, error_squared: Te
     if delta is not None:
         slope = slope + squared_norm(delta) / (error_squared + EPSILON**2)
     return slope.clamp(min=1.0).reciprocal()
-
-
-def normalizes_steps(rule: MemoryRule, *, two_layers: bool) -> bool:
-    """One-layer memories meet |k|^2 = 1, and the gradient of "dot" does not depend on what it changes."""
-    return rule.normalize_steps and two_layers and rule.objective == "l2"
-
-
-def writes_input(bank: Bank, rule: MemoryRule) -> bool:
-    """Whether there is an input layer and streams change it."""
-    return bank.w_in is not None and rule.written_layers == "all"
-
-
-def output_uses_dgd(bank: Bank, rule: MemoryRule) -> bool:
-    """A one-layer memory's only layer is its input layer too, so "input" covers it."""
-    return rule.dgd_layers == "all" or (rule.dgd_layers == "input" and bank.w_in is None)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hope_megatron.ops.memory.types import Bank, MemoryParams, MemoryRule, MemoryState
+from hope_megatron.ops.memory.rule import MemoryRule
+from hope_megatron.ops.memory.types import Bank, MemoryParams, MemoryState
 
 
 class Weights(NamedTuple):
@@ -82,13 +83,14 @@ def split_state(state: MemoryState, rule: MemoryRule, anchor: MemoryParams | Non
     scalar = [name for name, there in (("eta", rule.adaptive_eta), ("alpha", rule.adaptive_alpha)) if there]
     if not vector and not scalar:
         return (_group(state, anchor, ["mem"], []),)
-    if rule.chunk_tokens == rule.self_chunk_tokens:
+    if rule.chunk_tokens == rule.self_chunk:
         return (_group(state, anchor, ["mem", *vector], scalar),)
     return (_group(state, anchor, vector, scalar), _group(state, anchor, ["mem"], []))
 
 
-def join_state(groups: tuple[Group, ...], batch_size: int, position: int) -> MemoryState:
-    """The inverse of `split_state`."""
+def join_state(groups: tuple[Group, ...], rule: MemoryRule, batch_size: int, position: int) -> MemoryState:
+    """The inverse of `split_state`. At a border of a memory's chunk, `start` is `now`: the next chunk begins there."""
+    groups = tuple(g.at(position, rule.chunk_tokens if "mem" in g.names else rule.self_chunk) for g in groups)
     start = None if all(g.start is g.now for g in groups) else _params([(g, g.start) for g in groups], batch_size)
     now = _params([(g, g.now) for g in groups], batch_size)
     momentum = None

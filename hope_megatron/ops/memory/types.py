@@ -6,56 +6,11 @@ o outputs of a memory (d for vector memories, 1 for scalar ones).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class MemoryRule:
-    """How memories learn and are read. Static: one rule per layer.
-
-    Symbols and equation numbers are those of "Nested Learning" (arXiv 2512.24695).
-    """
-
-    chunk_tokens: int = 32
-    """C of M_mem: inner gradients are taken at the state that stood at the chunk's start (eqs. 90-93)."""
-    self_chunk_tokens: int = 32
-    """C of the self-memories M_k, M_v, M_eta, M_alpha."""
-    objective: Literal["dot", "l2"] = "dot"
-    """Inner loss: -<M(k), v> or 0.5 |M(k) - v|^2."""
-    written_layers: Literal["all", "output"] = "all"
-    """Layers that a stream changes. "output": the input layer, and with it every key's features, stays as it was learned."""
-    dgd_layers: Literal["none", "input", "all"] = "all"
-    """Layers with the Delta Gradient Descent term (eq. 88). "all": the output layer too, keyed by its unit features."""
-    decay_erased: bool = False
-    """Whether retention also scales what DGD erases: W alpha (I - eta k k^T), the gated delta rule, instead of eq. 88."""
-    decay_to: Literal["zero", "initial"] = "zero"
-    """What retention forgets towards: W alpha, or W_0 + (W - W_0) alpha, which keeps the learned initial state W_0."""
-    own_targets: bool = True
-    """Targets are M(v) of each memory, or v. Scalar memories always write their own: v has no scalar part."""
-    dot_target: Literal["residual", "full"] = "residual"
-    """Under "dot", what a memory with a skip learns through its layers: v - k, or v."""
-    adaptive_key: bool = True
-    adaptive_value: bool = True
-    adaptive_eta: bool = True
-    adaptive_alpha: bool = True
-    """Which self-memories exist; a bank holds those that do, in this order (k, v | eta, alpha)."""
-    normalize_values: bool = True
-    """v = unit(M_v(x))."""
-    normalize_targets: bool = True
-    """Own targets: unit(M(v)) for vector memories, tanh(M(v)) for scalar ones."""
-    normalize_steps: bool = True
-    """Two layers under "l2": no token's step passes Polyak's, whatever the size of features and weights (`step_scale`)."""
-    read: Literal["causal", "chunk_start"] = "causal"
-    """y_t = M_t(q_t), or M_mem as it stood at the chunk's start."""
-    read_skip: bool = False
-    """Whether y includes the skip connection q (two-layer memories)."""
-    eta_max: float = 1.0
-    """Upper bound of the inner learning rate; the rate itself where it has no logits."""
-    theta_max: float = 1.0
-    """Upper bound of the momentum's decay: theta = theta_max sigmoid(logit)."""
+from hope_megatron.ops.memory.rule import MemoryRule, MemoryRuleError
 
 
 class Bank(NamedTuple):
@@ -111,3 +66,72 @@ def initial_state(params: MemoryParams, batch_size: int, *, momentum: bool, dtyp
     weights = map_params(lambda w: w.to(dtype).expand(batch_size, *w.shape), params)
     zeros = map_params(lambda w: w.new_zeros(()).expand(w.shape), weights) if momentum else None
     return MemoryState(weights, weights, zeros, 0)
+
+
+def check_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    logits: RateLogits,
+    params: MemoryParams,
+    rule: MemoryRule,
+    state: MemoryState | None,
+) -> None:
+    """Hold every shape and device against the rule, before anything is computed.
+
+    Raises:
+        MemoryRuleError: naming the tensor, its shape and the one expected.
+    """
+    if q.dim() != 4 or 0 in q.shape:
+        raise MemoryRuleError(f"q has shape {list(q.shape)}; expected [B, T, H, d], with at least one of each")
+    B, T, H, _ = q.shape
+    for name, x in (("k", k), ("v", v)):
+        _expect(name, x, q.shape, q)
+    for name, x in logits._asdict().items():
+        if x is not None:
+            _expect(f"logits.{name}", x, (B, T, H), q)
+    _check_banks("params", params, (H,), q, rule)
+    if state is not None:
+        _check_banks("state.now", state.now, (B, H), q, rule)
+        _check_banks("state.start", state.start, (B, H), q, rule)
+        if (logits.theta is None) != (state.momentum is None):
+            there = "has none" if state.momentum is None else "has one"
+            raise MemoryRuleError(
+                f"momentum goes with theta: logits.theta is {_shape(logits.theta)}, the state {there}"
+            )
+        if state.momentum is not None:
+            _check_banks("state.momentum", state.momentum, (B, H), q, rule)
+
+
+def _check_banks(where: str, params: MemoryParams, leading: tuple[int, ...], q: Tensor, rule: MemoryRule) -> None:
+    """The banks that the rule names, and no other, each of n memories with the widths of M_mem."""
+    d = q.size(-1)
+    h = d if params.mem is None or params.mem.w_in is None or params.mem.w_in.dim() < 2 else params.mem.w_in.size(-2)
+    for name, n, outputs in (("mem", 1, d), ("vector", rule.num_vector, d), ("scalar", rule.num_scalar, 1)):
+        bank = getattr(params, name)
+        if bank is None or n == 0:
+            if bank is not None or n:
+                here = "is missing" if bank is None else "is there"
+                raise MemoryRuleError(f"{where}.{name} {here}, but the rule has {n} such memories (adaptive_*)")
+            continue
+        two_layers = rule.num_layers == 2
+        if (bank.w_in is not None) != two_layers:
+            raise MemoryRuleError(
+                f"{where}.{name}.w_in is {_shape(bank.w_in)}, but the rule has num_layers={rule.num_layers}"
+            )
+        if two_layers:
+            _expect(f"{where}.{name}.w_in", bank.w_in, (*leading, n, h, d), q)
+        _expect(f"{where}.{name}.w_out", bank.w_out, (*leading, n, outputs, h), q)
+
+
+def _expect(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    if x.shape != shape:
+        raise MemoryRuleError(f"{name} has shape {list(x.shape)}; expected {list(shape)}, from q {list(like.shape)}")
+    if x.device != like.device:
+        raise MemoryRuleError(f"{name} is on {x.device}, q on {like.device}; move one of them")
+    if not x.is_floating_point():
+        raise MemoryRuleError(f"{name} holds {x.dtype}; expected a floating-point type")
+
+
+def _shape(x: Tensor | None) -> str:
+    return "None" if x is None else str(list(x.shape))

@@ -143,24 +143,23 @@ def test_recompute_is_the_memories_or_a_forward_without_the_head():
     ],
     ids=" ".join,
 )
-def test_memory_flops_equal_those_pytorch_counts(settings, monkeypatch):
+def test_memory_flops_equal_those_pytorch_counts(settings):
     """The operator's matrix products in a forward pass, counted by PyTorch's dispatcher."""
     model, T = tiny(*settings), 128
-    assert 2 * sum(memory_macs(model, T)) == pytest.approx(_counted_flops(model, T, monkeypatch), rel=FLOPS_TOLERANCE)
+    assert 2 * sum(memory_macs(model, T)) == pytest.approx(_counted_flops(model, T), rel=FLOPS_TOLERANCE)
 
 
 FLOPS_TOLERANCE = 1e-9
 
 
-def _counted_flops(model: ModelConfig, T: int, monkeypatch) -> float:
+def _counted_flops(model: ModelConfig, T: int) -> float:
     """FLOPs per token and head that a forward pass of the memory operator executes."""
     import math
 
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from hope_megatron.ops.memory import memory_chunked
-    from hope_megatron.ops.memory.fused import kernels
+    from hope_megatron.ops.memory import MemoryCompute, memory_chunked
 
     def solve_flops(matrix, *args, out_shape=None, **kwargs):
         return math.prod(matrix[:-2]) * matrix[-1] ** 3
@@ -168,18 +167,16 @@ def _counted_flops(model: ModelConfig, T: int, monkeypatch) -> float:
     def baddbmm_flops(total, left, right, *args, out_shape=None, **kwargs):
         return 2 * math.prod(left) * right[-1]
 
-    # Compiled code is out of the dispatcher's sight.
-    monkeypatch.delitem(kernels, "cpu")
     uncounted = {torch.ops.aten.linalg_solve_triangular: solve_flops, torch.ops.aten.baddbmm_: baddbmm_flops}
     with FlopCounterMode(display=False, custom_mapping=uncounted) as counter:
-        memory_chunked(*_operator_inputs(model, B=1, T=T))
+        # compiled code is out of the dispatcher's sight
+        memory_chunked(*_operator_inputs(model, B=1, T=T), compute=MemoryCompute(kernel="torch"))
     return counter.get_total_flops() / (T * model.num_heads)
 
 
 def _operator_inputs(model: ModelConfig, *, B: int, T: int):
     import torch
 
-    from hope_megatron.layers.memory_mixer import memory_rule
     from hope_megatron.ops.memory import Bank, MemoryParams, RateLogits
 
     memory, H, d, h = model.memory, model.num_heads, model.head_dim, model.memory_hidden
@@ -202,7 +199,7 @@ def _operator_inputs(model: ModelConfig, *, B: int, T: int):
         bank(memory.adaptive_eta + memory.adaptive_alpha, 1),
     )
     rates = [random(B, T, H) if there else None for there in (True, memory.decay != "none", memory.momentum != "none")]
-    return *(random(B, T, H, d) for _ in range(3)), RateLogits(*rates), params, memory_rule(memory)
+    return *(random(B, T, H, d) for _ in range(3)), RateLogits(*rates), params, memory.rule
 
 
 def test_footprint_by_hand():
@@ -248,12 +245,15 @@ def test_estimate_by_hand():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["hope_tiny", "transformer_pp_tiny"])
-def test_activations_are_near_what_autograd_keeps(name, precision, monkeypatch):
-    from hope_megatron.ops.memory.fused import kernels
-
-    monkeypatch.delitem(kernels, "cpu")  # what a GPU keeps; the compiled form keeps less
-    run = run_of(name, f"training.precision={precision}", "model.num_layers=2", "training.seq_length=128",
-                 "training.micro_batch_size=2")  # fmt: skip
+def test_activations_are_near_what_autograd_keeps(name, precision):
+    # what PyTorch's operators keep; the compiled form keeps less
+    settings = [
+        "model.memory.kernel=torch",
+        "model.num_layers=2",
+        "training.seq_length=128",
+        "training.micro_batch_size=2",
+    ]
+    run = run_of(name, f"training.precision={precision}", *settings)
     bytes_ = footprint(run, 1)
     assert bytes_.memory_states + bytes_.activations == pytest.approx(_kept_bytes(run), rel=0.25)
 

@@ -14,11 +14,11 @@ CHUNKS = 400
 def error_left(chunk: int, momentum: float, rate: float) -> float:
     """What is left of a matrix memory's error after many chunks of one key and one value: the operator itself, in float64."""
     rule = MemoryRule(
-        chunk, chunk, objective="l2", dgd_layers="none", own_targets=False, adaptive_key=False, adaptive_value=False,
-        adaptive_eta=False, adaptive_alpha=False, eta_max=rate,
+        chunk, num_layers=1, objective="l2", dgd_layers="none", own_targets=False, adaptive_key=False, adaptive_value=False,
+        adaptive_eta=False, adaptive_alpha=False, eta_max=rate, momentum_max=0.95,
     )  # fmt: skip
     key = torch.eye(2, dtype=torch.float64)[0].expand(1, chunk * CHUNKS, 1, 2)
-    theta = torch.full((1, chunk * CHUNKS, 1), momentum, dtype=torch.float64).logit()
+    theta = torch.full((1, chunk * CHUNKS, 1), momentum / 0.95, dtype=torch.float64).logit()
     bank = Bank(None, torch.zeros(1, 1, 2, 2, dtype=torch.float64))
     y, _ = memory_chunked(key, key, key, RateLogits(theta=theta), MemoryParams(bank), rule)
     return (y - key)[:, -chunk:].norm().item()

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from data_pipeline.tokenizer import Tokenizer
+from hope_megatron.checkpoint.errors import ConversionError
+from hope_megatron.checkpoint.find import CheckpointSource, find_checkpoint
 from hope_megatron.convert.begin_run import begin_run
-from hope_megatron.convert.errors import ConversionError
-from hope_megatron.convert.huggingface import export_huggingface
-from hope_megatron.convert.source import CheckpointSource, find_checkpoint
+from hope_megatron.convert.huggingface.export import export_huggingface
 
 BEGINNING = {"progress": {"step": 0}, "data": {"sample": 0}, "provenance": {"commit": None, "versions": {}}}
 

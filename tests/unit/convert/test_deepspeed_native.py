@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from hope_megatron.checkpoint import placement
+from hope_megatron.checkpoint.errors import ConversionError
+from hope_megatron.checkpoint.find import CheckpointSource
+from hope_megatron.checkpoint.skeleton import outline
+from hope_megatron.checkpoint.unsharded import compare_whole, read_whole
 from hope_megatron.cli.main import main
-from hope_megatron.convert import placement
-from hope_megatron.convert.deepspeed_native import read_native, write_native
-from hope_megatron.convert.deepspeed_zero import ZeroDirectory
-from hope_megatron.convert.errors import ConversionError
-from hope_megatron.convert.layout import Layout
-from hope_megatron.convert.outline import outline
-from hope_megatron.convert.source import CheckpointSource
-from hope_megatron.convert.whole import compare_whole, read_whole
+from hope_megatron.config.layout import ParallelLayout
+from hope_megatron.convert.deepspeed.native import read_native, write_native
+from hope_megatron.convert.deepspeed.zero import ZeroDirectory
 from hope_megatron.testing.tiny import tiny_run_config
 
 MakeCheckpoint = Callable[..., CheckpointSource]
@@ -30,13 +30,13 @@ def test_there_and_back_by_the_command(
 ) -> None:
     source, directory, out = make_checkpoint(), tmp_path / "ds", tmp_path / "out"
     layout = ["--tp", "4", "--dp", "2", "--zero-stage", "3"]
-    assert main(["convert", str(source.path), "--to", "deepspeed", str(directory), *layout]) == 0
+    assert main(["export", "deepspeed", str(source.path), str(directory), *layout]) == 0
     assert "tensor parallel 4, data parallel 2" in capsys.readouterr().out
     assert len(list(directory.glob("global_step40/*_optim_states.pt"))) == 8
-    assert main(["convert", str(directory), "--from", "deepspeed", str(out)]) == 0
+    assert main(["import", "deepspeed", str(directory), "--checkpoint", str(out)]) == 0
     found, expected = CheckpointSource(out), dict(source.tensors())
     assert all(torch.equal(tensor, expected.pop(name)) for name, tensor in found.tensors()) and not expected
-    assert Layout.of(found.checkpoint.description["layout"]) == Layout(4, 2, 3)
+    assert ParallelLayout.of(found.checkpoint.description["layout"]) == ParallelLayout(4, 2, 3)
     history = [line["operation"] for line in found.checkpoint.description["history"]]
     assert history == ["export to deepspeed", "import from deepspeed"]
     assert found.probe is not None and found.checkpoint.step == 40
@@ -47,7 +47,7 @@ def test_deepspeeds_own_tool_reads_it(make_checkpoint: MakeCheckpoint, tmp_path:
 
     source = make_checkpoint()
     for stage in (1, 2, 3):
-        write_native(read_whole(source), Layout(1, 2, stage), tmp_path / str(stage))
+        write_native(read_whole(source), ParallelLayout(1, 2, stage), tmp_path / str(stage))
         found, expected = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / str(stage))), dict(source.tensors())
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
@@ -58,10 +58,10 @@ def test_large_groups_are_cut_into_several_vectors(
     monkeypatch.setattr(placement, "_SUB_GROUP_NUMEL", 2000)
     whole = read_whole(make_checkpoint())
     members = outline(whole.config).members
-    vectors = placement.flat_vectors(whole.parameters, members, Layout(2, 2, 3))
+    vectors = placement.flat_vectors(whole.parameters, members, ParallelLayout(2, 2, 3))
     assert len(vectors) > len(members)
     assert all(sum(runs[0].numel for runs in list(vector.runs.values())[:-1]) < 2000 for vector in vectors)
-    write_native(whole, Layout(2, 2, 3), tmp_path / "ds")
+    write_native(whole, ParallelLayout(2, 2, 3), tmp_path / "ds")
     assert compare_whole(whole, read_native(tmp_path / "ds")) > 0
 
 
@@ -75,8 +75,8 @@ def test_groups_are_those_of_training_at_any_width() -> None:
 def test_damage_and_what_cannot_be(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     whole = read_whole(make_checkpoint())
     with pytest.raises(ConversionError, match="--zero-stage 1, 2 or 3"):
-        write_native(whole, Layout(2, 2, 0), tmp_path / "ds")
-    write_native(whole, Layout(2, 2, 1), tmp_path / "ds")
+        write_native(whole, ParallelLayout(2, 2, 0), tmp_path / "ds")
+    write_native(whole, ParallelLayout(2, 2, 1), tmp_path / "ds")
     path = tmp_path / "ds/global_step40/zero_pp_rank_1_mp_rank_00_optim_states.pt"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -87,5 +87,5 @@ def test_damage_and_what_cannot_be(make_checkpoint: MakeCheckpoint, tmp_path: Pa
     with pytest.raises(ConversionError, match="are of one rank"):
         ZeroDirectory(tmp_path / "ds")
     (tmp_path / "ds/hope/manifest.json").unlink()
-    with pytest.raises(ConversionError, match="--from deepspeed --to run CONFIG"):
+    with pytest.raises(ConversionError, match="hope import deepspeed DIR CONFIG"):
         read_native(tmp_path / "ds")

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from hope_megatron.checkpoint.errors import ConversionError
+from hope_megatron.checkpoint.find import CheckpointSource, find_checkpoint
+from hope_megatron.checkpoint.unsharded import read_whole
 from hope_megatron.cli.main import main
 from hope_megatron.convert.begin_run import begin_run
-from hope_megatron.convert.deepspeed_universal import read_universal, universal_weights, write_universal
-from hope_megatron.convert.errors import ConversionError
-from hope_megatron.convert.source import CheckpointSource, find_checkpoint
-from hope_megatron.convert.whole import read_whole
+from hope_megatron.convert.deepspeed.universal import read_universal, universal_weights, write_universal
 
 MakeCheckpoint = Callable[..., CheckpointSource]
 BEGINNING = {"progress": {"step": 0}, "data": {"sample": 0}, "provenance": {"commit": None, "versions": {}}}
@@ -23,8 +23,8 @@ BEGINNING = {"progress": {"step": 0}, "data": {"sample": 0}, "provenance": {"com
 
 def test_there_and_back_by_the_command(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source, out = make_checkpoint(), tmp_path / "out"
-    assert main(["convert", str(source.path), "--to", "deepspeed", str(tmp_path / "ds")]) == 0
-    assert main(["convert", str(tmp_path / "ds"), "--from", "deepspeed", str(out)]) == 0
+    assert main(["export", "deepspeed", str(source.path), str(tmp_path / "ds")]) == 0
+    assert main(["import", "deepspeed", str(tmp_path / "ds"), "--checkpoint", str(out)]) == 0
     found, expected = CheckpointSource(out), dict(source.tensors())
     assert all(torch.equal(tensor, expected.pop(name)) for name, tensor in found.tensors()) and not expected
     assert found.checkpoint.description["layout"] == source.checkpoint.description["layout"]
@@ -79,5 +79,5 @@ def test_what_is_no_universal_checkpoint_is_told(tmp_path: Path) -> None:
     (tmp_path / "latest_universal").write_text("../elsewhere")
     with pytest.raises(ConversionError, match=r"names '\.\./elsewhere'"):
         list(universal_weights(tmp_path))
-    with pytest.raises(ConversionError, match="--from deepspeed --to run CONFIG"):
+    with pytest.raises(ConversionError, match="hope import deepspeed DIR CONFIG"):
         read_universal(tmp_path)

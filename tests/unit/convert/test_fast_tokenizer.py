@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
-from hope_megatron.convert.fast_tokenizer import SPACE_MARK, fast_tokenizer
+from hope_megatron.convert.huggingface.fast_tokenizer import SPACE_MARK, fast_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="the tokenizers library judges the fast tokenizer")
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
-from hope_megatron.convert.check import ExportCheck
-from hope_megatron.convert.errors import ConversionError, ExportCheckError
-from hope_megatron.convert.huggingface import export_huggingface, load_huggingface
-from hope_megatron.convert.source import CheckpointSource, find_checkpoint
-from hope_megatron.engine.checkpoint_format import CheckpointDamagedError
+from hope_megatron.checkpoint.errors import ConversionError, ExportCheckError
+from hope_megatron.checkpoint.find import CheckpointSource, find_checkpoint
+from hope_megatron.checkpoint.format import CheckpointDamagedError
+from hope_megatron.convert.huggingface.check import ExportCheck
+from hope_megatron.convert.huggingface.export import export_huggingface, load_huggingface
 from hope_megatron.model import LanguageModel
 
 MakeCheckpoint = Callable[..., CheckpointSource]

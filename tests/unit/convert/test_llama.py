@@ -11,14 +11,14 @@ import torch
 import yaml
 from torch import nn
 
+from hope_megatron.checkpoint.errors import ConversionError, ExportCheckError
+from hope_megatron.checkpoint.find import find_checkpoint
+from hope_megatron.checkpoint.local_model import build_local_model
 from hope_megatron.cli.main import main
 from hope_megatron.config import CMSConfig, CMSLevelConfig, DataConfig, ModelConfig, RunConfig, TrainingConfig
 from hope_megatron.config.load import override_inner_clocks
 from hope_megatron.convert.begin_run import begin_run
-from hope_megatron.convert.errors import ConversionError, ExportCheckError
 from hope_megatron.convert.llama import check_against_transformers, import_llama, llama_model_config
-from hope_megatron.convert.local_model import build_local_model
-from hope_megatron.convert.source import find_checkpoint
 from hope_megatron.eval.perplexity import score_heldout
 from hope_megatron.model.in_context import set_inner_clocks
 
@@ -97,10 +97,7 @@ def test_it_learns_in_context_without_retraining(tmp_path: Path) -> None:
 
 def test_a_run_starts_from_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = make_source(tmp_path / "llama")
-    assert (
-        main(["convert", str(tmp_path / "llama"), "--from", "hf-llama", "--to", "model", str(tmp_path / "model.yaml")])
-        == 0
-    )
+    assert main(["import", "llama", str(tmp_path / "llama"), "--model", str(tmp_path / "model.yaml")]) == 0
     model = ModelConfig.model_validate_json(json.dumps(yaml.safe_load((tmp_path / "model.yaml").read_text())["model"]))
     config = RunConfig(
         name="run",
@@ -109,7 +106,7 @@ def test_a_run_starts_from_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         training=TrainingConfig(steps=1000, seq_length=16, global_batch_size=2),
         data=DataConfig(train=tmp_path, tokenizer=tmp_path),
     )
-    begin_run(tmp_path / "llama", "hf-llama", config, BEGINNING)
+    begin_run(tmp_path / "llama", "llama", config, BEGINNING)
     found = find_checkpoint(str(config.run_dir))
     restored = build_local_model(found.config.model, found.tensors(), "the run")
     tokens = torch.arange(40)[None]
@@ -134,7 +131,7 @@ def test_what_has_no_counterpart_is_refused(tmp_path: Path, changes: dict, messa
 def test_other_models_are_refused(tmp_path: Path) -> None:
     make_source(tmp_path / "llama")
     config = llama_model_config(tmp_path / "llama")
-    with pytest.raises(ConversionError, match=r"model\.num_layers: 3 there, 2 in the run\n.*--to model FILE"):
+    with pytest.raises(ConversionError, match=r"model\.num_layers: 3 there, 2 in the run\n.*--model FILE"):
         import_llama(tmp_path / "llama", config.model_copy(update={"num_layers": 2}))
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"]}))
     with pytest.raises(ConversionError, match="is of GPT2LMHeadModel"):

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from data_pipeline.tokenizer import Tokenizer
+from hope_megatron.checkpoint.find import CheckpointSource
 from hope_megatron.config import AttentionConfig, CMSConfig, CMSLevelConfig, MemoryConfig, ModelConfig, ParallelConfig
-from hope_megatron.convert.huggingface import export_huggingface
-from hope_megatron.convert.modeling_files import modeling_files
-from hope_megatron.convert.source import CheckpointSource
+from hope_megatron.convert.huggingface.export import export_huggingface
+from hope_megatron.convert.huggingface.modeling_files import modeling_files
 from hope_megatron.engine.distributed import init_distributed
 from hope_megatron.model import build_model
 from hope_megatron.testing.models import tiny_model
@@ -53,8 +53,8 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_and_streaming_equal_the_projects_model(name: str) -> None:
-    from hope_megatron.convert.hf_model.configuration_hope import HopeConfig
-    from hope_megatron.convert.hf_model.modeling_hope import HopeForCausalLM
+    from hope_megatron.convert.huggingface.model.configuration_hope import HopeConfig
+    from hope_megatron.convert.huggingface.model.modeling_hope import HopeForCausalLM
 
     config = tiny_model(**VARIANTS[name])
     init_distributed(ParallelConfig())

@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from hope_megatron.checkpoint.errors import ConversionError
+from hope_megatron.checkpoint.find import CheckpointSource, find_checkpoint
+from hope_megatron.checkpoint.unsharded import read_whole
 from hope_megatron.cli.main import main
 from hope_megatron.convert.begin_run import begin_run
-from hope_megatron.convert.errors import ConversionError
-from hope_megatron.convert.source import CheckpointSource, find_checkpoint
 from hope_megatron.convert.torch_dist import read_torch_dist, torch_dist_weights, write_torch_dist
-from hope_megatron.convert.whole import read_whole
 from hope_megatron.model import LanguageModel
 
 MakeCheckpoint = Callable[..., CheckpointSource]
@@ -27,9 +27,9 @@ def test_there_and_back_by_the_command(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = make_checkpoint(), tmp_path / "out"
-    assert main(["convert", str(source.path), "--to", "torch_dist", str(tmp_path / "dist")]) == 0
+    assert main(["export", "torch_dist", str(source.path), str(tmp_path / "dist")]) == 0
     assert "numbers read back, all equal" in capsys.readouterr().out
-    assert main(["convert", str(tmp_path / "dist"), "--from", "torch_dist", "--tp", "1", str(out)]) == 0
+    assert main(["import", "torch_dist", str(tmp_path / "dist"), "--checkpoint", str(out), "--tp", "1"]) == 0
     found = CheckpointSource(out)
     expected = dict(source.tensors())
     assert all(torch.equal(tensor, expected.pop(name)) for name, tensor in found.tensors()) and not expected

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from hope_megatron.convert.errors import ConversionError
-from hope_megatron.convert.local_model import load_weights
-from hope_megatron.convert.weights import INDEX_NAME, SINGLE_NAME, read_weights, write_weights
+from hope_megatron.checkpoint.errors import ConversionError
+from hope_megatron.checkpoint.local_model import load_weights
+from hope_megatron.convert.huggingface.weights import INDEX_NAME, SINGLE_NAME, read_weights, write_weights
 
 TENSORS = {
     "a": torch.randn(10, 7),

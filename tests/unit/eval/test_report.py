@@ -6,7 +6,8 @@ import json
 import math
 from pathlib import Path
 
-from hope_megatron.eval.report import markdown_table, plot_losses, write_json
+from hope_megatron.eval.report import markdown_table, plot_losses
+from hope_megatron.runtime.files import write_json
 
 
 def test_json_reads_back_and_has_no_nan(tmp_path: Path) -> None:

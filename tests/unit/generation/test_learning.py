@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hope_megatron.checkpoint.errors import ModelReferenceError
 from hope_megatron.cli.learning import prepare_learning
-from hope_megatron.cli.models import ModelReferenceError
 from hope_megatron.config import ConfigError, ParallelConfig
 from hope_megatron.config.load import override_inner_clocks
 from hope_megatron.engine.distributed import init_distributed

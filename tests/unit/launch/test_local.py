@@ -6,7 +6,8 @@ import socket
 
 import pytest
 
-from launch.environment import LaunchError, available_cpus
+from hope_megatron.runtime.process import available_cpus
+from launch.errors import LaunchError
 from launch.local import run_local
 
 

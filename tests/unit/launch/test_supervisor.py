@@ -8,8 +8,9 @@ from datetime import datetime
 
 import pytest
 
+from hope_megatron.runtime.reports import Failure
 from launch.attempts import Attempt
-from launch.environment import Failure, LaunchError
+from launch.errors import LaunchError
 from launch.slurm import parse_job
 from launch.step import TaskError, free_port, srun_command
 from launch.submission import Submission

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from hope_megatron.ops.memory import (
     Bank,
+    MemoryCompute,
     MemoryParams,
     MemoryRule,
     RateLogits,
@@ -21,13 +22,20 @@ from hope_megatron.ops.memory import (
     memory_chunked,
     memory_recurrent,
 )
-from hope_megatron.ops.memory import chunk as chunk_form
-from hope_megatron.ops.memory.inner import dsilu, output_error, unit
+from hope_megatron.ops.memory.backends.autograd import AUTOGRAD
+from hope_megatron.ops.memory.backends.cpu.scan import CPU
+from hope_megatron.ops.memory.backends.manual.scan import MANUAL
+from hope_megatron.ops.memory.inner import EPSILON, dsilu, output_error, unit
 from hope_megatron.ops.memory.types import map_params
 
 B, H, d, h = 2, 2, 6, 5
 HOPE = MemoryRule(chunk_tokens=8, self_chunk_tokens=8)
 STATIC = dict(adaptive_key=False, adaptive_value=False, adaptive_eta=False, adaptive_alpha=False, own_targets=False)
+
+
+def alone(backend):
+    """`memory_chunked` with one backend and no other: an error where that cannot take a case."""
+    return functools.partial(memory_chunked, backends=(backend,))
 
 
 def make_params(rule: MemoryRule, layers: int = 2, scale: float = 0.3) -> MemoryParams:
@@ -145,10 +153,11 @@ def test_rates_up_to_two(changes):
 
 def test_a_static_memory_has_one_chunk_length():
     assert_same(MemoryRule(4, 16, **STATIC), 21)
+    assert MemoryRule(4, 16, **STATIC).period == 4
 
 
 def test_bounded_momentum():
-    rule = MemoryRule(8, 8, objective="l2", eta_max=0.1, theta_max=0.7)
+    rule = MemoryRule(8, 8, objective="l2", eta_max=0.1, momentum_max=0.7)
     assert_same(rule, 21, momentum=True, warm=True)
     params, inputs = make_params(rule), make_inputs(21, momentum=True)
     without = memory_recurrent(*inputs, params, MemoryRule(8, 8, objective="l2", eta_max=0.1))[0]
@@ -178,7 +187,7 @@ def test_every_subset_of_self_memories(adaptive):
     key, value, eta, alpha = adaptive
     rule = MemoryRule(8, 8, adaptive_key=key, adaptive_value=value, adaptive_eta=eta, adaptive_alpha=alpha)
     assert_same(rule, 13)
-    assert_same(MemoryRule(**{**rule.__dict__, "own_targets": False, "normalize_values": False, "eta_max": 0.1}), 13)
+    assert_same(replace(rule, own_targets=False, normalize_values=False, eta_max=0.1), 13)
 
 
 @pytest.mark.parametrize("objective", ["dot", "l2"])
@@ -186,7 +195,7 @@ def test_every_subset_of_self_memories(adaptive):
 @pytest.mark.parametrize("decay", [False, True])
 def test_matrix_memory(objective, dgd, decay):
     assert_same(
-        MemoryRule(8, 8, objective=objective, dgd_layers=dgd, eta_max=0.1, **STATIC),
+        MemoryRule(8, 8, num_layers=1, objective=objective, dgd_layers=dgd, eta_max=0.1, **STATIC),
         29,
         layers=1,
         decay=decay,
@@ -263,30 +272,29 @@ def test_stream_in_pieces_equals_one_piece():
 @pytest.mark.parametrize(
     "changes",
     [
+        {"decay_to": "zero"},
+        {"decay_to": "zero", "dot_target": "full"},
+        {"decay_to": "zero", "read_skip": True, "eta_max": 0.3},
         {},
-        {"dot_target": "full"},
-        {"read_skip": True, "eta_max": 0.3},
-        {"decay_to": "initial"},
-        {"decay_to": "initial", "read_skip": True},
-        {"written_layers": "output", "read_skip": True},
-        {"written_layers": "output", "decay_to": "initial"},
+        {"read_skip": True},
+        {"decay_to": "zero", "written_layers": "output", "read_skip": True},
+        {"written_layers": "output"},
     ],
     ids=str,
 )
-def test_the_written_out_backward_is_that_of_autograd(changes, warm, recompute, monkeypatch):
+def test_the_written_out_backward_is_that_of_autograd(changes, warm, recompute):
     rule = MemoryRule(chunk_tokens=16, self_chunk_tokens=16, **changes)
     params = make_params(rule)
     inputs = make_inputs(75)
     state = memory_recurrent(*make_inputs(21), params, rule)[1] if warm else None
-    written_out, calls = chunk_form.fused_scan, []
-    monkeypatch.setattr(chunk_form, "fused_scan", lambda *a, **kw: calls.append(a) or written_out(*a, **kw))
-    fused = outputs_and_gradients(
-        functools.partial(memory_chunked, recompute=recompute, segment_tokens=32), *inputs, params, rule, state
-    )
-    assert calls
-    monkeypatch.setattr(chunk_form, "supports", lambda *_: False)
-    plain = outputs_and_gradients(memory_chunked, *inputs, params, rule, state)
-    for a, b in zip(itertools.chain(*fused), itertools.chain(*plain)):
+    by_hand, by_autograd = (
+        outputs_and_gradients(
+            functools.partial(alone(backend), recompute=recompute, compute=MemoryCompute(keep_every=2)),
+            *inputs, params, rule, state,
+        )
+        for backend in (MANUAL, AUTOGRAD)
+    )  # fmt: skip
+    for a, b in zip(itertools.chain(*by_hand), itertools.chain(*by_autograd)):
         if a is None or b is None:
             assert all(x is None or not x.any() for x in (a, b))
         else:
@@ -301,7 +309,7 @@ def test_a_recomputed_piece_leaves_the_state_of_a_plain_one(rule, T):
     for x in leaves(params):
         x.requires_grad_()
     plain = memory_chunked(*inputs, params, rule)[1]
-    recomputed = memory_chunked(*inputs, params, rule, recompute=True, segment_tokens=8)[1]
+    recomputed = memory_chunked(*inputs, params, rule, recompute=True, compute=MemoryCompute(keep_every=1))[1]
     assert recomputed.position == plain.position
     expected, found = (memory_chunked(*more, params, rule, state)[0] for state in (plain, recomputed))
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
@@ -309,14 +317,14 @@ def test_a_recomputed_piece_leaves_the_state_of_a_plain_one(rule, T):
 
 @pytest.mark.parametrize("momentum", [False, True])
 @pytest.mark.parametrize("chunk, self_chunk, warm", [(8, 8, False), (4, 16, True), (8, 8, True)])
-@pytest.mark.parametrize("segment_tokens", [None, 16, 1000])
+@pytest.mark.parametrize("keep_every", [None, 1, 1000])
 @pytest.mark.parametrize("decay_to", ["zero", "initial"])
-def test_recomputing_changes_no_gradient(decay_to, momentum, chunk, self_chunk, warm, segment_tokens):
+def test_recomputing_changes_no_gradient(decay_to, momentum, chunk, self_chunk, warm, keep_every):
     rule = MemoryRule(chunk, self_chunk, decay_to=decay_to)
     params = make_params(rule)
     q, k, v, logits = make_inputs(77, momentum=momentum)
     state = memory_recurrent(*make_inputs(11, momentum=momentum), params, rule)[1] if warm else None
-    recomputing = functools.partial(memory_chunked, recompute=True, segment_tokens=segment_tokens)
+    recomputing = functools.partial(memory_chunked, recompute=True, compute=MemoryCompute(keep_every=keep_every))
     plain = outputs_and_gradients(memory_chunked, q, k, v, logits, params, rule, state)
     bounded = outputs_and_gradients(recomputing, q, k, v, logits, params, rule, state)
     for a, b in zip(itertools.chain(*plain), itertools.chain(*bounded)):
@@ -376,7 +384,7 @@ def test_silent_rates_leave_the_initial_state():
     rule = MemoryRule(8, 8, eta_max=0.0)
     params = make_params(rule)
     q, k, v, logits = make_inputs(20, decay=False)
-    _, state = memory_chunked(q, k, v, logits, params, MemoryRule(**{**rule.__dict__, "adaptive_alpha": True}))
+    _, state = memory_chunked(q, k, v, logits, params, rule)
     fresh = initial_state(params, B, momentum=False, dtype=torch.float64)
     torch.testing.assert_close(leaves(state.now), leaves(fresh.now))
 
@@ -397,7 +405,7 @@ def test_low_precision_inputs(dtype, tolerance):
 
 def test_delta_rule_of_a_matrix_memory_is_deltanet():
     """W = W (I - beta k k^T) + beta v k^T, y = W q: DeltaNet (arXiv 2406.06484), written independently."""
-    rule = MemoryRule(8, 8, dgd_layers="input", **STATIC)
+    rule = MemoryRule(8, 8, num_layers=1, dgd_layers="input", **STATIC)
     params = MemoryParams(Bank(None, torch.zeros(H, 1, d, d, dtype=torch.float64)))
     q, k, v, logits = make_inputs(30, decay=False)
     y, _ = memory_chunked(q, k, v, logits, params, rule)
@@ -424,7 +432,7 @@ def test_delta_rule_of_a_matrix_memory_is_deltanet():
 @pytest.mark.parametrize("layers", [1, 2])
 def test_retention_towards_the_initial_state(settings, momentum, layers):
     settings = {"chunk_tokens": 8, "self_chunk_tokens": 8, "decay_to": "initial"} | settings
-    rule = MemoryRule(**(settings | STATIC if layers == 1 else settings))
+    rule = MemoryRule(**(settings | STATIC | {"num_layers": 1} if layers == 1 else settings))
     assert_same(rule, 21, layers=layers, momentum=momentum, warm=True)
 
 
@@ -437,3 +445,42 @@ def test_what_stays_when_nothing_is_written(decay_to, kept):
     for reached, first in zip(leaves(end.now), leaves(params)):
         assert torch.allclose(reached, first.expand_as(reached), rtol=1e-12, atol=1e-14) == kept
         assert kept or reached.norm() < 0.1 * first.expand_as(reached).norm()
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-6, 1.0])
+def test_a_memory_that_has_faded_is_the_same_on_every_path(scale):
+    """Features, keys and targets near and far below epsilon: unit(x) = x / sqrt(|x|^2 + epsilon^2) everywhere."""
+    rule = MemoryRule(chunk_tokens=16, self_chunk_tokens=16, decay_to="zero")
+    bank = lambda n, o: Bank(scale * torch.randn(H, n, 16, 16).double(), scale * torch.randn(H, n, o, 16).double())  # noqa: E731
+    params = MemoryParams(bank(1, 16), bank(2, 16), bank(2, 1))
+    qkv, (_, _, _, logits) = [scale * torch.randn(B, 48, H, 16).double() for _ in range(3)], make_inputs(48)
+    exact, state = memory_recurrent(*qkv, logits, params, rule)
+    torch.testing.assert_close(unit(qkv[0]), qkv[0] / (qkv[0].square().sum(-1, keepdim=True) + EPSILON**2).sqrt())
+    for backend in (MANUAL, AUTOGRAD, CPU):
+        dtype = torch.float32 if backend is CPU else torch.float64
+        cast = lambda x, dtype=dtype: x.to(dtype)  # noqa: E731
+        rates = RateLogits(*(r if r is None else cast(r) for r in logits))
+        y, end = alone(backend)(*map(cast, qkv), rates, map_params(cast, params), rule)
+        found = leaves(y, end.now)
+        for a, b in zip(found, leaves(exact, state.now)):
+            assert (a.double() - b).abs().max() <= (1e-4 if backend is CPU else 1e-10) * b.abs().max()
+
+
+@pytest.mark.parametrize("cut", [8, 16, 21, 24])
+@pytest.mark.parametrize("rule", [HOPE, MemoryRule(4, 8), MemoryRule(16, 8)], ids=str)
+def test_the_start_in_a_state_is_that_of_the_next_tokens_chunk(rule, cut):
+    """On every path: `now` at a border, else the weights at the last border."""
+    params, (q, k, v, logits) = make_params(rule), make_inputs(cut)
+    expected = {}
+    for name, chunk in (("mem", rule.chunk_tokens), ("vector", rule.self_chunk), ("scalar", rule.self_chunk)):
+        length = cut // chunk * chunk
+        if length == 0:
+            state = initial_state(params, B, momentum=False, dtype=torch.float64)
+        else:
+            rates = RateLogits(*(None if r is None else r[:, :length] for r in logits))
+            state = memory_recurrent(q[:, :length], k[:, :length], v[:, :length], rates, params, rule)[1]
+        expected[name] = getattr(state.now, name)
+    for scan in (memory_recurrent, memory_chunked, alone(AUTOGRAD)):
+        start = scan(q, k, v, logits, params, rule)[1].start
+        for a, b in zip(leaves(start), leaves(MemoryParams(**expected))):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)

@@ -12,7 +12,9 @@ from hope_megatron.ops.memory import Bank, MemoryParams, MemoryRule, RateLogits,
 
 B, T, H, d, h = 2, 29, 3, 6, 5
 STATIC = dict(adaptive_key=False, adaptive_value=False, adaptive_eta=False, adaptive_alpha=False, own_targets=False)
-DESCENT = MemoryRule(8, 8, objective="l2", dgd_layers="none", eta_max=0.1, read_skip=True, **STATIC)
+DESCENT = MemoryRule(
+    8, 8, objective="l2", dgd_layers="none", eta_max=0.1, momentum_max=0.95, decay_to="zero", read_skip=True, **STATIC
+)
 
 
 def rand(*shape):
@@ -43,7 +45,13 @@ def test_linear_attention(qkv):
     q, k, v = normalized(qkv)
     scores = torch.einsum("bthd,bshd->bhts", q, k).tril()
     expected = torch.einsum("bhts,bshd->bthd", scores, v)
-    check(qkv, RateLogits(), matrix_memory(), MemoryRule(8, 8, dgd_layers="none", **STATIC), expected)
+    check(
+        qkv,
+        RateLogits(),
+        matrix_memory(),
+        MemoryRule(8, 8, num_layers=1, dgd_layers="none", decay_to="zero", **STATIC),
+        expected,
+    )
 
 
 def test_retnet(qkv):
@@ -54,7 +62,13 @@ def test_retnet(qkv):
     decay = gamma[:, None, None] ** distance
     expected = torch.einsum("bhts,bshd->bthd", (torch.einsum("bthd,bshd->bhts", q, k) * decay).tril(), v)
     alpha = gamma.logit().expand(B, T, H)
-    check(qkv, RateLogits(alpha=alpha), matrix_memory(), MemoryRule(8, 8, dgd_layers="none", **STATIC), expected)
+    check(
+        qkv,
+        RateLogits(alpha=alpha),
+        matrix_memory(),
+        MemoryRule(8, 8, num_layers=1, dgd_layers="none", decay_to="zero", **STATIC),
+        expected,
+    )
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -71,7 +85,7 @@ def test_deltanet(qkv, gated):
         ]
         expected.append(torch.einsum("bhvk,bhk->bhv", state, q[:, t]))
     logits = RateLogits(beta.logit(), alpha.logit() if gated else None)
-    rule = MemoryRule(8, 8, dgd_layers="input", decay_erased=True, **STATIC)
+    rule = MemoryRule(8, 8, num_layers=1, dgd_layers="input", decay_erased=True, decay_to="zero", **STATIC)
     check(qkv, logits, matrix_memory(), rule, torch.stack(expected, 1))
 
 
@@ -85,7 +99,7 @@ def test_ttt(qkv, layers, normalize):
     keep = torch.ones_like(eta)
     expected = _gradient_descent(weights, layers, q, k, v, eta, keep, 0 * keep, chunk=8, normalize=normalize)
     bank = Bank(None, weights[0][:, None]) if layers == 1 else Bank(weights[0][:, None], weights[1][:, None])
-    rule = replace(DESCENT, normalize_steps=normalize)
+    rule = replace(DESCENT, num_layers=layers, normalize_steps=normalize)
     check(qkv, RateLogits((10 * eta).logit()), MemoryParams(bank), rule, expected)
 
 
@@ -94,12 +108,14 @@ def test_titans(qkv, normalize):
     """M_t = (1 - a) M_{t-1} + S_t, S_t = theta S_{t-1} - eta grad l(M; k_t, v_t) (arXiv 2501.00663, eqs. 13-14), gradients
     by autograd at the chunk's first weights (its section 3.2)."""
     q, k, v = normalized(qkv)
-    eta, alpha, theta = (torch.rand(B, T, H, dtype=torch.float64) * s for s in (0.1, 1.0, 1.0))
+    eta, alpha, theta = (torch.rand(B, T, H, dtype=torch.float64) * s for s in (0.1, 1.0, 0.95))
     weights = [rand(H, h, d), 0.3 * rand(H, d, h)]
     expected = _gradient_descent(weights, 2, q, k, v, eta, alpha, theta, chunk=8, normalize=normalize)
     bank = Bank(weights[0][:, None], weights[1][:, None])
     rule = replace(DESCENT, normalize_steps=normalize)
-    check(qkv, RateLogits((10 * eta).logit(), alpha.logit(), theta.logit()), MemoryParams(bank), rule, expected)
+    check(
+        qkv, RateLogits((10 * eta).logit(), alpha.logit(), (theta / 0.95).logit()), MemoryParams(bank), rule, expected
+    )
 
 
 def _gradient_descent(weights, layers, q, k, v, eta, alpha, theta, chunk, normalize):

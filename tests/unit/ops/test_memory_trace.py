@@ -70,16 +70,16 @@ def test_trace_equals_the_token_loop(rule):
     assert list(trace.names) == names
     ends = trace.ends.tolist()
     for t in range(T):
-        x_k = k[:, t, :, None, None]
+        x_k, start = k[:, t, :, None, None], state.start
         piece = RateLogits(logits.eta[:, t : t + 1], logits.alpha[:, t : t + 1], None)
         _, state = memory_recurrent(q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1], piece, params, rule, state)
-        gate = {} if state.start.scalar is None else dict(
-            zip([n for n in names if n in ("eta", "alpha")], apply_memory(state.start.scalar, x_k, skip=False).unbind(2))
+        gate = {} if start.scalar is None else dict(
+            zip([n for n in names if n in ("eta", "alpha")], apply_memory(start.scalar, x_k, skip=False).unbind(2))
         )  # fmt: skip
         flat = lambda name: gate[name][..., 0, 0] if name in gate else 0.0  # noqa: B023, E731
         torch.testing.assert_close(trace.eta[:, t], rule.eta_max * torch.sigmoid(logits.eta[:, t] + flat("eta")))
         torch.testing.assert_close(trace.alpha[:, t], torch.sigmoid(logits.alpha[:, t] + flat("alpha")))
-        torch.testing.assert_close(trace.surprise[:, :, t], errors(state.start, x_k, v[:, t, :, None, None], rule))
+        torch.testing.assert_close(trace.surprise[:, :, t], errors(start, x_k, v[:, t, :, None, None], rule))
         if t + 1 in ends:
             at = ends.index(t + 1)
             banks = [(n, s) for n, s in zip(state.now, first.now) if n is not None]

@@ -64,7 +64,7 @@ def test_transfer_keeps_the_rate_and_sets_the_base_width(sweep_file: Write) -> N
 
 
 def test_transfer_refuses_what_it_has_no_rule_for(sweep_file: Write) -> None:
-    with pytest.raises(ConfigError, match=r"not for optim\.name=sgd"):
+    with pytest.raises(ConfigError, match=r"no learning-rate rule for optim\.name=sgd"):
         plan(sweep_file(transfer={"base_width": 64}, axes={"optim.name": ["sgd"]}))
 
 

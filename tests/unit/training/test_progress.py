@@ -5,9 +5,7 @@ from __future__ import annotations
 import io
 import logging
 
-import pytest
-
-from hope_megatron.training.progress import Progress, configure_logging, format_duration
+from hope_megatron.training.progress import Progress, configure_logging
 
 
 class Terminal(io.StringIO):
@@ -52,10 +50,3 @@ def test_other_ranks_speak_only_of_trouble(tmp_path):
     logging.getLogger("hope_megatron.test").warning("loud")
     assert stream.getvalue() == "rank 3: loud\n"
     assert not (tmp_path / "train.log").exists()
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0s"), (59.6, "1m 00s"), (125, "2m 05s"), (3600 * 3 + 1200, "3h 20m"), (187200, "2d 04h")]
-)
-def test_format_duration(seconds, text):
-    assert format_duration(seconds) == text

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from hope_megatron.training.run_directory import RunDirectory, RunDirectoryError, write_atomically
+from hope_megatron.runtime.files import write_text
+from hope_megatron.training.run_directory import RunDirectory, RunDirectoryError
 
 HOLD = """
 import sys, time
@@ -50,7 +51,7 @@ def test_unwritable_place_is_an_error_with_a_remedy(tmp_path):
 
 
 def test_write_atomically_leaves_no_temporary_file(tmp_path):
-    write_atomically(tmp_path / "a.json", "old")
-    write_atomically(tmp_path / "a.json", "new")
+    write_text(tmp_path / "a.json", "old")
+    write_text(tmp_path / "a.json", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     assert (tmp_path / "a.json").read_text() == "new"

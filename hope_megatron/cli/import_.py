@@ -1,0 +1,90 @@
+"""Start from the files of another library, or bring an export back.
+
+Examples:
+
+    hope import hf DIR RUN_FILE                 start the run of a run file from an exported model
+    hope import deepspeed DIR RUN_FILE          from the weights of a DeepSpeed checkpoint (or torch_dist), whoever wrote it
+    hope import llama DIR --model model.yaml    write the model section that fits a Llama or Mistral model
+    hope import llama DIR RUN_FILE              start a run from it: its MLPs are the levels' initial states
+    hope import torch_dist DIR --checkpoint OUT a checkpoint of ours from an earlier export, optimizer states and all
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import textwrap
+from pathlib import Path
+
+from hope_megatron.checkpoint.errors import ModelReferenceError
+from hope_megatron.cli.layout_options import add_layout_arguments, asked_layout
+from hope_megatron.cli.models import prepare_process
+from hope_megatron.convert.formats import FORMATS, Format, open_format
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.epilog = f"formats:\n{FORMATS.table()}"
+    parser.add_argument("format", metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="what to read")
+    parser.add_argument("run_file", nargs="?", metavar="RUN_FILE", help="the run that starts from the weights")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="OUT", help="write the whole checkpoint of an export of ours"
+    )
+    parser.add_argument("--model", type=Path, metavar="FILE", help="write the model section of a run file")
+    add_layout_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Import."""
+    if sum(target is not None for target in (args.run_file, args.checkpoint, args.model)) != 1:
+        raise ModelReferenceError("give one target: RUN_FILE, --checkpoint OUT or --model FILE")
+    if asked_layout(args) and args.checkpoint is None:
+        raise ModelReferenceError("--tp, --dp, --zero-stage and --sequence-parallel need --checkpoint OUT")
+    prepare_process()
+    source = open_format(args.format)
+    if args.checkpoint is not None:
+        _restore(source, args)
+    elif args.model is not None:
+        _write_model_section(source, args)
+    else:
+        _begin_run(args)
+    return 0
+
+
+def _restore(source: Format, args: argparse.Namespace) -> None:
+    from hope_megatron.cli.checkpoint import write_in_layout
+
+    if source.restore is None:
+        raise ModelReferenceError(f"{args.format} holds weights only; give a run file to start a run from them")
+    whole = source.restore(args.directory).with_history(f"import from {args.format}")
+    write_in_layout(whole, args, args.checkpoint)
+
+
+def _write_model_section(source: Format, args: argparse.Namespace) -> None:
+    from hope_megatron.config import dump_config
+
+    if source.read_model_config is None:
+        raise ModelReferenceError(f"--model is for foreign architectures; {args.format} carries its own configuration")
+    if args.model.exists():
+        raise ModelReferenceError(f"{args.model} exists; name another file, or move it away")
+    section = dump_config(source.read_model_config(args.directory))
+    args.model.write_text("model:\n" + textwrap.indent(section, "  "), encoding="utf-8")
+    print(f"{args.model}: the model section of a run file; levels may be added to its cms.levels")
+
+
+def _begin_run(args: argparse.Namespace) -> None:
+    from hope_megatron.config import load_run_config
+    from hope_megatron.convert.begin_run import begin_run
+    from hope_megatron.training.provenance import provenance
+    from hope_megatron.training.sources import open_sources
+    from hope_megatron.training.state import TrainingState
+
+    # The check of an import says what it compared.
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("hope_megatron.convert").setLevel(logging.INFO)
+    config = load_run_config(args.run_file)
+    train, _ = open_sources(config)
+    beginning = {"progress": TrainingState().to_dict(), "data": train.state(0), "provenance": provenance()}
+    path = begin_run(args.directory, args.format, config, beginning)
+    print(f"{path}: the weights of {args.directory}; start with `hope train {args.run_file}`")

@@ -1,0 +1,62 @@
+"""How a run's ranks are arranged: one value that configuration, checkpoints, conversion and plans all take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hope_megatron.config.base import ConfigError
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """A mesh of data parallel x tensor parallel, and what ZeRO shards over data parallelism."""
+
+    tensor_parallel: int = 1
+    data_parallel: int = 1
+    zero_stage: int = 1
+    sequence_parallel: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """Ranks."""
+        return self.tensor_parallel * self.data_parallel
+
+    @classmethod
+    def of(cls, description: Mapping[str, Any]) -> ParallelLayout:
+        """The layout that checkpoint.json describes."""
+        return cls(**{name: description[name] for name in cls.__dataclass_fields__})
+
+    def describe(self) -> dict[str, Any]:
+        """As checkpoint.json says it."""
+        return {"world_size": self.world_size, **asdict(self)}
+
+    def in_words(self) -> str:
+        """For a line of output."""
+        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.describe().items())
+
+    def changed(
+        self,
+        tensor_parallel: int | None = None,
+        data_parallel: int | None = None,
+        zero_stage: int | None = None,
+        sequence_parallel: bool = False,
+    ) -> ParallelLayout:
+        """Another layout; what is None stays as it is, and the number of ranks too unless `data_parallel` is given.
+
+        Raises:
+            ConfigError: the ranks cannot be divided so.
+        """
+        tp_size = tensor_parallel or self.tensor_parallel
+        if data_parallel is None and self.world_size % tp_size:
+            raise ConfigError(
+                f"the checkpoint's {self.world_size} ranks do not divide into tensor-parallel groups of {tp_size}; "
+                "give --dp N for another number of ranks"
+            )
+        return ParallelLayout(
+            tp_size,
+            data_parallel or self.world_size // tp_size,
+            self.zero_stage if zero_stage is None else zero_stage,
+            sequence_parallel,
+        )

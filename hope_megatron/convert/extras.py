@@ -1,0 +1,135 @@
+"""What other formats have no place for: DIR/hope/ with checkpoint.json, generators, probe, and a manifest of all of DIR.
+
+The manifest is written last and verified first: nothing in DIR is opened before its digest is known to be right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hope_megatron.checkpoint.errors import ConversionError
+from hope_megatron.checkpoint.format import DESCRIPTION, MANIFEST, PROBE_NAME, foreign_files, write_json
+from hope_megatron.checkpoint.generators import fresh_generator_states
+from hope_megatron.checkpoint.unsharded import WholeCheckpoint, WholeParameter
+from hope_megatron.config.layout import ParallelLayout
+from hope_megatron.optim import ParamTags
+
+log = logging.getLogger(__name__)
+
+Parameters = Mapping[str, WholeParameter]
+
+FOLDER = "hope"
+GENERATORS = "generators.safetensors"
+FORMAT = "hope-exchange-v1"
+
+
+def write_sidecar(directory: Path, whole: WholeCheckpoint) -> None:
+    """Describe an exported checkpoint and seal it; every other file must be there already."""
+    folder = directory / FOLDER
+    folder.mkdir()
+    save_file(
+        {
+            f"{dp_rank}/{name}": state.contiguous()
+            for dp_rank in range(whole.layout.data_parallel)
+            for name, state in whole.generators(dp_rank, 0).items()
+        },
+        folder / GENERATORS,
+    )
+    for extra in whole.extra_files:
+        shutil.copyfile(extra, folder / extra.name)
+    parameters = [
+        {
+            "name": p.name,
+            "full_shape": list(p.shape),
+            "dtype": p.dtype,
+            "tags": p.tags.to_dict(),
+            "states": list(p.states),
+        }
+        for p in whole.parameters.values()
+    ]
+    description = {**whole.description, "format": FORMAT, "layout": whole.layout.describe(), "parameters": parameters}
+    write_json(folder / DESCRIPTION, description)
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    write_json(
+        folder / MANIFEST,
+        {"format": FORMAT, "files": {str(path.relative_to(directory)): _sha256(path) for path in files}},
+    )
+
+
+def has_sidecar(directory: Path) -> bool:
+    """Whether an export of ours lies there."""
+    return (directory / FOLDER / MANIFEST).is_file()
+
+
+def read_sidecar(directory: Path, open_reader: Callable[[Parameters], Callable[[str, str], Tensor]]) -> WholeCheckpoint:
+    """A checkpoint from an export of ours, whose tensors a format's reader gives.
+
+    Args:
+        directory: the export.
+        open_reader: called with the parameters once every digest has been found right; returns (parameter, state) ->
+            tensor.
+
+    Raises:
+        ConversionError: a file is missing or differs from its digest; names it.
+    """
+    _verify(directory)
+    folder = directory / FOLDER
+    description = json.loads((folder / DESCRIPTION).read_text())
+    layout = ParallelLayout.of(description.pop("layout"))
+    parameters = {
+        entry["name"]: WholeParameter(
+            entry["name"],
+            tuple(entry["full_shape"]),
+            entry["dtype"],
+            ParamTags.from_dict(entry["tags"]),
+            tuple(entry["states"]),
+        )
+        for entry in description.pop("parameters")
+    }
+    del description["format"]
+    states = load_file(folder / GENERATORS)
+
+    def generators(dp_rank: int, tp_rank: int) -> dict[str, Tensor]:
+        prefix = f"{dp_rank}/"
+        found = {name.removeprefix(prefix): state for name, state in states.items() if name.startswith(prefix)}
+        return found or fresh_generator_states(description["config"]["training"]["seed"], dp_rank)
+
+    probe = folder / PROBE_NAME
+    extra_files = (probe,) if probe.is_file() else ()
+    return WholeCheckpoint(
+        str(directory), parameters, description, layout, open_reader(parameters), generators, extra_files
+    )
+
+
+def _verify(directory: Path) -> None:
+    try:
+        manifest: Any = json.loads((directory / FOLDER / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{directory / FOLDER / MANIFEST} cannot be read: {error}; export it again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ConversionError(f"{directory / FOLDER / MANIFEST} is not of the format {FORMAT}; export it again")
+    for name in foreign_files(directory, {f"{FOLDER}/{MANIFEST}", *manifest["files"]}):
+        log.warning("%s is not in the manifest: it is no part of the export and is not read", directory / name)
+    for name, sha256 in manifest["files"].items():
+        path = directory / name
+        if not path.is_file():
+            raise ConversionError(f"{path} is missing; export it again")
+        if _sha256(path) != sha256:
+            raise ConversionError(f"{path} is corrupt: its SHA-256 is not the one in the manifest; export it again")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

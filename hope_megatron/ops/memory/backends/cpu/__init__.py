@@ -1,0 +1,1 @@
+"""HOPE's own rule as compiled code for CPUs (scan.py)."""

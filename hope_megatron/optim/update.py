@@ -1,0 +1,58 @@
+"""One update of one vector: what an optimizer is given for it, and AdamW's, which several share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hope_megatron.optim.exchange import MatrixExchange
+
+# The size of AdamW's typical update. Orthogonal updates are scaled to it, so that one learning rate serves matrices and
+# vectors (Moonlight, arXiv 2502.16982, section 2.2).
+UPDATE_RMS = 0.2
+
+TINY = 1e-30
+"""Below any second moment in use: keeps 0 / 0 from becoming NaN in a matrix that never had a gradient, and in padding."""
+
+
+class UpdateContext(NamedTuple):
+    """What an optimizer makes an update of. All tensors are flat and as long as the vector.
+
+    Attributes:
+        grad: gradient (its average over the update period), float32.
+        state: the optimizer's state tensors of this vector.
+        group: the parameter group: rates and the optimizer's own settings.
+        num_updates: number of this update, from 1.
+        exchange: brings whole matrices together; None where nothing is orthogonalised.
+    """
+
+    grad: Tensor
+    state: dict[str, Any]
+    group: dict[str, Any]
+    num_updates: int
+    exchange: MatrixExchange | None = None
+
+    @property
+    def matrices(self) -> MatrixExchange:
+        """The exchange of an optimizer that orthogonalises."""
+        assert self.exchange is not None
+        return self.exchange
+
+
+def adam_update(context: UpdateContext) -> Tensor:
+    """Adam's update with bias correction (weight decay is applied apart, as in AdamW)."""
+    grad, state, num_updates = context.grad, context.state, context.num_updates
+    beta1, beta2 = context.group["betas"]
+    m1, v = state["m1"].lerp_(grad, 1 - beta1), state["v"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = (v / (1 - beta2**num_updates)).sqrt_().add_(context.group["eps"])
+    return (m1 / (1 - beta1**num_updates)).div_(denominator)
+
+
+def averaged_momentum(context: UpdateContext) -> Tensor:
+    """Moving average of gradients, with one step of look-ahead if `nesterov`. Never an alias of the state's tensor in
+    that case."""
+    beta = context.group["momentum"]
+    m1 = context.state["m1"].lerp_(context.grad, 1 - beta)
+    return context.grad.lerp(m1, beta) if context.group["nesterov"] else m1
