@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -44,7 +45,7 @@ def print_comparison(a: dict[str, Any], b: dict[str, Any], console: Console | No
     """The main figures of two configurations side by side."""
     console = console or Console(highlight=False)
     table = _table("", "", a["name"], b["name"], "")
-    rows = [
+    rows: list[tuple[str, str, Callable[[Any], str]]] = [
         ("tokens/s per GPU", "tokens_per_second", lambda x: f"{x:,.0f}"),
         ("step", "step_s", seconds_text),
         ("bound", "bound", str),

@@ -19,12 +19,15 @@ from hope_megatron.rehearse.step import Recording
 from hope_megatron.rehearse.tally import Tally, combined
 
 _LAYER = ("forward/layer ", "backward/layer ")
+_SHORTEST_TOKENS = 8
+"""A single token would be read by other strides than many are."""
 _AFTER = ("reduction/", "update/")
 
 
 def short_tokens(config: RunConfig) -> int:
     """The shortest sequence that the model reads as it reads long ones: whole chunks and clocks."""
-    model, parts = config.model, [config.parallel.tensor_parallel if config.parallel.sequence_parallel else 1]
+    model = config.model
+    parts = [_SHORTEST_TOKENS, config.parallel.tensor_parallel if config.parallel.sequence_parallel else 1]
     if "memory" in model.mixers:
         parts.append(max(model.memory.chunk_tokens, model.memory.self_chunk))
     parts += [2 * level.inner_chunk_tokens for level in model.cms.levels if level.ticks and level.inner_chunk_tokens]
@@ -110,28 +113,25 @@ class Depths:
 
     def timeline(self) -> list[Segment] | None:
         """Memory over the last micro-batch and what follows, for all layers; None where the model does not go through its
-        layers once forward and once backward, one after the other."""
-        base = _runs(self.shallow[None][1].segments)
-        added = {kind: _runs(pair[1].segments) for kind, pair in self.shallow.items() if kind is not None}
-        kinds = len(added)
-        if any([d for d, _ in runs] != [d for d, _ in base] for runs in added.values()):
-            return None
+        layers forward and backward, each once or once a window."""
+        base = _runs(_split_tail(self.shallow[None][1].segments)[0])
+        added = {
+            kind: _runs(_split_tail(full.segments)[0]) for kind, (_, full) in self.shallow.items() if kind is not None
+        }
         segments: list[Segment] = []
+        if any([direction for direction, _ in runs] != [direction for direction, _ in base] for runs in added.values()):
+            return None
         for number, (direction, run) in enumerate(base):
             longer = {kind: runs[number][1] for kind, runs in added.items()}
-            if not direction:
-                if any(len(other) != len(run) for other in longer.values()):
-                    return None
-                for i, segment in enumerate(run):
-                    if not segment.name.startswith(_AFTER):
-                        segments.append(
-                            self._around_layers(segment, {kind: other[i] for kind, other in longer.items()})
-                        )
-                continue
-            if len(run) != kinds or any(len(run) != kinds + 1 for run in longer.values()):
+            more = 1 if direction else 0
+            if (direction and len(run) != len(added)) or any(len(x) != len(run) + more for x in longer.values()):
                 return None
-            segments += self._layers(direction, longer)
-        return segments + [segment for segment in self.whole.segments if segment.name.startswith(_AFTER)]
+            if direction:
+                segments += self._layers(direction, longer)
+                continue
+            for i, segment in enumerate(run):
+                segments.append(self._around_layers(segment, {kind: other[i] for kind, other in longer.items()}))
+        return segments + _split_tail(self.whole.segments)[1]
 
     def _around_layers(self, base: Segment, longer: dict[str, Segment]) -> Segment:
         """A segment outside of the layers: what it frees may have been kept by each of them."""
@@ -153,6 +153,14 @@ class Depths:
         first = longer[mixers[0]][0]
         after_a_layer = {kind: [s for s in run[1:] if s.name == direction + kind][-1] for kind, run in longer.items()}
         return [first] + [after_a_layer[mixer] for mixer in mixers[1:]]
+
+
+def _split_tail(segments: list[Segment]) -> tuple[list[Segment], list[Segment]]:
+    """What comes before the last backward's end, and what follows it."""
+    end = len(segments)
+    while end and segments[end - 1].name.startswith(_AFTER):
+        end -= 1
+    return segments[:end], segments[end:]
 
 
 def _runs(segments: list[Segment]) -> list[tuple[str, list[Segment]]]:

@@ -44,9 +44,8 @@ def fake_world(parallel: Any, world_size: int, rank: int, watch: Watch) -> Itera
     Raises:
         ConfigError: if the world does not divide into the mesh.
     """
-    environment = {"LOCAL_RANK": "0", "HOPE_NATIVE": "0"}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(patch.dict(os.environ, environment))
+        stack.enter_context(patch.dict(os.environ, {"LOCAL_RANK": "0"}))
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         stack.callback(shutdown_distributed)
         mesh = init_distributed(parallel)

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hope_megatron.ops.memory import fused
+from hope_megatron.ops.memory import operator
+from hope_megatron.ops.memory.backends.registry import Case
 from hope_megatron.ops.regions import Region
 from hope_megatron.optim import exchange
 from hope_megatron.rehearse.operators import Family, tensors_in
@@ -29,7 +30,7 @@ def gpu_path(watch: Watch) -> Iterator[None]:
     """Choose as a GPU would, for a while."""
     stand_ins = _StandIns(watch)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(cpu_path())
+        stack.enter_context(_memories_on("cuda"))
         stack.enter_context(patch.object(F, "rms_norm", stand_ins.rms_norm))
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", stand_ins.attention))
         stack.enter_context(patch.object(Region, "runner", staticmethod(stand_ins.region)))
@@ -37,10 +38,21 @@ def gpu_path(watch: Watch) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def cpu_path() -> Iterator[None]:
+def cpu_path() -> contextlib.AbstractContextManager[None]:
     """Run the memories through PyTorch's operators, which can be watched, for a while."""
-    with patch.dict(fused.kernels, clear=True):
+    return _memories_on("cpu")
+
+
+@contextlib.contextmanager
+def _memories_on(device: str) -> Iterator[None]:
+    """Choose the memories' backend as on a device of this type; never compiled code, which cannot be watched."""
+
+    class CaseThere(Case):
+        @classmethod
+        def of(cls, *args: Any) -> Case:
+            return Case.of(*args)._replace(device=device, plain=False)
+
+    with patch.object(operator, "Case", CaseThere):
         yield
 
 

@@ -69,7 +69,7 @@ class Stage:
             watch.phase = "other"
             return loss
 
-        engine.forward_backward = one_pass  # type: ignore[method-assign, assignment]
+        engine.forward_backward = one_pass  # type: ignore[method-assign,assignment]
         reader = cast(BatchReader, _Reader(lengths, self.config.training.micro_batch_size, engine.mesh))
         watch.phase = "other"
         train_step(engine, reader, self.state, self.config)
@@ -123,6 +123,8 @@ def _mark_modules(stage: Stage, stack: contextlib.ExitStack) -> None:
                 stage._enter("forward", layers[module])
             elif watch.phase == "backward":
                 watch.phase = "recompute"
+        elif module is model and watch.phase == "reduction":  # the next window of the same sequences
+            stage._enter("forward", "embedding")
         outer.append(watch.module)
         watch.module = type(module).__name__
 

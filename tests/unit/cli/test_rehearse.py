@@ -1,0 +1,58 @@
+"""`hope rehearse`: what it prints and writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hope_megatron.cli.main import main
+
+SMALL = ["model.num_layers=3", "training.seq_length=64", "training.global_batch_size=16", "model.vocab_size=1024"]
+
+
+def test_writes_every_figure(tmp_path, capsys):
+    file, picture = tmp_path / "found.json", tmp_path / "found.png"
+    command = ["rehearse", "transformer_pp_tiny", *SMALL, "--world", "8", "--json", str(file), "--png", str(picture)]
+    assert main(command) == 0
+    found = json.loads(file.read_text())
+    assert found["kernels_per_micro_batch"] < found["kernels_per_step"] < 3 * found["kernels_per_micro_batch"]
+    assert found["launch_s"] == pytest.approx(sum(phase["launch_s"] for phase in found["phases"].values()))
+    assert set(found["roofline_s_by_phase"]) == set(found["phases"]) >= {"forward", "backward", "reduction", "update"}
+    assert sum(found["peak_memory_breakdown"].values()) == found["peak_memory_bytes"]
+    assert found["flops_by_dtype"].keys() == {"bfloat16", "float32"}  # the model, and Newton-Schulz
+    assert found["bytes_moved"] == pytest.approx(sum(phase["bytes"] for phase in found["phases"].values()))
+    assert found["tokens_per_second"] == pytest.approx(16 * 64 / 8 / found["step_s"])
+    assert found["bound"] == "launch"  # so small a model
+    assert found["host_waits_per_step"] == sum(found["host_waits"].values())
+    reduced = [row for row in found["collectives"] if row["phase"] == "reduction"]
+    assert reduced and all(row["group"] == "data parallel" and row["way"] == "exposed" for row in reduced)
+    assert picture.stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert "tokens/s per GPU" in printed and "What this cannot see" in printed
+
+
+def test_compares_two_configurations(tmp_path, capsys):
+    file = tmp_path / "found.json"
+    against = "transformer_pp_tiny training.recompute=none"
+    assert main(["rehearse", "transformer_pp_tiny", *SMALL, "--against", against, "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert found["this"]["kernels_per_micro_batch"] > found["against"]["kernels_per_micro_batch"]
+    assert "recompute" in found["this"]["phases"] and "recompute" not in found["against"]["phases"]
+    assert "kernels per micro-batch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--world", "0"], "--world 0: give at least 1"),
+        (["--world", "3", "parallel.tensor_parallel=2"], "world size 3 is not divisible"),
+        (["--world", "2", "--rank", "2"], "the ranks of a world of 2 are 0 to 1"),
+        (["--hardware", "abacus"], "no hardware row 'abacus'"),
+        (["--json", "/"], "it is a directory"),
+        (["--against", ""], "--against: give a configuration"),
+    ],
+)
+def test_refuses_before_the_work(arguments, message, capsys):
+    assert main(["rehearse", "transformer_pp_tiny", *arguments]) == 2
+    assert message in capsys.readouterr().err
