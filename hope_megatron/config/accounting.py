@@ -239,7 +239,7 @@ def memory_macs(model: ModelConfig, seq_length: int) -> tuple[float, float, floa
         writes += n * d * h * deep  # z = W_in k
         writes += n * d * h * deep if memory.own_targets or scalars else 0  # targets M(v)
         writes += output_layers if memory.own_targets else hidden * scalars
-        writes += output_layers if memory.objective == "l2" else 0
+        writes += output_layers if memory.predicts else 0
         writes += vectors * d * h * writes_in  # W_out^T e
 
         # the systems of Delta Gradient Descent: one for the keys k, one for the features of every memory

@@ -18,7 +18,7 @@ from hope_megatron.ops.memory.rule import MemoryCompute, MemoryRule, pick
 
 Mixer = Literal["memory", "attention"]
 
-_ETA_FACTORS = {"objective", "dgd_layers", "num_layers"}
+_ETA_FACTORS = {"objective", "dgd_layers", "num_layers", "lp_power"}
 
 
 class MemoryConfig(Section, MemoryCompute, MemoryRule):
@@ -82,16 +82,20 @@ class MemoryConfig(Section, MemoryCompute, MemoryRule):
 
         The gradients of a chunk are all taken at its start and added up, so that with parallel keys a chunk is one step of
         descent, as long as descent.py says it may be, on a curvature of |k|^2 = 1 (a matrix), of at most 1 (`normalize_steps`),
-        or of |silu(W2 k)|^2 and |W1|^2 (two layers without it, together at least 2).
+        or of |silu(W2 k)|^2 and |W1|^2 (two layers without it, together at least 2). Huber's loss bends no more than l2's.
         """
         if self.objective == "dot" and self.output_uses_dgd:
             return 2.0
         if self.objective == "dot" and self.num_layers == 1:
             return math.inf  # linear attention: writes add up and nothing multiplies them
         curvature = 1.0
-        if self.objective == "l2" and self.num_layers == 2 and not (self.output_uses_dgd or self.normalize_steps):
+        if self.predicts and self.num_layers == 2 and not (self.output_uses_dgd or self.normalize_steps):
             curvature = 2 * max(1.0, self.input_scale**2 / 4)  # a unit key's features: about input_scale^2 / 4
-        carried = self.momentum_max if self.objective == "l2" and self.momentum != "none" else 0.0
+        if (
+            self.objective == "lp" and self.lp_power > 2
+        ):  # its second derivative (p - 1) |r|^(p - 2) at |r| = 2: unit values apart
+            curvature *= (self.lp_power - 1) * 2 ** (self.lp_power - 2)
+        carried = self.momentum_max if self.predicts and self.momentum != "none" else 0.0
         return largest_stable_step(self.chunk_tokens, carried) / curvature
 
     @property
@@ -139,9 +143,9 @@ class MemoryConfig(Section, MemoryCompute, MemoryRule):
                 f"memory.adaptive_alpha=true adds to a retention that memory.decay={self.decay} fixes; "
                 "set adaptive_alpha=false, or decay=data"
             )
-        if self.eta_max > 0 and self.objective == "l2" and not self.normalize_values:
+        if self.eta_max > 0 and self.predicts and not self.normalize_values:
             raise ConfigError(
-                "memory.normalize_values=false with objective=l2 was not finite within 100 steps in every variant measured, "
+                f"memory.normalize_values=false with objective={self.objective}: with l2 nothing was finite within 100 steps, "
                 "whatever the rate; set normalize_values=true"
             )
         if self.eta_max > 0 and self.own_targets and not self.normalize_targets:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hope_megatron.ops.memory.inner import dsilu, squared_norm, step_scale, unit
+from hope_megatron.ops.memory.inner import dsilu, loss_gradient, squared_norm, step_scale, unit
 from hope_megatron.ops.memory.layout import Group, Weights
 from hope_megatron.ops.memory.rule import MemoryRule
 from hope_megatron.ops.memory.tables import ChunkTables, chunk_tables, delta_inverse, gram
@@ -216,15 +216,17 @@ def _errors(k: Tensor, v: Tensor, phi: Tensor, rule: MemoryRule, group: Group) -
             written = torch.bmm(own_vector, start.w_vector.mT)
             target = target + written if skip else written
             target = unit(target) if rule.normalize_targets else target
-        if rule.objective == "l2":
+        if rule.predicts:
             prediction = torch.bmm(phi_vector, start.w_vector.mT)
-            vector = (k_n + prediction if skip else prediction) - target
+            vector = loss_gradient((k_n + prediction if skip else prediction) - target, rule)
         else:
             vector = k_n - target if skip and rule.dot_target == "residual" else -target
     if phi_scalar is not None:
         target = torch.bmm(own_scalar, start.w_scalar.mT)
         target = torch.tanh(target) if rule.normalize_targets else target
-        scalar = torch.bmm(phi_scalar, start.w_scalar.mT) - target if rule.objective == "l2" else -target
+        scalar = -target
+        if rule.predicts:
+            scalar = loss_gradient(torch.bmm(phi_scalar, start.w_scalar.mT) - target, rule)
     return vector, scalar
 
 

@@ -63,12 +63,24 @@ def output_error(bank: Bank, k: Tensor, v: Tensor, phi: Tensor, rule: MemoryRule
             target = torch.tanh(target) if scalar else unit(target)
     else:
         target = v
-    if rule.objective == "l2":
+    if rule.predicts:
         prediction = phi @ bank.w_out.mT
-        return (k + prediction if skip else prediction) - target
+        return loss_gradient((k + prediction if skip else prediction) - target, rule)
     residual = skip and rule.dot_target == "residual"
     error = k - target if residual else -target
     return error.expand(*phi.shape[:-1], error.size(-1))
+
+
+def loss_gradient(r: Tensor, rule: MemoryRule) -> Tensor:
+    """d loss / d prediction, of residuals r = prediction - target, [..., o].
+
+    l2: r. huber: r, and beyond |r| = delta a vector of that length. lp: r_i |r_i|^(p - 2), with |r_i| smooth at zero.
+    """
+    if rule.objective == "huber":
+        return r * (rule.huber_delta * torch.rsqrt(squared_norm(r) + EPSILON**2)).clamp(max=1.0)
+    if rule.objective == "lp":
+        return r * (r.square() + EPSILON**2).pow(rule.lp_power / 2 - 1)
+    return r
 
 
 def output_key(phi: Tensor, bank: Bank, rule: MemoryRule) -> Tensor:

@@ -96,8 +96,13 @@ class MemoryRule:
     """Tokens per chunk of the self-memories; None means chunk_tokens. One must divide the other."""
     num_layers: Literal[1, 2] = 2
     """1: a matrix memory, M(x) = W x. 2: M(x) = x + W1 silu(W2 x), eq. 89."""
-    objective: Literal["dot", "l2"] = "dot"
-    """Inner loss: -<M(k), v> or 0.5 |M(k) - v|^2."""
+    objective: Literal["dot", "l2", "huber", "lp"] = "dot"
+    """Inner loss: -<M(k), v>; or of r = M(k) - v 0.5 |r|^2, Huber's (quadratic up to |r| = huber_delta, then linear: Yaad,
+    arXiv 2504.13173), or the p-norm sum |r_i|^p / p (Moneta, ibid.)."""
+    huber_delta: Annotated[float, Bound(gt=0.0)] = 1.0
+    """Objective huber: the error beyond which a token's gradient grows no longer."""
+    lp_power: Annotated[float, Bound(ge=1.0)] = 3.0
+    """Objective lp: p."""
     written_layers: Literal["all", "output"] = "all"
     """Layers that a context changes. "output": W2 stays as training left it, and with it the features of every key, so that a
     second value of a key replaces the first."""
@@ -129,7 +134,7 @@ class MemoryRule:
     normalize_targets: bool = True
     """Unit-norm own targets (tanh for the two scalar memories): own targets feed back on themselves."""
     normalize_steps: bool = True
-    """Objective l2, two layers: no token's step passes Polyak's, which takes its error to zero. Without it what is learned
+    """Two layers, not objective dot: no token's step passes Polyak's, which takes its error to zero. Without it what is learned
     about features and weights lengthens the steps until they overshoot: TTT-MLP was not finite after 350 steps."""
     read: Literal["causal", "chunk_start"] = "causal"
     """Read M_mem as updated up to this very token (dual form), or at the chunk's start (eq. 90 literally)."""
@@ -173,6 +178,11 @@ class MemoryRule:
         return self.adaptive_eta + self.adaptive_alpha
 
     @property
+    def predicts(self) -> bool:
+        """Whether the inner gradient depends on what the memory answers: that of "dot" does not."""
+        return self.objective != "dot"
+
+    @property
     def writes_input(self) -> bool:
         """Whether there is an input layer and streams change it."""
         return self.num_layers == 2 and self.written_layers == "all"
@@ -185,7 +195,7 @@ class MemoryRule:
     @property
     def normalizes_steps(self) -> bool:
         """One-layer memories meet |k|^2 = 1, and the gradient of "dot" does not depend on what it changes."""
-        return self.normalize_steps and self.num_layers == 2 and self.objective == "l2"
+        return self.normalize_steps and self.num_layers == 2 and self.predicts
 
     def conflict(self, section: str = "") -> str | None:
         """Why these values do not go together, and what to do; None if they do. section: what stands before the names of fields."""

@@ -368,11 +368,27 @@ def test_recomputing_changes_no_gradient(decay_to, momentum, chunk, self_chunk, 
             torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("objective", ["dot", "l2"])
+@pytest.mark.parametrize("objective", ["huber", "lp"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"huber_delta": 0.3},
+        {"dgd_layers": "none", "lp_power": 1.5, "normalize_steps": False},
+        {"written_layers": "output", "lp_power": 4.0, "decay_to": "zero"},
+        {"num_layers": 1, "dgd_layers": "input", **STATIC},
+    ],
+    ids=str,
+)
+def test_huber_and_p_norm(objective, changes):
+    rule = MemoryRule(8, objective=objective, eta_max=0.05, **changes)
+    assert_same(rule, 21, layers=rule.num_layers, momentum=True, warm=True)
+
+
+@pytest.mark.parametrize("objective", ["dot", "l2", "huber", "lp"])
 @pytest.mark.parametrize("scalar", [False, True])
 def test_inner_gradients_match_autograd(objective, scalar):
     """e, and the input layer's delta, are gradients of the inner loss as METHOD defines it, the target held constant."""
-    rule = MemoryRule(objective=objective, dot_target="full", normalize_targets=False)
+    rule = MemoryRule(objective=objective, dot_target="full", normalize_targets=False, huber_delta=1.5)
     outputs = 1 if scalar else d
     bank = Bank(
         torch.randn(H, 1, h, d, dtype=torch.float64, requires_grad=True),
@@ -385,7 +401,13 @@ def test_inner_gradients_match_autograd(objective, scalar):
         return y if scalar else x + y
 
     target, prediction = memory(v).detach(), memory(k)
-    loss = 0.5 * (prediction - target).square().sum() if objective == "l2" else -(prediction * target).sum()
+    r, length = prediction - target, (prediction - target).norm(dim=-1)
+    loss = {
+        "dot": -(prediction * target).sum(),
+        "l2": 0.5 * r.square().sum(),
+        "huber": torch.where(length <= 1.5, 0.5 * length.square(), 1.5 * (length - 0.75)).sum(),
+        "lp": r.abs().pow(3).sum() / 3,
+    }[objective]
     grad_in, grad_out = torch.autograd.grad(loss, [bank.w_in, bank.w_out])
     z = k @ bank.w_in.mT
     phi = F.silu(z)

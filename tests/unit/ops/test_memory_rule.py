@@ -30,13 +30,15 @@ B, T, H, d, h = 2, 9, 3, 16, 32
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"objective": "L2"}, 'objective="L2" is none of "dot", "l2"'),
+        ({"objective": "L2"}, 'objective="L2" is none of "dot", "l2", "huber", "lp"'),
         ({"num_layers": 3}, "num_layers=3 is none of 1, 2"),
         ({"num_layers": True}, "num_layers=True is none of 1, 2"),
         ({"chunk_tokens": 0}, "chunk_tokens=0 must be greater than 0"),
         ({"chunk_tokens": 8.0}, "chunk_tokens=8.0 must be int"),
         ({"self_chunk_tokens": "8"}, 'self_chunk_tokens="8" must be int or None'),
         ({"read_skip": 1}, "read_skip=1 must be bool"),
+        ({"huber_delta": 0.0}, "huber_delta=0.0 must be greater than 0"),
+        ({"lp_power": 0.5}, "lp_power=0.5 must be at least 1"),
         ({"eta_max": -1}, "eta_max=-1 must be at least 0.0"),
         ({"momentum_max": 1.0}, "momentum_max=1.0 must be less than 1.0"),
         ({"chunk_tokens": 8, "self_chunk_tokens": 12}, "one must divide the other"),

@@ -27,7 +27,8 @@ from hope_megatron.ops.memory.rule import MemoryCompute, MemoryRule, why_not_hop
 def why_not(case: Case) -> str | None:
     """See `Backend.why_not`."""
     rule, (_, _, theta) = case.rule, case.rates
-    if (text := rule.differs(read="causal", normalize_targets=True, adaptive_query=False)) is not None:
+    fixed = {"objective": ("dot", "l2"), "read": "causal", "normalize_targets": True, "adaptive_query": False}
+    if (text := rule.differs(**fixed)) is not None:
         return text
     if theta and (rule.adaptive or not rule.writes_input or rule.dgd_layers != "none"):
         return "momentum, which it has for static projections, two layers, both written, and no DGD"
