@@ -63,6 +63,24 @@ def test_a_preset_may_be_a_dotted_key(run_file, model):
     assert load_run_config(run_file, ["model.preset=transformer_pp_tiny"]).model.vocab_size == 8192
 
 
+@pytest.mark.parametrize(
+    ("overrides", "lr"),
+    [
+        ([], 8e-3),  # the best of docs/records/2026-11-24-optimizers.md on every task
+        (["optim.name=muon"], 8e-3),
+        (["optim.name=adamuon"], 8e-3),
+        (["optim.name=adamw"], 2e-3),
+        (["optim.name=sgd"], 2e-3),
+        (["optim.name=adamw", "optim.lr=1e-4"], 1e-4),
+        (["optim.warmup_steps=5"], 8e-3),
+    ],
+)
+def test_the_learning_rate_follows_the_optimizer(run_file, overrides, lr):
+    config = load_run_config(run_file, overrides)
+    assert config.optim.lr == lr
+    assert resolve_run_config(read_mapping_of(dump_config(config), run_file), source="dump") == config
+
+
 @pytest.mark.parametrize("model", ["model: hope_60m", "model: {preset: hope_60m}"])
 def test_two_presets_are_refused(run_file, model):
     run_file.write_text(

@@ -46,7 +46,10 @@ def test_a_rate_left_out_is_the_largest_stable_one(settings):
     ("settings", "reason"),
     [
         ({"eta_max": 2.1}, "overshoots.*at most 2"),
-        ({"objective": "l2", "eta_max": 0.5}, r"summed, so that the bound falls as chunks get longer; set eta_max to at most 0\.0625"),
+        (
+            {"objective": "l2", "eta_max": 0.5},
+            r"summed, so that the bound falls as chunks get longer; set eta_max to at most 0\.0625",
+        ),
         ({"objective": "l2", "chunk_tokens": 64, "eta_max": 0.0625}, r"at most 0\.03125"),
         ({"objective": "l2", "dgd_layers": "none", "eta_max": 0.07}, r"at most 0\.0625"),
         (
