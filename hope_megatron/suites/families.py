@@ -163,6 +163,7 @@ def _family_suite(
         },
         run=run,
         quantity=quantity,
+        guessing=lambda task, column: by_name[task].guessing(column) if column in by_name[task].bins else None,
         paper=paper,
         notes=notes,
         parameters={family: num_parameters(config(tasks[0], family)) for family in families},

@@ -13,6 +13,7 @@ from hope_megatron.eval.report import INK, markdown_table, save_figure
 from hope_megatron.suites.suite import Cell, Results, Suite
 
 _PANELS_ACROSS = 3
+_GUESSING = "most frequent answer"
 _CHARACTER_INCHES = 0.068  # of the picture's small print
 
 
@@ -122,12 +123,12 @@ def _settings(suite: Suite) -> list[tuple[str, str]]:
 
 def plot_suite(results: Results, path: Path) -> None:
     """A panel per task: the table with its cells coloured, the better the brighter; shares from 0 to 1, all else from the column's
-    worst to its best."""
+    worst to its best. The last row is what always giving the most frequent answer scores, where a suite knows that."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     suite = results.suite
-    tables = {task: table(results, task) for task in suite.tasks}
+    tables = {task: _with_guessing(table(results, task), task, suite) for task in suite.tasks}
     across = min(_PANELS_ACROSS, len(tables))
     down = math.ceil(len(tables) / across)
     width = sum(_width(t) for t in list(tables.values())[:across])
@@ -142,6 +143,15 @@ def plot_suite(results: Results, path: Path) -> None:
         axes.set_axis_off()
     figure.suptitle(title, color=INK, fontsize=9, x=0.01, ha="left")
     save_figure(figure, path)
+
+
+def _with_guessing(figures: Table, task: str, suite: Suite) -> Table:
+    """The table with a row for the most frequent answer."""
+    scores = [suite.guessing(task, column) for column in figures.columns]
+    if all(score is None for score in scores):
+        return figures
+    row = [None if score is None else Spread(score, 0.0, 1) for score in scores]
+    return figures._replace(rows={**figures.rows, _GUESSING: row})
 
 
 def _width(figures: Table) -> float:

@@ -75,6 +75,8 @@ class Suite:
     """How it was run here, and where that differs."""
     parameters: Mapping[str, int] = field(default_factory=dict)
     """Parameters of each subject's model, in the first task."""
+    guessing: Callable[[str, str], float | None] = lambda task, column: None
+    """Score by task and column of always giving the most frequent answer; None where there is no such thing."""
 
     def cells(self) -> Iterator[Cell]:
         """Seed by seed, so that an interrupted suite has whole tables of the seeds it got to."""

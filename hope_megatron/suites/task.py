@@ -52,6 +52,16 @@ class Task:
         number = (*self.bins, *self.lessons).index(name)
         return self.draw(name, size, np.random.default_rng((10**9, 7, number)))
 
+    def guessing(self, name: str, size: int = 64) -> float:
+        """Score of always giving the bin's most frequent answer, whatever was read (for the loss: of the answers' frequencies)."""
+        targets = self.test_batch(name, size).targets
+        answers, counts = np.unique(targets[targets != IGNORE], return_counts=True)
+        shares = counts / counts.sum()
+        if self.metric == "loss":
+            return float(-(shares * np.log(shares)).sum())
+        right = (targets == answers[counts.argmax()]) | (targets == IGNORE)
+        return float(right.all(axis=1).mean() if self.metric == "sequences" else shares.max())
+
 
 def pad_batch(rows: list[tuple[list[int], list[int]]]) -> Batch:
     """Tokens and targets of sequences of different length, side by side."""

@@ -10,6 +10,7 @@ import torch
 
 from hope_megatron.config import ConfigError
 from hope_megatron.config.accounting import num_parameters
+from hope_megatron.suites import report as suite_report
 from hope_megatron.suites.ablations import WHOLE, ablations
 from hope_megatron.suites.errors import SuiteError
 from hope_megatron.suites.fit import FitOptions, _Lessons, fit_options, fit_task, score, small_model
@@ -205,6 +206,35 @@ def test_the_better_is_the_brighter(monkeypatch, tmp_path):
     )
     plot_suite(run_suite(suite, None, {}, tell=lambda line: None), tmp_path / "s.png")
     assert levels == {0: [[0.75, 0.75], [0.5, 1.0]], 1: [[1.0], [0.0]]}
+
+
+ANSWERS = np.array([[5, 5, IGNORE], [5, 6, IGNORE], [5, 5, 7]])
+
+
+@pytest.mark.parametrize(
+    ("metric", "score"),
+    [("answers", 5 / 7), ("sequences", 1 / 3), ("loss", -(5 / 7) * np.log(5 / 7) - 2 * (1 / 7) * np.log(1 / 7))],
+)
+def test_the_most_frequent_answer_is_the_chance_level(metric, score):
+    task = Task("t", 8, ("one",), lambda name, size, rng: Batch(np.zeros_like(ANSWERS), ANSWERS), metric=metric)
+    assert task.guessing("one") == pytest.approx(score)
+
+
+def test_the_picture_has_the_chance_level_and_the_tables_do_not(tmp_path, monkeypatch):
+    drawn = []
+    panel = suite_report._panel
+    monkeypatch.setattr(
+        suite_report,
+        "_panel",
+        lambda axes, task, figures, suite: drawn.append(figures) or panel(axes, task, figures, suite),
+    )
+    suite = build_suite("recall", SuiteOptions(families=("hope",), seeds=1, steps=1, quick=True))
+    task, column = suite.tasks[0], next(iter(suite.settings["bins"][suite.tasks[0]]))
+    results = Results(suite, None, {Cell(task, "hope", 0): {column: 0.5, "other": 0.1}})
+    plot_suite(results, tmp_path / "s.png")
+    (guess, other), *_ = [row for name, row in drawn[0].rows.items() if name == "most frequent answer"]
+    assert guess.mean == suite.guessing(task, column) and 0 < guess.mean < 0.5 and other is None
+    assert "most frequent answer" not in suite_markdown(results)
 
 
 def test_results_of_other_settings_are_refused(tmp_path):
