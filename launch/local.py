@@ -14,9 +14,10 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 from hope_megatron.runtime.process import LAUNCH_TIME_VARIABLE, available_cpus, count_gpus, process_environment
 from hope_megatron.runtime.reports import LAUNCH_DIR_VARIABLE, read_failures, read_worker_pids, record_stop_signal
@@ -26,7 +27,13 @@ _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def run_local(
-    argv: Sequence[str], nproc: int, *, num_threads: int = 1, oversubscribe: bool = False, port: int | None = None
+    argv: Sequence[str],
+    nproc: int,
+    *,
+    num_threads: int = 1,
+    oversubscribe: bool = False,
+    port: int | None = None,
+    after_failure: Callable[[], str] = str,
 ) -> int:
     """Run `python -m hope_megatron ARGV` as `nproc` processes that form one world, and wait for them.
 
@@ -36,6 +43,7 @@ def run_local(
         num_threads: CPU threads of each process for torch operators.
         oversubscribe: allow more processes than cores (or GPUs).
         port: rendezvous port on this machine; None lets the operating system choose a free one.
+        after_failure: what to tell the user besides when a worker was killed: how far it was, how to go on.
 
     Returns:
         Exit code: 0, that of the worker that failed first, or 128 + the signal that ended the run early.
@@ -51,16 +59,18 @@ def run_local(
             LAUNCH_DIR_VARIABLE: directory,
             LAUNCH_TIME_VARIABLE: str(time.time()),
         }
+        died: _Death | None = None
         with _environment(environment), _SignalForwarding(Path(directory)) as signals:
             try:
-                exit_code = _run_agent(list(argv), nproc, port)
+                died = _run_agent(list(argv), nproc, port)
             except (KeyboardInterrupt, _Interrupted):
-                exit_code = 130
+                return 130 if signals.received is None else 128 + signals.received
         if signals.received is not None:
             return 128 + signals.received
-        if exit_code:
-            _print_failure(Path(directory))
-        return exit_code
+        if died is None:
+            return 0
+        _print_failure(Path(directory), died, after_failure)
+        return died.exit_code
 
 
 def _check_capacity(nproc: int, oversubscribe: bool) -> None:
@@ -88,8 +98,24 @@ def _check_port_is_free(port: int) -> None:
             ) from None
 
 
-def _run_agent(argv: list[str], nproc: int, port: int | None) -> int:
-    """Exit code of the first failed worker, or 0."""
+class _Death(NamedTuple):
+    """The worker that failed first."""
+
+    rank: int
+    exit_code: int
+    """128 + the signal, if one ended it."""
+    signal_number: int
+
+    def __str__(self) -> str:
+        if not self.signal_number:
+            return f"rank {self.rank} ended with exit code {self.exit_code} and without a message"
+        name = signal.Signals(self.signal_number).name
+        often = "; the system does that when memory runs out" if self.signal_number == signal.SIGKILL else ""
+        return f"rank {self.rank} was killed by {name}{often}"
+
+
+def _run_agent(argv: list[str], nproc: int, port: int | None) -> _Death | None:
+    """The first failed worker; None if all have done their work."""
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -104,15 +130,16 @@ def _run_agent(argv: list[str], nproc: int, port: int | None) -> int:
         torchrun.run(torchrun.get_args_parser().parse_args([*arguments, "-m", "hope_megatron", *argv]))
     except ChildFailedError as error:
         first = min(error.failures.values(), key=lambda failure: failure.timestamp)
-        return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
-    return 0
+        number = max(0, -first.exitcode)
+        return _Death(first.local_rank, 128 + number if number else first.exitcode, number)
+    return None
 
 
-def _print_failure(directory: Path) -> None:
-    """Print the cause once: the earliest report. Other workers mostly report that they lost their peer."""
+def _print_failure(directory: Path, died: _Death, after_failure: Callable[[], str]) -> None:
+    """Print the cause once: a worker that was killed, else the earliest report. Others mostly report that they lost their peer."""
     failures = read_failures(directory)
-    if not failures:
-        print("error: a worker process died without a message (killed, or out of memory)", file=sys.stderr)
+    if died.signal_number or not failures:
+        print(f"error: {'; '.join(filter(None, (str(died), after_failure())))}", file=sys.stderr)
         return
     cause = next((failure for failure in failures if failure.is_user_error), failures[0])
     if cause.is_user_error:
