@@ -141,6 +141,7 @@ def test_any_rule_length_and_state(options, layers, chunks, T, B, warm, keep_eve
 FAMILIES = (
     "hope",
     "hope_w1",
+    "titans",
     "ttt_mlp",
     "ttt_linear",
     "deltanet",

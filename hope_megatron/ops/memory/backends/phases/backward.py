@@ -16,7 +16,8 @@ from torch import Tensor
 from hope_megatron.ops.memory.backends.phases.arithmetic import Products, aten, dot, dsilu
 from hope_megatron.ops.memory.backends.phases.form import Form
 from hope_megatron.ops.memory.backends.phases.forward import Stream, Weights
-from hope_megatron.ops.memory.backends.phases.tables import Consts
+from hope_megatron.ops.memory.backends.phases.momentum import Layer, rate_gradients
+from hope_megatron.ops.memory.backends.phases.tables import Consts, MomentumTables, Tables
 from hope_megatron.ops.memory.backends.phases.tape import Coefficients, read_gradients, read_rows, record
 
 
@@ -27,8 +28,8 @@ class Outside(NamedTuple):
     k: Tensor | None  # of the generated keys and values, [N, b, C, d]
     v: Tensor | None
     logs: Tensor | None  # of the generated log-rates, [N, b, 2, C]
-    V: Tensor  # of the weights after the last chunk, [n, N, d, h]
-    V_in: Tensor | None  # [n, N, h, d]
+    V: Tensor  # of what changes, after the last chunk, [n, N, parts, d, h]
+    V_in: Tensor | None  # [n, N, parts, h, d]
 
 
 class Gradients(NamedTuple):
@@ -39,7 +40,8 @@ class Gradients(NamedTuple):
     v: Tensor
     eta: Tensor  # of logits, or of log-rates; [N, b, C]
     alpha: Tensor
-    V: Tensor  # of the weights before the first chunk
+    theta: Tensor | None
+    V: Tensor  # of what changes, before the first chunk
     V_in: Tensor  # of W2, where it is not written
     A: Tensor
     A_in: Tensor | None
@@ -49,7 +51,14 @@ class SegmentBackward:
     """`run` is called once. Everything that a chunk of the loop leaves for the gradients is a slice of a tensor over chunks."""
 
     def __init__(
-        self, form: Form, c: Consts, p: Products, stream: Stream, q: Tensor | None, weights: Weights, A: Tensor
+        self,
+        form: Form,
+        c: Consts | MomentumTables,
+        p: Products,
+        stream: Stream,
+        q: Tensor | None,
+        weights: Weights,
+        A: Tensor,
     ):
         self.form, self.c, self.p, self.weights = form, c, p, weights
         self.tape = record(form, c, p, stream, weights, A)
@@ -88,28 +97,28 @@ class SegmentBackward:
             pair(self.met, "e")[..., 1, :] = t.keys if t.nk is None else t.keys * t.nk
         if form.targets:
             pair(self.met, "target")[..., 1, :] = t.phi_v
-        # [sym | -Gamma_C rows] and [keys; dV]: what keys get from the system and from the end of the chunk is one product
-        self.left, self.right = zeros(n, N, self.b, C, C + d), new(n, N, self.b, C + d, h)
-        self.left[..., C:], self.right[..., :C, :], self.right[:, :, -1, C:] = co.reached, t.keys, outside.V
+        # [sym | -Gamma_C rows] and [keys; dV (and dS)]: what keys get from the system and from the end of the chunk is one product
+        after = C + d * form.parts
+        self.left, self.right = zeros(n, N, self.b, C, after), new(n, N, self.b, after, h)
+        self.left[..., C:], self.right[..., :C, :] = co.reached, t.keys
+        self.right[:, :, -1, C:] = outside.V.flatten(2, 3)
         self.d_kv_parts = zeros(
             2 * n + 1, N, self.b, 2 * C, d
         )  # of errors and targets; of z and the input layer; from outside
         if outside.k is not None:
             self.d_kv_parts[2 * n] = torch.cat([outside.k, outside.v], 2)
         self.d_z = zeros(n, N, self.b, 2 * C, h)
-        self.before, self.before_in = new(n, N, 1, d, h), None  # dV before the first chunk
-        self.kept_V = torch.cat([co.V[:, :, 1:], w.out_end], 2)
+        self.before, self.before_in = new(n, N, 1, d * form.parts, h), None  # dV before the first chunk
+        self.kept_V = torch.cat([co.V[:, :, 1:], w.out_end[..., 0, :]], 2)
         if form.writes_in:
             self.pair_in = zeros(n, N, self.b, C, 2, h)
-            self.left_in, self.right_in = zeros(n, N, self.b, C, C + h), new(n, N, self.b, C + h, d)
-            self.left_in[..., C:], self.right_in[..., :C, :], self.right_in[:, :, -1, C:] = (
-                co.reached_in,
-                co.k,
-                outside.V_in,
-            )
-            self.d_delta, self.before_in = new(n, N, self.b, C, h), new(n, N, 1, h, d)
+            after = C + h * form.parts
+            self.left_in, self.right_in = zeros(n, N, self.b, C, after), new(n, N, self.b, after, d)
+            self.left_in[..., C:], self.right_in[..., :C, :] = co.reached_in, co.k
+            self.right_in[:, :, -1, C:] = outside.V_in.flatten(2, 3)
+            self.d_delta, self.before_in = new(n, N, self.b, C, h), new(n, N, 1, h * form.parts, d)
             self.kv = self.tape.kv.flatten(2, 3).expand(n, N, self.b, 2 * C, d).contiguous()
-            self.kept_V_in = torch.cat([co.V_in[:, :, 1:], w.inner_end], 2)
+            self.kept_V_in = torch.cat([co.V_in[:, :, 1:], w.inner_end[..., 0, :]], 2)
         if form.generates:
             self._generation_rooms()
         self.read_keys = self.read_V = self.read_V_in = None
@@ -154,8 +163,13 @@ class SegmentBackward:
         self.d_kv_parts[-1, :, :, :C] += found.inner.keys
         self.read_keys = torch.zeros_like(self.d_features_like())
         self.read_keys[-1, :, :, :C] = found.out.keys
-        self.read_V, self.read_V_in = torch.zeros_like(self.kept_V), torch.zeros_like(self.kept_V_in)
-        self.read_V[-1], self.read_V_in[-1] = found.out.V, found.inner.V
+        rooms = []
+        for last, like in ((found.out, self.kept_V), (found.inner, self.kept_V_in)):
+            room = like.new_zeros(*like.shape[:3], form.parts, *like.shape[3:])
+            for part, x in zip(room[-1].unbind(2), (last.V, last.S)):
+                part.copy_(x)
+            rooms.append(room)
+        self.read_V, self.read_V_in = rooms
         self.rho = found.out.rho + found.inner.rho
         return found.inner.x
 
@@ -168,12 +182,12 @@ class SegmentBackward:
     # ------------------------------------------------------------ the loop
 
     def _chunk(self, at: slice, i: int) -> None:
-        form, p, co, C = self.form, self.p, self.co, self.form.C
+        form, co, C = self.form, self.co, self.form.C
         dV = self.right[:, :, at, C:]
-        p.add(self.pair["r"][:, :, at].flatten(3, 4), co.to_r[:, :, at], dV.mT)
+        self._from_end(self.pair["r"][:, :, at], co.to_r[:, :, at], dV)
         d_e, d_g, d_slope = self.pair["r"][:, :, at, :, 0], None, None
         if form.writes_in:
-            p.add(self.pair_in[:, :, at].flatten(3, 4), co.to_r_in[:, :, at], self.right_in[:, :, at, C:].mT)
+            self._from_end(self.pair_in[:, :, at], co.to_r_in[:, :, at], self.right_in[:, :, at, C:])
             d_g = self.pair_in[:, :, at, :, 0]
         if form.scaled:
             d_e, d_g, d_slope = self._scaled(at, d_e, d_g)
@@ -185,6 +199,12 @@ class SegmentBackward:
         if form.generates:
             self._generated(at, i)
         self._carry(at, i, dV)
+
+    def _from_end(self, pair: Tensor, to_r: Tensor, carry: Tensor) -> None:
+        """What rows get from the chunk's end: from dV, and from dS."""
+        parts = self.form.parts
+        for to_part, part in zip(to_r.chunk(parts, -1), carry.chunk(parts, -2)):
+            self.p.add(pair.flatten(3, 4), to_part, part.mT)
 
     def _scaled(self, at: slice, d_drive: Tensor, d_drive_in: Tensor | None):
         """drive = scale e, scale = 1 / max(1, slope): gradients of e, of g_in and of the slope."""
@@ -322,15 +342,16 @@ class SegmentBackward:
     def _carry(self, at: slice, i: int, dV: Tensor) -> None:
         """dV before the chunk: what is kept of the one after it, what reads give, and all rows with what they met."""
         form, p, t, C = self.form, self.p, self.tape.written, self.form.C
-        end = self.tape.inputs.tables.end[:, at]
+        tables = self.tape.inputs.tables.at(i)
         out = self.right[:, :, i - 1 : i, C:] if i else self.before
-        _kept(dV, end, None if self.read_V is None else self.read_V[:, :, at], out)
+        out = _kept(dV, tables, None if self.read_V is None else self.read_V[:, :, at], out)
         p.add(out, self.rows[:, :, at].mT, self.met[:, :, at])
         if not form.writes_in:
             return
         p.add(out, t.e[:, :, at].mT, self.d_delta[:, :, at])
         out = self.right_in[:, :, i - 1 : i, C:] if i else self.before_in
-        _kept(self.right_in[:, :, at, C:], end, None if self.read_V_in is None else self.read_V_in[:, :, at], out)
+        read = None if self.read_V_in is None else self.read_V_in[:, :, at]
+        out = _kept(self.right_in[:, :, at, C:], tables, read, out)
         if form.dgd_in:
             p.add(out, self.pair_in[:, :, at, :, 1].mT, self.co.k[:, :, at])
         p.add(out, self.d_z[:, :, at].mT, self.kv[:, :, at])
@@ -365,9 +386,10 @@ class SegmentBackward:
         else:
             d_k, d_v = self.d_kv_parts.sum(0).split(C, 2)
             inputs = (d_k, d_v, *self._rates())
-        d_A, d_W_in, V = d_A.sum(2), d_W_in.sum(2), self.before.squeeze(2)
+        parts = lambda x: x.squeeze(2).unflatten(2, (form.parts, -1))  # noqa: E731
+        d_A, d_W_in, V = d_A.sum(2), d_W_in.sum(2), parts(self.before)
         if form.writes_in:
-            return Gradients(self.d_q, *inputs, V, self.before_in.squeeze(2), d_A, d_W_in)
+            return Gradients(self.d_q, *inputs, V, parts(self.before_in), d_A, d_W_in)
         return Gradients(self.d_q, *inputs, V, d_W_in, d_A, None)
 
     def _generated_inputs(self, d_A: Tensor, d_W_in: Tensor) -> tuple[Tensor, ...]:
@@ -383,23 +405,36 @@ class SegmentBackward:
         W_in = self.co.W_in[:4].expand(4, self.N, self.b, self.h, self.d)
         d_x = p.mm(d_z_x, W_in if form.writes_in else W_in.contiguous())
         d_x[2:] += raw[2:]
-        return d_x[:3].sum(0), d_x[3], raw[0, ..., 0], raw[1, ..., 0]
+        return d_x[:3].sum(0), d_x[3], raw[0, ..., 0], raw[1, ..., 0], None
 
-    def _rates(self) -> tuple[Tensor, Tensor]:
+    def _rates(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Gradients of log-rates that came from outside, for M_mem alone: all chunks at once."""
-        C = self.form.C
+        C, t = self.form.C, self.tape.written
+        if self.form.momentum:
+            carries = self.right[-1, ..., C:, :].chunk(2, -2), self.right_in[-1, ..., C:, :].chunk(2, -2)
+            layers = (
+                Layer(*self.found.of_out, *carries[0], self.pair["r"][-1, ..., 0, :], t.r[-1]),
+                Layer(*self.found.of_inner, *carries[1], self.pair_in[-1, ..., 0, :], t.r_in[-1]),
+            )
+            return rate_gradients(self.c, self.tape.inputs.logs, layers).unbind(2)
         sums = (self.pair["r"][..., 0, :] * self.co.drive_sums[:2]).sum((1, -1))
         e, f = sums + (self.pair_in[..., 0, :] * self.co.drive_sums_in).sum((1, -1))
         ends = (self.right[..., C:, :] * self.kept_V).sum((0, -2, -1))
         ends = ends + (self.right_in[..., C:, :] * self.kept_V_in).sum((0, -2, -1))
-        return e, f @ self.c.later.mT + self.rho @ self.c.onward.mT - e + ends.unsqueeze(-1)
+        return e, f @ self.c.later.mT + self.rho @ self.c.onward.mT - e + ends.unsqueeze(-1), None
 
 
-def _kept(dV: Tensor, end: Tensor, read: Tensor | None, out: Tensor) -> None:
+def _kept(d_after: Tensor, tables: Tables, read: Tensor | None, out: Tensor) -> Tensor:
+    """What dV (and dS) before a chunk are of those after it, and what reads give; returns the dV of `out`."""
+    parts = tables.end.size(-1)
+    d_after, out = (x.unflatten(-2, (parts, -1)) for x in (d_after, out))
     if read is None:
-        torch.mul(dV, end, out=out)
+        torch.mul(d_after, tables.kept_by_row, out=out)
     else:
-        torch.addcmul(read, dV, end, out=out)
+        torch.addcmul(read, d_after, tables.kept_by_row, out=out)
+    if tables.m0_end is not None:
+        out[..., 1, :, :].addcmul_(d_after[..., 0, :, :], tables.m0_end)
+    return out[..., 0, :, :]
 
 
 def _ends(d_weights: Tensor, kept: Tensor, out: Tensor) -> None:

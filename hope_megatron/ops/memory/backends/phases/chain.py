@@ -33,7 +33,7 @@ from hope_megatron.ops.memory.backends.phases.arithmetic import (
 )
 from hope_megatron.ops.memory.backends.phases.form import Form
 from hope_megatron.ops.memory.backends.phases.read import Read, read, read_backward
-from hope_megatron.ops.memory.backends.phases.tables import Consts, Tables, consts
+from hope_megatron.ops.memory.backends.phases.tables import Consts, Tables, tables_of
 
 
 class Prepared(NamedTuple):
@@ -85,7 +85,7 @@ def prepare(form: Form, c: Consts, p: Products, q, k, v, logs, w_in: Tensor | No
     S = torch.addcmul(tables.D, EXACT.mm(keys, keys.mT), tables.E) if form.dgd_out else None
     K3 = keys_end * tables.eta if S is None else lower_solve_transposed(S, keys_end)
     r0, of_V, target0 = _right_side(form, p, x, phi, keys, keys_prev, A_b, scale)
-    M = (tables.end * torch.eye(h, dtype=q.dtype, device=q.device)).contiguous()
+    M = (tables.end.unsqueeze(-1) * torch.eye(h, dtype=q.dtype, device=q.device)).contiguous()
     if of_V is not None:
         p.add(M, of_V.mT, K3, alpha=-1)
     Z = p.mm(r0.mT, K3).neg_()
@@ -118,7 +118,7 @@ class Chain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, form: Form, plan, q, k, v, logs, V, w_in, A):
-        p, c = Products(form.low), consts(form.C, form.eta_max, form.erased, q.dtype, q.device)
+        p, c = Products(form.low), tables_of(form, q)
         ready = prepare(form, c, p, q, k, v, logs, w_in, A)
         starts, end = advance(form, p, ready, V)
         y = _written(form, c, p, ready, starts, logs).read.y
@@ -131,7 +131,7 @@ class Chain(torch.autograd.Function):
     def backward(ctx: Any, d_y, d_V):
         form, plan = ctx.form, ctx.plan
         q, k, v, logs, w_in, A, kept, end = ctx.saved_tensors
-        p, c = Products(form.low), consts(form.C, form.eta_max, form.erased, q.dtype, q.device)
+        p, c = Products(form.low), tables_of(form, q)
         b, inputs, weights = q.size(1), [], []
         for first in reversed(range(0, b, plan.segment)):
             chunks = slice(first, min(first + plan.segment, b))

@@ -47,6 +47,11 @@ class Form(NamedTuple):
         return 4 * self.generates + self.mem
 
     @property
+    def parts(self) -> int:
+        """Tensors of a layer that change: V = W - A, and with momentum S."""
+        return 1 + self.momentum
+
+    @property
     def lead(self) -> int:
         """Scalar memories, which come first."""
         return 2 * self.generates

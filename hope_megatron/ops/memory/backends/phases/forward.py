@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from hope_megatron.ops.memory.backends.phases.arithmetic import Products, length
 from hope_megatron.ops.memory.backends.phases.form import Form
 from hope_megatron.ops.memory.backends.phases.read import Read, read
-from hope_megatron.ops.memory.backends.phases.tables import Consts
+from hope_megatron.ops.memory.backends.phases.tables import Consts, MomentumTables, Tables
 from hope_megatron.ops.memory.backends.phases.write import Inputs, Scratch, Written, bases, generate, given, learn
 
 
@@ -22,19 +23,29 @@ class Stream(NamedTuple):
     v: Tensor  # [N, T, d]
     eta: Tensor  # [N, T]
     alpha: Tensor  # [N, T]
+    theta: Tensor | None = None  # of momentum
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Stream:
+        """`fn` of all that is there."""
+        return Stream(*(None if x is None else fn(x) for x in self))
 
     def chunks(self, C: int, begin: int, stop: int) -> Stream:
         """Chunks from begin to stop."""
-        return Stream(*(x[:, begin * C : stop * C] for x in self))
+        return self.map(lambda x: x[:, begin * C : stop * C])
 
     def log_rates(self, C: int) -> Tensor:
-        """[N, b, 2, C]."""
-        return torch.stack([self.eta, self.alpha], 1).unflatten(2, (-1, C)).transpose(1, 2).contiguous()
+        """[N, b, 2 or 3, C]."""
+        rates = [x for x in self[2:] if x is not None]
+        return torch.stack(rates, 1).unflatten(2, (-1, C)).transpose(1, 2).contiguous()
 
 
 class Weights:
-    """Weights of n memories at the start of b chunks as [A | V], V = W - A: out [n, N, b, d, 2, h], and where W2 is written inner
-    [n, N, b, h, 2, d], else W2 itself [n, N, h, d]. The V after the last chunk: out_end [n, N, 1, d, h], inner_end."""
+    """Weights of n memories at the start of b chunks as [A | V], V = W - A, with momentum as [A | V | S]: out
+    [n, N, b, d, 1 + parts, h], and where W2 is written inner [n, N, b, h, 1 + parts, d], else W2 itself [n, N, h, d]. What changes
+    of them, after the last chunk: out_end [n, N, 1, d, parts, h], inner_end.
+
+    They begin with what changes, `first` [n, N, parts, d, h] and `first_in` [n, N, parts, h, d] (or W2).
+    """
 
     def __init__(self, form: Form, first: Tensor, first_in: Tensor, A: Tensor, A_in: Tensor | None, b: int):
         self.lead, self.writes_in = form.lead, form.writes_in
@@ -46,53 +57,54 @@ class Weights:
         return self.out[:, :, i : i + 1], self.inner[:, :, i : i + 1] if self.writes_in else self.inner
 
     def write(self, p: Products, i: int, t: Written, x: Inputs) -> None:
-        """Chunk i's writes: V_C = gamma_C V - rows^T (Gamma_C keys)."""
-        self._layer(p, i, self.out, self.out_end, t.rows, t.keys_end, x.tables.end)
+        """Chunk i's writes: V_C = gamma_C V - rows^T (Gamma_C keys); README.md has those with momentum."""
+        self._layer(p, i, self.out, self.out_end, t.rows, t.keys_end, x.tables)
         if self.writes_in:
-            self._layer(p, i, self.inner, self.inner_end, t.rows_in, x.R[self.lead :, :, :, 3, :, 1], x.tables.end)
+            self._layer(p, i, self.inner, self.inner_end, t.rows_in, x.k_end, x.tables)
+
+    @staticmethod
+    def _layer(p: Products, i: int, starts, end, rows, keys_end, t: Tables) -> None:
+        now = starts[:, :, i : i + 1, :, 1:]
+        after = starts[:, :, i + 1 : i + 2, :, 1:] if i + 1 < starts.size(2) else end
+        torch.mul(now, t.kept_by_column, out=after)
+        if t.m0_end is not None:
+            after[..., 0, :].addcmul_(now[..., 1, :], t.m0_end)
+        p.add(after.flatten(-2), rows.mT, keys_end, alpha=-1)
 
     def kept(self, every: int) -> Kept:
         """What `again` takes."""
-        starts, lead = self.out[:, :, ::every, :, 1], self.lead
-        inner = self.inner[:, :, ::every, :, 1].contiguous() if self.writes_in else None
+        starts, lead = self.out[:, :, ::every, :, 1:].transpose(3, 4), self.lead
+        inner = self.inner[:, :, ::every, :, 1:].transpose(3, 4).contiguous() if self.writes_in else None
         return Kept(
-            starts[:lead, :, :, 0].contiguous(), starts[lead:].contiguous(), self.out_end, inner, self.inner_end
+            starts[:lead, :, :, 0, 0].contiguous(), starts[lead:].contiguous(), self.out_end, inner, self.inner_end
         )
-
-    @staticmethod
-    def _layer(p: Products, i: int, starts, end, rows, keys, kept) -> None:
-        after = starts[:, :, i + 1 : i + 2, :, 1] if i + 1 < starts.size(2) else end
-        torch.mul(starts[:, :, i : i + 1, :, 1], kept, out=after)
-        p.add(after, rows.mT, keys, alpha=-1)
 
 
 class Kept(NamedTuple):
-    """V at the start of every n-th chunk, m of them, and after the last chunk."""
+    """What changes, at the start of every n-th chunk, m of them, and after the last chunk."""
 
     scalars: Tensor  # the row of scalar memories, [lead, N, m, h]
-    matrices: Tensor  # [n - lead, N, m, d, h]
-    end: Tensor  # [n, N, 1, d, h]
-    inner: Tensor | None  # [n, N, m, h, d]
+    matrices: Tensor  # [n - lead, N, m, parts, d, h]
+    end: Tensor  # [n, N, 1, d, parts, h]
+    inner: Tensor | None  # [n, N, m, parts, h, d]
     inner_end: Tensor | None
 
     def part(self, begin: int, stop: int) -> Kept:
         """Starts from begin to stop, and the next one as their end."""
-        out = torch.cat([F.pad(self.scalars.unsqueeze(3), (0, 0, 0, self.matrices.size(3) - 1)), self.matrices])
-        end, inner_end = self.end, self.inner_end
+        rows = F.pad(self.scalars[:, :, :, None, None], (0, 0, 0, self.matrices.size(4) - 1))
+        out, end, inner_end = torch.cat([rows, self.matrices]) if len(rows) else self.matrices, self.end, self.inner_end
         if stop < out.size(2):
-            end, inner_end = (
-                out[:, :, stop : stop + 1],
-                None if self.inner is None else self.inner[:, :, stop : stop + 1],
-            )
+            after = lambda x: None if x is None else x[:, :, stop : stop + 1].transpose(3, 4)  # noqa: E731
+            end, inner_end = after(out), after(self.inner)
         inner = None if self.inner is None else self.inner[:, :, begin:stop]
         return Kept(self.scalars, out[:, :, begin:stop], end, inner, inner_end)
 
 
 def _room(first: Tensor, A: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    n, N, r, columns = first.shape
-    starts = first.new_empty(n, N, b, r, 2, columns)
-    starts[:, :, 0, :, 1], starts[..., 0, :] = first, A.unsqueeze(2)
-    return starts, first.new_empty(n, N, 1, r, columns)
+    n, N, parts, r, columns = first.shape
+    starts = first.new_empty(n, N, b, r, 1 + parts, columns)
+    starts[:, :, 0, :, 1:], starts[..., 0, :] = first.transpose(2, 3), A.unsqueeze(2)
+    return starts, first.new_empty(n, N, 1, r, parts, columns)
 
 
 class Passed(NamedTuple):
@@ -105,14 +117,14 @@ class Passed(NamedTuple):
     rows_in: Tensor | None
 
 
-def loop(form: Form, c: Consts, p: Products, stream: Stream, weights: Weights, A: Tensor) -> Passed:
+def loop(form: Form, c: Consts | MomentumTables, p: Products, stream: Stream, weights: Weights, A: Tensor) -> Passed:
     """Write chunk after chunk; `weights` is filled."""
     (N, T, d), h, C = stream.k.shape, weights.out.size(-1), form.C
     b, rows, rows_in = T // C, [], []
     scratch = Scratch(form, N, 1, d, h, stream.k)
     if form.generates:
         w_in = None if form.writes_in else weights.inner[:4]
-        _, base, applied, _ = bases(form, p, *stream, A[:4], w_in)
+        _, base, applied, _ = bases(form, p, *stream[:4], A[:4], w_in)
         logs = base.new_empty(N, b, 2, C)
     else:
         logs = stream.log_rates(C)
@@ -136,21 +148,30 @@ def loop(form: Form, c: Consts, p: Products, stream: Stream, weights: Weights, A
 
 
 def read_memory(
-    form: Form, c: Consts, p: Products, q, k, keys, rows, rows_in, logs, weights: Weights
+    form: Form, c: Consts | MomentumTables, p: Products, q, k, keys, rows, rows_in, logs, weights: Weights
 ) -> tuple[Read, Read]:
     """Both layers' reads of M_mem. q, k [N, b, C, d]; keys [N, b, C, h], None: computed again."""
     reach = c.read(logs)
-    A, V = (weights.out[-1, ..., j, :].contiguous() for j in (0, 1))
-    A_in, V_in = (weights.inner[-1, ..., j, :].contiguous() for j in (0, 1))
+    A, *V = (weights.out[-1, ..., j, :].contiguous() for j in range(1 + form.parts))
+    A_in, *V_in = (weights.inner[-1, ..., j, :].contiguous() for j in range(1 + form.parts))
     if keys is None:
-        keys = F.silu(p.mm(k, (A_in + V_in).mT))
+        keys = F.silu(p.mm(k, (A_in + V_in[0]).mT))
         keys = keys / length(keys) if form.unit_keys else keys
-    first = read(p, q, k, rows_in, V_in, A_in, *reach)
-    return first, read(p, F.silu(first.y), keys, rows, V, A, *reach)
+    first = read(p, q, k, rows_in, V_in[0], A_in, *reach, *V_in[1:])
+    return first, read(p, F.silu(first.y), keys, rows, V[0], A, *reach, *V[1:])
 
 
 def again(
-    form: Form, c: Consts, p: Products, stream: Stream, w_in, A, A_in, kept: Kept, every: int, first: int
+    form: Form,
+    c: Consts | MomentumTables,
+    p: Products,
+    stream: Stream,
+    w_in,
+    A,
+    A_in,
+    kept: Kept,
+    every: int,
+    first: int,
 ) -> Weights:
     """The weights of a segment of chunks that begins with chunk `first`, a kept one. Those between kept ones are computed again,
     from all kept ones at once: as if each began a stream of its own."""
@@ -172,11 +193,12 @@ def again(
             beside(A_in) if form.writes_in else None, run,
         )  # fmt: skip
         if run > 1:
-            rows = stream.chunks(form.C, chunks.start, chunks.stop)
-            alone = Stream(*(x.unflatten(1, (m, -1)).flatten(0, 1) for x in rows))
+            alone = stream.chunks(form.C, chunks.start, chunks.stop).map(
+                lambda x: x.unflatten(1, (m, -1)).flatten(0, 1)  # noqa: B023
+            )
             loop(form, c, p, alone, begun, beside(A))
-        back = lambda x: x[..., 1, :].unflatten(1, (N, m)).flatten(2, 3)  # noqa: B023, E731
-        weights.out[:, :, chunks, :, 1] = back(begun.out)
+        back = lambda x: x[..., 1:, :].unflatten(1, (N, m)).flatten(2, 3)  # noqa: B023, E731
+        weights.out[:, :, chunks, :, 1:] = back(begun.out)
         if form.writes_in:
-            weights.inner[:, :, chunks, :, 1] = back(begun.inner)
+            weights.inner[:, :, chunks, :, 1:] = back(begun.inner)
     return weights

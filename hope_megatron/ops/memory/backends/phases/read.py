@@ -20,21 +20,24 @@ class Read(NamedTuple):
     A: Tensor  # [.., o, i]
     reach: Tensor  # of a row to a later token: Gamma, with momentum m; [.., C, C]
     gamma: Tensor  # [.., C, 1]
-    S: Tensor | None  # momentum at the chunk's start
-    m0: Tensor | None  # its reach, [.., C, 1]
+    m0: Tensor | None  # reach of the momentum at the chunk's start, [.., C, 1]
+    S: Tensor | None  # that momentum
     scores: Tensor  # x keys^T
     of_A: Tensor  # A x
+    of_V: Tensor  # V x
+    of_S: Tensor | None
     y: Tensor
 
 
-def read(p: Products, x, keys, rows, V, A, reach, gamma, S=None, m0=None) -> Read:
+def read(p: Products, x, keys, rows, V, A, reach, gamma, m0=None, S=None) -> Read:
     """y = A x + gamma V x [+ m0 S x] - (reach . x keys^T) rows."""
-    scores, of_A = p.mm(x, keys.mT), p.mm(x, A.mT)
-    y = torch.addcmul(of_A, gamma, p.mm(x, V.mT))
+    scores, of_A, of_V, of_S = p.mm(x, keys.mT), p.mm(x, A.mT), p.mm(x, V.mT), None
+    y = torch.addcmul(of_A, gamma, of_V)
     if S is not None:
-        y.addcmul_(m0, p.mm(x, S.mT))
+        of_S = p.mm(x, S.mT)
+        y.addcmul_(m0, of_S)
     p.add(y, reach * scores, rows, alpha=-1)
-    return Read(x, keys, rows, V, A, reach, gamma, S, m0, scores, of_A, y)
+    return Read(x, keys, rows, V, A, reach, gamma, m0, S, scores, of_A, of_V, of_S, y)
 
 
 class ReadGradients(NamedTuple):
@@ -51,7 +54,7 @@ class ReadGradients(NamedTuple):
 
 
 def read_backward(p: Products, r: Read, d_y: Tensor) -> ReadGradients:
-    """The gradients, d_y [.., C, o]. Those of the tables: `rho`, or `table_gradients` with momentum."""
+    """The gradients, d_y [.., C, o]. Those of the tables: `rho`, or momentum.py."""
     decayed = d_y * r.gamma
     d_rows = p.mm((r.reach * r.scores).mT, d_y).neg_()
     d_scores = p.mm(d_y, r.rows.mT).mul_(r.reach).neg_()

@@ -6,6 +6,8 @@ depend on such weights, through the short one of chain.py. Everything else is co
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,13 +16,12 @@ from hope_megatron.ops.memory.backends.phases.chain import Chain
 from hope_megatron.ops.memory.backends.phases.form import Form
 from hope_megatron.ops.memory.backends.phases.memories import Memories
 from hope_megatron.ops.memory.backends.phases.plan import Plan
+from hope_megatron.ops.memory.backends.phases.stacks import ORDER, After, Stack, after, put, stack
 from hope_megatron.ops.memory.backends.phases.tables import SMALLEST_LOG_RATE
 from hope_megatron.ops.memory.backends.registry import Backend, Case
 from hope_megatron.ops.memory.inner import unit
-from hope_megatron.ops.memory.layout import Group, Weights
+from hope_megatron.ops.memory.layout import Group
 from hope_megatron.ops.memory.rule import MemoryCompute, MemoryRule, why_not_hopes_own
-
-ORDER = ("eta", "alpha", "k", "v", "mem")
 
 
 def why_not(case: Case) -> str | None:
@@ -28,8 +29,8 @@ def why_not(case: Case) -> str | None:
     rule, (_, _, theta) = case.rule, case.rates
     if (text := rule.differs(read="causal", normalize_targets=True)) is not None:
         return text
-    if theta:
-        return "it has no momentum"
+    if theta and (rule.adaptive or not rule.writes_input or rule.dgd_layers != "none"):
+        return "momentum, which it has for static projections, two layers, both written, and no DGD"
     if rule.eta_max == 0:
         return "eta_max=0 writes nothing"
     if rule.adaptive and not rule.normalize_values:
@@ -69,96 +70,47 @@ def phases_scan(
     q, k, v, *logits = (None if x is None else x.transpose(1, 2).flatten(0, 1).contiguous() for x in tensors)
     eta, alpha = (q.new_full((B * H, T), -SMALLEST_LOG_RATE) if x is None else x for x in logits[:2])
     q, own, main = unit(q), groups[0], groups[-1]
-    how = dict(momentum=False, low=compute.precision == "bf16")
+    how = dict(momentum=logits[2] is not None, low=compute.precision == "bf16")
     plan = lambda form: Plan.of(form, compute, recompute, q, main.now.w_vector.size(-1))  # noqa: E731
     together = rule.writes_input and rule.adaptive and len(groups) == 1
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    found: dict[str, After] = {}
     if rule.adaptive:
         C, names = rule.self_chunk, ORDER if together else ORDER[:4]
         form = Form.of(rule, C, generates=True, mem=together, **how)
+        weights = stack(own, names, form, B * H)
         y, k, v, logs, V, V_in = Memories.apply(
-            form, plan(form), q if together else None, k, v, eta, alpha, *_given(own, names, form, B * H)
+            form, plan(form), q if together else None, k, v, eta, alpha, None, *weights
         )
-        found |= _taken(own, names, form, V, V_in, B * H)
+        found |= after(names, weights, V, V_in)
         if not together:
             logs = logs.transpose(1, 2).flatten(2, 3)  # [N, 2, T]
     else:
         k, v = unit(k), unit(v) if rule.normalize_values else v
-        logs = torch.stack([F.logsigmoid(eta), F.logsigmoid(alpha)], 1).clamp(min=SMALLEST_LOG_RATE)
+        rates = [F.logsigmoid(x) for x in (eta, alpha, logits[2]) if x is not None]
+        if len(rates) == 3:
+            rates[2] = rates[2] + math.log(rule.momentum_max)
+        logs = torch.stack(rates, 1).clamp(min=SMALLEST_LOG_RATE)
     if not together:
         form = Form.of(rule, rule.chunk_tokens, generates=False, mem=True, **how)
-        y, weights = _main(form, plan(form), q, k, v, logs, main, B * H)
-        found |= weights
+        y, mem = _main(form, plan(form), q, k, v, logs, stack(main, ("mem",), form, B * H))
+        found |= mem
     if rule.read_skip and rule.num_layers == 2:
         y = y + q
-    groups = tuple(_put(group, found) for group in groups)
+    groups = tuple(put(group, found) for group in groups)
     return y.unflatten(0, (B, H)).transpose(1, 2), groups
 
 
 PHASES = Backend("the chunk form in phases (PyTorch)", "phases", why_not, phases_scan, unwise)
 
 
-def _main(form: Form, plan: Plan, q, k, v, logs, group: Group, N: int) -> tuple[Tensor, dict]:
-    """M_mem alone, of keys, values and log-rates [N, 2, T]."""
-    V, w_in, A, A_in = _given(group, ("mem",), form, N)
+def _main(form: Form, plan: Plan, q, k, v, logs, weights: Stack) -> tuple[Tensor, dict[str, After]]:
+    """M_mem alone, of keys, values and log-rates [N, 2 or 3, T]."""
     if form.writes_in:
-        y, _, _, _, V, V_in = Memories.apply(form, plan, q, k, v, *logs.unbind(1), V, w_in, A, A_in)
-        return y, _taken(group, ("mem",), form, V, V_in, N)
+        rates = (*logs.unbind(1), None)[:3]
+        y, _, _, _, V, V_in = Memories.apply(form, plan, q, k, v, *rates, *weights)
+        return y, after(("mem",), weights, V, V_in)
     chunks = lambda x: x.unflatten(1, (-1, form.C))  # noqa: E731
     logs = logs.unflatten(2, (-1, form.C)).transpose(1, 2).contiguous()
-    y, V = Chain.apply(form, plan, chunks(q), chunks(k), chunks(v), logs, V[0], None if w_in is None else w_in[0], A[0])
-    return y.flatten(1, 2), _taken(group, ("mem",), form, V.unsqueeze(0), None, N)
-
-
-def _given(group: Group, names: tuple[str, ...], form: Form, N: int) -> tuple[Tensor | None, ...]:
-    """V, W2 (or V of the input layers), A and A_in, memories stacked in the order of `names`; zeros for those there are not."""
-    out, inner = _stack(group, group.now, names, N)
-    if group.anchor is None:
-        A, A_in = torch.zeros_like(out), None if inner is None else torch.zeros_like(inner)
-    else:
-        A, A_in = _stack(group, group.anchor, names, N)
-    if form.writes_in:
-        return out - A, inner - A_in, A, A_in
-    return out - A, inner, A, None
-
-
-def _stack(group: Group, weights: Weights, names: tuple[str, ...], N: int) -> tuple[Tensor, Tensor | None]:
-    """[n, N, d, h] and [n, N, h, d]; the row of a scalar memory becomes a matrix."""
-    by_head = lambda x: None if x is None else x.unflatten(0, (N, -1)).unbind(1)  # noqa: E731
-    inner, vector, scalar = map(by_head, weights)
-    like = vector[0] if vector else scalar[0]
-    d = inner[0].size(-1) if inner else like.size(-2)
-    zeros = like.new_zeros(N, d, like.size(-1))
-    out, found_in = [], []
-    for name in names:
-        at = group.names.index(name) if name in group.names else None
-        if at is None:
-            out.append(zeros)
-        elif at < group.nv:
-            out.append(vector[at])
-        else:
-            out.append(F.pad(scalar[at - group.nv], (0, 0, 0, d - 1)))
-        if inner:
-            found_in.append(torch.zeros_like(inner[0]) if at is None else inner[at])
-    return torch.stack(out), torch.stack(found_in) if inner else None
-
-
-def _taken(group: Group, names, form: Form, V: Tensor, V_in: Tensor | None, N: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Weights W = A + V by the names of their memories: output layer, input layer where it is written."""
-    _, _, A, A_in = _given(group, names, form, N)
-    out, found_in = V + A, None if V_in is None else V_in + A_in
-    return {
-        name: (out[i], None if found_in is None else found_in[i]) for i, name in enumerate(names) if name in group.names
-    }
-
-
-def _put(group: Group, found: dict[str, tuple[Tensor, Tensor]]) -> Group:
-    """The group with its memories' new weights."""
-    join = lambda parts: torch.stack(parts, 1).flatten(0, 1) if parts else None  # noqa: E731
-    out, inner = zip(*(found[name] for name in group.names))
-    now = Weights(
-        group.now.w_in if inner[0] is None else join(inner),
-        join(out[: group.nv]),
-        join([w[:, :1] for w in out[group.nv :]]),
-    )
-    return group._replace(now=now, start=now)
+    w_in = None if weights.w_in is None else weights.w_in[0]
+    y, V = Chain.apply(form, plan, *map(chunks, (q, k, v)), logs, weights.V[0, :, 0], w_in, weights.A[0])
+    return y.flatten(1, 2), after(("mem",), weights, V[None, :, None], None)

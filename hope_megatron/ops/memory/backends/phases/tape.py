@@ -18,8 +18,8 @@ from hope_megatron.ops.memory.backends.phases.arithmetic import (
 )
 from hope_megatron.ops.memory.backends.phases.form import Form
 from hope_megatron.ops.memory.backends.phases.forward import Stream, Weights, read_memory
-from hope_megatron.ops.memory.backends.phases.read import ReadGradients, read_backward
-from hope_megatron.ops.memory.backends.phases.tables import Consts
+from hope_megatron.ops.memory.backends.phases.read import Read, ReadGradients, read_backward
+from hope_megatron.ops.memory.backends.phases.tables import Consts, MomentumTables
 from hope_megatron.ops.memory.backends.phases.write import (
     Generated,
     Inputs,
@@ -46,14 +46,14 @@ class Tape(NamedTuple):
         return self.inputs.R[-1, :, :, :2, :, 0]
 
 
-def record(form: Form, c: Consts, p: Products, stream: Stream, weights: Weights, A: Tensor) -> Tape:
+def record(form: Form, c: Consts | MomentumTables, p: Products, stream: Stream, weights: Weights, A: Tensor) -> Tape:
     """Phase `tape`: what all chunks of the segment wrote, from the weights at their starts."""
     (N, T, d), h = stream.k.shape, weights.out.size(-1)
     b, x, generated = T // form.C, None, None
     scratch = Scratch(form, N, b, d, h, stream.k)
     if form.generates:
         w_in = None if form.writes_in else weights.inner[:4]
-        x, base, applied, z_x = bases(form, p, *stream, A[:4], w_in)
+        x, base, applied, z_x = bases(form, p, *stream[:4], A[:4], w_in)
         logs = base.new_empty(N, b, 2, form.C)
         inputs, generated = generate(form, c, p, base, applied, weights.out, weights.inner, scratch, logs)
         generated.z_x = generated.z_x if form.writes_in else z_x
@@ -68,16 +68,21 @@ class Reads(NamedTuple):
 
     inner: ReadGradients
     out: ReadGradients
+    of_inner: tuple[Read, Tensor]  # the read, and the gradient of its y
+    of_out: tuple[Read, Tensor]
 
 
-def read_gradients(form: Form, c: Consts, p: Products, q: Tensor, d_y: Tensor, tape: Tape, weights: Weights) -> Reads:
+def read_gradients(
+    form: Form, c: Consts | MomentumTables, p: Products, q: Tensor, d_y: Tensor, tape: Tape, weights: Weights
+) -> Reads:
     """q, d_y [N, b, C, d]."""
     t = tape.written
     inner, out = read_memory(
         form, c, p, q, tape.kv[:, :, 0].contiguous(), t.keys[-1], t.rows[-1], t.rows_in[-1], tape.inputs.logs, weights
     )
     found = read_backward(p, out, d_y)
-    return Reads(read_backward(p, inner, aten.silu_backward(found.x, inner.y)), found)
+    d_hidden = aten.silu_backward(found.x, inner.y)
+    return Reads(read_backward(p, inner, d_hidden), found, (inner, d_hidden), (out, d_y))
 
 
 class Coefficients:
@@ -86,14 +91,14 @@ class Coefficients:
     def __init__(self, form: Form, p: Products, tape: Tape, weights: Weights):
         t, x = tape.written, tape.inputs
         self.target_by_sum = form.own and not (form.writes_in or form.scaled)
-        self.f_prev, f_end, eta = x.tables.f[..., 1:2], x.tables.f[..., 2:3], x.tables.eta
+        self.f_prev, f_end, eta = x.tables.f[..., 1:2], x.tables.f[..., 2:], x.tables.eta
         A, V = weights.out[..., 0, :], weights.out[..., 1, :]
         self.V, self.W = V, t.W
         self.both = torch.cat([A, V], 3)  # [A; V] by rows, [n, N, b, 2 d, h]
         self.to_r = self._pairs(form.dgd_out, t.S, t.keys_end, eta)
-        self.reached = t.rows * -f_end  # -Gamma_C rows
+        self.reached = _reached(t.rows, f_end)
         self.slope = dsilu(t.z[:, :, :, :2])  # silu' of z_k and z_v
-        self.minus_E = -x.tables.E
+        self.minus_E = None if x.tables.E is None else -x.tables.E
         self.phi_k = t.keys if t.nk is None else t.keys * t.nk
         self.W_in = weights.inner.unsqueeze(2) if not form.writes_in else None
         if form.dgd_out and form.targets and not form.l2:
@@ -111,7 +116,8 @@ class Coefficients:
             self._input_layer(form, p, tape, weights, f_end, eta)
 
     def _pairs(self, dgd: bool, S: Tensor | None, keys_end: Tensor, eta: Tensor) -> Tensor:
-        """What makes rows (d_r, gamma_prev d_r) of dV^T: -S^-T Gamma_C keys, or -eta Gamma_C keys: [.., 2 C, h]."""
+        """What makes rows (d_r, gamma_prev d_r) of dV^T: -S^-T Gamma_C keys, or -eta Gamma_C keys (and m_C, Theta_C: of dV, dS):
+        [.., 2 C, parts h]."""
         once = lower_solve_transposed(S, keys_end).neg_() if dgd else keys_end * -eta
         second = once * self.f_prev if dgd else torch.zeros_like(once)
         return torch.stack([once, second], -2).flatten(-3, -2)
@@ -151,13 +157,17 @@ class Coefficients:
         self.W_in, self.V_in = A + V, V
         self.both_in = torch.cat([A, V], 3)
         k = x.R[form.lead :, :, :, 0, :, 0]
-        k_end = x.R[form.lead, :, :, 3, :, 1]
-        once = self._pairs(form.dgd_in, t.S_in, k_end, eta)
+        once = self._pairs(form.dgd_in, t.S_in, x.k_end[0], eta)
         self.to_r_in = once.expand(n, *once.shape).contiguous()
         self.k = k.contiguous()
-        self.reached_in = t.rows_in * -f_end
+        self.reached_in = _reached(t.rows_in, f_end)
         self.drive_sums_in = _drive_sums(form.dgd_in, t.rows_in, t.r_in, eta, lambda: p.mm(self.k * self.f_prev, V.mT))
         self.bend = d2silu(t.z[:, :, :, 0]).mul_(t.delta)
+
+
+def _reached(rows: Tensor, f_end: Tensor) -> Tensor:
+    """Rows as they reach the chunk's end, times -1: in V, and in S. [n, N, b, C, parts o]."""
+    return (rows.unsqueeze(-2) * -f_end.unsqueeze(-1)).flatten(-2)
 
 
 def _drive_sums(dgd: bool, rows, r, eta, held, more: Sequence[Tensor] = ()) -> Tensor:

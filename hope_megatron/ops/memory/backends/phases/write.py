@@ -1,8 +1,9 @@
 """What chunks write into memories: one chunk inside the loop, or all chunks of a segment at once for the backward.
 
 Shapes: n memories (form.py), N = B H, b chunks, C tokens, d head width, h hidden width. Weights at chunk starts come as [A | V],
-A the state that retention goes towards and V = W - A: w_out [n, N, b, d, 2, h]; w_in [n, N, b, h, 2, d] where W2 is written,
-else W2 itself [n, N, h, d]. README.md, "In phases", has the formulas under these names.
+A the state that retention goes towards and V = W - A, with momentum as [A | V | S]: w_out [n, N, b, d, 1 + parts, h]; w_in
+[n, N, b, h, 1 + parts, d] where W2 is written, else W2 itself [n, N, h, d]. README.md, "In phases", has the formulas under
+these names.
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ class Inputs:
     logs: Tensor
     """Log-rates [N, b, 2, C]: of eta / eta_max, of alpha."""
     tables: Tables
+    k_end: Tensor | None
+    """Where W2 is written: keys as they reach the chunk's end, [n, N, b, C, parts d]."""
 
     def at(self, i: int) -> Inputs:
         """Those of one chunk."""
-        return Inputs(self.R[:, :, i : i + 1], self.logs[:, i : i + 1], self.tables.at(i))
+        k_end = None if self.k_end is None else self.k_end[:, :, i : i + 1]
+        return Inputs(self.R[:, :, i : i + 1], self.logs[:, i : i + 1], self.tables.at(i), k_end)
 
 
 @dataclass
@@ -53,7 +57,7 @@ class Written:
     nk: Tensor | None  # norms of the features of keys, where keys are unit
     keys: Tensor  # [n, N, b, C, h]
     keys_prev: Tensor  # gamma_prev keys
-    keys_end: Tensor  # Gamma_C keys
+    keys_end: Tensor  # keys as they reach the chunk's end, Gamma_C keys, [n, N, b, C, parts h]
     phi_v: Tensor  # [n, N, b, C, h]
     target: Tensor | None  # own ones before they are made unit (tanh of scalar ones): [targets, N, b, C, d]
     norm_target: Tensor | None  # and their norms, 1 for scalar ones
@@ -79,7 +83,7 @@ class Scratch:
         n, C = form.n, form.C
         self.R = like.new_empty(form.lead + n, N, b, 4 if form.writes_in else 2, C, 1 + form.writes_in, d)
         self.R[: form.lead] = 0
-        self.Phi = like.new_empty(n, N, b, 2, C, 3, h)
+        self.Phi = like.new_empty(n, N, b, 2, C, 2 + form.parts, h)
         self.norm_target = like.new_empty(form.targets, N, b, C, 1)
         self.norm_target[: form.lead] = 1
 
@@ -126,7 +130,7 @@ def generate(
 
 
 def given(form: Form, c: Consts, scratch: Scratch, k: Tensor, v: Tensor, logs: Tensor) -> Inputs:
-    """Keys and values [N, b, C, d] and log-rates [N, b, 2, C] that come from outside."""
+    """Keys and values [N, b, C, d] and log-rates [N, b, 2 (3 with momentum), C] that come from outside."""
     for slot, x in enumerate((k, v)):
         scratch.R[form.lead :, :, :, slot] = x.unsqueeze(-2)
     return complete(form, c, scratch.R, logs)
@@ -134,20 +138,27 @@ def given(form: Form, c: Consts, scratch: Scratch, k: Tensor, v: Tensor, logs: T
 
 def complete(form: Form, c: Consts, R: Tensor, logs: Tensor) -> Inputs:
     """The tables, and what is left of R."""
-    tables = c.write(logs)
+    tables, k_end = c.write(logs), None
     if form.writes_in:
-        window = tables.f.unfold(-1, 2, 1).transpose(2, 3).unsqueeze(-1)  # (1, gamma_prev), (gamma_prev, Gamma_C)
+        window = (
+            tables.f[..., :3].unfold(-1, 2, 1).transpose(2, 3).unsqueeze(-1)
+        )  # (1, gamma_prev), (gamma_prev, Gamma_C)
         keys = R[form.lead :, :, :, :1]
         torch.mul(keys.expand(*keys.shape[:3], 2, *keys.shape[4:]), window, out=R[form.lead :, :, :, 2:])
-    return Inputs(R, logs, tables)
+        k_end = R[form.lead :, :, :, 3, :, 1]
+        if form.momentum:
+            k_end = (keys[:, :, :, 0, :, :1] * tables.f[..., 2:].unsqueeze(-1)).flatten(-2)
+    return Inputs(R, logs, tables, k_end)
 
 
 def learn(form: Form, p: Products, x: Inputs, w_out: Tensor, w_in: Tensor, scratch: Scratch) -> Written:
     """What the memories write of keys, values and rates, at the weights of their chunks' starts."""
     n, N, b, d, _, h = w_out.shape
-    C, Phi, t, both = form.C, scratch.Phi, x.tables, w_out.flatten(-2).mT  # both [n, N, b, 2 h, d]
+    C, Phi, t, both = form.C, scratch.Phi, x.tables, w_out[..., :2, :].flatten(-2).mT  # both [n, N, b, 2 h, d]
     if form.writes_in:
-        z = p.mm(x.R[form.lead :, :, :, :3].flatten(-2).flatten(3, 4), w_in.flatten(-2).mT).unflatten(3, (3, C))
+        z = p.mm(x.R[form.lead :, :, :, :3].flatten(-2).flatten(3, 4), w_in[..., :2, :].flatten(-2).mT).unflatten(
+            3, (3, C)
+        )
     else:
         z = p.mm(x.R[form.lead :].view(n * N, b * 2 * C, d), w_in.mT).view(n, N, b, 2, C, h)
     aten.silu.out(z[:, :, :, :2].unsqueeze(-2).expand_as(Phi), out=Phi)
@@ -156,8 +167,8 @@ def learn(form: Form, p: Products, x: Inputs, w_out: Tensor, w_in: Tensor, scrat
     if form.unit_keys:
         nk = length(key[..., 0, :])
         factors = factors / nk.unsqueeze(-1)
-    keys, keys_prev, keys_end = key.mul_(factors).unbind(-2)
-    W = w_out.sum(-2) if form.writes_in or form.l2 else None
+    keys, keys_prev, keys_end = key.mul_(factors)[..., 0, :], key[..., 1, :], key[..., 2:, :].flatten(-2)
+    W = w_out[..., :2, :].sum(-2) if form.writes_in or form.l2 else None
     target, e = _errors(form, p, x, keys, nk, value[..., :2, :].flatten(-2), both, W, scratch.norm_target)
     delta = g_in = scale = slope = squared = None
     if form.writes_in:
