@@ -119,8 +119,28 @@ def _plan(args: argparse.Namespace) -> int:
         f"[bold]{plan.device_hours:.3g} device hours[/bold] on {sweep.hardware.devices} x {hardware.name} per cell "
         f"({sweep.hardware.utilization or hardware.utilization:.0%} of the peak, assumed), {plan.usd:.2f} USD"
     )
+    if here := _on_this_machine(plan):
+        console.print(here)
     check_budget(plan)
     return 0
+
+
+def _on_this_machine(plan: Plan) -> str:
+    """What the cells would take on this machine's CPU, where it has no GPU and the sweep does not say what it runs on."""
+    from hope_megatron.config.footprint import estimate
+    from hope_megatron.config.hardware import find_hardware
+    from hope_megatron.runtime.formatting import duration_text
+    from hope_megatron.runtime.process import count_gpus
+
+    hardware = plan.sweep.hardware
+    if count_gpus() or "name" in hardware.model_fields_set:
+        return ""
+    hours = sum(estimate(cell.config, hardware.devices, find_hardware("cpu")).hours for cell in plan.cells)
+    return (
+        f"hardware.name is not given, so that {find_hardware(hardware.name).name} is priced; this machine has no GPU. On its CPU, "
+        f"{hardware.devices} cores for each cell, the cells take about {duration_text(3600 * hours)} one after the other. "
+        "To plan for that: hardware: {name: cpu}"
+    )
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from hope_megatron.config import RunConfig, dump_config, load_run_config
 from hope_megatron.runtime.reports import LAUNCH_DIR_VARIABLE
 from hope_megatron.runtime.world import REQUIRED, World, WorldError, launched_world
+from hope_megatron.training.metrics import read_metrics
 from hope_megatron.training.mlflow_client import check_tracking
 from hope_megatron.training.run_directory import RunDirectory
 
@@ -121,6 +122,16 @@ def run(args: argparse.Namespace) -> int:
         port=args.port,
         preload=PRELOAD,
     )
+
+
+def how_to_resume(directory: RunDirectory) -> str:
+    """How far a run came, and where the same command takes it up."""
+    from hope_megatron.checkpoint.format import list_checkpoints
+
+    step = max((record["step"] for record in read_metrics(directory.metrics)), default=0)
+    checkpoints = list_checkpoints(directory.checkpoints)
+    where = f"goes on from {checkpoints[0]}" if checkpoints else "begins again: there is no checkpoint yet"
+    return f"the last recorded step was {step}; the same command {where}"
 
 
 def _outlook(config: RunConfig) -> list[str]:

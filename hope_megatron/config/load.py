@@ -6,6 +6,7 @@ with its dotted key and the file or override that it came from.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -77,6 +78,7 @@ def resolve_run_config(data: Mapping[str, Any], overrides: Iterable[str] = (), *
     return config.model_copy(update={"data": config.data.model_copy(update=paths), "tracking": tracking})
 
 
+_CHANGED = " (changed)"
 _INNER_KEY = re.compile(
     r"cms\.(connection|inner_decay_towards|levels\.\d+\.inner_(chunk_tokens|rate|momentum|weight_decay))"
 )
@@ -249,10 +251,14 @@ def _build_tree(data: Mapping[str, Any], overrides: Iterable[str], source: str) 
         _merge_model(tree, {"preset": preset[0]}, preset[1])
         model = ({key: value for key, value in own.items() if key != "preset"}, model[1] if model else source)
     if model is not None:
+        named = _model_of(tree)
         _merge_model(tree, *model)
+        _name_if_changed(tree, named)
+    named = _model_of(tree)
     tree.merge(rest, source)
     for path, value, text in assignments:
         tree.set(path, value, text)
+    _name_if_changed(tree, named)
     return tree
 
 
@@ -279,13 +285,39 @@ def _merge_model(tree: _Tree, section: Any, source: str, chain: tuple[Path, ...]
         family = split_family(name)
         if family is not None:
             _merge_family(tree, name, *family)
+            named = _model_of(tree)
             tree.merge({"model": section}, source)
+            _name_if_changed(tree, named)
             return
         file = find_config(name, "models")
         if file in chain:
             raise ConfigError(f"{source}: presets name each other in a circle: {' -> '.join(map(str, (*chain, file)))}")
         _merge_model(tree, read_mapping(file), str(file), (*chain, file))
+    named = _model_of(tree)
     tree.merge({"model": section}, source)
+    _name_if_changed(tree, named)
+
+
+def _model_of(tree: _Tree) -> dict[str, Any]:
+    return copy.deepcopy(tree.data.get("model", {}))
+
+
+def _name_if_changed(tree: _Tree, before: dict[str, Any]) -> None:
+    """A model that is no longer what its preset is does not keep the preset's name: `hope_tiny (changed)`."""
+    after = tree.data.get("model", {})
+    name = before.get("name")
+    if not isinstance(name, str) or after.get("name") != name or name.endswith(_CHANGED):
+        return
+    try:
+        same = _bare_model(before) == _bare_model(after)
+    except ValueError:
+        return  # validation will say what is wrong
+    if not same:
+        after["name"] = name + _CHANGED
+
+
+def _bare_model(data: dict[str, Any]) -> ModelConfig:
+    return ModelConfig.model_validate_json(json.dumps({**data, "name": ""}, default=str), strict=True)
 
 
 def _merge_family(tree: _Tree, name: str, family: str, base: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hope_megatron.config.base import Section
 from hope_megatron.config.optimizers import OPTIMIZERS
@@ -20,8 +20,9 @@ class OptimConfig(Section):
 
     name: OptimizerName = "m3"
     """The optimizer of matrix parameters."""
-    lr: float = Field(default=2e-3, gt=0)
-    """Peak learning rate of matrices."""
+    lr: float = Field(default=OPTIMIZERS["m3"].lr, gt=0)
+    """Peak learning rate of matrices. Left out it follows the optimizer: 0.008 for M3, Muon and AdaMuon, 0.002 for AdamW and SGD.
+    These are the best of small models in short runs (docs/records/2026-11-24-optimizers.md); larger ones want less."""
     vector_lr: float | None = Field(default=None, gt=0)
     """Peak learning rate of embeddings, norms, convolutions, biases and rates (AdamW); None means lr."""
     weight_decay: float = Field(default=0.1, ge=0)
@@ -42,7 +43,7 @@ class OptimConfig(Section):
     slow_period_steps: int = Field(default=10, gt=0)
     """M3: the slow momentum ticks every this many steps (the paper's f)."""
     slow_weight: float = Field(default=0.5, ge=0)
-    """M3: weight of the slow momentum in the update (the paper's a)."""
+    """M3: weight of the slow momentum in the update (the paper's a). In runs of 250 steps 0 is as good; 0.5 is for longer ones."""
     denominator_floor: float = Field(default=0.1, gt=0)
     """M3, ema form: added to the root of the second moment, in units of its mean over the matrix; large values leave Muon."""
     stagger: bool = True
@@ -65,3 +66,10 @@ class OptimConfig(Section):
     """Final learning rate over the peak."""
     grad_clip: float = Field(default=1.0, ge=0)
     """Clip gradients to this global norm; 0 never clips."""
+
+    @model_validator(mode="after")
+    def _rate_of_the_optimizer(self) -> OptimConfig:
+        """The default learning rate is that of the optimizer."""
+        if "lr" not in self.model_fields_set:
+            self.__dict__["lr"] = OPTIMIZERS[self.name].lr  # frozen for others, not yet for this validator
+        return self

@@ -17,6 +17,7 @@ class OptimizerEntry(NamedTuple):
         vector_states: the same for everything else.
         settings: keys of the section `optim` that its constructor takes under the same names.
         scales_with_width: whether muP has learning-rate rules for it.
+        lr: default of optim.lr, the best of a grid on text (docs/records/2026-11-24-optimizers.md).
     """
 
     target: str
@@ -25,6 +26,7 @@ class OptimizerEntry(NamedTuple):
     vector_states: int
     settings: tuple[str, ...]
     scales_with_width: bool = True
+    lr: float = 2e-3
 
 
 _ADAM = ("betas", "eps")
@@ -39,10 +41,11 @@ OPTIMIZERS: Registry[OptimizerEntry] = Registry(
             4,
             2,
             (*_ADAM, "form", "slow_beta", "slow_period_steps", "slow_weight", "denominator_floor", "stagger"),
+            lr=8e-3,
         ),
-        "muon": OptimizerEntry("hope_megatron.optim.muon:Muon", "momentum, orthogonalised", 1, 2, _MUON),
+        "muon": OptimizerEntry("hope_megatron.optim.muon:Muon", "momentum, orthogonalised", 1, 2, _MUON, lr=8e-3),
         "adamuon": OptimizerEntry(
-            "hope_megatron.optim.muon:AdaMuon", "Muon with a second moment of its update", 2, 2, _MUON
+            "hope_megatron.optim.muon:AdaMuon", "Muon with a second moment of its update", 2, 2, _MUON, lr=8e-3
         ),
         "adamw": OptimizerEntry("hope_megatron.optim.elementwise:AdamW", "AdamW on everything", 2, 2, _ADAM),
         "sgd": OptimizerEntry(

@@ -20,7 +20,9 @@ def bytes_text(value: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """45s, 12m 05s, 3h 20m, 2d 04h."""
+    """<1s, 45s, 12m 05s, 3h 20m, 2d 04h."""
+    if 0 < seconds < 0.5:
+        return "<1s"
     seconds = int(seconds + 0.5)
     if seconds < 60:
         return f"{seconds}s"

@@ -14,8 +14,12 @@ body { font: 16px/1.55 system-ui, sans-serif; color: #1d2430;
   max-width: 62rem; margin: 2.5rem auto; padding: 0 1.2rem; }
 h1 { font-size: 1.8rem; margin-bottom: .2rem; }
 h2 { font-size: 1.25rem; margin-top: 2.4rem; border-bottom: 1px solid #e3e7ee; padding-bottom: .2rem; }
-table { border-collapse: collapse; font-size: .88rem; margin: 1rem 0; display: block; overflow-x: auto; }
+.table { width: max-content; min-width: 100%; max-width: calc(100vw - 2.4rem); overflow-x: auto; margin: 1rem 0;
+  position: relative; left: 50%; transform: translateX(-50%); }
+table { border-collapse: collapse; font-size: .88rem; }
 th, td { padding: .28rem .7rem; text-align: right; border-bottom: 1px solid #e9edf3; white-space: nowrap; }
+th { white-space: normal; vertical-align: bottom; }
+@media print { .table { max-width: none; left: 0; transform: none; } th, td { white-space: normal; padding: .2rem .3rem; } }
 th:first-child, td:first-child { text-align: left; } th { color: #5b6675; font-weight: 600; }
 img { max-width: 100%; margin: .6rem 0; }
 code, pre { background: #f3f5f9; border-radius: 4px; padding: .1rem .3rem; font-size: .87rem; }
@@ -111,7 +115,8 @@ def _html(block: Block) -> str:
     if isinstance(block, Table):
         head = "".join(f"<th>{_inline(cell)}</th>" for cell in block.header)
         rows = "".join("<tr>" + "".join(f"<td>{_inline(cell)}</td>" for cell in row) + "</tr>" for row in block.rows)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        return f'<div class="table">{table}</div>'
     data = base64.b64encode(block.file.read_bytes()).decode()
     caption = html.escape(block.caption)
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ _UNITS = ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9,
 _COLOURS = ("#E4572E", "#4C78A8", "#54A24B", "#B279A2", "#F2B134", "#79706E")
 _LOSS = "loss (nats per token)"
 _FLOPS = "training FLOPs"
+_PANELS_ACROSS = 2
 
 
 def plot_curves(families: Sequence[FamilyAnalysis], out: Path) -> bool:
@@ -196,9 +198,15 @@ def plot_valleys(families: Sequence[FamilyAnalysis], kind: str, label: str, out:
 
 
 def _panels(count: int) -> tuple[Figure, list[Any]]:
-    figure = Figure(figsize=(5.0 * count + 0.5, 4.0), layout="constrained")
+    """Panels of readable size: two beside each other, for a page of 62 rem."""
+    across = min(count, _PANELS_ACROSS)
+    down = math.ceil(count / across)
+    figure = Figure(figsize=(5.0 * across + 0.5, 4.0 * down), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+    grid = list(figure.subplots(down, across, squeeze=False).flat)
+    for axes in grid[count:]:
+        axes.set_axis_off()
+    return figure, grid[:count]
 
 
 def _shades(count: int) -> list[Any]:

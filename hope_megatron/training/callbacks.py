@@ -189,7 +189,7 @@ class MetricsRecord(Callback):
             self._file.append(run.state.step, record)
             if self.tracker is not None:
                 self.tracker.notify()
-        self.progress.after_step(run.state.step, record)
+        self.progress.after_step(run.state.step, record, result.loss)
 
     def finish(self, run: Run) -> None:
         if run.engine.mesh.rank == 0:

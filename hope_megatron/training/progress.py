@@ -12,6 +12,11 @@ from typing import TextIO
 
 from hope_megatron.runtime.formatting import duration_text
 
+steps_log = logging.getLogger("hope_megatron.steps")
+"""Goes to train.log only: the screen has the line already."""
+
+_SMOOTHING = 0.95
+"""Weight of the steps before in the smoothed loss, about the mean of the last 20 steps."""
 _ERASE_LINE = "\r\x1b[K"
 _REFRESH_S = 0.1
 
@@ -20,7 +25,8 @@ class Progress:
     """Shows step, loss, learning rate, speed and time left. Used by rank 0 only.
 
     On a terminal the line renews itself after every step and log messages scroll above it; elsewhere every recorded
-    step gives one line.
+    step gives one line. train.log gets that line too. The loss is that of one step; the smoothed one beside it is a moving
+    average over the steps of this process.
     """
 
     def __init__(self, num_steps: int, tokens_per_step: int, stream: TextIO | None = None) -> None:
@@ -30,14 +36,19 @@ class Progress:
         self.live = self.stream.isatty()
         self._clock = StepClock()
         self._latest: dict[str, float] = {}
+        self._smoothed = self._weight = 0.0
         self._shown_at = 0.0
         self._line_is_up = False
 
-    def after_step(self, step: int, record: Mapping[str, float] | None) -> None:
-        """Show a finished step. `record` is what was measured, on steps that are recorded."""
+    def after_step(self, step: int, record: Mapping[str, float] | None, loss: float | None = None) -> None:
+        """Show a finished step. `record` is what was measured, on steps that are recorded; `loss` is that of every step."""
         self._clock.tick(step)
+        if loss is not None:
+            self._smoothed = _SMOOTHING * self._smoothed + (1 - _SMOOTHING) * loss
+            self._weight = _SMOOTHING * self._weight + (1 - _SMOOTHING)
         if record is not None:
             self._latest.update(record)
+            steps_log.info(self._line(step))
             if not self.live:
                 self._write(self._line(step) + "\n")
         now = time.monotonic()
@@ -65,6 +76,8 @@ class Progress:
         ):
             if name in self._latest:
                 parts.append(f"{label} {form.format(self._latest[name])}")
+            if label == "loss" and self._weight:
+                parts.append(f"(smoothed {self._smoothed / self._weight:.3f})")
         seconds = self._clock.seconds_per_step
         if seconds:
             parts.append(f"{self.tokens_per_step / seconds:,.0f} tokens/s")
@@ -118,10 +131,11 @@ def configure_logging(rank: int, log_file: Path, progress: Progress) -> None:
     """Rank 0 logs to the screen and to a file; other ranks only say what is wrong."""
     root = logging.getLogger("hope_megatron")
     root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    root.propagate = False
-    for handler in list(root.handlers):
-        root.removeHandler(handler)
-        handler.close()
+    root.propagate = steps_log.propagate = False
+    for logger in (root, steps_log):
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+            handler.close()
     screen = ProgressHandler(progress)
     screen.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
     root.addHandler(screen)
@@ -133,3 +147,4 @@ def configure_logging(rank: int, log_file: Path, progress: Progress) -> None:
             return
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root.addHandler(to_file)
+        steps_log.addHandler(to_file)

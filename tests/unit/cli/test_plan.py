@@ -49,7 +49,9 @@ def test_a_run_of_dotted_keys_is_a_run(tmp_path):
 
 def test_a_family_at_a_size():
     config = load_for_plan("titans_60m", ["model.memory.chunk_tokens=2"])
-    assert (config.name, config.model.name, config.model.memory.chunk_tokens) == ("titans_60m", "titans_60m", 2)
+    assert (config.name, config.model.name, config.model.memory.chunk_tokens) == (
+        "titans_60m", "titans_60m (changed)", 2
+    )  # fmt: skip
     assert config.model.memory.momentum == "data"
 
 

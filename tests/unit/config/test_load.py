@@ -63,12 +63,56 @@ def test_a_preset_may_be_a_dotted_key(run_file, model):
     assert load_run_config(run_file, ["model.preset=transformer_pp_tiny"]).model.vocab_size == 8192
 
 
+@pytest.mark.parametrize(
+    ("overrides", "lr"),
+    [
+        ([], 8e-3),  # the best of docs/records/2026-11-24-optimizers.md on every task
+        (["optim.name=muon"], 8e-3),
+        (["optim.name=adamuon"], 8e-3),
+        (["optim.name=adamw"], 2e-3),
+        (["optim.name=sgd"], 2e-3),
+        (["optim.name=adamw", "optim.lr=1e-4"], 1e-4),
+        (["optim.warmup_steps=5"], 8e-3),
+    ],
+)
+def test_the_learning_rate_follows_the_optimizer(run_file, overrides, lr):
+    config = load_run_config(run_file, overrides)
+    assert config.optim.lr == lr
+    assert resolve_run_config(read_mapping_of(dump_config(config), run_file), source="dump") == config
+
+
 @pytest.mark.parametrize("model", ["model: hope_60m", "model: {preset: hope_60m}"])
 def test_two_presets_are_refused(run_file, model):
     run_file.write_text(
         RUN.replace("model:\n  preset: hope_tiny\n  vocab_size: 8192", f"{model}\nmodel.preset: hope_tiny")
     )
     assert "model.preset is given beside another model" in failure(run_file)
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides", "name"),
+    [
+        ("model: hope_tiny", [], "hope_tiny"),
+        ("model: {preset: hope_tiny}", ["optim.lr=1"], "hope_tiny"),
+        ("model: {preset: hope_tiny, hidden_size: 256}", [], "hope_tiny"),  # what it is anyway
+        ("model: hope_tiny", ["model.memory.chunk_tokens=32"], "hope_tiny"),
+        ("model: {preset: hope_tiny, num_layers: 1}", [], "hope_tiny (changed)"),
+        ("model: {preset: hope_tiny, num_layers: 1}", ["model.num_heads=2"], "hope_tiny (changed)"),
+        ("model: hope_tiny\nmodel.num_layers: 1", [], "hope_tiny (changed)"),
+        ("model: hope_tiny", ["model.cms.levels.0.hidden_size=64"], "hope_tiny (changed)"),
+        ("model: titans_tiny", [], "titans_tiny"),
+        ("model: titans_tiny", ["model.memory.momentum=none"], "titans_tiny (changed)"),
+        ("model: {preset: titans_tiny, num_layers: 1}", [], "titans_tiny (changed)"),
+        ("model: {preset: hope_tiny, num_layers: 1, name: mine}", [], "mine"),
+        ("model: {preset: hope_tiny, num_layers: 1}", ["model.name=mine"], "mine"),
+        ("model: hope_tiny", ["model=hope_60m"], "hope_60m"),
+    ],
+)
+def test_a_changed_preset_does_not_keep_its_name(run_file, model, overrides, name):
+    run_file.write_text(RUN.replace("model:\n  preset: hope_tiny\n  vocab_size: 8192", model))
+    config = load_run_config(run_file, overrides)
+    assert config.model.name == name
+    assert resolve_run_config(read_mapping_of(dump_config(config), run_file), source="dump").model.name == name
 
 
 def test_later_layers_win(run_file):
@@ -124,7 +168,7 @@ def test_model_override_replaces_the_model(run_file):
 
 def test_preset_override_keeps_the_files_changes(run_file):
     model = load_run_config(run_file, ["model.preset=hope_60m"]).model
-    assert (model.name, model.vocab_size) == ("hope_60m", 8192)
+    assert (model.name, model.vocab_size) == ("hope_60m (changed)", 8192)
 
 
 def test_dotted_keys_in_a_file(run_file):

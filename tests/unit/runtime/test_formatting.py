@@ -21,7 +21,8 @@ def test_bytes(value, text):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0s"), (59.6, "1m 00s"), (125, "2m 05s"), (9000, "2h 30m"), (187_200, "2d 04h")]
+    ("seconds", "text"),
+    [(0, "0s"), (0.3, "<1s"), (0.6, "1s"), (59.6, "1m 00s"), (125, "2m 05s"), (9000, "2h 30m"), (187_200, "2d 04h")],
 )
 def test_duration(seconds, text):
     assert duration_text(seconds) == text

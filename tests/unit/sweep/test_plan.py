@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from hope_megatron.cli.main import main
 from hope_megatron.config import ConfigError, load_model_config, load_run_config
 from hope_megatron.sweep.errors import SweepError
 from hope_megatron.sweep.plan import check_budget, make_plan
@@ -126,3 +127,13 @@ def test_run_files_load_and_a_started_cell_cannot_change(sweep_file: Write) -> N
     more = plan(sweep_file(design={"tokens": [20_480, 40_960]}))
     directory.prepare(more)
     assert len(list(directory.cells.glob("*.yaml"))) == 4
+
+
+@pytest.mark.parametrize(("hardware", "gpus", "said"), [({}, 0, True), ({}, 1, False), ({"name": "h100"}, 0, False)])
+def test_a_sweep_for_no_hardware_is_priced_on_this_machine_too(sweep_file, monkeypatch, capsys, hardware, gpus, said):
+    """Before, a sweep on a CPU was "0 s" of an H100."""
+    monkeypatch.setattr("hope_megatron.runtime.process.count_gpus", lambda: gpus)
+    assert main(["sweep", "plan", str(sweep_file(hardware=hardware))]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert " 0s " not in text and "<1s" in text
+    assert ("this machine has no GPU. On its CPU" in text) == ("hardware: {name: cpu}" in text) == said

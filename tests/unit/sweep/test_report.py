@@ -13,9 +13,11 @@ from hope_megatron.config import load_run_config
 from hope_megatron.config.accounting import num_parameters
 from hope_megatron.sweep.analysis import analyse
 from hope_megatron.sweep.collect import Observation, read_csv
+from hope_megatron.sweep.document import Table, to_html
 from hope_megatron.sweep.errors import SweepError
 from hope_megatron.sweep.laws import CHINCHILLA, LossLaw
 from hope_megatron.sweep.plan import Plan, make_plan
+from hope_megatron.sweep.plots import _panels
 from hope_megatron.sweep.recommend import recommend, target_flops
 from hope_megatron.sweep.report import write_report
 from hope_megatron.sweep.schema import load_sweep
@@ -115,3 +117,17 @@ def test_wrong_tables_are_refused(tmp_path: Path, text: str, words: str) -> None
     (tmp_path / "runs.csv").write_text(text)
     with pytest.raises(SweepError, match=words):
         read_csv(tmp_path / "runs.csv")
+
+
+@pytest.mark.parametrize(("count", "inches"), [(1, (5.5, 4)), (2, (10.5, 4)), (3, (10.5, 8)), (5, (10.5, 12))])
+def test_panels_stay_readable_on_the_page(count, inches):
+    """Three beside each other were shrunk to a third of the page's width."""
+    figure, panels = _panels(count)
+    assert len(panels) == count and tuple(figure.get_size_inches()) == inches
+    assert all(axes.axison for axes in panels)
+
+
+def test_a_wide_table_may_leave_the_column_of_text(tmp_path):
+    page = to_html("t", [Table(tuple("abcdefghijkl"), [tuple("x" * 20 for _ in range(12))])])
+    assert '<div class="table"><table>' in page and "max-width: calc(100vw - 2.4rem)" in page
+    assert "@media print" in page
