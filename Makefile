@@ -5,6 +5,8 @@ SHELL := bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+FAULTS ?= 40
+SEED ?= 1
 
 # OpenMP threads that spin while they wait slow several torch processes on few cores down 4 to 6 times.
 export OMP_WAIT_POLICY ?= passive
@@ -13,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export DS_BUILD_OPS ?= 0
 export VENV
 
-.PHONY: help quickstart test test-slurm sweep-demo lint format typecheck docs clean
+.PHONY: help quickstart test test-slurm soak sweep-demo lint format typecheck docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,9 +25,13 @@ quickstart: $(VENV)/.ready-run ## from text to a pretrained HOPE: about 5 minute
 
 test: $(VENV)/.ready-test ## unit, distributed and integration tests (ARGS="-k name" for some)
 	TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest tests/unit tests/distributed tests/integration -rs $(ARGS)
+	@echo "not run: the tests on a real Slurm cluster (make test-slurm) and the soak (make soak)"
 
 test-slurm: $(VENV)/.ready-test ## training that survives a real Slurm cluster, made on this machine (root, tools/install_slurm.sh)
 	TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest tests/slurm -rs $(ARGS)
+
+soak: $(VENV)/.ready-test ## random faults on one run, which must end in the bits of the undisturbed one (FAULTS=200 SEED=1)
+	TORCHDYNAMO_DISABLE=1 $(BIN)/python tools/soak.py --faults $(FAULTS) --seed $(SEED) --out runs/soak.json $(ARGS)
 
 sweep-demo: $(VENV)/.ready-run ## a small real scaling-law sweep on 2 cores, about half an hour; started again it goes on
 	test -f runs/quickstart/data/train/manifest.json || { \

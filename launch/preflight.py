@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from launch import slurm
 from launch.cluster import ClusterConfig, parse_time_limit
 from launch.errors import LaunchError
 
+_DIGEST_BYTES = 4 << 30
+"""Of shards, digested by a preflight: seconds on a login node."""
 _USABLE_GPU_SHARE = 0.92
 """The rest goes to the CUDA context, NCCL's buffers and fragmentation."""
 
@@ -156,6 +159,7 @@ def _split(path: Path | str, config: RunConfig) -> str:
     try:
         manifest: dict[str, Any] = json.loads(manifest_path.read_text(encoding="utf-8"))
         shards = {str(shard["name"]): int(shard["bytes"]) for shard in manifest["shards"]}
+        digests = {str(shard["name"]): str(shard["sha256"]) for shard in manifest["shards"] if "sha256" in shard}
         vocab_size, tokenizer, tokens = (
             int(manifest["vocab_size"]),
             str(manifest["tokenizer_sha256"]),
@@ -184,7 +188,22 @@ def _split(path: Path | str, config: RunConfig) -> str:
         raise LaunchError(
             f"{manifest_path} has a vocabulary of {vocab_size}, model.vocab_size={config.model.vocab_size}; make them equal"
         )
-    return f"{len(shards)} shards, {tokens:,} tokens, of their size and of this tokenizer ({manifest_path})"
+    checked = _digest_sample(manifest_path.parent, shards, digests)
+    return f"{len(shards)} shards, {tokens:,} tokens, of their size and of this tokenizer; {checked} ({manifest_path})"
+
+
+def _digest_sample(folder: Path, shards: dict[str, int], digests: dict[str, str]) -> str:
+    """Digest shards, evenly spread, within a budget of bytes; training verifies each of them again before its first use."""
+    names = sorted(digests)
+    share = min(1.0, _DIGEST_BYTES / max(1, sum(shards[name] for name in names)))
+    chosen = names if share == 1.0 else names[:: math.ceil(1 / share)]
+    for name in chosen:
+        if _file_digest(folder / name) != digests[name]:
+            raise LaunchError(f"{folder / name} is corrupt: its SHA-256 is not the manifest's; copy it again")
+    if not names:
+        return "not digested: the manifest has no digests"
+    odds = "" if share == 1.0 else f": one damaged shard shows with a chance of {len(chosen) / len(names):.0%}"
+    return f"{len(chosen)} digested{odds}"
 
 
 def _tokenizer(path: Path | str) -> str:
@@ -194,8 +213,12 @@ def _tokenizer(path: Path | str) -> str:
 
 
 def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+        return digest.hexdigest()
     except OSError as error:
         raise LaunchError(
             f"{path} cannot be read: {error.strerror}; name the tokenizer that lies beside the shards"

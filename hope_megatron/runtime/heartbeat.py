@@ -91,6 +91,7 @@ class Heartbeat:
         self._entered = self._collectives = 0
         self._durations: collections.deque[float] = collections.deque(maxlen=_WINDOW)
         self._step_began = 0.0
+        self._step_limit_s = 0.0  # not known yet
         self._first_step = True
 
     def attach(self, directory: Path, rank: int) -> None:
@@ -111,7 +112,7 @@ class Heartbeat:
         """A phase begins. `limit_s`: how long it may take; None means the limit of a step's phases."""
         self.phase = phase
         self._entered += 1
-        limit = self._step_limit_s() if limit_s is None else limit_s
+        limit = (self._step_limit_s or self.limits.first_step_s) if limit_s is None else limit_s
         _PHASE.pack_into(
             self._memory,
             0,
@@ -134,6 +135,8 @@ class Heartbeat:
         """The step has ended; how long it took counts for the limit of the next ones."""
         if not self._first_step:
             self._durations.append(time.monotonic() - self._step_began)
+            median = statistics.median(self._durations)
+            self._step_limit_s = max(self.limits.min_s, self.limits.step_factor * median)
         self._first_step = False
 
     def begin_collective(self, name: str) -> None:
@@ -155,11 +158,6 @@ class Heartbeat:
         finally:
             self.waited_s += time.monotonic() - began
             self.end_collective()
-
-    def _step_limit_s(self) -> float:
-        if not self._durations:
-            return self.limits.first_step_s
-        return max(self.limits.min_s, self.limits.step_factor * statistics.median(self._durations))
 
 
 HEART = Heartbeat()

@@ -65,9 +65,15 @@ class Run:
 
     def update_newton_schulz_calls(self) -> None:
         """Bring `state.newton_schulz_calls` up to date. Collective."""
+        self.state.newton_schulz_calls = self.newton_schulz_calls_before + self._newton_schulz_calls_here()
+
+    def resume_newton_schulz_calls(self) -> None:
+        """Count on from `state.newton_schulz_calls`, whatever this process has done before. Collective."""
+        self.newton_schulz_calls_before = self.state.newton_schulz_calls - self._newton_schulz_calls_here()
+
+    def _newton_schulz_calls_here(self) -> int:
         stats = self.engine.optimizer.last_step_stats(reduce=True)
-        calls = int(stats.get("optim/newton_schulz_calls_total", 0))
-        self.state.newton_schulz_calls = self.newton_schulz_calls_before + calls
+        return int(stats.get("optim/newton_schulz_calls_total", 0))
 
 
 class Callback:
@@ -157,7 +163,7 @@ def roll_back(run: Run) -> bool:
         return False
     checkpoint = run.checkpointer.load(Path(name))
     run.state.load_dict(checkpoint.description["progress"])
-    run.newton_schulz_calls_before = run.state.newton_schulz_calls
+    run.resume_newton_schulz_calls()
     run.skipped_samples = read_skipped_samples(run)
     if run.engine.mesh.rank == 0:
         log.warning("loss spike at step %d: back to step %d; its batches are skipped", step, run.state.step)

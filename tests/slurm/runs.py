@@ -56,6 +56,7 @@ class Workspace:
                 "tokenizer": str(data / "tokenizer.model"),
             },
             "checkpoint": {"every": 3},
+            "resilience": {"hang": {"min_s": 600}},  # tests hold ranks still
         }
 
     def write_cluster(self, name: str, **changes: Any) -> Path:

@@ -39,6 +39,7 @@ def reference(workspace: Workspace) -> Run:
             "name": "evaluate",
             "run": ["eval", str(runs / "reference"), "--max-tokens", "128", "--json", str(runs / "eval.json")],
         },
+        {"name": "export", "run": ["export", "hf", str(runs / "reference"), str(runs / "exported")]},
     ]
     chain = workspace.directory / "chain.yaml"
     chain.write_text(yaml.safe_dump({"name": "chain", "output_dir": str(workspace.directory), "links": links}))
@@ -51,11 +52,15 @@ def reference(workspace: Workspace) -> Run:
 
 def test_chain_runs_link_after_link(reference: Run, workspace: Workspace) -> None:
     chain = workspace.directory / "chain"
-    reference.wait(lambda: workspace.hope("launch", "status", chain).count("completed") == 4, "four completed links")
+    reference.wait(lambda: workspace.hope("launch", "status", chain).count("completed") == 5, "five completed links")
+    assert (workspace.directory / "runs" / "exported" / "hope_digests.json").is_file()
     assert "the nodes are well" in reference.log
     assert [samples for _, samples, _ in reference.trajectory()] == [BATCH * (i + 1) for i in range(STEPS)]
     status = workspace.hope("launch", "status", reference.directory)
     assert "finished" in status and f"step        {STEPS} of {STEPS}" in status
+    assert "goodput     productive" in status
+    logs = workspace.hope("launch", "logs", reference.directory, "--lines", 3).splitlines()
+    assert len(logs) == 3 and f"finished: all {STEPS} steps are done" in logs[-1]
 
 
 def test_failed_link_cancels_what_follows(reference: Run, workspace: Workspace) -> None:
@@ -194,6 +199,19 @@ def test_time_limit_requeues_without_losing_a_step(reference: Run, workspace: Wo
     assert run.attempts()[1]["last_step"] == run.step(), f"scancel lost a step\n{run.log}"
 
 
+@pytest.mark.timeout(600)
+def test_a_time_limit_ends_in_the_same_bits(reference: Run, workspace: Workspace) -> None:
+    cluster = workspace.write_cluster("short.yaml", time_limit="00:02:00", stop_before_end_s=30)
+    run = workspace.submit("interrupted", "--nodes", 2, cluster=cluster)
+    run.wait_for_step(5)
+    with run.held():
+        run.wait_for_log("time limit or preemption: asking the ranks to save and stop")
+    assert run.wait_for_end() == "COMPLETED", run.log
+    assert [attempt["outcome"] for attempt in run.attempts()] == ["stopped", "finished"]
+    assert run.trajectory() == reference.trajectory()
+    assert run.final_state() == reference.final_state()
+
+
 def test_array_cells_share_a_node_and_one_resumes_elsewhere(
     reference: Run, workspace: Workspace, slurm: LocalSlurm
 ) -> None:
@@ -223,14 +241,31 @@ def test_array_cells_share_a_node_and_one_resumes_elsewhere(
 
 
 def test_crash_loop_stops(reference: Run, workspace: Workspace) -> None:
-    cluster = workspace.write_cluster("impatient.yaml", max_restarts=1)
-    run = workspace.submit("loop", cluster=cluster)
-    for attempt in (1, 2):
-        run.wait_for_log(f"attempt {attempt}: ")
-        run.kill_rank(0)
+    """An error that comes again at its step; ordered in the cluster file's env, which travels in a file of its own."""
+    cluster = workspace.write_cluster("faulty.yaml", env={"HOPE_FAULTS": "raise@0:2:forward*"})
+    run = workspace.submit("loop", "resilience.allow_faults=true", cluster=cluster)
     assert run.wait_for_end() == "FAILED"
-    assert "giving up: 2 attempts failed without a checkpoint newer than step 0" in run.log
+    assert "giving up: the same error came at the same step in two attempts: rank 0 on" in run.log
+    assert "HOPE_FAULTS" in (run.directory / "launch" / "job.sbatch").read_text()
+    assert "raise@0:2" not in (run.directory / "launch" / "job.sbatch").read_text()
+    assert (run.directory / "launch" / "environment.sh").stat().st_mode & 0o077 == 0
     assert "gave up" in workspace.hope("launch", "status", run.directory)
+
+
+@pytest.mark.timeout(400)
+def test_a_hanging_rank_is_found_on_a_cluster(reference: Run, workspace: Workspace) -> None:
+    cluster = workspace.write_cluster("hanging.yaml", env={"HOPE_FAULTS": "stop@1:5:forward"})
+    settings = ["resilience.allow_faults=true", "resilience.hang.min_s=6", "resilience.hang.first_step_s=60"]
+    run = workspace.submit("hanging", "--nodes", 2, *settings, cluster=cluster)
+    assert run.wait_for_end() == "COMPLETED", run.log
+    first, second = run.attempts()
+    assert (
+        "rank 1 on" in first["reason"] and "hangs at step 5: stopped by a signal, in phase forward" in first["reason"]
+    )
+    assert first["bad_nodes"] == [first["nodes"][1]] and second["outcome"] == "finished"
+    stacks = sorted((run.directory / "launch" / "hangs" / "attempt-0001").glob("stack-rank-*.txt"))
+    assert len(stacks) == 2 and all("most recent call first" in path.read_text() for path in stacks)
+    assert run.trajectory() == reference.trajectory() and run.final_state() == reference.final_state()
 
 
 def test_bad_node_and_taken_port_are_left_out(reference: Run, workspace: Workspace, slurm: LocalSlurm) -> None:

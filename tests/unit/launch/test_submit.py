@@ -288,3 +288,23 @@ def test_dry_run_shows_script_and_checks_and_writes_nothing(
     shown = capsys.readouterr().out
     assert "#SBATCH --nodes=2" in shown and "16" in shown and "ok    data.train" in shown
     assert sorted(run_file.parent.rglob("*")) == before
+
+
+def test_preflight_digests_shards(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flipped byte of equal length; and the odds, where not everything is digested."""
+    folder = run_file.parent / "data" / "train"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    names = [f"{number:03d}.tar" for number in range(8)]
+    for name in names:
+        (folder / name).write_bytes(b"0" * 100)
+    sha256 = hashlib.sha256(b"0" * 100).hexdigest()
+    manifest["shards"] = [{"name": name, "bytes": 100, "sha256": sha256} for name in names]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    checks = {check.name: check for check in preflight(load_config(str(run_file), []), GPU, 2)}
+    assert "8 digested (" in checks["data.train"].detail
+    (folder / "004.tar").write_bytes(b"0" * 50 + b"1" + b"0" * 49)
+    assert "004.tar is corrupt" in failed(run_file)["data.train"]
+    (folder / "004.tar").write_bytes(b"0" * 100)
+    monkeypatch.setattr("launch.preflight._DIGEST_BYTES", 400)
+    checks = {check.name: check for check in preflight(load_config(str(run_file), []), GPU, 2)}
+    assert "4 digested: one damaged shard shows with a chance of 50%" in checks["data.train"].detail
