@@ -124,16 +124,6 @@ def run(args: argparse.Namespace) -> int:
     )
 
 
-def how_to_resume(directory: RunDirectory) -> str:
-    """How far a run came, and where the same command takes it up."""
-    from hope_megatron.checkpoint.format import list_checkpoints
-
-    step = max((record["step"] for record in read_metrics(directory.metrics)), default=0)
-    checkpoints = list_checkpoints(directory.checkpoints)
-    where = f"goes on from {checkpoints[0]}" if checkpoints else "begins again: there is no checkpoint yet"
-    return f"the last recorded step was {step}; the same command {where}"
-
-
 def _outlook(config: RunConfig) -> list[str]:
     """How often a run will read its data, and what it will do otherwise than at its newest start."""
     from hope_megatron.training.epochs import passes_text, planned_passes, repetition_warning
