@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 from hope_megatron.config import RunConfig, dump_config, load_run_config
 from hope_megatron.runtime.reports import LAUNCH_DIR_VARIABLE
 from hope_megatron.runtime.world import REQUIRED, World, WorldError, launched_world
-from hope_megatron.training.metrics import read_metrics
 from hope_megatron.training.mlflow_client import check_tracking
 from hope_megatron.training.run_directory import RunDirectory
 
