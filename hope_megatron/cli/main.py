@@ -12,6 +12,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import hope_megatron
@@ -78,11 +79,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    top = _top_parser()
     if not arguments:
-        top.print_help()
+        _top_parser().print_help()
         return 2
-    pair = " ".join(arguments[:2])
+    module, args = parse(arguments)
+    return int(module.run(args) or 0)
+
+
+def parse(arguments: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
+    """The module of a command and its arguments. Prints help, or an error, and leaves, as argparse does."""
+    top, pair = _top_parser(), " ".join(arguments[:2])
     name, rest = (pair, arguments[2:]) if pair in COMMANDS else (arguments[0], arguments[1:])
     if name.startswith("-"):
         top.parse_args(arguments)  # --help, --version, or an error; never returns
@@ -99,8 +105,7 @@ def _dispatch(arguments: list[str]) -> int:
     module.add_arguments(parser)
     # Intermixed parsing lets options stand between positional overrides; argparse cannot do that with sub-commands.
     nested = any(isinstance(action, argparse._SubParsersAction) for action in parser._actions)
-    args = parser.parse_args(rest) if nested else parser.parse_intermixed_args(rest)
-    return int(module.run(args) or 0)
+    return module, parser.parse_args(rest) if nested else parser.parse_intermixed_args(rest)
 
 
 def _top_parser() -> argparse.ArgumentParser:

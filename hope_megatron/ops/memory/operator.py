@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hope_megatron.ops.memory.backends.installed import BACKENDS
-from hope_megatron.ops.memory.backends.registry import Case, choose
+from hope_megatron.ops.memory.backends.registry import Backend, Case, choose
 from hope_megatron.ops.memory.chunk import chunk_scan
 from hope_megatron.ops.memory.layout import Group, join_state, split_state
 from hope_megatron.ops.memory.rule import AUTO, MemoryCompute, MemoryRule
@@ -29,6 +29,7 @@ def memory_chunked(
     *,
     compute: MemoryCompute = AUTO,
     recompute: bool = False,
+    backends: tuple[Backend, ...] = BACKENDS,
 ) -> tuple[Tensor, MemoryState]:
     """Read and write the memories of every head along a piece of a stream (eqs. 83-93).
 
@@ -40,6 +41,8 @@ def memory_chunked(
         state: where an earlier piece of the same streams ended; None starts new streams.
         compute: which kernel, in which precision, and how often weights are kept.
         recompute: keep only weights for backward, those of every `compute.keep_every`-th chunk, and recompute the rest.
+
+        backends: what to choose among, best first.
 
     Returns:
         y [B, T, H, d] in q's dtype, and the state after the last token. Differentiable with respect to everything,
@@ -59,7 +62,7 @@ def memory_chunked(
     anchored = logits.alpha is not None and rule.decay_to == "initial"
     groups = split_state(state, rule, fresh.now if anchored else None)
     tensors = [x if x is None else x.to(dtype) for x in (q, k, v, *logits)]
-    backend = choose(Case.of(tensors, params, rule, compute), compute, BACKENDS)
+    backend = choose(Case.of(tensors, params, rule, compute), compute, backends)
 
     def whole(tensors: list[Tensor | None], groups: tuple[Group, ...], position: int):
         return backend.scan(tensors, rule, groups, compute=compute, recompute=recompute)

@@ -33,6 +33,11 @@ HOPE = MemoryRule(chunk_tokens=8, self_chunk_tokens=8)
 STATIC = dict(adaptive_key=False, adaptive_value=False, adaptive_eta=False, adaptive_alpha=False, own_targets=False)
 
 
+def alone(backend):
+    """`memory_chunked` with one backend and no other: an error where that cannot take a case."""
+    return functools.partial(memory_chunked, backends=(backend,))
+
+
 def make_params(rule: MemoryRule, layers: int = 2, scale: float = 0.3) -> MemoryParams:
     def bank(n: int, outputs: int) -> Bank | None:
         if n == 0:
@@ -277,14 +282,14 @@ def test_stream_in_pieces_equals_one_piece():
     ],
     ids=str,
 )
-def test_the_written_out_backward_is_that_of_autograd(changes, warm, recompute, backend_alone):
+def test_the_written_out_backward_is_that_of_autograd(changes, warm, recompute):
     rule = MemoryRule(chunk_tokens=16, self_chunk_tokens=16, **changes)
     params = make_params(rule)
     inputs = make_inputs(75)
     state = memory_recurrent(*make_inputs(21), params, rule)[1] if warm else None
     by_hand, by_autograd = (
         outputs_and_gradients(
-            functools.partial(backend_alone(backend), recompute=recompute, compute=MemoryCompute(keep_every=2)),
+            functools.partial(alone(backend), recompute=recompute, compute=MemoryCompute(keep_every=2)),
             *inputs, params, rule, state,
         )
         for backend in (MANUAL, AUTOGRAD)
@@ -443,7 +448,7 @@ def test_what_stays_when_nothing_is_written(decay_to, kept):
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e-6, 1.0])
-def test_a_memory_that_has_faded_is_the_same_on_every_path(scale, backend_alone):
+def test_a_memory_that_has_faded_is_the_same_on_every_path(scale):
     """Features, keys and targets near and far below epsilon: unit(x) = x / sqrt(|x|^2 + epsilon^2) everywhere."""
     rule = MemoryRule(chunk_tokens=16, self_chunk_tokens=16, decay_to="zero")
     bank = lambda n, o: Bank(scale * torch.randn(H, n, 16, 16).double(), scale * torch.randn(H, n, o, 16).double())  # noqa: E731
@@ -455,7 +460,7 @@ def test_a_memory_that_has_faded_is_the_same_on_every_path(scale, backend_alone)
         dtype = torch.float32 if backend is CPU else torch.float64
         cast = lambda x, dtype=dtype: x.to(dtype)  # noqa: E731
         rates = RateLogits(*(r if r is None else cast(r) for r in logits))
-        y, end = backend_alone(backend)(*map(cast, qkv), rates, map_params(cast, params), rule)
+        y, end = alone(backend)(*map(cast, qkv), rates, map_params(cast, params), rule)
         found = leaves(y, end.now)
         for a, b in zip(found, leaves(exact, state.now)):
             assert (a.double() - b).abs().max() <= (1e-4 if backend is CPU else 1e-10) * b.abs().max()
@@ -463,7 +468,7 @@ def test_a_memory_that_has_faded_is_the_same_on_every_path(scale, backend_alone)
 
 @pytest.mark.parametrize("cut", [8, 16, 21, 24])
 @pytest.mark.parametrize("rule", [HOPE, MemoryRule(4, 8), MemoryRule(16, 8)], ids=str)
-def test_the_start_in_a_state_is_that_of_the_next_tokens_chunk(rule, cut, backend_alone):
+def test_the_start_in_a_state_is_that_of_the_next_tokens_chunk(rule, cut):
     """On every path: `now` at a border, else the weights at the last border."""
     params, (q, k, v, logits) = make_params(rule), make_inputs(cut)
     expected = {}
@@ -475,7 +480,7 @@ def test_the_start_in_a_state_is_that_of_the_next_tokens_chunk(rule, cut, backen
             rates = RateLogits(*(None if r is None else r[:, :length] for r in logits))
             state = memory_recurrent(q[:, :length], k[:, :length], v[:, :length], rates, params, rule)[1]
         expected[name] = getattr(state.now, name)
-    for scan in (memory_recurrent, memory_chunked, backend_alone(AUTOGRAD)):
+    for scan in (memory_recurrent, memory_chunked, alone(AUTOGRAD)):
         start = scan(q, k, v, logits, params, rule)[1].start
         for a, b in zip(leaves(start), leaves(MemoryParams(**expected))):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)

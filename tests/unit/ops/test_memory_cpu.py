@@ -126,16 +126,23 @@ OUTPUT = {"written_layers": "output"}
         (96, 48, 16, 16, OUTPUT | FULL, 0, True),
     ],
 )
-def test_the_kernel_equals_float64(T, chunk, d, h, changes, warm, recompute, backend_alone):
+def test_the_kernel_equals_float64(T, chunk, d, h, changes, warm, recompute):
     rule = MemoryRule(chunk_tokens=chunk, self_chunk_tokens=chunk, **changes)
     case, state = make_case(T, d, h, rule, warm=warm)
     options = dict(recompute=recompute, compute=MemoryCompute(keep_every=2))
-    assert largest_difference(case, state, rule, backend_alone(CPU), **options) < FLOAT32
+    assert (
+        largest_difference(case, state, rule, functools.partial(memory_chunked, backends=(CPU,)), **options) < FLOAT32
+    )
 
 
-def test_pytorchs_operators_lie_within_the_same_bound(backend_alone):
+def test_pytorchs_operators_lie_within_the_same_bound():
     rule = MemoryRule(chunk_tokens=64, self_chunk_tokens=64)
-    assert largest_difference(*make_case(130, 64, 64, rule, warm=7), rule, backend_alone(MANUAL)) < FLOAT32
+    assert (
+        largest_difference(
+            *make_case(130, 64, 64, rule, warm=7), rule, functools.partial(memory_chunked, backends=(MANUAL,))
+        )
+        < FLOAT32
+    )
 
 
 def test_threads_segments_and_cuts_at_borders_change_no_bit():

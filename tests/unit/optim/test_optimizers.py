@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from hope_megatron.config.optimizers import OPTIMIZERS
 from hope_megatron.ops.newton_schulz import newton_schulz
 from hope_megatron.optim import (
     M3,
@@ -19,7 +20,7 @@ from hope_megatron.optim import (
 )
 from hope_megatron.runtime.registry import UnknownNameError
 
-NAMES = ["m3", "muon", "adamuon", "adamw", "sgd"]
+NAMES = list(OPTIMIZERS)
 
 
 def config(**changes):

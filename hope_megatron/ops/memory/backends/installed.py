@@ -3,6 +3,7 @@
 from hope_megatron.ops.memory.backends.autograd import AUTOGRAD
 from hope_megatron.ops.memory.backends.cpu.scan import CPU
 from hope_megatron.ops.memory.backends.manual.scan import MANUAL
+from hope_megatron.ops.memory.backends.phases.scan import PHASES
 from hope_megatron.ops.memory.backends.registry import Backend
 
-BACKENDS: tuple[Backend, ...] = (CPU, MANUAL, AUTOGRAD)
+BACKENDS: tuple[Backend, ...] = (CPU, PHASES, MANUAL, AUTOGRAD)

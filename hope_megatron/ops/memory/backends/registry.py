@@ -77,7 +77,7 @@ class Backend(NamedTuple):
     tensors: q, x_k, x_v [B, T, H, d] and three logits [B, T, H] or None, in one dtype. T is a multiple of the rule's period and
     begins at a border. compute, recompute: see `memory_chunked`."""
     unwise: Callable[[Case], str | None] = lambda case: None
-    """Why `auto` passes it over although it could; None if it does not."""
+    """Why `auto` passes it over although it could, as long as another can; None if it does not."""
 
 
 def choose(case: Case, compute: MemoryCompute, backends: tuple[Backend, ...]) -> Backend:
@@ -97,14 +97,21 @@ def choose(case: Case, compute: MemoryCompute, backends: tuple[Backend, ...]) ->
 @functools.lru_cache(maxsize=256)
 def _choose(case: Case, compute: MemoryCompute, backends: tuple[Backend, ...]) -> Backend:
     reasons: list[str] = []
+    possible = None
     for backend in backends:
         if compute.kernel not in ("auto", backend.kernel):
             continue
-        reason = backend.why_not(case) or (backend.unwise(case) if compute.kernel == "auto" else None)
+        reason = backend.why_not(case)
+        if reason is None:
+            possible = possible or backend
+            reason = backend.unwise(case) if compute.kernel == "auto" else None
         if reason is None:
             _record(backend, case, reasons)
             return backend
         reasons.append(f"{backend.name}: {reason}")
+    if possible is not None:
+        _record(possible, case, reasons)
+        return possible
     raise KernelError(
         f"memory.kernel={compute.kernel} cannot compute these memories ({_shape(case)}): "
         f"{'; '.join(reasons) or 'this installation does not have it'}. Set memory.kernel=auto"
