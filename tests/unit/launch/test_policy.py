@@ -17,7 +17,9 @@ def history(tmp_path: Path) -> History:
     return History(tmp_path / "attempts.jsonl")
 
 
-def fail(history: History, kind: str, furthest: int, *, step: int = 0, signature: str = "", nodes: tuple[str, ...] = ()) -> None:
+def fail(
+    history: History, kind: str, furthest: int, *, step: int = 0, signature: str = "", nodes: tuple[str, ...] = ()
+) -> None:
     history.start("7", 0, ["node1", "node2"], step)
     history.end(CRASHED, "why", step, list(nodes), kind=kind, furthest=furthest, signature=signature)
 

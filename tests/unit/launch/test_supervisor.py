@@ -20,7 +20,9 @@ from launch.supervisor import explain_failure
 from launch.worker import rank_environment
 
 NODES = ["node1", "node2"]
-LOST_PEER = Failure(0, 2.0, TRANSIENT, "RuntimeError: Connection closed by peer", step=7, phase="backward", lost_peer=True)
+LOST_PEER = Failure(
+    0, 2.0, TRANSIENT, "RuntimeError: Connection closed by peer", step=7, phase="backward", lost_peer=True
+)
 
 
 def test_a_killed_rank_explains_the_ranks_that_lost_it() -> None:
@@ -50,7 +52,9 @@ def test_a_user_error_comes_before_everything() -> None:
 
 
 def test_an_exception_explains_a_rank_that_the_launcher_killed_after_it() -> None:
-    failure = Failure(1, 5.0, CRASH, "Traceback\nValueError: no", step=3, phase="step", signature="ValueError at x.py:1")
+    failure = Failure(
+        1, 5.0, CRASH, "Traceback\nValueError: no", step=3, phase="step", signature="ValueError at x.py:1"
+    )
     cause = explain_failure(failure, None, [TaskError("node1", "0", "Killed")], 1, NODES)
     assert cause.text == "rank 1 on node2, step 3, phase step: ValueError: no"
     assert (cause.kind, cause.signature) == (CRASH, "ValueError at x.py:1")
