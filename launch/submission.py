@@ -93,7 +93,7 @@ def read_submission(run_dir: Path) -> Submission:
             f"{run_dir} has no {path.relative_to(run_dir)}; give the directory of a run that `hope launch` submitted"
         )
     known = {item.name for item in fields(Submission)}
-    values = {
+    values: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in (read_object(path) or {}).items()
         if key in known

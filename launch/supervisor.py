@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from hope_megatron.runtime.failures import CRASH, TRANSIENT, Failure, first_cause, read_failures
 from hope_megatron.runtime.records import damage_text
@@ -205,7 +205,7 @@ class Supervisor(ABC):
             hang.step if hang else 0,
             last_recorded_step(self.directory.run_dir),
         ]
-        more = {"kind": cause.kind, "signature": cause.signature, "furthest": max(steps), "detected": detected}
+        more: dict[str, Any] = {"kind": cause.kind, "signature": cause.signature, "furthest": max(steps), "detected": detected}
         self.history.end(CRASHED, cause.text, checkpoint, cause.bad_nodes, **more)
         self.failed(cause, failure)
         number = len(self.history.attempts)

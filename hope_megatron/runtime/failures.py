@@ -159,6 +159,6 @@ def _lost_peer(error: BaseException) -> bool:
 def _signature(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if any(part in f.filename for part in ("hope_megatron", "data_pipeline", "launch"))]
-    where = (ours or list(frames) or [None])[-1]
-    place = "" if where is None else f" at {Path(where.filename).name}:{where.lineno}"
+    where = (ours or list(frames))[-1:]
+    place = f" at {Path(where[0].filename).name}:{where[0].lineno}" if where else ""
     return f"{type(error).__name__}{place}"
