@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from pydantic import Field, model_validator
@@ -52,6 +53,8 @@ class RunConfig(Section):
                 "parallel.zero_stage=0 with training.precision=bf16 computes a wrong gradient norm in DeepSpeed; "
                 "set zero_stage=1, or precision=fp32"
             )
+        if self.training.reduction == "canonical":
+            check_canonical(self.parallel, self.training)
         if self.model.mup and not OPTIMIZERS[self.optim.name].scales_with_width:
             known = ", ".join(name for name, entry in OPTIMIZERS.items() if entry.scales_with_width)
             raise ConfigError(
@@ -100,6 +103,16 @@ class RunConfig(Section):
     def accumulation_steps(self, world_size: int) -> int:
         """Forward-backward passes per optimizer step."""
         return self.training.global_batch_size // (self.data_parallel(world_size) * self.training.micro_batch_size)
+
+
+def check_canonical(parallel: ParallelConfig, training: TrainingConfig) -> None:
+    """Refuse the canonical reduction where its order is not defined."""
+    micro_batches = training.global_batch_size / training.micro_batch_size
+    if parallel.zero_stage or parallel.tensor_parallel > 1 or not math.log2(micro_batches).is_integer():
+        raise ConfigError(
+            f"training.reduction=canonical with zero_stage={parallel.zero_stage}, tensor_parallel={parallel.tensor_parallel} and "
+            f"{micro_batches:g} micro-batches per step; it needs zero_stage=0, tensor_parallel=1 and a power of two"
+        )
 
 
 def check_checkpoints_are_evaluated(checkpoint: CheckpointConfig, training: TrainingConfig, data: DataConfig) -> None:

@@ -44,6 +44,9 @@ class TrainingConfig(Section):
     one training sequence per rank; 0: never."""
     recompute: Literal["none", "memory", "layer"] = "none"
     """What backward recomputes instead of keeping: nothing, the inside of the memories, or that and each whole layer."""
+    reduction: Literal["fast", "canonical"] = "fast"
+    """`canonical` adds the gradients of micro-batches in one fixed order, so that 1, 2 and 4 ranks give the same bits: for checking
+    a change of ranks. It needs zero_stage=0, tensor_parallel=1 and numbers of ranks and micro-batches that are powers of two."""
     num_threads: int = Field(default=1, gt=0)
     """CPU threads per process for torch operators, when there is no GPU."""
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hope_megatron.config.run import RunConfig
+from hope_megatron.engine.canonical import TreeSum
 from hope_megatron.engine.control import ControlGroup
 from hope_megatron.engine.deepspeed_setup import UpdateQuestion, ask_before_update, initialize
 from hope_megatron.engine.distributed import Mesh, set_group_timeouts
@@ -59,6 +60,9 @@ class Engine:
         self._update = UpdateQuestion()
         ask_before_update(self.zero, config.parallel.zero_stage, self._update)
         self.skipped = False
+        self._tree = TreeSum() if config.training.reduction == "canonical" else None
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._canonical_loss: Tensor | None = None
         self.first_loss: Tensor | None = None
         """Sum of the losses of the last step's first micro-batch, on this rank; None where windows divide it."""
         self._passes = 0
@@ -94,6 +98,8 @@ class Engine:
         self._passes += 1
         window = self.config.training.truncate_tokens or tokens.size(1)
         windows = list(zip(tokens.split(window, 1), targets.split(window, 1), strict=True))
+        if self._tree is not None:
+            return self._backward_into_tree(windows, global_valid_tokens, documents)
         state, total = None, torch.zeros((), device=self.mesh.device)
         for i, (x, y) in enumerate(windows):
             last = i == len(windows) - 1
@@ -139,8 +145,48 @@ class Engine:
             raise NonFiniteError("the gradient norm is NaN or infinite, though the loss is finite")
         return norm
 
+    def _backward_into_tree(
+        self, windows: list[tuple[Tensor, Tensor]], global_valid_tokens: Tensor | int, documents: Tensor | None
+    ) -> Tensor:
+        """The same as DeepSpeed's backward passes, with the micro-batch's loss and gradients as a leaf of the tree."""
+        assert self._tree is not None
+        state, total = None, torch.zeros((), device=self.mesh.device)
+        gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
+        for i, (x, y) in enumerate(windows):
+            last = i == len(windows) - 1
+            HEART.enter("forward")
+            output = self.model(x, y, state, documents=documents, return_state=not last, learn=self._learns)
+            loss_sum = output.losses.sum()
+            HEART.enter("backward")
+            found = torch.autograd.grad(loss_sum / global_valid_tokens, self._parameters, allow_unused=True)
+            for gradient, part in zip(gradients, found):
+                if part is not None:
+                    gradient += part
+            total += loss_sum.detach()
+            state = output.state.detach() if output.state is not None else None
+        self._tree.add([total, *gradients])
+        return total
+
+    def global_loss(self, loss_sum: Tensor) -> float:
+        """Sum of the losses of the last step over all ranks, from that of this rank. Collective."""
+        if self._canonical_loss is not None:
+            return float(self._canonical_loss)
+        return float(self.sum_over_data_parallel(loss_sum))
+
+    def _take_tree(self) -> None:
+        """Gradients and loss of the whole global batch, in canonical order, as the parameters' gradients."""
+        assert self._tree is not None
+        self._canonical_loss, *gradients = self._tree.take(self.mesh.dp_group).split(
+            [1, *(parameter.numel() for parameter in self._parameters)]
+        )
+        for parameter, gradient in zip(self._parameters, gradients):
+            parameter.grad = gradient.view_as(parameter).clone()
+        self._deepspeed.set_gradient_accumulation_boundary(True)
+
     def _step_unsharded(self) -> None:
         """At ZeRO stage 0 DeepSpeed neither clips as at other stages nor stops at NaN."""
+        if self._tree is not None:
+            self._take_tree()
         norm, gradients = self._gradient_norm()
         self.skipped = not self._update.ask(norm)
         if self.skipped:

@@ -135,12 +135,14 @@ class Injector:
     def _first_time(self, number: int, fault: Fault) -> bool:
         """Whether a fault has not come yet in the life of the run; from now on it has."""
         self.state.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError), open(self.state / f"{number:04d}.json", "x") as file:
-            json.dump({"fault": str(fault), "time": time.time()}, file)
-            file.flush()
-            os.fsync(file.fileno())
-            return True
-        return False
+        try:
+            descriptor = os.open(self.state / f"{number:04d}.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        except FileExistsError:
+            return False
+        with contextlib.suppress(OSError):  # a fault before this one may have filled the disk
+            os.write(descriptor, json.dumps({"fault": str(fault), "time": time.time()}).encode())
+        os.close(descriptor)
+        return True
 
 
 # -- what happens ------------------------------------------------------------------------------------------------

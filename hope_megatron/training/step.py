@@ -76,7 +76,7 @@ def train_step(engine: Engine, reader: BatchReader, state: TrainingState, config
             break
 
     num_tokens = int(valid)
-    loss = float(engine.sum_over_data_parallel(loss_sum)) / num_tokens
+    loss = engine.global_loss(loss_sum) / num_tokens
     if engine.skipped:
         _may_skip(state, guard, judgements[-1], loss)
     state.step += 1

@@ -99,14 +99,15 @@ def repeatable(root, name):
     return [{k: v for k, v in record.items() if is_repeatable(k)} for record in records(root, name)]
 
 
-def children_of(pid):
-    """Process ids of the direct children."""
-    return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def descendants_of(pid):
+    """Process ids of children, their children, and so on: ranks are forked by a child of the supervisor."""
+    children = [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [below for child in children for below in (*descendants_of(child), child)]
 
 
 def kill_everything(process):
     """SIGKILL for the launcher and its workers, as when a node dies."""
-    for pid in [*children_of(process.pid), process.pid]:
+    for pid in [process.pid, *descendants_of(process.pid)]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
