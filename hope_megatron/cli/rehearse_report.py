@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hope_megatron.cli.formatting import bytes_text, count_text, percent_text
+from hope_megatron.runtime.formatting import bytes_text, count_text, percent_text
 
 _WAITS_SHOWN = 8
 

@@ -27,7 +27,8 @@ LAYOUTS = [
 
 def whole_states(engine):
     """Whole tensors of every state by (name, state), put together over all ranks."""
-    from hope_megatron.optim import export_state, merge_shards
+    from hope_megatron.optim import merge_shards
+from hope_megatron.testing.optim_state import export_state
     from hope_megatron.optim.state import export_layout, layout_tags
 
     tags = {name: layout_tags(entry) for name, entry in export_layout(engine.optimizer).items()}

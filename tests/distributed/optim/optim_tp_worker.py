@@ -9,16 +9,8 @@ import torch
 from optim_zero_worker import Case, continue_from, literal_m3, make_engine
 from torch import Tensor, nn
 
-from hope_megatron.optim import (
-    OptimError,
-    ParamTags,
-    build_optimizer,
-    export_layout,
-    export_state,
-    layout_tags,
-    merge_shards,
-    split_shards,
-)
+from hope_megatron.optim import OptimError, ParamTags, build_optimizer, merge_shards, split_shards
+from hope_megatron.testing.optim_state import export_layout, export_state, layout_tags
 
 VOCAB, WIDTH, HIDDEN, HEADS = 16, 8, 12, 4
 BATCH = 8

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from optim_reference import ReferenceM3
 from torch import Tensor, nn
 
-from hope_megatron.optim import build_optimizer, export_state, import_state
+from hope_megatron.optim import build_optimizer
+from hope_megatron.testing.optim_state import export_state, import_state
 
 GLOBAL_BATCH = 24
 
