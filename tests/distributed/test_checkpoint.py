@@ -41,8 +41,7 @@ def local_state(engine):
 def full_state(engine):
     """Canonical tensors of every state, put together over all ranks; equal on all of them."""
     from hope_megatron.optim import merge_shards
-from hope_megatron.testing.optim_state import export_state
-    from hope_megatron.optim.state import export_layout, layout_tags
+    from hope_megatron.testing.optim_state import export_layout, export_state, layout_tags
 
     tags = {name: layout_tags(entry) for name, entry in export_layout(engine.optimizer).items()}
     shards = [None] * engine.mesh.tp_size

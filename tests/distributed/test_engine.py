@@ -53,8 +53,7 @@ def train(config, mesh):
 
 def parameters_of(engine):
     """Master weights of the parameters that this rank holds whole, as lists."""
-    from hope_megatron.optim import 
-from hope_megatron.testing.optim_state import export_state
+    from hope_megatron.testing.optim_state import export_state
 
     state = export_state(engine.optimizer)
     names = [name for name, p in engine.model.named_parameters() if not getattr(p, "tensor_model_parallel", False)]

@@ -14,8 +14,7 @@ STEPS, EVERY = 7, 3
 
 def train(directory, *, memory_every=EVERY, **layout):
     """Records of a run, and the master weights after it (this rank's part)."""
-    from hope_megatron.optim import 
-from hope_megatron.testing.optim_state import export_state
+    from hope_megatron.testing.optim_state import export_state
     from hope_megatron.training.metrics import read_metrics
     from hope_megatron.training.run import run_training
 

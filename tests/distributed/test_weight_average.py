@@ -28,8 +28,7 @@ LAYOUTS = [
 def whole_states(engine):
     """Whole tensors of every state by (name, state), put together over all ranks."""
     from hope_megatron.optim import merge_shards
-from hope_megatron.testing.optim_state import export_state
-    from hope_megatron.optim.state import export_layout, layout_tags
+    from hope_megatron.testing.optim_state import export_layout, export_state, layout_tags
 
     tags = {name: layout_tags(entry) for name, entry in export_layout(engine.optimizer).items()}
     shards = [None] * engine.mesh.tp_size
