@@ -205,7 +205,12 @@ class Supervisor(ABC):
             hang.step if hang else 0,
             last_recorded_step(self.directory.run_dir),
         ]
-        more: dict[str, Any] = {"kind": cause.kind, "signature": cause.signature, "furthest": max(steps), "detected": detected}
+        more: dict[str, Any] = {
+            "kind": cause.kind,
+            "signature": cause.signature,
+            "furthest": max(steps),
+            "detected": detected,
+        }
         self.history.end(CRASHED, cause.text, checkpoint, cause.bad_nodes, **more)
         self.failed(cause, failure)
         number = len(self.history.attempts)
