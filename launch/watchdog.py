@@ -48,14 +48,15 @@ class Watchdog:
         self.beats, self.reports, self.node = beats, reports, node
         self.ranks, self.nodes, self.start_limit_s = ranks, nodes, start_limit_s
         self._began = self._looked = time.monotonic()
+        self._awake_since = 0.0
         self._owner = os.getppid()
 
     def run(self) -> int:
         """Watch. Returns 0 when the ranks have gone, 1 after a hang."""
         while True:
             now = time.monotonic()
-            if (gap := now - self._looked - POLL_S) > _ASLEEP_S:
-                self._forgive_s = gap
+            if now - self._looked - POLL_S > _ASLEEP_S:
+                self._awake_since = now
             self._looked = now
             found = read_beats(self.beats)
             if self._are_gone(found):
@@ -66,12 +67,11 @@ class Watchdog:
                 return 1
             time.sleep(POLL_S)
 
-    _forgive_s = 0.0
-
     def _overdue(self, beats: list[Beat], now: float) -> bool:
-        if len(beats) < self.ranks and now - self._began - self._forgive_s > self.start_limit_s:
+        """Whether a rank is late; time before this process last slept does not count, for the ranks slept too."""
+        if len(beats) < self.ranks and now - max(self._began, self._awake_since) > self.start_limit_s:
             return True
-        return any(is_alive(beat.pid) and beat.overdue_s(now) > self._forgive_s for beat in beats)
+        return any(is_alive(beat.pid) and now - max(beat.since, self._awake_since) > beat.limit_s for beat in beats)
 
     def _another_node_hangs(self) -> bool:
         return self.nodes > 1 and any(self.reports.glob(f"{HANG_PREFIX}*.json"))

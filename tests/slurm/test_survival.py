@@ -259,10 +259,9 @@ def test_a_hanging_rank_is_found_on_a_cluster(reference: Run, workspace: Workspa
     run = workspace.submit("hanging", "--nodes", 2, *settings, cluster=cluster)
     assert run.wait_for_end() == "COMPLETED", run.log
     first, second = run.attempts()
-    assert (
-        "rank 1 on" in first["reason"] and "hangs at step 5: stopped by a signal, in phase forward" in first["reason"]
-    )
-    assert first["bad_nodes"] == [first["nodes"][1]] and second["outcome"] == "finished"
+    (node,) = first["bad_nodes"]
+    assert f"rank 1 on {node} hangs at step 5: stopped by a signal, in phase forward" in first["reason"]
+    assert second["outcome"] == "finished"
     stacks = sorted((run.directory / "launch" / "hangs" / "attempt-0001").glob("stack-rank-*.txt"))
     assert len(stacks) == 2 and all("most recent call first" in path.read_text() for path in stacks)
     assert run.trajectory() == reference.trajectory() and run.final_state() == reference.final_state()
