@@ -119,7 +119,7 @@ def refuse_non_finite(rank, world_size):
     from hope_megatron.engine.build import build_engine
     from hope_megatron.engine.distributed import init_distributed
     from hope_megatron.engine.engine import NonFiniteError
-    from hope_megatron.optim import export_state
+    from hope_megatron.testing.optim_state import export_state
 
     config = tiny_run_config(tp=2, sequence_parallel=True)
     mesh = init_distributed(config.parallel)
