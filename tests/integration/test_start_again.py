@@ -59,10 +59,10 @@ def outputs(root):
     run = str(root / "run.yaml")
     changed = ["training.steps=8", "optim.lr=0.5", "training.global_batch_size=8"]
     commands = [
-        ["train", run],
+        ["train", run, "--in-process"],
         ["train", run, *changed, "--dry-run"],
-        ["train", run, *changed],
-        ["train", run, "training.steps=10"],
+        ["train", run, *changed, "--in-process"],
+        ["train", run, "training.steps=10", "--in-process"],
         ["checkpoint", "inspect", str(root / "runs/again")],
         ["export", "hf", str(root / "runs/again"), str(root / "export")],
         ["plan", run, "training.steps=1000"],
