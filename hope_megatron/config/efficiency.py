@@ -1,7 +1,7 @@
 """What a GPU is assumed to reach of its data sheet: the one place for numbers that are neither counted nor on a data sheet.
 
-Every assumption has a range and says where it comes from. **The sources have not been checked against their pages, and some values are
-guesses**: times that `hope rehearse` derives from them are estimates. No GPU has run this project yet.
+Every assumption has a range and says where it comes from. **The sources have not been checked against their pages, and some
+values are guesses**: times that `hope rehearse` derives from them are estimates. No GPU has run this project yet.
 """
 
 from __future__ import annotations
