@@ -22,8 +22,8 @@ from hope_megatron.runtime.launchers import adopt_launcher
 from hope_megatron.runtime.process import count_gpus
 from hope_megatron.runtime.reports import LAUNCH_DIR_VARIABLE
 from hope_megatron.runtime.world import REQUIRED, World, WorldError, launched_world
-from hope_megatron.training.mlflow_client import check_tracking
 from hope_megatron.training.run_directory import RunDirectory
+from hope_megatron.training.tracking import check_tracking
 
 if TYPE_CHECKING:
     from hope_megatron.runtime.heartbeat import Limits
