@@ -41,6 +41,7 @@ TEST = [
     "moto[s3]>=5.1,<6",
     "pytest>=8,<10",
     "pytest-timeout>=2.3,<3",
+    "pytest-xdist>=3.6,<4",
     "transformers>=4.53,<6",
 ]
 

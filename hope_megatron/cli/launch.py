@@ -106,7 +106,7 @@ def _refuse_foreign_options(args: argparse.Namespace, action: str) -> None:
 def _submit(args: argparse.Namespace, config_name: str, overrides: list[str]) -> int:
     if args.local:
         return _run_here(args, config_name, overrides)
-        from hope_megatron.training.tracking import check_tracking
+    from hope_megatron.training.tracking import check_tracking
     from launch.cluster import load_cluster
     from launch.jobs import dry_run, load_config, submit_run
 
