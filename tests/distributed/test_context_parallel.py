@@ -102,3 +102,29 @@ def test_loss_logits_and_every_gradient(case, documents, single, on_ranks):
             expected = torch.from_numpy(gradient)
             error = (torch.from_numpy(found[name]) - expected).norm() / expected.norm().clamp_min(1e-8)
             assert error < 1e-10, f"{name}: relative error {error:.1e}"
+
+
+def train_steps(rank, world_size, cp, changes):
+    """(loss, gradient norm) of three steps, with the state carried over windows, or documents read apart."""
+    from hope_megatron.engine.build import build_engine
+    from hope_megatron.testing.tiny import RepeatingSource, tiny_run_config
+    from hope_megatron.training.batches import BatchReader
+    from hope_megatron.training.state import TrainingState
+    from hope_megatron.training.step import train_step
+
+    config = tiny_run_config(cp=cp, zero_stage=2, training=changes)
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"reset_at_documents": "truncate_tokens" not in changes})}
+    )
+    engine, state = build_engine(config, init_distributed(config.parallel)), TrainingState()
+    with BatchReader(RepeatingSource(), config, engine.mesh) as reader:
+        results = [train_step(engine, reader, state, config) for _ in range(3)]
+    return [(result.loss, result.grad_norm) for result in results], state.tokens
+
+
+@pytest.mark.parametrize("changes", [{"truncate_tokens": 8}, {}], ids=["windows", "documents"])
+def test_training_in_windows_and_by_documents(changes):
+    expected, tokens = run_distributed(train_steps, 1, 1, changes)[0]
+    for found, count in run_distributed(train_steps, 2, 2, changes):
+        assert count == tokens
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=3e-5, atol=0)
