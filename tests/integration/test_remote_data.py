@@ -89,7 +89,9 @@ def test_shards_in_a_store_train_as_those_on_disk(root: Path, store: FaultyServe
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT_S,
     )  # fmt: skip
     said = done.stdout
-    assert [line.split()[-1] for line in said.splitlines() if line.startswith("exit code")] == ["0", "0", "2", "2"], said
+    assert [line.split()[-1] for line in said.splitlines() if line.startswith("exit code")] == ["0", "0", "2", "2"], (
+        said
+    )
     assert not store.faults and "attempt 1 of 6" in said, said
     assert "data.cache_gib" in said and "cannot read the manifest s3://sets/none/train/manifest.json" in said, said
     local, found = (read_metrics(root / f"runs/{name}/metrics.jsonl") for name in ("local", "remote"))
