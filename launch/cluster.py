@@ -123,7 +123,7 @@ class ClusterConfig(Section):
         if self.gpus_per_node and self.ranks_per_node != self.gpus_per_node:
             raise ConfigError(
                 f"processes_per_node={self.processes_per_node} with gpus_per_node={self.gpus_per_node}: each rank drives one GPU; "
-                "leave processes_per_node away"
+                "leave processes_per_node out"
             )
         if self.stop_before_end_s * 2 > self.time_limit_s:
             raise ConfigError(

@@ -208,7 +208,7 @@ def check_inner_clocks(model: ModelConfig, parallel: ParallelConfig, training: T
         return
     if parallel.zero_stage == 3:
         raise ConfigError(
-            "parallel.zero_stage=3 frees the weights that learning in context differentiates by; use zero_stage 1 or 2"
+            "parallel.zero_stage=3 frees weights after use, and learning in context needs them again; use zero_stage 1 or 2"
         )
     segment = model.cms.inner_segment_tokens
     if parallel.sequence_parallel and segment % tp:

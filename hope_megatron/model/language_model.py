@@ -116,7 +116,9 @@ class LanguageModel(MegatronModule):
         T must be divisible by the context-parallel size, and under sequence parallelism a slice by the tensor-parallel size.
         """
         if documents is not None and (state is not None or return_state or learn):
-            raise ValueError("documents that are read apart leave no state to go on or to learn from, and take none")
+            raise ValueError(
+                "documents that are read apart take and return no state, and are not learnt from in context"
+            )
         if learn:
             assert targets is not None, "learning in context needs targets"
             losses, state = read_and_learn(self, tokens, targets, state, return_state=return_state, flush=flush)

@@ -14,6 +14,7 @@ from hope_megatron.config import RunConfig, dump_config
 from hope_megatron.engine.build import build_engine
 from hope_megatron.engine.control import ControlGroup
 from hope_megatron.engine.distributed import Mesh, init_distributed
+from hope_megatron.engine.engine import Engine
 from hope_megatron.runtime.disks import best_effort
 from hope_megatron.runtime.files import write_text
 from hope_megatron.runtime.formatting import duration_text
@@ -94,15 +95,7 @@ def run_training(
     _acquire(directory, engine.control, mesh, resume)
     progress = Progress(config.training.steps, config.training.tokens_per_step)
     configure_logging(mesh.rank, directory.log, progress)
-    keep = config.checkpoint
-    checkpointer = Checkpointer(
-        engine,
-        directory.checkpoints,
-        keep_last=keep.keep_last,
-        keep_every=keep.keep_every,
-        keep_best=keep.keep_best,
-        max_failed_saves=config.resilience.max_failed_saves,
-    )
+    checkpointer = _checkpointer(engine, directory)
     run = Run(config, engine, checkpointer, directory, train_source, heldout_source, provenance(), phases=phases)
     tracker = None
     try:
@@ -130,6 +123,18 @@ def run_training(
             tracker.close("FAILED", [directory.config, directory.metrics, directory.log], timeout_s=10.0)
         directory.release()
     return run
+
+
+def _checkpointer(engine: Engine, directory: RunDirectory) -> Checkpointer:
+    keep = engine.config.checkpoint
+    return Checkpointer(
+        engine,
+        directory.checkpoints,
+        keep_last=keep.keep_last,
+        keep_every=keep.keep_every,
+        keep_best=keep.keep_best,
+        max_failed_saves=engine.config.resilience.max_failed_saves,
+    )
 
 
 def _acquire(directory: RunDirectory, control: ControlGroup, mesh: Mesh, resume: str) -> None:
