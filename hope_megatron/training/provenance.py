@@ -14,6 +14,7 @@ from hope_megatron.ops.memory.backends.registry import chosen_kernels
 
 _PACKAGES = (
     "torch",
+    "triton",
     "megatron-core",
     "deepspeed",
     "numpy",
