@@ -1,8 +1,9 @@
 """The Triton kernels under Triton's interpreter, against the chunk form in float64. It must be on before the first kernel is
-declared, so the cases run in a process of their own."""
+declared, so all cases run in one process of their own."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from hope_megatron.ops.memory.backends.registry import Case
 from hope_megatron.ops.memory.backends.triton.backend import TRITON
 from hope_megatron.ops.memory.rule import AUTO, MemoryCompute
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+tl = triton.language
 
 STATIC = dict(adaptive_key=False, adaptive_value=False, adaptive_eta=False, adaptive_alpha=False, own_targets=False)
 MATRIX = MemoryRule(chunk_tokens=16, num_layers=1, dgd_layers="input", decay_to="zero", decay_erased=True, **STATIC)
@@ -72,13 +74,41 @@ def errors(name: str) -> dict[str, float]:
     return {key: ((found[key] - x).norm() / x.norm()).item() for key, x in exact.items()}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_kernels_are_exact_under_the_interpreter(name):
+def a_wrong_kernel() -> dict:
+    """The check of `hope_w1` with reads that see the future: the table of decay is not masked."""
+    from hope_megatron.ops.memory.backends.triton import check
+    from hope_megatron.ops.memory.backends.triton.fixed import read
+
+    @triton.jit
+    def wrong_decay(later, earlier, STRICT: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr):
+        return tl.exp(later[:, None] - earlier[None, :])
+
+    case = case_of(CASES["hope_w1"][0], d=16, h=16, device="cpu")
+    found = {"right": check.check(case, check.SMALL)}
+    right, read.decay = read.decay, wrong_decay
+    found["wrong"] = check.check(case, check.SMALL)
+    read.decay = right
+    return found
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """What this file prints when it runs."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__, name], env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_are_exact_under_the_interpreter(name, interpreted):
+    assert all(e < 2e-6 for e in interpreted[name].values()), interpreted[name]  # a NaN fails here
+
+
+def test_the_self_check_finds_a_kernel_that_was_made_wrong(interpreted):
+    right, wrong = interpreted["a wrong kernel"]["right"], interpreted["a wrong kernel"]["wrong"]
+    assert right["trusted"] and "gradient of scalar w_out" in right["errors"]["one key"]
+    assert not wrong["trusted"] and "one key: y is" in wrong["reason"]
 
 
 def case_of(rule: MemoryRule, **changes) -> Case:
@@ -104,6 +134,7 @@ def test_what_it_cannot_take_is_named(case, words, monkeypatch):
 
 
 if __name__ == "__main__":
-    found = errors(sys.argv[1])
-    print(found)
-    sys.exit(not all(e < 2e-6 for e in found.values()))  # a NaN fails here
+    from hope_megatron.ops.memory.backends.triton.interpreting import hasten
+
+    hasten()
+    print(json.dumps({**{name: errors(name) for name in CASES}, "a wrong kernel": a_wrong_kernel()}))
