@@ -25,6 +25,9 @@ GCS = ["gcsfs>=2024.2"]  # Google's store, with Google's many packages
 # Public benchmarks: `hope eval lm`.
 EVAL = ["lm-eval>=0.4.9,<0.5"]
 
+# A tokenizer.json of Hugging Face: `hope data prepare --tokenizer tokenizer.json`.
+HF = ["tokenizers>=0.20,<1"]
+
 # Trackers beside MLflow: `tracking.sinks`.
 WANDB = ["wandb>=0.19,<1"]
 TENSORBOARD = ["tensorboard>=2.16,<3"]
@@ -33,6 +36,7 @@ TEST = [
     *DATA,
     *REMOTE,
     *EVAL,
+    *HF,
     *WANDB,
     *TENSORBOARD,
     "accelerate>=1.1,<2",
@@ -86,6 +90,7 @@ setup(
         # Alternative kernels, CUDA only. NVIDIA's apex is not on PyPI (the package named apex there is another one).
         "gpu": ["flash-linear-attention>=0.3", "transformer-engine[pytorch]>=2,<3"],
         "eval": EVAL,
+        "hf": HF,
         "wandb": WANDB,
         "tensorboard": TENSORBOARD,
     },

@@ -165,7 +165,7 @@ examples:
         "--max-bytes", type=byte_size, default=1 << 28, metavar="SIZE", help="train on a sample of this size (256M)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample (0)")
-    parser.add_argument("--existing", metavar="FILE", help="take this SentencePiece model instead of training one")
+    parser.add_argument("--existing", metavar="FILE", help="take this model or tokenizer.json instead of training one")
     _add_read_options(parser)
 
 
@@ -181,6 +181,7 @@ An interrupted command continues when it is run again, and ends with the same by
 examples:
   hope data prepare python-stdlib --tokenizer tokenizer.model --out data/stdlib --held-out 0.05
   hope data prepare corpus/ --tokenizer tokenizer.model --out data/corpus --text-field content --near-duplicates 0.8
+  hope data prepare corpus/ --tokenizer gpt2/tokenizer.json --out data/gpt2
   hope data prepare book.txt --text-unit chunk --tokenizer tokenizer.model --out data/book
 
   # an array of Slurm jobs, then one merge
@@ -190,7 +191,7 @@ examples:
 """,
     )
     parser.add_argument("sources", nargs="+", metavar="SOURCE")
-    parser.add_argument("--tokenizer", required=True, metavar="FILE", help="a SentencePiece model")
+    parser.add_argument("--tokenizer", required=True, metavar="FILE", help="a SentencePiece model, or a tokenizer.json")
     parser.add_argument("--out", required=True, metavar="DIR", help="gets train/ and heldout/")
     parser.add_argument(
         "--held-out", type=float, default=0.01, metavar="PART", help="part of the documents, by hash of the text (0.01)"

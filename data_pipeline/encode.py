@@ -19,7 +19,7 @@ from data_pipeline.corpus import Document, Rejected, document_text
 from data_pipeline.dedup import minhash
 from data_pipeline.errors import DataError
 from data_pipeline.filters import Filters
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import Tokenizer, make_tokenizer
 
 BATCH_BYTES = 1 << 20
 BATCH_DOCUMENTS = 512
@@ -123,7 +123,7 @@ def _start_worker(model: bytes, filters: Filters, text_field: str, with_signatur
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
-    _encoder = Encoder(Tokenizer(model), filters, text_field, with_signature)
+    _encoder = Encoder(make_tokenizer(model), filters, text_field, with_signature)
 
 
 def _exit_with(sentinel: int) -> None:

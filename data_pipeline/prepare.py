@@ -34,7 +34,7 @@ from data_pipeline.encode import EncodedDocument, Encoder, encode_all
 from data_pipeline.errors import EmptySplitError, OutputError, ShardError
 from data_pipeline.files import canonical_json, exclusive, read_json, write_json, writing
 from data_pipeline.filters import Filters
-from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAME, WIDS_NAME, Manifest, ShardInfo
+from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAMES, WIDS_NAME, Manifest, ShardInfo
 from data_pipeline.report import PrepareReport
 from data_pipeline.shards import ShardWriter
 from data_pipeline.sources import Sources
@@ -86,7 +86,7 @@ def prepare(
 
     Args:
         sources: files, directories, globs, URLs, or ``"python-stdlib"``.
-        tokenizer: a `Tokenizer`, or the path of a SentencePiece model.
+        tokenizer: a `Tokenizer`, or the path of a SentencePiece model or a tokenizer.json.
         out_dir: made if missing. Refused if it holds the result of other settings, unless ``overwrite``.
         held_out_fraction: part of the documents, chosen by the hash of their text, that goes to ``heldout``.
         shard_tokens: tokens from which a new shard begins; documents are never cut.
@@ -161,7 +161,7 @@ def remove_result(directory: Path) -> None:
         for name in (
             SUMMARY_NAME,
             PROGRESS_NAME,
-            TOKENIZER_NAME,
+            *TOKENIZER_NAMES,
             *SEEN_NAMES,
         ):  # what says that it is complete goes first
             (directory / name).unlink(missing_ok=True)
@@ -369,7 +369,7 @@ class _Preparation:
 
     def _finish(self) -> PrepareReport:
         """Seal the shards, then write what makes the directory complete, the summary last."""
-        self._tokenizer.save(self._directory / TOKENIZER_NAME)
+        self._tokenizer.save(self._directory / self._tokenizer.file_name)
         shards = {split: writer.finish() for split, writer in self._writers.items()}
         for split, some in shards.items():
             save_split(self._directory / split, split, some, self._tokenizer)
