@@ -36,13 +36,14 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def add_data_commands(
     subparsers: argparse._SubParsersAction[argparse.ArgumentParser], open_run: OpenRun | None = None
 ) -> None:
-    """Add the commands themselves: tokenizer, prepare, merge, verify, inspect, stats, decode, drop.
+    """Add the commands themselves: tokenizer, prepare, import, merge, verify, inspect, stats, decode, drop.
 
     Args:
         open_run: opens a training run by its path, for questions about its steps and samples.
     """
     _add_tokenizer(subparsers)
     _add_prepare(subparsers)
+    _add_import(subparsers)
     _add_merge(subparsers)
     _add_verify(subparsers)
     _add_inspect(subparsers)
@@ -213,6 +214,37 @@ examples:
     group.add_argument("--keep-duplicates", action="store_true", help="keep documents whose text occurred before")
     group.add_argument(
         "--near-duplicates", type=float, metavar="SIMILARITY", help="reject by MinHash from this similarity, e.g. 0.8"
+    )
+
+
+def _add_import(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add(
+        subparsers,
+        "import",
+        "take tokens from Megatron's or GPT-NeoX's .bin/.idx files, without tokenizing again",
+        """\
+The ids stay as they are; an end mark at the end of a document is taken off, because streams add it. An interrupted command
+continues when it is run again.
+
+examples:
+  hope data import /data/pile_text_document --tokenizer gpt-neox/tokenizer.json --out data/pile --dry-run
+  hope data import part-0 part-1 --tokenizer tokenizer.model --out data/web --held-out 0.005
+""",
+    )
+    parser.add_argument(
+        "prefixes", nargs="+", metavar="PREFIX", help="path without .bin and .idx, or of one of the two"
+    )
+    parser.add_argument("--tokenizer", required=True, metavar="FILE", help="the one that the ids are of")
+    parser.add_argument("--out", required=True, metavar="DIR", help="gets train/ and heldout/")
+    parser.add_argument(
+        "--held-out", type=float, default=0.01, metavar="PART", help="part of the documents, by hash of the text (0.01)"
+    )
+    parser.add_argument("--shard-tokens", type=int, default=1 << 24, metavar="N", help="tokens per shard (16777216)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (all cores); does not change the result")
+    parser.add_argument("--deduplicate", action="store_true", help="leave out documents whose text occurred before")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="read the indices, say what they hold, and write nothing"
     )
 
 

@@ -66,6 +66,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.pad_id = pad_id if pad_id >= 0 else self.eos_id
         self.is_exact = self._round_trip(PROBE) and self._round_trip("a")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.model, self.file_name, self._config)
+
     def _round_trip(self, text: str) -> bool:
         return self.decode(self.encode(text)) == text
 

@@ -73,6 +73,9 @@ class Tokenizer:
         self._byte_ids, self._piece_bytes = _piece_tables(processor)
         self.is_exact = self._decodes_exactly(PROBE)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.model,)  # for worker processes; the libraries' objects do not travel
+
     def _decodes_exactly(self, text: str) -> bool:
         if self._byte_ids is None:
             return False
