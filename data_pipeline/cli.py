@@ -14,11 +14,12 @@ OpenRun = Callable[[str], "RunSamples"]
 
 _SOURCES = """\
 sources:
-  files           text (.txt .md .rst .py), JSON lines (.jsonl .ndjson), .json, .parquet, .tar of such files;
-                  all but .parquet also with .gz .zst .bz2 .xz
+  files           text (.txt .md .rst .py), JSON lines (.jsonl .ndjson), .json, .parquet, .arrow, .tar of such files;
+                  all but .parquet and .arrow also with .gz .zst .bz2 .xz
   directories     every such file in them; the rest is left out and counted
   patterns        'corpus/*.log': files of other names are taken as text
-  URLs            https://..., s3://..., gs://... and whatever fsspec knows
+                  (a directory of the datasets library is one of .arrow files)
+  URLs            https://..., s3://..., gs://..., hf://datasets/... and whatever fsspec knows
   python-stdlib   the Python standard library's own sources, which every machine has
 """
 
