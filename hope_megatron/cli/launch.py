@@ -106,7 +106,8 @@ def _refuse_foreign_options(args: argparse.Namespace, action: str) -> None:
 def _submit(args: argparse.Namespace, config_name: str, overrides: list[str]) -> int:
     if args.local:
         return _run_here(args, config_name, overrides)
-        from hope_megatron.training.tracking import check_tracking
+    from hope_megatron.config.trackers import TRACKERS
+    from hope_megatron.training.tracking import check_tracking
     from launch.cluster import load_cluster
     from launch.jobs import dry_run, load_config, submit_run
 
@@ -121,8 +122,6 @@ def _submit(args: argparse.Namespace, config_name: str, overrides: list[str]) ->
     check_tracking(config)
     submission = submit_run(config, cluster, nodes)
     _print_submission(config.run_dir, str(submission.job_id))
-    from hope_megatron.config.trackers import TRACKERS
-
     for tracker in config.tracking.names:
         print(f"tracked  by {TRACKERS.open(tracker).title}, {TRACKERS.open(tracker).where(config)}")
     return 0
