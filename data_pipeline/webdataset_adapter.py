@@ -62,7 +62,7 @@ def webdataset_pipeline(
         ManifestError: the manifest cannot be used.
         ShardError: (on reading) a shard is missing or has changed.
     """
-    wds = require("webdataset", purpose="a webdataset pipeline", install="webdataset")
+    wds = require("webdataset", purpose="a webdataset pipeline", install="webdataset", extra="webdataset")
     if not isinstance(manifest, Manifest):
         manifest = Manifest.load(manifest)
     end = [manifest.eos_id] if end_marks else []
