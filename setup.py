@@ -50,7 +50,7 @@ setup(
     package_dir=CONFIGS,
     package_data={
         **{package: ["*.yaml"] for package in CONFIGS},
-        "": ["*.md", "*.json", "*.sh", "*.cpp", "*.h", "templates/*"],
+        "": ["py.typed", "*.md", "*.json", "*.sh", "*.cpp", "*.h", "templates/*"],
     },
     install_requires=[
         "torch>=2.11,<2.14",
@@ -80,6 +80,7 @@ setup(
         # Alternative kernels, CUDA only. NVIDIA's apex is not on PyPI (the package named apex there is another one).
         "gpu": ["flash-linear-attention>=0.3", "transformer-engine[pytorch]>=2,<3"],
         "eval": EVAL,
+        "transformers": ["transformers>=4.53,<6"],
     },
     entry_points={"console_scripts": ["hope = hope_megatron.cli.main:main"]},
     classifiers=[
