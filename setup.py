@@ -65,7 +65,7 @@ setup(
     package_dir=CONFIGS,
     package_data={
         **{package: ["*.yaml"] for package in CONFIGS},
-        "": ["*.md", "*.json", "*.sh", "*.cpp", "*.h", "templates/*"],
+        "": ["py.typed", "*.md", "*.json", "*.sh", "*.cpp", "*.h", "templates/*"],
     },
     install_requires=[
         "torch>=2.11,<2.16",
@@ -98,6 +98,7 @@ setup(
         "webdataset": WEBDATASET,
         "wandb": WANDB,
         "tensorboard": TENSORBOARD,
+        "transformers": ["transformers>=4.53,<6"],
     },
     entry_points={"console_scripts": ["hope = hope_megatron.cli.main:main"]},
     classifiers=[
