@@ -28,9 +28,6 @@ EVAL = ["lm-eval>=0.4.9,<0.5"]
 # A tokenizer.json of Hugging Face: `hope data prepare --tokenizer tokenizer.json`.
 HF = ["tokenizers>=0.20,<1"]
 
-# A prepared set as a webdataset pipeline, for training elsewhere; our own stream reads the same shards without it.
-WEBDATASET = ["webdataset>=1.0,<2"]
-
 # Trackers beside MLflow: `tracking.sinks`.
 WANDB = ["wandb>=0.19,<1"]
 TENSORBOARD = ["tensorboard>=2.16,<3"]
@@ -42,7 +39,6 @@ TEST = [
     *HF,
     *WANDB,
     *TENSORBOARD,
-    *WEBDATASET,
     "accelerate>=1.1,<2",
     "hypothesis>=6.100,<7",
     "import-linter>=2.1,<3",
@@ -84,6 +80,7 @@ setup(
         "sentencepiece>=0.2,<0.3",
         # A wheel of its own: a CPU build of torch is not disturbed. CUDA builds of torch bring theirs.
         'triton>=3.6,<3.10; platform_system == "Linux" and platform_machine == "x86_64"',
+        "webdataset>=1.0,<2",
     ],
     extras_require={
         "data": DATA,
@@ -95,7 +92,6 @@ setup(
         "gpu": ["flash-linear-attention>=0.3", "transformer-engine[pytorch]>=2,<3"],
         "eval": EVAL,
         "hf": HF,
-        "webdataset": WEBDATASET,
         "wandb": WANDB,
         "tensorboard": TENSORBOARD,
         "transformers": ["transformers>=4.53,<6"],

@@ -31,14 +31,10 @@ class ParallelConfig(Section):
         return self.tensor_parallel * self.context_parallel
 
     @property
-    def groups_in_words(self) -> str:
-        """What a world is divided into, for an error."""
-        if self.context_parallel == 1:
-            return f"tensor-parallel groups of {self.tensor_parallel} (parallel.tensor_parallel)"
-        return (
-            f"groups of {self.ranks_per_sequence} "
-            f"(parallel.tensor_parallel={self.tensor_parallel} x context_parallel={self.context_parallel})"
-        )
+    def group_in_words(self) -> str:
+        """What a world must be divisible by, for an error."""
+        cp = f" x context_parallel={self.context_parallel}" if self.context_parallel > 1 else ""
+        return f"parallel.tensor_parallel={self.tensor_parallel}{cp}"
 
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:

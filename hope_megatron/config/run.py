@@ -78,8 +78,7 @@ class RunConfig(Section):
         group = self.parallel.ranks_per_sequence
         if world_size % group:
             raise ConfigError(
-                f"world size {world_size} is not divisible into {self.parallel.groups_in_words}; "
-                f"start a multiple of {group} processes"
+                f"world size {world_size} is not divisible by {self.parallel.group_in_words}; start a multiple of {group} processes"
             )
         dp = world_size // group
         per_pass = dp * self.training.micro_batch_size

@@ -84,7 +84,7 @@ def init_distributed(parallel: ParallelConfig, *, num_threads: int = 1, timeout_
         rank, world_size, local_rank = launched or (0, 1, 0)
     if world_size % parallel.ranks_per_sequence:
         raise ConfigError(
-            f"{world_size} processes cannot be divided into {parallel.groups_in_words}; "
+            f"{world_size} processes are not divisible by {parallel.group_in_words}; "
             f"start a multiple of {parallel.ranks_per_sequence} processes, for example with --nproc"
         )
     if torch.cuda.is_available():
