@@ -68,7 +68,7 @@ setup(
         "megatron-core>=0.16.1,<0.20",  # 0.17 and newer ask for Python 3.12
         "deepspeed>=0.19,<0.20",
         "matplotlib>=3.8,<4",
-        "mlflow>=3.1,<4",
+        "mlflow>=3.17,<4",
         "numpy>=1.26,<3",
         "packaging>=23",
         "protobuf>=4.25,<8",
