@@ -25,16 +25,23 @@ GCS = ["gcsfs>=2024.2"]  # Google's store, with Google's many packages
 # Public benchmarks: `hope eval lm`.
 EVAL = ["lm-eval>=0.4.9,<0.5"]
 
+# Trackers beside MLflow: `tracking.sinks`.
+WANDB = ["wandb>=0.19,<1"]
+TENSORBOARD = ["tensorboard>=2.16,<3"]
+
 TEST = [
     *DATA,
     *REMOTE,
     *EVAL,
+    *WANDB,
+    *TENSORBOARD,
     "accelerate>=1.1,<2",
     "hypothesis>=6.100,<7",
     "import-linter>=2.1,<3",
     "moto[s3]>=5.1,<6",
     "pytest>=8,<10",
     "pytest-timeout>=2.3,<3",
+    "pytest-xdist>=3.6,<4",
     "transformers>=4.53,<6",
 ]
 
@@ -80,6 +87,8 @@ setup(
         # Alternative kernels, CUDA only. NVIDIA's apex is not on PyPI (the package named apex there is another one).
         "gpu": ["flash-linear-attention>=0.3", "transformer-engine[pytorch]>=2,<3"],
         "eval": EVAL,
+        "wandb": WANDB,
+        "tensorboard": TENSORBOARD,
     },
     entry_points={"console_scripts": ["hope = hope_megatron.cli.main:main"]},
     classifiers=[

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from hope_megatron.checkpoint.errors import ModelReferenceError
 from hope_megatron.config.optimizers import OPTIMIZERS
 from hope_megatron.config.presets import Kind, config_names
+from hope_megatron.config.trackers import TRACKERS
 from hope_megatron.convert.formats import FORMATS
 from hope_megatron.ops.memory_backends import MEMORY_BACKENDS
 from hope_megatron.runtime.registry import Registry
@@ -29,6 +30,7 @@ REGISTRIES: dict[str, tuple[Registry, str]] = {
         "what computes the memories, best first; model.memory.kernel=auto takes the first that can",
     ),
     "suites": (SUITES, "hope eval suite NAME"),
+    "trackers": (TRACKERS, "tracking.sinks=[NAME, ...]"),
 }
 """Every registry, and where its names are written."""
 

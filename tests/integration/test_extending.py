@@ -54,7 +54,7 @@ def test_the_page_works_as_written(tmp_path: Path) -> None:
             (source / name).write_text(body, encoding="utf-8")
     assert len(outputs) == PAGE.read_text(encoding="utf-8").count("<!-- run -->") >= 3
     said = "".join(outputs)
-    for words in ("lion ", "numpy ", "delta_decay", "reversal ", "**reversal**", "sums "):
+    for words in ("lion ", "numpy ", "delta_decay", "csv ", "reversal ", "**reversal**", "sums "):
         assert words in said, said
     assert said.count(" passed") == len(
         re.findall(r"^python -m pytest", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
