@@ -76,7 +76,7 @@ def _write_model_section(source: Format, args: argparse.Namespace) -> None:
             f"{args.format} holds no model section; a checkpoint of ours carries its configuration"
         )
     if args.model.exists():
-        raise ModelReferenceError(f"{args.model} exists; name another file, or move that one")
+        raise ModelReferenceError(f"{args.model} exists; name another file, or move it away")
     section = dump_config(source.read_model_config(args.directory))
     args.model.write_text("model:\n" + textwrap.indent(section, "  "), encoding="utf-8")
     print(f"{args.model}: the model section of a run file; levels may be added to its cms.levels")
@@ -88,7 +88,7 @@ def _write_tokenizer(source: Format, args: argparse.Namespace) -> None:
     if source.read_tokenizer is None:
         raise ModelReferenceError(f"{args.format} holds no tokenizer; use the file that the model was trained with")
     if args.tokenizer.exists():
-        raise ModelReferenceError(f"{args.tokenizer} exists; name another file, or move that one")
+        raise ModelReferenceError(f"{args.tokenizer} exists; name another file, or move it away")
     tokenizer = Tokenizer(source.read_tokenizer(args.directory), f"the tokenizer of {args.directory}")
     tokenizer.save(args.tokenizer)
     print(
