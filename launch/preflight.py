@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import math
 import os
@@ -17,7 +18,6 @@ from hope_megatron.config import ConfigError, RunConfig
 from hope_megatron.config.footprint import footprint
 from hope_megatron.config.hardware import GB, find_hardware
 from hope_megatron.config.torch_build import torch_of
-from hope_megatron.runtime.files import file_sha256
 from launch import slurm
 from launch.cluster import ClusterConfig, parse_time_limit
 from launch.errors import LaunchError
@@ -241,8 +241,12 @@ def _tokenizer(path: Path | str) -> str:
 
 
 def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
     try:
-        return file_sha256(path)
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+        return digest.hexdigest()
     except OSError as error:
         raise LaunchError(
             f"{path} cannot be read: {error.strerror}; name the tokenizer that lies beside the shards"

@@ -76,7 +76,7 @@ def _write_model_section(source: Format, args: argparse.Namespace) -> None:
             f"{args.format} holds no model section; a checkpoint of ours carries its configuration"
         )
     if args.model.exists():
-        raise ModelReferenceError(f"{args.model} exists; name another file, or move that one")
+        raise ModelReferenceError(f"{args.model} exists; name another file, or move it away")
     section = dump_config(source.read_model_config(args.directory))
     args.model.write_text("model:\n" + textwrap.indent(section, "  "), encoding="utf-8")
     print(f"{args.model}: the model section of a run file; levels may be added to its cms.levels")

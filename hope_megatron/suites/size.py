@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from hope_megatron.config.accounting import num_parameters
 from hope_megatron.config.model import ModelConfig
@@ -38,9 +38,16 @@ class ModelSize:
         return asdict(self)
 
 
-def described(models: Mapping[str, ModelConfig]) -> dict[str, dict[str, Any]]:
-    """`Suite.parameters` and `Suite.models`, of each subject's model in the first task."""
-    return {
-        "parameters": {name: num_parameters(model) for name, model in models.items()},
-        "models": {name: model.model_dump(mode="json") for name, model in models.items()},
-    }
+class Described(TypedDict):
+    """Two fields of a `Suite`."""
+
+    parameters: dict[str, int]
+    models: dict[str, dict[str, Any]]
+
+
+def described(models: Mapping[str, ModelConfig]) -> Described:
+    """What a suite says of each subject's model in its first task."""
+    return Described(
+        parameters={name: num_parameters(model) for name, model in models.items()},
+        models={name: model.model_dump(mode="json") for name, model in models.items()},
+    )
