@@ -49,9 +49,9 @@ def rows(families: list[str]) -> Iterator[dict[str, Any]]:
 
     small = interpreted()
     if small:
-        from hope_megatron.ops.memory.backends.triton.interpreting import hasten
+        from hope_megatron.ops.memory.backends.triton.interpreting import prepare_interpreter
 
-        hasten()
+        prepare_interpreter()
     for family in families:
         model = load_model_config(f"{family}_60m")
         memory, width = model.memory, 16 if small else model.hidden_size // model.num_heads

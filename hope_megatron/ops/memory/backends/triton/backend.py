@@ -59,8 +59,6 @@ def _why_not_rule(case: Case) -> str | None:
         return "memories of rates need rates from data"
     if rule.eta_max == 0:
         return "eta_max=0 writes nothing"
-    if rule.writes_input and case.precision == "bf16":
-        return "where W2 is written too, bf16 loses up to a third of a gradient when a key comes back; use fp32"
     return None
 
 
@@ -107,13 +105,13 @@ def scan(
     compute: MemoryCompute,
     recompute: bool,
 ) -> tuple[Tensor, tuple[Group, ...]]:
-    """See `Backend.scan`. Weights are kept at every chunk's start whatever `recompute` says."""
+    """See `Backend.scan`. Weights are kept at every chunk's start: `keep_every` is for others."""
     from hope_megatron.ops.memory.backends.triton.scan import triton_scan
 
     precision = compute.precision
     if precision == "bf16":
         precision = "bf16_emulated" if tensors[0].device.type == "cpu" else "bf16_ptx"
-    return triton_scan(tensors, rule, groups, precision=precision)
+    return triton_scan(tensors, rule, groups, precision=precision, recompute=recompute)
 
 
 TRITON = Backend("Triton kernels", "triton", why_not, scan, unwise)

@@ -12,7 +12,7 @@ from hope_megatron.ops.memory.backends.triton.bank import read
 from hope_megatron.ops.memory.backends.triton.bank.launch import Layers, Made, Setting, System
 from hope_megatron.ops.memory.backends.triton.fixed.read import read_backward_writes
 from hope_megatron.ops.memory.backends.triton.launching import launch
-from hope_megatron.ops.memory.backends.triton.sizes import Sizes, operand_dtype, starts_of
+from hope_megatron.ops.memory.backends.triton.sizes import Sizes, starts_of
 from hope_megatron.ops.memory.backends.triton.sums import outer_sum
 
 
@@ -31,7 +31,7 @@ def _read_backward(
 ):
     """Gradients that reads give: of q; to r, keys and r_in; of k and log alpha; of A2 and A. Fills `d_starts` but the last."""
     causal, _ = read_as
-    like, dtype = made.k, operand_dtype(s.precision)
+    like, dtype = made.k, s.scratch
     phi, d_z, d_q, d_log_alpha = (
         z.rows(z.h, like, dtype),
         z.rows(z.h, like, dtype),

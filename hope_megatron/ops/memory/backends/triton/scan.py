@@ -29,6 +29,7 @@ def triton_scan(
     groups: tuple[Group, ...],
     *,
     precision: str,
+    recompute: bool = False,
     begins: Begins | None = None,
 ) -> tuple[Tensor, tuple[Group, ...]]:
     """See `Backend.scan`."""
@@ -41,7 +42,8 @@ def triton_scan(
         made = Made(unit(x_k), unit(x_v) if rule.normalize_values else x_v, log_eta, log_alpha)
     else:
         made, own = _make(own, Made(x_k, x_v, log_eta, log_alpha), rule, begins.get(rule.self_chunk), precision)
-    y, main = _write_and_read(main, unit(q), made, rule, begins.get(rule.chunk_tokens), precision)
+    setting = dict(precision=precision, recompute=recompute, begins=begins.get(rule.chunk_tokens))
+    y, main = _write_and_read(main, unit(q), made, rule, **setting)
     return y, _join(groups, own, main)
 
 
@@ -108,7 +110,9 @@ def _make(own: _Bank, x: Made, rule: MemoryRule, begins: Tensor | None, precisio
     return Made(*(_cut(x, chunk, T) for x in made)), own.moved(now)
 
 
-def _write_and_read(main: _Bank, q: Tensor, made: Made, rule: MemoryRule, begins: Tensor | None, precision: str):
+def _write_and_read(
+    main: _Bank, q: Tensor, made: Made, rule: MemoryRule, *, precision: str, recompute: bool, begins: Tensor | None
+):
     """y, and M_mem after the last token."""
     T, chunk, anchored = q.size(1), rule.chunk_tokens, main.anchor is not None
     q, made = _padded(q, chunk), _filled(made, rule, chunk, logits=False)
@@ -119,7 +123,7 @@ def _write_and_read(main: _Bank, q: Tensor, made: Made, rule: MemoryRule, begins
             s, q, made, first, anchor, causal=rule.read == "causal", skip=rule.read_skip, begins=begins
         )
     else:
-        setting = _fixed_setting(rule, precision, anchored=anchored)
+        setting = _fixed_setting(rule, precision, anchored=anchored, recompute=recompute)
         w_in = first.w_in[:, 0] if setting.two_layers else None
         y, end = fixed.fixed_memory(
             setting, fixed.Inputs(q, *made), w_in, first.vector[:, 0], anchor.vector[:, 0] if anchored else None, begins
@@ -138,18 +142,18 @@ def _bank_setting(rule: MemoryRule, chunk: int, precision: str, *, own: bool, an
         tile_rows(chunk), own, *numbers, *((rule.num_vector, rule.num_scalar) if own else (1, 0)),
         moving=rule.writes_input, dgd=rule.dgd_layers == "all", dgd_in=rule.writes_input and rule.dgd_layers != "none",
         own=rule.own_targets, unit_target=rule.normalize_targets, unit_value=rule.normalize_values,
-        residual=rule.dot_target == "residual", anchored=anchored, exact_inverse=rule.writes_input,
+        residual=rule.dot_target == "residual", anchored=anchored, exact=rule.writes_input,
         log_eta_max=math.log(rule.eta_max), precision=precision,
     )  # fmt: skip
 
 
-def _fixed_setting(rule: MemoryRule, precision: str, *, anchored: bool) -> fixed.Setting:
+def _fixed_setting(rule: MemoryRule, precision: str, *, anchored: bool, recompute: bool) -> fixed.Setting:
     two = rule.num_layers == 2
     return fixed.Setting(
         tile_rows(rule.chunk_tokens), two, unit=two and rule.dgd_layers == "all", dgd=rule.output_uses_dgd,
         erased=rule.decay_erased, l2=rule.objective == "l2", own=rule.own_targets, unit_target=rule.normalize_targets,
         residual=two and (rule.objective == "l2" or rule.dot_target == "residual"), anchored=anchored,
-        causal=rule.read == "causal", skip=two and rule.read_skip, precision=precision,
+        causal=rule.read == "causal", skip=two and rule.read_skip, recompute=recompute, precision=precision,
     )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ class Setting(NamedTuple):
     anchored: bool  # retention forgets towards A
     causal: bool
     skip: bool  # y includes q
+    recompute: bool  # backward computes rows and what is prepared again
     precision: str
 
     @property
@@ -207,16 +208,18 @@ class _FixedMemory(torch.autograd.Function):
             **s.read(),
         )
         ctx.s, ctx.begins = s, begins
-        ctx.save_for_backward(*x, w_in, anchor, states, *p, *r)
+        ctx.save_for_backward(*x, w_in, anchor, states, *(() if s.recompute else (*p, *r)))
         return y, states[:, -1].clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_y, d_end):
         saved = ctx.saved_tensors
-        x, (w_in, anchor, states), p, r = Inputs(*saved[:5]), saved[5:8], _Prepared(*saved[8:16]), _Rows(*saved[16:])
-        z = Sizes.of(x.q, states.size(-2), ctx.s.rows)
-        d, *weights = _backward(x, p, r, states, w_in, anchor, ctx.begins, d_y.contiguous(), d_end, ctx.s, z)
+        x, (w_in, anchor, states), kept, s = Inputs(*saved[:5]), saved[5:8], saved[8:], ctx.s
+        z = Sizes.of(x.q, states.size(-2), s.rows)
+        p = _Prepared(*kept[:8]) if kept else _prepare(x, w_in, anchor, s, z)
+        r = _Rows(*kept[8:]) if kept else _solve(p, states, s, z)
+        d, *weights = _backward(x, p, r, states, w_in, anchor, ctx.begins, d_y.contiguous(), d_end, s, z)
         return None, None, *d, *weights
 
 
