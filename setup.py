@@ -25,17 +25,30 @@ GCS = ["gcsfs>=2024.2"]  # Google's store, with Google's many packages
 # Public benchmarks: `hope eval lm`.
 EVAL = ["lm-eval>=0.4.9,<0.5"]
 
+# `hope serve`: OpenAI's interface over HTTP.
+SERVE = [
+    "fastapi>=0.115,<1",
+    "jinja2>=3.1,<4",
+    "prometheus_client>=0.20,<1",
+    "transformers>=4.53,<6",
+    "uvicorn>=0.30,<1",
+]
+
 TEST = [
     *DATA,
     *REMOTE,
     *EVAL,
+    *SERVE,
     "accelerate>=1.1,<2",
     "hypothesis>=6.100,<7",
     "import-linter>=2.1,<3",
     "moto[s3]>=5.1,<6",
+    "openai>=1.60,<4",
+    "peft>=0.15,<1",
     "pytest>=8,<10",
     "pytest-timeout>=2.3,<3",
     "transformers>=4.53,<6",
+    "trl>=0.20,<2",
 ]
 
 setup(
@@ -80,6 +93,7 @@ setup(
         # Alternative kernels, CUDA only. NVIDIA's apex is not on PyPI (the package named apex there is another one).
         "gpu": ["flash-linear-attention>=0.3", "transformer-engine[pytorch]>=2,<3"],
         "eval": EVAL,
+        "serve": SERVE,
         "transformers": ["transformers>=4.53,<6"],
     },
     entry_points={"console_scripts": ["hope = hope_megatron.cli.main:main"]},

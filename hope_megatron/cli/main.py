@@ -50,6 +50,9 @@ COMMANDS = {
         "hope_megatron.cli.eval_suite", "the paper's tests: small models of each family, trained here"
     ),
     "generate": Command("hope_megatron.cli.generate", "sample text from a checkpoint"),
+    "serve": Command(
+        "hope_megatron.cli.serve", "a model over HTTP with OpenAI's interface, and sessions whose memory lasts"
+    ),
     "list": Command("hope_megatron.cli.list", "what can be chosen by name: presets, optimizers, formats, suites"),
     "checkpoint": Command("hope_megatron.cli.checkpoint", "inspect, reshard and average checkpoints"),
     "export": Command(
