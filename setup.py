@@ -34,11 +34,17 @@ SERVE = [
     "uvicorn>=0.30,<1",
 ]
 
+# Trackers beside MLflow: `tracking.sinks`.
+WANDB = ["wandb>=0.19,<1"]
+TENSORBOARD = ["tensorboard>=2.16,<3"]
+
 TEST = [
     *DATA,
     *REMOTE,
     *EVAL,
     *SERVE,
+    *WANDB,
+    *TENSORBOARD,
     "accelerate>=1.1,<2",
     "hypothesis>=6.100,<7",
     "import-linter>=2.1,<3",
@@ -47,6 +53,7 @@ TEST = [
     "peft>=0.15,<1",
     "pytest>=8,<10",
     "pytest-timeout>=2.3,<3",
+    "pytest-xdist>=3.6,<4",
     "transformers>=4.53,<6",
     "trl>=0.20,<2",
 ]
@@ -95,6 +102,8 @@ setup(
         "eval": EVAL,
         "serve": SERVE,
         "transformers": ["transformers>=4.53,<6"],
+        "wandb": WANDB,
+        "tensorboard": TENSORBOARD,
     },
     entry_points={"console_scripts": ["hope = hope_megatron.cli.main:main"]},
     classifiers=[

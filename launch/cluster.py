@@ -99,6 +99,8 @@ class ClusterConfig(Section):
     """The same for faults that may pass: killed and hanging ranks, networks, disks."""
     max_node_failures: int = Field(default=2, gt=0)
     """Failures on one node after which the run avoids it."""
+    leave_out_slow_nodes: bool = False
+    """When an attempt ends (a failure, the time limit), avoid the node of a rank that the last three comparisons found slow."""
     health: HealthConfig = HealthConfig()
 
     @property

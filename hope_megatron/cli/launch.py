@@ -106,8 +106,7 @@ def _refuse_foreign_options(args: argparse.Namespace, action: str) -> None:
 def _submit(args: argparse.Namespace, config_name: str, overrides: list[str]) -> int:
     if args.local:
         return _run_here(args, config_name, overrides)
-    from hope_megatron.config.secrets import mask_credentials
-    from hope_megatron.training.mlflow_client import check_tracking
+    from hope_megatron.training.tracking import check_tracking
     from launch.cluster import load_cluster
     from launch.jobs import dry_run, load_config, submit_run
 
@@ -122,9 +121,10 @@ def _submit(args: argparse.Namespace, config_name: str, overrides: list[str]) ->
     check_tracking(config)
     submission = submit_run(config, cluster, nodes)
     _print_submission(config.run_dir, str(submission.job_id))
-    if config.tracking.mlflow:
-        uri = mask_credentials(config.tracking.uri or f"mlflow.db in {config.output_dir}")
-        print(f"MLflow  run {config.name} of experiment {config.tracking.experiment}, {uri}")
+    from hope_megatron.config.trackers import TRACKERS
+
+    for tracker in config.tracking.names:
+        print(f"tracked  by {TRACKERS.open(tracker).title}, {TRACKERS.open(tracker).where(config)}")
     return 0
 
 
@@ -177,7 +177,7 @@ def _resume(args: argparse.Namespace, target: str, overrides: list[str]) -> None
 
 
 def _array(args: argparse.Namespace, target: str, overrides: list[str]) -> None:
-    from hope_megatron.training.mlflow_client import check_tracking
+    from hope_megatron.training.tracking import check_tracking
     from launch.arrays import grid, submit_array
     from launch.cluster import load_cluster
     from launch.jobs import load_config

@@ -16,12 +16,14 @@ from collections.abc import Mapping
 from hope_megatron.checkpoint.errors import ModelReferenceError
 from hope_megatron.config.optimizers import OPTIMIZERS
 from hope_megatron.config.presets import Kind, config_names
+from hope_megatron.config.trackers import TRACKERS
 from hope_megatron.convert.formats import FORMATS
 from hope_megatron.runtime.registry import Registry
 
 REGISTRIES: dict[str, tuple[Registry, str]] = {
     "optimizers": (OPTIMIZERS, "optim.name=NAME"),
     "formats": (FORMATS, "hope export NAME, hope import NAME"),
+    "trackers": (TRACKERS, "tracking.sinks=[NAME, ...]"),
 }
 """Every registry, and where its names are written."""
 

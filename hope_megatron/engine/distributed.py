@@ -18,6 +18,7 @@ from hope_megatron.config.base import ConfigError
 from hope_megatron.config.parallel import ParallelConfig
 from hope_megatron.engine.collectives import record_collectives
 from hope_megatron.layers.cpu import install_cpu_support
+from hope_megatron.runtime.launchers import adopt_launcher
 from hope_megatron.runtime.world import launched_world
 
 log = logging.getLogger(__name__)
@@ -49,8 +50,8 @@ class Mesh:
 def init_distributed(parallel: ParallelConfig, *, num_threads: int = 1, timeout_s: float = 1800.0) -> Mesh:
     """Join (or, without launcher variables, be) the world and build the groups.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them. A default process group that is
-    already there is used as it is.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them, or the variables of srun and mpirun.
+    A default process group that is already there is used as it is.
 
     Args:
         parallel: the mesh.
@@ -65,6 +66,7 @@ def init_distributed(parallel: ParallelConfig, *, num_threads: int = 1, timeout_
         launched = None
         rank, world_size, local_rank = dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0))
     else:
+        adopt_launcher()
         launched = launched_world()
         rank, world_size, local_rank = launched or (0, 1, 0)
     if world_size % parallel.tensor_parallel:
@@ -73,7 +75,7 @@ def init_distributed(parallel: ParallelConfig, *, num_threads: int = 1, timeout_
             f"(parallel.tensor_parallel); start a multiple of {parallel.tensor_parallel} processes, for example with --nproc"
         )
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", device_index(local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
@@ -110,6 +112,19 @@ def init_distributed(parallel: ParallelConfig, *, num_threads: int = 1, timeout_
         dp_size=parallel_state.get_data_parallel_world_size(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
+    )
+
+
+def device_index(local_rank: int, visible: int) -> int:
+    """The GPU of a process, among those it sees: its own of all of the node's, or the only one (srun --gpus-per-task=1).
+
+    Raises:
+        ConfigError: more processes on the node than GPUs.
+    """
+    if visible == 1 or local_rank < visible:
+        return min(local_rank, visible - 1)
+    raise ConfigError(
+        f"process {local_rank} of this node (counted from 0) sees {visible} GPUs; start at most {visible} processes per node"
     )
 
 

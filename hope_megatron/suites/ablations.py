@@ -10,6 +10,7 @@ from hope_megatron.config.model import ModelConfig
 from hope_megatron.suites.cells import train_and_test
 from hope_megatron.suites.fit import FitOptions
 from hope_megatron.suites.grids import settings_of
+from hope_megatron.suites.guessing import guessing_of
 from hope_megatron.suites.models import changed, matched, small_hope
 from hope_megatron.suites.recall import associative_recall
 from hope_megatron.suites.suite import Cell, Outcome, Suite, SuiteOptions, chosen
@@ -93,6 +94,7 @@ def build(options: SuiteOptions) -> Suite:
         notes='"rates 0" never writes.',
         parameters={name: num_parameters(config(tasks["text"], name)) for name in names},
         models={name: config(tasks["text"], name).model_dump(mode="json") for name in names},
+        guessing=guessing_of(tasks),
     )
 
 

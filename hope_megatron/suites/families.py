@@ -9,6 +9,7 @@ from hope_megatron.config.model import ModelConfig
 from hope_megatron.suites.cells import train_and_test
 from hope_megatron.suites.fit import FitOptions
 from hope_megatron.suites.grids import BOTH, STARTS, settings_of, started
+from hope_megatron.suites.guessing import guessing_of
 from hope_megatron.suites.held_out import TEST_SEQUENCES
 from hope_megatron.suites.languages import language_tasks
 from hope_megatron.suites.mad import mad_tasks
@@ -198,4 +199,5 @@ def _family_suite(
         notes=notes,
         parameters={family: num_parameters(config(tasks[0], family)) for family in families},
         models={family: config(tasks[0], family).model_dump(mode="json") for family in families},
+        guessing=guessing_of(by_name),
     )

@@ -134,7 +134,14 @@ def build(options: SuiteOptions) -> Suite:
         "Which classes are which changes with the seed.",
         parameters={family: num_parameters(config(first, family)) for family in families},
         models={subject: config(first, subject.split(": ")[0]).model_dump(mode="json") for subject in grid},
+        guessing=lambda task, column: one_of_seen(split_classes(data[task], num_groups)[1], column),
     )
+
+
+def one_of_seen(groups: Groups, column: str) -> float | None:
+    """Accuracy of always naming the same class, for the column "after I" groups, whose classes are asked equally often."""
+    after, _, number = column.partition(" ")
+    return 1 / sum(map(len, groups[: int(number)])) if after == "after" else None
 
 
 def tries(model: ModelConfig, method: str, options: SuiteOptions) -> dict[str, Try]:

@@ -28,13 +28,13 @@ from hope_megatron.training.progress import Progress
 from hope_megatron.training.run_directory import RunDirectory
 from hope_megatron.training.signals import signal_name
 from hope_megatron.training.step import StepResult, evaluate
-from hope_megatron.training.tracking import Tracker
+from hope_megatron.training.tracking import Trackers
 from hope_megatron.training.watch import Replicas, Stragglers
 
 log = logging.getLogger(__name__)
 
 
-def default_callbacks(progress: Progress, tracker: Tracker | None) -> list[Callback]:
+def default_callbacks(progress: Progress, tracker: Trackers | None) -> list[Callback]:
     """What every run does. The record of a step is written before the checkpoint of that step."""
     return [
         FirstStep(),
@@ -160,7 +160,7 @@ class MemoryHealth(Callback):
 class MetricsRecord(Callback):
     """Writes the record of a step to metrics.jsonl, and shows it."""
 
-    def __init__(self, progress: Progress, tracker: Tracker | None) -> None:
+    def __init__(self, progress: Progress, tracker: Trackers | None) -> None:
         self.progress = progress
         self.tracker = tracker
 
@@ -328,9 +328,9 @@ class Curves(Callback):
 
 
 class Tracking(Callback):
-    """Hands the files of the run to MLflow and ends the MLflow run."""
+    """Hands the files of the run to its trackers and ends it there."""
 
-    def __init__(self, tracker: Tracker | None) -> None:
+    def __init__(self, tracker: Trackers | None) -> None:
         self.tracker = tracker
 
     def finish(self, run: Run) -> None:

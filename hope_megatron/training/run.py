@@ -35,7 +35,7 @@ from hope_megatron.training.phases import PhaseClock
 from hope_megatron.training.progress import Progress, configure_logging
 from hope_megatron.training.provenance import provenance
 from hope_megatron.training.run_directory import RunDirectory, RunDirectoryError
-from hope_megatron.training.tracking import Tracker
+from hope_megatron.training.tracking import Trackers
 
 log = logging.getLogger(__name__)
 
@@ -117,9 +117,9 @@ def run_training(
             with best_effort(directory.config.name):
                 write_text(directory.config, dump_config(config))
                 write_history(directory.history, config, run.history)
-            if config.tracking.mlflow:
+            if config.tracking.names:
                 tags = {"hope_megatron.commit": str(run.provenance["commit"]), **history_tags(run.history)}
-                tracker = Tracker(config, directory, tags)
+                tracker = Trackers(config, directory, tags)
         _announce(run)
         outcome = train(run, default_callbacks(progress, tracker))
         tracker = None  # its callback has closed it

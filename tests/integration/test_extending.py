@@ -54,3 +54,4 @@ def test_the_page_works_as_written(tmp_path: Path) -> None:
             (source / name).write_text(body, encoding="utf-8")
     assert len(outputs) == PAGE.read_text(encoding="utf-8").count("<!-- run -->") >= 3
     assert "lion " in outputs[0] and "passed" in outputs[0] and "numpy " in outputs[1] and "delta_decay" in outputs[2]
+    assert "csv " in outputs[3] and "1 passed" in outputs[3]
