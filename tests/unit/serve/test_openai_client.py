@@ -164,3 +164,22 @@ def test_tokens_limits_and_status(serve: Callable[..., Any], wait_until: Callabl
     assert 'hope_tokens_total{kind="completion"}' in metrics and PROMPT not in metrics
     missing = httpx.get(f"{served.url}/v1/nothing")
     assert missing.status_code == 404 and "error" in missing.json()
+
+
+def test_what_takes_too_long_is_given_up_and_what_is_too_much_must_wait(
+    serve: Callable[..., Any], wait_until: Callable
+) -> None:
+    served = serve(request_timeout_s=0.3, max_batch=1, max_waiting=1)
+    client, ask = (
+        served.client(),
+        {"model": "hope", "prompt": PROMPT, "max_tokens": 4000, "extra_body": {"ignore_eos": True}},
+    )
+    with pytest.raises(openai.InternalServerError, match=r"no answer within 0\.3 s") as late:
+        client.completions.create(**ask)
+    assert late.value.status_code == 504
+    with pytest.raises(openai.APIError, match=r"no answer within 0\.3 s"):
+        list(client.completions.create(stream=True, **ask))
+    wait_until(lambda: served.service.engine.num_active == 0)
+    with pytest.raises(openai.RateLimitError, match="requests wait already") as full:
+        client.completions.create(n=2, **ask)
+    assert full.value.response.headers["retry-after"] == "1"
