@@ -28,6 +28,15 @@ EVAL = ["lm-eval>=0.4.9,<0.5"]
 # A tokenizer.json of Hugging Face: `hope data prepare --tokenizer tokenizer.json`.
 HF = ["tokenizers>=0.20,<1"]
 
+# `hope serve`: OpenAI's interface over HTTP.
+SERVE = [
+    "fastapi>=0.115,<1",
+    "jinja2>=3.1,<4",
+    "prometheus_client>=0.20,<1",
+    "transformers>=4.53,<6",
+    "uvicorn>=0.30,<1",
+]
+
 # Trackers beside MLflow: `tracking.sinks`.
 WANDB = ["wandb>=0.19,<1"]
 TENSORBOARD = ["tensorboard>=2.16,<3"]
@@ -37,16 +46,20 @@ TEST = [
     *REMOTE,
     *EVAL,
     *HF,
+    *SERVE,
     *WANDB,
     *TENSORBOARD,
     "accelerate>=1.1,<2",
     "hypothesis>=6.100,<7",
     "import-linter>=2.1,<3",
     "moto[s3]>=5.1,<6",
+    "openai>=1.60,<4",
+    "peft>=0.15,<1",
     "pytest>=8,<10",
     "pytest-timeout>=2.3,<3",
     "pytest-xdist>=3.6,<4",
     "transformers>=4.53,<6",
+    "trl>=0.20,<2",
 ]
 
 setup(
@@ -92,9 +105,10 @@ setup(
         "gpu": ["flash-linear-attention>=0.3", "transformer-engine[pytorch]>=2,<3"],
         "eval": EVAL,
         "hf": HF,
+        "serve": SERVE,
+        "transformers": ["transformers>=4.53,<6"],
         "wandb": WANDB,
         "tensorboard": TENSORBOARD,
-        "transformers": ["transformers>=4.53,<6"],
     },
     entry_points={"console_scripts": ["hope = hope_megatron.cli.main:main"]},
     classifiers=[

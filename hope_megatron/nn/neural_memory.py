@@ -74,7 +74,7 @@ class NeuralMemory(MemoryMixer):
         init_std: float = 0.02,
         **memory: Any,
     ) -> None:
-        settings = dict(head_dim=head_dim, memory=memory, norm_epsilon=norm_epsilon, init_std=init_std)
+        settings: dict[str, Any] = dict(head_dim=head_dim, memory=memory, norm_epsilon=norm_epsilon, init_std=init_std)
         super().__init__(one_layer("NeuralMemory", dim, num_heads, **settings))
         self.dim = dim
         reset_parameters(self)

@@ -65,7 +65,7 @@ class BoundOptimizer(torch.optim.Optimizer):
     ) -> None:
         if not lr >= 0:
             raise OptimError(f"lr is {lr}; it must be 0 or more")
-        self._settings = {"lr": lr, "vector_lr": vector_lr, "weight_decay": weight_decay}
+        self._settings: dict[str, Any] = {"lr": lr, "vector_lr": vector_lr, "weight_decay": weight_decay}
         self._names: dict[str, list[str]] = {}
         self.ns = ns or NewtonSchulz()
         self._bound: dict[int, BoundVector] = {}

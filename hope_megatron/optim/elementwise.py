@@ -52,7 +52,7 @@ class SGD(BoundOptimizer):
         momentum: float = 0.95,
         nesterov: bool = False,
     ) -> None:
-        rates = dict(lr=lr, vector_lr=vector_lr, weight_decay=weight_decay)
+        rates: dict[str, Any] = dict(lr=lr, vector_lr=vector_lr, weight_decay=weight_decay)
         super().__init__(params, **rates, momentum=momentum, nesterov=nesterov)
 
     def matrix_update(self, context: UpdateContext) -> Tensor:

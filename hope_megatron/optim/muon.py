@@ -32,7 +32,7 @@ class Muon(BoundOptimizer):
         eps: float = 1e-8,
         ns: NewtonSchulz | None = None,
     ) -> None:
-        rates = dict(lr=lr, vector_lr=vector_lr, weight_decay=weight_decay)
+        rates: dict[str, Any] = dict(lr=lr, vector_lr=vector_lr, weight_decay=weight_decay)
         super().__init__(params, **rates, betas=betas, eps=eps, ns=ns, momentum=momentum, nesterov=nesterov)
 
     def matrix_update(self, context: UpdateContext) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -38,3 +39,14 @@ def test_five_lines_of_the_readme_learn(capsys: pytest.CaptureFixture[str]) -> N
     exec(compile(block, "README.md", "exec"), names)
     first, *_, last = map(float, capsys.readouterr().out.split())
     assert last < 0.5 * first
+
+
+def test_api_page_is_what_the_docstrings_say() -> None:
+    pytest.importorskip("transformers", reason="HopeForCausalLM is a transformers model")
+    spec = importlib.util.spec_from_file_location("make_api_docs", ROOT / "tools/make_api_docs.py")
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    text = tool.page()
+    assert "## hope_megatron.NeuralMemory\n" in text and "## hope_megatron.optim.M3\n" in text
+    assert (ROOT / "docs/api.md").read_text(encoding="utf-8") == text, "run python tools/make_api_docs.py"

@@ -103,9 +103,7 @@ def _of_cubin(cubin: bytes) -> dict[str, int]:
         file.write(cubin)
         file.flush()
         run: Callable[[str], str] = lambda option: (
-            subprocess.run(  # noqa: E731
-                [_TOOLS / "cuobjdump", option, file.name], capture_output=True, text=True, check=True
-            ).stdout
+            subprocess.run([_TOOLS / "cuobjdump", option, file.name], capture_output=True, text=True, check=True).stdout
         )
         usage, sass = run("--dump-resource-usage"), run("-sass")
     found = dict(re.findall(r"(REG|STACK):(\d+)", usage))
