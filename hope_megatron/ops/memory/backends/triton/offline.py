@@ -10,7 +10,6 @@ import itertools
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +101,11 @@ def _of_cubin(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        run: Callable[[str], str] = lambda option: (
-            subprocess.run([_TOOLS / "cuobjdump", option, file.name], capture_output=True, text=True, check=True).stdout
-        )
+
+        def run(option: str) -> str:
+            command = [_TOOLS / "cuobjdump", option, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
         usage, sass = run("--dump-resource-usage"), run("-sass")
     found = dict(re.findall(r"(REG|STACK):(\d+)", usage))
     return {"registers": int(found["REG"]), "spilled_bytes": int(found["STACK"]), **walk(sass)}
