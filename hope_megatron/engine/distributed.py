@@ -43,6 +43,7 @@ class Mesh:
     """Of these, neighbours that share their sequences."""
     tp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
 
     @property
     def data_rank(self) -> int:
@@ -131,6 +132,7 @@ def init_distributed(parallel: ParallelConfig, *, num_threads: int = 1, timeout_
         cp_size=parallel.context_parallel,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        cp_group=parallel_state.get_context_parallel_group(),
     )
 
 

@@ -60,7 +60,11 @@ def fake_world(parallel: Any, world_size: int, rank: int, watch: Watch) -> Itera
 
 def _group_names(mesh: Mesh) -> dict[tuple[int, ...], str]:
     groups = {"all ranks": mesh.world_group, "data parallel": mesh.dp_group, "tensor parallel": mesh.tp_group}
-    return {tuple(dist.get_process_group_ranks(group)): name for name, group in groups.items()}
+    names = {tuple(dist.get_process_group_ranks(group)): name for name, group in groups.items()}
+    if mesh.cp_size > 1:
+        ranks = tuple(dist.get_process_group_ranks(mesh.cp_group))
+        names[ranks] = "data = context parallel" if ranks in names else "context parallel"
+    return names
 
 
 def _replacements(mesh: Mesh, watch: Watch) -> Iterator[tuple[Any, str, Any]]:

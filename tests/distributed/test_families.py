@@ -1,9 +1,11 @@
-"""Every family trains under tensor and sequence parallelism as it does in one process."""
+"""Every family trains under tensor, sequence and context parallelism as it does in one process."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 
 from hope_megatron.config import OptimConfig, load_model_config
 from hope_megatron.config.parallel import ParallelConfig
@@ -40,21 +42,26 @@ def _losses(parallel: ParallelConfig) -> dict[str, list[float]]:
         optimizer = build_optimizer(
             model.named_parameters(), OptimConfig(name="sgd", lr=0.3, vector_lr=1e-3, momentum=0)
         )
-        if mesh.tp_size > 1:
-            optimizer.bind_plain(mesh.tp_group)
+        if mesh.world_size > 1:
+            optimizer.bind_plain(mesh.tp_group if mesh.tp_size > 1 else None)
         losses[family] = []
         for step in range(STEPS + 1):
             tokens, targets = random_batch(config, seed=step % STEPS)
-            loss = model(tokens, targets).losses.mean()
-            losses[family].append(loss.item())
+            loss = model(tokens, targets).losses.sum() / tokens.numel()  # of this rank's tokens
             loss.backward()
+            if mesh.cp_size > 1:
+                for tensor in (loss.data, *(p.grad for p in model.parameters() if p.grad is not None)):
+                    dist.all_reduce(tensor, group=mesh.dp_group)
+            losses[family].append(loss.item())
             optimizer.step()
             optimizer.zero_grad()
     return losses
 
 
-def _in_two_processes(rank: int, world_size: int) -> dict[str, list[float]]:
-    return _losses(ParallelConfig(tensor_parallel=2, sequence_parallel=True))
+def _in_two_processes(rank: int, world_size: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    tensor_parallel = _losses(ParallelConfig(tensor_parallel=2, sequence_parallel=True))
+    parallel_state.destroy_model_parallel()
+    return tensor_parallel, _losses(ParallelConfig(context_parallel=2))
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +72,9 @@ def losses():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_two_steps_under_tensor_and_sequence_parallelism(family, losses):
+@pytest.mark.parametrize("mesh", [0, 1], ids=["tensor and sequence parallel", "context parallel"])
+def test_two_steps_on_two_ranks(family, mesh, losses):
     alone, together = losses
     assert abs(alone[family][STEPS] - alone[family][0]) > 1e-3, "the steps changed nothing"
-    for rank_losses in together:
+    for rank_losses in (rank[mesh] for rank in together):
         torch.testing.assert_close(torch.tensor(rank_losses[family]), torch.tensor(alone[family]), rtol=2e-5, atol=0)
