@@ -25,12 +25,12 @@ from hope_megatron.suites.registry import SUITES
 REGISTRIES: dict[str, tuple[Registry, str]] = {
     "optimizers": (OPTIMIZERS, "optim.name=NAME"),
     "formats": (FORMATS, "hope export NAME, hope import NAME"),
+    "trackers": (TRACKERS, "tracking.sinks=[NAME, ...]"),
     "backends": (
         MEMORY_BACKENDS,
         "what computes the memories, best first; model.memory.kernel=auto takes the first that can",
     ),
     "suites": (SUITES, "hope eval suite NAME"),
-    "trackers": (TRACKERS, "tracking.sinks=[NAME, ...]"),
 }
 """Every registry, and where its names are written."""
 

@@ -14,6 +14,10 @@ MEMORY_BACKENDS: Registry[Entry] = Registry(
     "memory backend",
     {
         "cpu": Entry(f"{_BACKENDS}.cpu.scan:CPU", "compiled for this CPU; memory.kernel=cpu"),
+        "triton": Entry(
+            f"{_BACKENDS}.triton.backend:TRITON",
+            "Triton kernels, for NVIDIA GPUs, after a check of themselves; memory.kernel=triton",
+        ),
         "phases": Entry(
             f"{_BACKENDS}.phases.scan:PHASES", "few launches over all chunks, for GPUs; memory.kernel=phases"
         ),

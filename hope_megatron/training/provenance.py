@@ -14,6 +14,7 @@ from hope_megatron.runtime.git import git
 
 _PACKAGES = (
     "torch",
+    "triton",
     "megatron-core",
     "deepspeed",
     "numpy",

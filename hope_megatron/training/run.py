@@ -191,14 +191,15 @@ def _announce(run: Run) -> None:
         return
     mesh, config, training = run.engine.mesh, run.config, run.config.training
     log.info(
-        "%s: %s parameters; %d x %s, tensor parallel %d%s, data parallel %d, ZeRO %d, %s, %s",
+        "%s: %s parameters; %d x %s, tensor parallel %d%s%s, data parallel %d, ZeRO %d, %s, %s",
         config.name,
         f"{run.engine.num_parameters:,}",
         mesh.world_size,
         mesh.device.type,
         mesh.tp_size,
         " with sequence parallel" if config.parallel.sequence_parallel else "",
-        mesh.dp_size,
+        f", context parallel {mesh.cp_size}" if mesh.cp_size > 1 else "",
+        mesh.data_size,
         config.parallel.zero_stage,
         training.precision,
         config.optim.name,
