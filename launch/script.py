@@ -31,23 +31,12 @@ class _Template(string.Template):
 
 def train_script(cluster: ClusterConfig, submission: Submission, directory: LaunchDirectory) -> str:
     """The batch script of a run."""
-    directives = [
-        *_resources(
-            cluster, submission.nodes, cluster.ranks_per_node, cluster.gpus_per_node, exclusive=cluster.exclusive
-        ),
-        f"--job-name={submission.name}",
-        f"--output={_file_pattern(directory.log)}",
-        "--open-mode=append",
-        "--requeue",
-        f"--signal=B:USR1@{cluster.stop_before_end_s}",
-    ]
-    return _fill(
-        "train.sbatch",
+    return _supervised_script(
+        cluster,
+        submission,
         title=f"{submission.name}: {submission.world_size} ranks on {submission.nodes} nodes",
-        directives=_directives(directives),
-        **_environment(cluster, directory.path),
-        code=shlex.quote(submission.code),
-        python=shlex.quote(cluster.python),
+        log=_file_pattern(directory.log),
+        launch_dir=directory.path,
         run_dir=shlex.quote(str(directory.run_dir)),
     )
 
@@ -59,25 +48,47 @@ def array_script(cluster: ClusterConfig, submission: Submission, array_dir: Path
         submission: what all cells share; its name is that of the array.
         limit: how many cells run at the same time.
     """
+    return _supervised_script(
+        cluster,
+        submission,
+        title=f"{submission.name}: {num_cells} runs of {submission.world_size} ranks, {limit} at a time",
+        log=f"{_file_pattern(array_dir)}/cells/%a/launch/job.log",
+        launch_dir=array_dir / "launch",
+        run_dir=f'{shlex.quote(str(array_dir))}/cells/"$SLURM_ARRAY_TASK_ID"',
+        array=[f"--array=0-{num_cells - 1}%{limit}"],
+    )
+
+
+def _supervised_script(
+    cluster: ClusterConfig,
+    submission: Submission,
+    *,
+    title: str,
+    log: str,
+    launch_dir: Path,
+    run_dir: str,
+    array: Sequence[str] = (),
+) -> str:
+    """A batch script that becomes the supervisor of the run in `run_dir`, a word of the shell."""
     directives = [
         *_resources(
             cluster, submission.nodes, cluster.ranks_per_node, cluster.gpus_per_node, exclusive=cluster.exclusive
         ),
         f"--job-name={submission.name}",
-        f"--array=0-{num_cells - 1}%{limit}",
-        f"--output={_file_pattern(array_dir)}/cells/%a/launch/job.log",
+        *array,
+        f"--output={log}",
         "--open-mode=append",
         "--requeue",
         f"--signal=B:USR1@{cluster.stop_before_end_s}",
     ]
     return _fill(
         "train.sbatch",
-        title=f"{submission.name}: {num_cells} runs of {submission.world_size} ranks, {limit} at a time",
+        title=title,
         directives=_directives(directives),
-        **_environment(cluster, array_dir / "launch"),
+        **_environment(cluster, launch_dir),
         code=shlex.quote(submission.code),
         python=shlex.quote(cluster.python),
-        run_dir=f'{shlex.quote(str(array_dir))}/cells/"$SLURM_ARRAY_TASK_ID"',
+        run_dir=run_dir,
     )
 
 

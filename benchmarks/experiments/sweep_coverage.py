@@ -7,13 +7,17 @@ Losses are Chinchilla's law times noise, on two designs: 16 runs (4 sizes x 4 le
 are 20 % or 1 % off, up or down, at a random run; heavy tails are Student's t with 3 degrees of freedom, of the same standard
 deviation. For each, the share of sweeps whose interval holds the truth, for the law's coefficients, the exponent of the compute-
 optimal size, size and loss of the optimum at ten times the largest compute, and the loss of one more run.
+
+`--parts tuning`: the law of the best learning rate (that of the batch is fitted in the same way), from valleys of five rates at 4
+to 8 budgets: its exponent, and the rate at ten times the largest compute.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hope_megatron.sweep.bootstrap import predict_run, resample_loss_law
-from hope_megatron.sweep.laws import CHINCHILLA, LossLaw
+from hope_megatron.sweep.hyper import Trial, TuningLaw, fit_tuning, tuned_lr
+from hope_megatron.sweep.laws import CHINCHILLA, LossLaw, PowerLaw
 from hope_megatron.sweep.parametric import fit_without_outliers
 from hope_megatron.testing.benchmark import machine, print_table, write_json
 
@@ -123,26 +128,79 @@ def coverage(
     return {**{name: count / sweeps for name, count in covered.items()}, "named": named / sweeps}
 
 
+BEST_LR = PowerLaw(0.2, -0.125)
+"""The true law of the simulated learning rates."""
+
+
+def tuning_trials(rng: np.random.Generator, budgets: Array, noise: float) -> list[Trial]:
+    """Five rates, a factor of two apart, around a rate that is guessed badly; the loss is a parabola in log lr, times noise."""
+    trials = []
+    for c in budgets:
+        n = 1e6 * (c / 1e15) ** 0.5
+        guess = float(BEST_LR(c)) * (c / 1e15) ** 0.025 * math.exp(rng.uniform(-0.3, 0.3))
+        for lr in guess * 2.0 ** np.arange(-2, 3):
+            loss = 3 * (1 + 0.03 * math.log(lr / float(BEST_LR(c))) ** 2) * math.exp(rng.normal(0, noise))
+            trials.append(Trial(n, c / (FLOPS_PER_TOKEN * n), c, 64, float(lr), 2.0**14, loss))
+    return trials
+
+
+def tuning_coverage(budgets: Array, noise: float, *, sweeps: int, resamples: int, level: float) -> dict[str, float]:
+    """Share of simulated sweeps whose intervals hold the true exponent, and the best rate at ten times the largest budget."""
+    far = 10 * float(budgets.max())
+    wanted: dict[str, tuple[Callable[[TuningLaw], float], float]] = {
+        "exponent": (lambda law: law.by_compute.exponent, BEST_LR.exponent),
+        "rate": (lambda law: float(law.by_compute(far)), float(BEST_LR(far))),
+    }
+    covered = dict.fromkeys(wanted, 0)
+    for seed in range(sweeps):
+        trials = tuning_trials(np.random.default_rng(seed), budgets, noise)
+        law = fit_tuning(tuned_lr(trials), count=resamples, level=level, seed=seed)
+        for name, (quantity, truth) in wanted.items():
+            if law is not None:  # otherwise no interval, which holds nothing
+                estimate = law.estimate(quantity)
+                covered[name] += estimate.low <= truth <= estimate.high
+    return {name: count / sweeps for name, count in covered.items()}
+
+
+def loss_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row per design and noise."""
+    for design, noise in itertools.product(args.designs, args.noises):
+        found = coverage(
+            DESIGNS[design](), NOISES[noise], sweeps=args.sweeps, resamples=args.resamples, level=args.level
+        )
+        yield {"design": design, "noise": noise, **found}
+
+
+def tuning_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row per number of budgets and noise."""
+    for count, noise in itertools.product((4, 5, 6, 8), (0.001, 0.003, 0.01)):
+        budgets = np.geomspace(1e15, 1e18, count)
+        found = tuning_coverage(budgets, noise, sweeps=args.sweeps, resamples=args.resamples, level=args.level)
+        yield {"budgets": count, "noise": noise, **found}
+
+
+PARTS = {"loss": loss_rows, "tuning": tuning_rows}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweeps", type=int, default=400, help="simulated sweeps of each kind (default: %(default)s)")
     parser.add_argument("--resamples", type=int, default=39, help="resamples behind an interval (default: %(default)s)")
     parser.add_argument("--level", type=float, default=0.9, help="nominal coverage (default: %(default)s)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS], help="laws to simulate (default: both)")
     parser.add_argument(
         "--designs", nargs="+", choices=DESIGNS, default=[*DESIGNS], help="of the sweeps (default: all)"
     )
     parser.add_argument("--noises", nargs="+", choices=NOISES, default=[*NOISES], help="of the losses (default: all)")
     parser.add_argument("--json", metavar="FILE", help="write every figure")
     args = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    for design_name in args.designs:
-        for noise_name in args.noises:
-            design, noise = DESIGNS[design_name], NOISES[noise_name]
-            found = coverage(design(), noise, sweeps=args.sweeps, resamples=args.resamples, level=args.level)
-            rows.append({"design": design_name, "noise": noise_name, **found})
-            print(f"{design_name}, {noise_name}: done", flush=True)
+    rows: dict[str, list[dict[str, Any]]] = {part: [] for part in args.parts}
+    for part in args.parts:
+        for row in PARTS[part](args):
+            rows[part].append(row)
+            print(f"{part}, {', '.join(map(str, list(row.values())[:2]))}: done", flush=True)
             write_json(args.json, {"machine": machine(), "arguments": vars(args), "rows": rows})
-    print_table(list(rows[0]), [list(row.values()) for row in rows])
+        print_table(list(rows[part][0]), [list(row.values()) for row in rows[part]])
     error = math.sqrt(args.level * (1 - args.level) / args.sweeps)
     print(f"nominal {args.level:.2f}; a standard error of a share over {args.sweeps} sweeps is {error:.3f}")
 

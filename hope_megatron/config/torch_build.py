@@ -41,7 +41,7 @@ def torch_of(prefix: Path) -> TorchBuild | None:
             )
             for target in targets:
                 if isinstance(target, ast.Name) and isinstance(node.value, ast.Constant):  # type: ignore[attr-defined]
-                    found[target.id] = node.value.value  # type: ignore[attr-defined]
+                    found[target.id] = node.value.value  # type: ignore[attr-defined, assignment]
         if isinstance(version := found.get("__version__"), str):
             return TorchBuild(version, found.get("cuda"), found.get("hip"))
     return None

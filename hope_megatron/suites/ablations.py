@@ -12,7 +12,7 @@ from hope_megatron.suites.grids import settings_of
 from hope_megatron.suites.guessing import guessing_of
 from hope_megatron.suites.models import changed, matched
 from hope_megatron.suites.recall import associative_recall
-from hope_megatron.suites.size import ModelSize, described
+from hope_megatron.suites.size import ModelSize, described, training_settings
 from hope_megatron.suites.suite import Cell, Outcome, Suite, SuiteOptions, chosen
 from hope_megatron.suites.task import Task
 from hope_megatron.suites.text import python_text, text_source
@@ -75,12 +75,9 @@ def build(options: SuiteOptions) -> Suite:
         subjects=names,
         seeds=options.seeds,
         settings={
-            "quick": options.quick,
-            "context": context,
             **size.settings,
-            "steps": steps,
-            "batch_size": _BATCH,
-            "ema": FitOptions(steps).ema,
+            **training_settings(FitOptions(steps, batch_size=_BATCH)),
+            "context": context,
             "rates": list(grid),
         },
         run=run,

@@ -69,7 +69,6 @@ def build(options: SuiteOptions) -> Suite:
         subjects=subjects,
         seeds=options.seeds,
         settings={
-            "quick": options.quick,
             "domains": [str(path) for path in options.data] or list(sources),
             "context": context,
             "update_period_steps": list(PERIODS),

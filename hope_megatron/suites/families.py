@@ -17,7 +17,7 @@ from hope_megatron.suites.needles import needle_tasks
 from hope_megatron.suites.permutations import permutation_tasks
 from hope_megatron.suites.recall import recall_tasks
 from hope_megatron.suites.selection import Setting
-from hope_megatron.suites.size import ModelSize, described
+from hope_megatron.suites.size import ModelSize, described, training_settings
 from hope_megatron.suites.suite import Cell, Outcome, Suite, SuiteOptions, chosen
 from hope_megatron.suites.task import Task
 
@@ -163,11 +163,8 @@ def family_suite(
         subjects=families,
         seeds=options.seeds,
         settings={
-            "quick": options.quick,
             **size.settings,
-            "steps": steps,
-            "batch_size": FitOptions(steps).batch_size,
-            "ema": FitOptions(steps).ema,
+            **training_settings(FitOptions(steps)),
             "starts": {start: dict(STARTS[start]) for start in starts},
             "rates": [f"{optimizer} {lr:g}" for optimizer, lr in rates],
             "hope": list(options.hope),

@@ -25,7 +25,7 @@ from hope_megatron.suites.labelled import Labelled, load_labelled, synthetic_lab
 from hope_megatron.suites.models import check_families, suite_model
 from hope_megatron.suites.scoring import Score
 from hope_megatron.suites.selection import Setting
-from hope_megatron.suites.size import ModelSize, described
+from hope_megatron.suites.size import ModelSize, described, training_settings
 from hope_megatron.suites.suite import Cell, Outcome, Scores, Suite, SuiteOptions, chosen
 from hope_megatron.suites.training_data import TrainingData
 
@@ -110,10 +110,8 @@ def build(options: SuiteOptions) -> Suite:
             **_settings(options, data, size),
             "groups": num_groups,
             "shots": shots,
-            "steps": steps,
             "steps_per_group": tuning_steps,
-            "batch_size": batch_size,
-            "ema": FitOptions(steps).ema,
+            **training_settings(FitOptions(steps, batch_size)),
         },
         run=run,
         grid={subject: tuple(names) for subject, names in grid.items()},
@@ -129,7 +127,6 @@ def build(options: SuiteOptions) -> Suite:
 
 def _settings(options: SuiteOptions, data: Mapping[str, Labelled], size: ModelSize) -> dict[str, Any]:
     return {
-        "quick": options.quick,
         **size.settings,
         "starts": {start: dict(STARTS[start]) for start in _STARTS},
         "tuning_rates": list(_TUNING_RATES),

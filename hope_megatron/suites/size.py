@@ -8,14 +8,16 @@ from typing import Any, TypedDict
 
 from hope_megatron.config.accounting import num_parameters
 from hope_megatron.config.model import ModelConfig
+from hope_megatron.suites.fit import FitOptions
 from hope_megatron.suites.models import small_hope
 from hope_megatron.suites.suite import SuiteOptions
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What `small_hope` takes beside the vocabulary."""
+    """What `small_hope` takes beside the vocabulary, and whether it is that of --quick."""
 
+    quick: bool
     width: int
     layers: int
     heads: int
@@ -24,18 +26,24 @@ class ModelSize:
     @classmethod
     def of(cls, options: SuiteOptions, *, width: int, chunk_tokens: int) -> ModelSize:
         """width, chunk_tokens: where the options do not say; layers and heads are 2 then."""
-        return cls(
-            options.width or width, options.layers or 2, options.heads or 2, options.chunk_tokens or chunk_tokens
-        )
+        layers, heads = options.layers or 2, options.heads or 2
+        return cls(options.quick, options.width or width, layers, heads, options.chunk_tokens or chunk_tokens)
 
     def hope(self, vocab_size: int) -> ModelConfig:
         """HOPE of this size."""
-        return small_hope(vocab_size, **self.settings)
+        return small_hope(
+            vocab_size, width=self.width, layers=self.layers, heads=self.heads, chunk_tokens=self.chunk_tokens
+        )
 
     @property
-    def settings(self) -> dict[str, int]:
+    def settings(self) -> dict[str, int | bool]:
         """For `Suite.settings`."""
         return asdict(self)
+
+
+def training_settings(fitting: FitOptions) -> dict[str, Any]:
+    """For `Suite.settings`: what all trainings have in common."""
+    return {"steps": fitting.steps, "batch_size": fitting.batch_size, "ema": fitting.ema}
 
 
 class Described(TypedDict):

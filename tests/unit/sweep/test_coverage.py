@@ -10,7 +10,8 @@ import pytest
 from hope_megatron.sweep.analysis import analyse
 from hope_megatron.sweep.bootstrap import resample_loss_law
 from hope_megatron.sweep.collect import Observation
-from hope_megatron.sweep.laws import CHINCHILLA
+from hope_megatron.sweep.hyper import Trial, fit_tuning, tuned_lr
+from hope_megatron.sweep.laws import CHINCHILLA, PowerLaw
 from hope_megatron.sweep.parametric import fit_without_outliers
 from hope_megatron.sweep.schema import FitConfig
 
@@ -37,6 +38,30 @@ def test_intervals_of_the_default_level_cover_the_truth(off):
     # Three standard errors of a rate of 0.9 over 20 sweeps are 0.2. While the outlier took part in the resampling, 0.4 of the
     # intervals of the loss held it.
     assert (rates >= 0.7).all() and rates.mean() >= 0.8, rates
+
+
+def test_intervals_of_the_learning_rates_law_cover_the_truth():
+    """60 simulated sweeps of six valleys."""
+    budgets, true = np.geomspace(1e15, 1e18, 6), PowerLaw(0.2, -0.125)
+    covered = np.zeros(2)
+    for seed in range(60):
+        rng, trials = np.random.default_rng(seed), []
+        for c in budgets:
+            best = float(true(c))
+            for lr in best * np.exp(rng.uniform(-0.3, 0.3)) * 2.0 ** np.arange(-2, 3):
+                loss = 3 * (1 + 0.03 * np.log(lr / best) ** 2) * np.exp(rng.normal(0, NOISE))
+                trials.append(Trial(1e-2 * c**0.5, c**0.5, c, 64, float(lr), 2.0**14, float(loss)))
+        law = fit_tuning(tuned_lr(trials), count=39, level=LEVEL, seed=seed)
+        for i, (quantity, truth) in enumerate(
+            (
+                (lambda law: law.by_compute.exponent, -0.125),
+                (lambda law: float(law.by_compute(1e19)), float(true(1e19))),
+            )
+        ):
+            estimate = law.estimate(quantity)
+            covered[i] += estimate.low <= truth <= estimate.high
+    rates = covered / 60
+    assert ((rates >= 0.8) & (rates <= 0.99)).all(), rates  # three standard errors of 0.9 are 0.12
 
 
 def runs(loss):
