@@ -67,7 +67,11 @@ def parse() -> argparse.Namespace:
 def estimated(args: argparse.Namespace) -> list[dict[str, Any]]:
     from memory_estimate import ASSUMED, layer_seconds
 
-    kernels = [row for row in json.loads(args.estimate.read_text())["rows"] if row["target"] == "sm_90"]
+    kernels = [
+        row
+        for row in json.loads(args.estimate.read_text())["rows"]
+        if row["target"] == "sm_90" and row["precision"] == "bf16_ptx"
+    ]
     rows, table = [], []
     for model in args.models:
         for batch in args.batches:

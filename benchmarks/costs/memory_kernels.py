@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), metavar="ARCH")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--kernels", default="", metavar="REGEX", help="only kernels in whose name this is found")
-    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32", "tf32"])
+    parser.add_argument("--precision", default="bf16", choices=["bf16", "tf32x3", "tf32", "fp32"])
     parser.add_argument("--width", type=int, default=64, help="of heads and memories")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where figures are kept")
     parser.add_argument("--md", type=Path, metavar="FILE", help="write a table")
