@@ -1,7 +1,7 @@
 """What compilers make of the memory's Triton kernels, for GPUs that need not be here: registers, spills, shared memory.
 
     python benchmarks/costs/memory_kernels.py --json kernels.json --md table.md
-    python benchmarks/costs/memory_kernels.py --targets sm_90 --models hope_w1 --kernels chain
+    python benchmarks/costs/memory_kernels.py --targets sm_90 --models hope_w1 --kernels '^chain'
 
 A kernel takes 1 to 80 s. What the JSON file has for the same source and Triton version is not compiled again, so that a run
 may be stopped and started. Cycles are estimates with guessed latencies, for comparing variants; nothing here has run on a GPU.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import warnings
 from importlib.metadata import version
@@ -36,8 +37,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), metavar="ARCH")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--kernels", default="", metavar="TEXT", help="only kernels with this in their name")
-    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32", "tf32"])
+    parser.add_argument("--kernels", default="", metavar="REGEX", help="only kernels in whose name this is found")
+    parser.add_argument("--precision", default="bf16", choices=["bf16", "tf32x3", "tf32", "fp32"])
     parser.add_argument("--width", type=int, default=64, help="of heads and memories")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where figures are kept")
     parser.add_argument("--md", type=Path, metavar="FILE", help="write a table")
@@ -59,7 +60,7 @@ def main() -> int:
                     "width": args.width,
                 }
                 what |= {"source": launch.kernel.cache_key[:16]}  # of all that it calls, too
-                if args.kernels not in name:
+                if not re.search(args.kernels, name):
                     continue
                 row = next((row for row in old if what.items() <= row.items()), None) or what | _compiled(
                     launch, target

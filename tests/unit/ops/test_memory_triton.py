@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hope_megatron.ops.memory import Bank, MemoryParams, MemoryRule, RateLogits, memory_chunked
+from hope_megatron.ops.memory import Bank, MemoryParams, MemoryRule, RateLogits, memory_chunked, memory_packed
 from hope_megatron.ops.memory.backends.autograd import AUTOGRAD
 from hope_megatron.ops.memory.backends.registry import Case
 from hope_megatron.ops.memory.backends.triton.backend import TRITON
@@ -35,10 +35,10 @@ CASES = {
 
 
 def results(
-    rule: MemoryRule, T: int, dtype: torch.dtype, backend, compute: MemoryCompute, *, d=16, H=2, keys="one comes back"
+    rule: MemoryRule, T: int, dtype: torch.dtype, backend, compute: MemoryCompute, *, d=16, H=2, keys="one comes back",
+    B=1, documents=None,
 ) -> dict[str, torch.Tensor]:
-    """y, final weights and the gradient of every input."""
-    B = 1
+    """y, final weights (where there is one document) and the gradient of every input."""
     generator = torch.Generator().manual_seed(0)
     leaves = {}
 
@@ -61,8 +61,12 @@ def results(
     fast = 4.0 if keys == "one" else 0.0
     logits = RateLogits(leaf("eta", B, T, H, shift=fast), leaf("alpha", B, T, H, shift=max(2.0, fast)))
     params = MemoryParams(bank("mem", 1, d), bank("vector", rule.num_vector, d), bank("scalar", rule.num_scalar, 1))
-    y, state = memory_chunked(q, k, v, logits, params, rule, compute=compute, backends=(backend,))
-    found = {"y": y, **{f"end {i}": w for i, w in enumerate(w for b in state.now if b for w in b if w is not None)}}
+    if documents is not None and backend is AUTOGRAD:
+        found = {"y": memory_packed(q, k, v, logits, params, rule, documents, compute=MemoryCompute(kernel="torch"))}
+    else:
+        y, state = memory_chunked(q, k, v, logits, params, rule, compute=compute, backends=(backend,))
+        ends = [w for b in state.now if b for w in b if w is not None] if documents is None else []
+        found = {"y": y, **{f"end {i}": w for i, w in enumerate(ends)}}
     loss = sum(
         (x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype)).sum() for x in found.values()
     )
@@ -77,6 +81,26 @@ def errors(name: str) -> dict[str, float]:
     exact = results(rule, T, torch.float64, AUTOGRAD, AUTO)
     found = results(rule, T, torch.float32, TRITON, MemoryCompute(kernel="triton"))
     assert exact.keys() == found.keys()
+    return {key: ((found[key] - x).norm() / x.norm()).item() for key, x in exact.items()}
+
+
+DOCUMENTS = ("hope", "hope_w1")
+
+
+def document_errors(name: str) -> dict[str, float]:
+    """Two rows of three chunks, the documents of which begin at different ones, read by one launch of each kernel."""
+    from hope_megatron.ops.memory.backends.triton.scan import triton_scan
+
+    rule, how = CASES[name][0], dict(B=2, H=1)
+    documents = torch.tensor([[0, 1, 1], [0, 0, 1]]).repeat_interleave(16, 1)
+    begins = {16: torch.tensor([[0, 1, 0, 0], [0, 0, 1, 0]], dtype=torch.int8)}
+
+    def scan(tensors, rule, groups, *, compute, recompute):
+        return triton_scan(tensors, rule, groups, precision="fp32", begins=begins)
+
+    exact = results(rule, 48, torch.float64, AUTOGRAD, AUTO, documents=documents, **how)
+    backend, asked = TRITON._replace(scan=scan), MemoryCompute(kernel="triton")
+    found = results(rule, 48, torch.float32, backend, asked, documents=documents, **how)
     return {key: ((found[key] - x).norm() / x.norm()).item() for key, x in exact.items()}
 
 
@@ -123,6 +147,12 @@ def test_kernels_are_exact_under_the_interpreter(name, interpreted):
     assert all(e < 2e-6 for e in interpreted[name].values()), interpreted[name]  # a NaN fails here
 
 
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_documents_begin_anew(name, interpreted):
+    found = interpreted[f"documents, {name}"]
+    assert all(e < 2e-6 for e in found.values()) and "d scalar w_out" in found, found
+
+
 @pytest.mark.parametrize("keys", BF16)
 def test_bf16_keeps_every_gradient(keys, interpreted):
     found = interpreted[f"bf16, {keys}"]
@@ -162,4 +192,5 @@ if __name__ == "__main__":
 
     prepare_interpreter()
     found = {name: errors(name) for name in CASES} | {f"bf16, {keys}": bf16_errors(keys) for keys in BF16}
+    found |= {f"documents, {name}": document_errors(name) for name in DOCUMENTS}
     print(json.dumps(found | {"a wrong kernel": a_wrong_kernel()}))

@@ -23,6 +23,9 @@ WIDTHS = (16, 32, 64, 128)
 
 LONGEST_CHUNK = 128
 
+_PRECISIONS = {"fp32": ("fp32", "tf32x3"), "bf16": ("bf16_emulated", "bf16_ptx")}
+"""Of language.py, by what is asked for: in the interpreter, and on a GPU."""
+
 TRUSTED = {8: (3, 6), 9: (3, 6), 10: (3, 9), 12: (3, 9)}
 """First Triton version that is trusted, by the major compute capability.
 
@@ -108,9 +111,8 @@ def scan(
     """See `Backend.scan`. Weights are kept at every chunk's start: `keep_every` is for others."""
     from hope_megatron.ops.memory.backends.triton.scan import triton_scan
 
-    precision = compute.precision
-    if precision == "bf16":
-        precision = "bf16_emulated" if tensors[0].device.type == "cpu" else "bf16_ptx"
+    on_gpu = tensors[0].device.type != "cpu"
+    precision = _PRECISIONS[compute.precision][on_gpu]
     return triton_scan(tensors, rule, groups, precision=precision, recompute=recompute)
 
 

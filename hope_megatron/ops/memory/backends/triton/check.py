@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 KINDS = ("random keys", "one key", "eight keys, retention of 1e-4 and 1 - 1e-7")
 
-FLOORS = {"fp32": 1e-5, "bf16": 1e-1}
+FLOORS = {"fp32": 1e-4, "bf16": 1e-1}
 """Relative errors that are always allowed. Rounding is below; a miscompiled product is far above."""
 
 ROUNDING_FACTOR = 10.0

@@ -5,7 +5,8 @@ features then stay within a warp. No kernel transposes a value: on Hopper `tl.do
 compiled wrong by Triton 3.4 to 3.7.0. A tile that is wanted both ways is stored and loaded again with its strides exchanged.
 
 PRECISION of products, and of the functions around them (sums are in float32):
-    fp32        float32 products
+    fp32        float32 products, on the units for single numbers: for the interpreter
+    tf32x3      float32 operands, each as two of TF32, three products: float32 on tensor cores
     tf32        float32 operands, TF32 products
     bf16        operands rounded to bfloat16
     bf16_ptx    the same, with NVIDIA's approximate exp, sigmoid, tanh and rsqrt
@@ -35,8 +36,8 @@ def operand(x, PRECISION: tl.constexpr):
 @triton.jit
 def mm(a, b, PRECISION: tl.constexpr):
     """a b, summed in float32."""
-    if PRECISION == "tf32":
-        return tl.dot(operand(a, PRECISION), operand(b, PRECISION), input_precision="tf32")
+    if PRECISION == "tf32" or PRECISION == "tf32x3":
+        return tl.dot(operand(a, PRECISION), operand(b, PRECISION), input_precision=PRECISION)
     else:
         return tl.dot(operand(a, PRECISION), operand(b, PRECISION), input_precision="ieee")
 
@@ -44,8 +45,8 @@ def mm(a, b, PRECISION: tl.constexpr):
 @triton.jit
 def add_mm(base, a, b, PRECISION: tl.constexpr):
     """base + a b, in the same accumulators."""
-    if PRECISION == "tf32":
-        return tl.dot(operand(a, PRECISION), operand(b, PRECISION), base, input_precision="tf32")
+    if PRECISION == "tf32" or PRECISION == "tf32x3":
+        return tl.dot(operand(a, PRECISION), operand(b, PRECISION), base, input_precision=PRECISION)
     else:
         return tl.dot(operand(a, PRECISION), operand(b, PRECISION), base, input_precision="ieee")
 
@@ -53,8 +54,8 @@ def add_mm(base, a, b, PRECISION: tl.constexpr):
 @triton.jit
 def mm_exact(a, b, PRECISION: tl.constexpr):
     """a b where bfloat16 is too coarse: of two parts of each operand, three of the four products (2^-16)."""
-    if PRECISION == "fp32":
-        return mm(a, b, "fp32")
+    if PRECISION == "fp32" or PRECISION == "tf32x3":
+        return mm(a, b, PRECISION)
     elif PRECISION == "tf32":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="tf32x3")
     else:

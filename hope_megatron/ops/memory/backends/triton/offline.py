@@ -94,10 +94,12 @@ def compiled(launch: Launch, target: str) -> dict[str, Any]:
     options = {"num_warps": launch.warps, "num_stages": 1}
     made = triton.compile(ASTSource(launch.kernel, signature, constants, aligned), target=where, options=options)
     found = {"warps": launch.warps, "shared_bytes": made.metadata.shared}
-    return found | (_of_cubin(made.asm["cubin"]) if nvidia else _of_amdgcn(made.asm["amdgcn"]))
+    if not nvidia:
+        return found | _of_amdgcn(made.asm["amdgcn"])
+    return found | _of_cubin(made.asm["cubin"], launch.constants.get("NV", 1))
 
 
-def _of_cubin(cubin: bytes) -> dict[str, int]:
+def _of_cubin(cubin: bytes, inner: int) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -108,7 +110,7 @@ def _of_cubin(cubin: bytes) -> dict[str, int]:
 
         usage, sass = run("--dump-resource-usage"), run("-sass")
     found = dict(re.findall(r"(REG|STACK):(\d+)", usage))
-    return {"registers": int(found["REG"]), "spilled_bytes": int(found["STACK"]), **walk(sass)}
+    return {"registers": int(found["REG"]), "spilled_bytes": int(found["STACK"]), **walk(sass, inner)}
 
 
 def _of_amdgcn(text: str) -> dict[str, int]:
@@ -116,9 +118,21 @@ def _of_amdgcn(text: str) -> dict[str, int]:
     return {"registers": number("vgpr_count"), "spilled_bytes": number("private_segment_fixed_size")}
 
 
-def walk(sass: str) -> dict[str, int]:
-    """One warp goes along the longest loop (or all there is), alone on its scheduler: stall counts and scoreboards from the
-    encoding, `_LATENCY` for the rest."""
+def _expanded(code: list[Any], loops: list[tuple[int, int]], times: int) -> list[Any]:
+    """Instructions as they run: those of outermost loops `times` times. loops: first and last address."""
+    found: list[Any] = []
+    outermost = sorted(x for x in loops if not any(y[0] <= x[0] and x[1] <= y[1] and x != y for y in loops))
+    at = 0
+    for first, last in outermost:
+        found += [x for x in code if at <= x[0] < first]
+        found += [x for x in code if first <= x[0] <= last] * times
+        at = last + 1
+    return found + [x for x in code if at <= x[0]]
+
+
+def walk(sass: str, inner: int = 1) -> dict[str, int]:
+    """One warp goes along the longest loop once (or all there is), alone on its scheduler: stall counts and scoreboards from the
+    encoding, `_LATENCY` for the rest. inner: how often loops inside of it run, those over memories."""
     code = []
     for line, after in itertools.pairwise(sass.split("\n")):
         if m := re.match(r"\s+/\*([0-9a-f]{4,6})\*/\s+(.*?);\s+/\* 0x[0-9a-f]{16} \*/", line):
@@ -127,7 +141,9 @@ def walk(sass: str) -> dict[str, int]:
     jumps = [(int(m[1], 16), at) for at, text, _ in code if (m := re.search(r"BRA.* `?\(?0x([0-9a-f]+)", text))]
     whole = (code[0][0], code[-1][0]) if code else (0, 0)
     first, last = max(((to, at) for to, at in jumps if to < at), key=lambda span: span[1] - span[0], default=whole)
-    code = [x for x in code if first <= x[0] <= last]
+    code = _expanded(
+        [x for x in code if first <= x[0] <= last], [span for span in jumps if first < span[0] < span[1] < last], inner
+    )
     now = tensor = tensor_done = 0
     ready, busy = [0] * 6, dict.fromkeys(_BUSY, 0)
     for _, text, control in code:
