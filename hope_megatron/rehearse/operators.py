@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-Family = Literal["products", "solves", "attention", "norms", "pointwise", "reductions", "copies", "indexing"]
+Family = Literal[
+    "products", "solves", "attention", "norms", "pointwise", "reductions", "copies", "indexing", "memories"
+]
 
 
 def _names(text: str) -> set[str]:

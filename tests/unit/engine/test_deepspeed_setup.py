@@ -24,6 +24,7 @@ def test_bf16_accumulates_in_fp32_and_refuses_overflow():
     settings = deepspeed_config(tiny_run_config(precision="bf16"), 1)
     assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
     assert settings["bf16"] == {"enabled": True, "check_grad_overflow": True}
+    assert settings["communication_data_type"] == "fp32"  # sums over ranks too
     assert "bf16" not in deepspeed_config(tiny_run_config(), 1)
 
 
