@@ -127,7 +127,7 @@ def _described(out: Any, args: tuple[Any, ...], before: Any) -> Any:
     if out is first:
         return _Same() if _layout(out) == before else None
     storage, shape, stride = out.untyped_storage()._cdata, out.shape, out.stride()
-    if type(first) is FakeTensor and first.untyped_storage()._cdata == storage:
+    if isinstance(first, FakeTensor) and first.untyped_storage()._cdata == storage:
         if out.dtype != first.dtype or _layout(first) != before:
             return None
         return _View(shape, stride, out.dtype, out.storage_offset() - first.storage_offset())
