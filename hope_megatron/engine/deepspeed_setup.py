@@ -130,6 +130,48 @@ def ask_before_update(zero: Any, stage: int, question: UpdateQuestion) -> None:
         zero.scaled_global_norm = lambda *args, **kwargs: torch.tensor(answer(compute(*args, **kwargs)))
 
 
+_NUMEL_AT_ONCE = 2**26
+"""Gradients that are raised to float32 together: 256 MiB of them."""
+
+
+def accumulate_together(zero: Any) -> None:
+    """Have the bf16 wrapper add gradients to its float32 sums many at a time. It takes two kernels for each parameter and
+    micro-batch otherwise (bf16_optimizer.py:519). The sums are the same, bit for bit.
+    """
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    if not isinstance(zero, BF16_Optimizer) or zero.immediate_grad_update:
+        return
+
+    @torch.no_grad()
+    def update_hp_grads(clear_lp_grads: bool = False) -> None:
+        for group, sums, present in zip(zero.bf16_groups, zero.fp32_groups_gradients, zero.fp32_groups_has_gradients):
+            found = [i for i, parameter in enumerate(group) if parameter.grad is not None]
+            for i in found:
+                group[i]._hp_grad, present[i] = sums[i], True
+            for some in _in_portions(found, [sums[i].numel() for i in found]):
+                raised = [torch.empty_like(sums[i]) for i in some]
+                torch._foreach_copy_(raised, [group[i].grad.view(sums[i].shape) for i in some])
+                torch._foreach_add_([sums[i] for i in some], raised)
+            if clear_lp_grads and found:
+                torch._foreach_zero_([group[i].grad for i in found])
+
+    zero.update_hp_grads = update_hp_grads
+
+
+def _in_portions(numbers: list[int], sizes: list[int]) -> list[list[int]]:
+    """Consecutive numbers whose sizes add up to no more than `_NUMEL_AT_ONCE`, or a single one."""
+    portions: list[list[int]] = []
+    room = 0
+    for number, size in zip(numbers, sizes):
+        if size > room:
+            portions.append([])
+            room = _NUMEL_AT_ONCE
+        portions[-1].append(number)
+        room -= size
+    return portions
+
+
 _answer: contextvars.ContextVar[Callable[[Any], float] | None] = contextvars.ContextVar(
     "answer to a norm", default=None
 )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hope_megatron.config.run import RunConfig
 from hope_megatron.engine.canonical import TreeSum
 from hope_megatron.engine.control import ControlGroup
-from hope_megatron.engine.deepspeed_setup import ask_before_update, initialize
+from hope_megatron.engine.deepspeed_setup import accumulate_together, ask_before_update, initialize
 from hope_megatron.engine.distributed import Mesh, set_group_timeouts
 from hope_megatron.engine.question import UpdateQuestion
 from hope_megatron.engine.sequence_parallel import (
@@ -66,6 +66,7 @@ class Engine:
         self.zero = self._deepspeed.optimizer
         self._bucket = SequenceParallelBucket(model, self.zero, mesh.tp_group) if in_bucket else None
         self._update = UpdateQuestion(mesh.world_group, mesh.device)
+        accumulate_together(self.zero)
         ask_before_update(self.zero, config.parallel.zero_stage, self._update)
         self.skipped = False
         self._tree = TreeSum() if config.training.reduction == "canonical" else None

@@ -124,6 +124,11 @@ def bytes_of(tensor: Tensor) -> int:
     return number
 
 
+def together(tensors: list[Tensor]) -> int:
+    """Kernels of an operator on lists: one takes some 64 tensors, and 320 blocks of 64 Ki numbers (MultiTensorApply.cuh)."""
+    return max(1, -(-len(tensors) // 128), -(-sum(x.numel() for x in tensors) // (2 * 320 << 16)))
+
+
 def flops_of(func: Any, kind: Kind, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
     """Floating-point operations of matrix products, solves and attention; 0 for all else."""
     if kind.family == "solves":

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hope_megatron.rehearse.memory import MemoryLog
-from hope_megatron.rehearse.operators import Family, Kind, bytes_of, flops_of, kind_of, tensors_in
+from hope_megatron.rehearse.operators import Family, Kind, bytes_of, flops_of, kind_of, tensors_in, together
 from hope_megatron.rehearse.tally import Tally
 
 StandIn = Callable[[Tensor], Any]
@@ -90,7 +90,7 @@ class Watch(TorchDispatchMode):
         dtype = inputs[0].dtype if inputs else outputs[0].dtype if outputs else torch.float32
         flops = flops_of(func, kind, args, kwargs, out)
         tally["op", phase, family, kind.name] += 1
-        tally["kernels", phase, family] += kind.kernels
+        tally["kernels", phase, family] += together(inputs) if kind.name.startswith("_foreach") else kind.kernels
         tally["bytes", phase, family] += moved
         if flops:
             tally["flops", phase, family, math_dtype(dtype)] += flops
