@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hope_megatron.config.accounting import memory_macs
 from hope_megatron.config.model import ModelConfig
+from hope_megatron.config.step_time import PROGRAMS_AT_ONCE
 from hope_megatron.ops.memory.backends import registry
 from hope_megatron.ops.memory.backends.registry import Backend, Case
 from hope_megatron.ops.memory.backends.triton import backend as triton_backend
@@ -20,8 +21,6 @@ from hope_megatron.ops.memory.rule import MemoryCompute
 from hope_megatron.rehearse.operators import tensors_in
 from hope_megatron.rehearse.watch import Watch
 
-_PROGRAMS_AT_ONCE = 264
-"""Programs of a loop that an H100 runs side by side: two on each of 132 multiprocessors."""
 _BACKWARD = 3
 """Products of the backward kernels over those of the forward ones: two gradients, and the tape computed again."""
 
@@ -78,7 +77,7 @@ class TritonLaunches:
         operands = {x.untyped_storage()._cdata: x for x in tensors_in(list(arguments.values()), [])}
         steps = 0
         if len(grid) == 1:  # a program per stream, which goes from chunk to chunk
-            steps = arguments["chunks"] * -(-grid[0] // _PROGRAMS_AT_ONCE)
+            steps = arguments["chunks"] * -(-grid[0] // PROGRAMS_AT_ONCE)
         self._watch.count_kernel(function.__name__, "memories", list(operands.values()), [], steps=steps)
 
 
