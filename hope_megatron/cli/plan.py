@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     if args.config is None:
         raise ConfigError("give a run file, a model file, or the name of one")
     config = load_for_plan(args.config, args.overrides)
-    world_size = args.world or config.parallel.tensor_parallel
+    world_size = args.world or config.parallel.ranks_per_sequence
     efficiency = DEFAULT if args.efficiency is None else read_efficiency(args.efficiency)
     if args.tune:
         return _tune(args, config, world_size, efficiency)

@@ -68,6 +68,8 @@ def why_not_counted(config: RunConfig) -> str | None:
             return f"memory.{changed[0]} is not HOPE's own"
         if memory.kernel in ("torch", "phases", "cpu"):
             return f"memory.kernel={memory.kernel}; they are of the Triton kernels"
+    if config.parallel.context_parallel > 1:
+        return "it splits sequences over ranks (parallel.context_parallel)"
     if config.model.cms.learns_in_context or config.training.truncate_tokens:
         return "it learns in context, or cuts sequences into windows"
     return None

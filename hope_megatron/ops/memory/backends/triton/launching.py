@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 
@@ -65,7 +66,8 @@ def recorded() -> Iterator[list[Launch]]:
     def note(
         function: Any, grid: tuple[int, ...], arguments: dict[str, Any], constants: dict[str, Any], warps: int
     ) -> None:
-        known = {name: x.detach().to("meta") if isinstance(x, Tensor) else x for name, x in arguments.items()}
+        like = lambda x: torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="meta")  # noqa: E731
+        known = {name: like(x) if isinstance(x, Tensor) else x for name, x in arguments.items()}
         found.append(Launch(function, grid, known, constants, warps))
 
     with observed(note):
