@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export DS_BUILD_OPS ?= 0
 export VENV
 
-.PHONY: help quickstart test test-slurm soak sweep-demo lint format typecheck docs clean
+.PHONY: help quickstart test test-slurm soak gpu-check sweep-demo lint format typecheck docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ test-slurm: $(VENV)/.ready-test ## training that survives a real Slurm cluster, 
 
 soak: $(VENV)/.ready-test ## random faults on one run, which must end in the bits of the undisturbed one (FAULTS=200 SEED=1)
 	TORCHDYNAMO_DISABLE=1 $(BIN)/python tools/soak.py --faults $(FAULTS) --seed $(SEED) --out runs/soak.json $(ARGS)
+
+gpu-check: $(VENV)/.ready-test ## on a GPU: tests, training measured beside its rehearsal (10 minutes); elsewhere: what it would do
+	$(BIN)/python tools/gpu_check.py $(ARGS)
 
 sweep-demo: $(VENV)/.ready-run ## a small real scaling-law sweep on 2 cores, about half an hour; started again it goes on
 	test -f runs/quickstart/data/train/manifest.json || { \

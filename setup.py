@@ -101,8 +101,6 @@ setup(
         "gcs": GCS,
         "test": TEST,
         "dev": [*TEST, "mypy>=1.13,<3", "pre-commit>=4,<5", "ruff>=0.9,<1", "types-PyYAML"],
-        # Alternative kernels, CUDA only. NVIDIA's apex is not on PyPI (the package named apex there is another one).
-        "gpu": ["flash-linear-attention>=0.3", "transformer-engine[pytorch]>=2,<3"],
         "eval": EVAL,
         "hf": HF,
         "serve": SERVE,

@@ -3,8 +3,11 @@
 examples:
   hope plan hope_760m                                  a model preset, with 20 tokens per parameter
   hope plan titans_760m                                a baseline family at that size
-  hope plan hope_760m_30b --world 64 --hardware h200   a run file
+  hope plan hope_760m_30b --world 16 --hardware h200   a run file
   hope plan hope_1b3_100b parallel.zero_stage=2 training.micro_batch_size=2 --world 128
+  hope plan hope_760m_30b --world 8 --tune --out best.yaml      the five fastest settings that fit; the first one's overrides
+  hope plan --calibrate runs/mine --world 8 --out mycluster.json                efficiencies that a run reached
+  hope plan hope_760m_30b --world 8 --efficiency mycluster.json
   hope plan hope_7b --world 4096 --failures 1/264d-per-node --nodes 512     how much of the time trains; when to save
 """
 
@@ -16,6 +19,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hope_megatron.cli.output_files import check_writable
+from hope_megatron.cli.plan_time import (
+    calibrate_by,
+    choices_data,
+    plan_time,
+    print_choices,
+    print_time,
+    tune,
+    write_overrides,
+)
 from hope_megatron.config import RunConfig, load_run_config, resolve_run_config
 from hope_megatron.config.accounting import (
     forward_flops,
@@ -25,11 +38,14 @@ from hope_megatron.config.accounting import (
     recompute_flops,
 )
 from hope_megatron.config.base import ConfigError
+from hope_megatron.config.calibration import read_efficiency
+from hope_megatron.config.efficiency import DEFAULT, Efficiency
 from hope_megatron.config.footprint import estimate, footprint
 from hope_megatron.config.goodput import Faults, expected_goodput, parse_failures
-from hope_megatron.config.hardware import HARDWARE, find_hardware
+from hope_megatron.config.hardware import HARDWARE, Hardware, find_hardware
 from hope_megatron.config.load import read_mapping
 from hope_megatron.config.presets import find_config, split_family
+from hope_megatron.config.step_time import kernel_tape_bytes
 from hope_megatron.runtime.formatting import bytes_text, count_text, duration_text, percent_text
 
 _COSTS = {
@@ -47,7 +63,7 @@ _NO_DATA = "no-data"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `hope plan`."""
-    parser.add_argument("config", metavar="CONFIG", help="run file, model file, or the name of one")
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="run file, model file, or the name of one")
     parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="changes, for example training.seq_length=8192"
     )
@@ -61,6 +77,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="share of the peak FLOP/s that is reached (default: the hardware's row)",
     )
+    parser.add_argument("--tune", action="store_true", help="search micro-batch, recomputation, ZeRO, TP and SP")
+    parser.add_argument(
+        "--calibrate", type=Path, metavar="RUN", help="take efficiencies from a run's metrics; needs --out"
+    )
+    parser.add_argument(
+        "--efficiency", type=Path, metavar="FILE", help="calibrated efficiencies instead of the assumed ones"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where --tune or --calibrate writes")
     failures = parser.add_argument_group("failures")
     failures.add_argument(
         "--failures",
@@ -82,9 +106,20 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--world {args.world}: give at least 1")
     if args.utilization is not None and not 0 < args.utilization <= 1:
         raise ConfigError(f"--utilization {args.utilization}: give a share of the peak between 0 and 1")
+    if args.out is not None:
+        check_writable(args.out)
+        if not (args.tune or args.calibrate):
+            raise ConfigError("--out FILE is written by --tune or --calibrate; give one of them")
+    if args.calibrate is not None:
+        return _calibrate(args)
+    if args.config is None:
+        raise ConfigError("give a run file, a model file, or the name of one")
     config = load_for_plan(args.config, args.overrides)
     world_size = args.world or config.parallel.ranks_per_sequence
-    plan = {"data": plan_data(config)} | make_plan(config, world_size, args.hardware, args.utilization)
+    efficiency = DEFAULT if args.efficiency is None else read_efficiency(args.efficiency)
+    if args.tune:
+        return _tune(args, config, world_size, efficiency)
+    plan = {"data": plan_data(config)} | make_plan(config, world_size, args.hardware, args.utilization, efficiency)
     if args.failures is not None:
         faults = Faults(**{name: getattr(args, name) for name in asdict(Faults())})
         plan["goodput"] = plan_goodput(plan, args.failures, args.nodes or max(1, world_size // 8), faults)
@@ -97,12 +132,35 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _tune(args: argparse.Namespace, config: RunConfig, world_size: int, efficiency: Efficiency) -> int:
+    choices = tune(config, world_size, find_hardware(args.hardware), efficiency)
+    data = choices_data(choices, world_size)
+    if args.json:
+        print(json.dumps(data, indent=2))
+    else:
+        print_choices(data)
+    if args.out is not None:
+        write_overrides(
+            args.out, choices[0], f"hope plan {args.config} --tune --world {world_size} --hardware {args.hardware}"
+        )
+    return 0
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    if args.out is None or args.world is None or args.config is not None:
+        raise ConfigError(
+            "--calibrate RUN wants --world N, the GPUs that the run had, --out FILE, and no configuration"
+        )
+    print(calibrate_by(args.calibrate, args.world, find_hardware(args.hardware), args.out))
+    return 0
+
+
 def plan_goodput(plan: dict[str, Any], failures: str, num_nodes: int, faults: Faults) -> dict[str, Any]:
     """What failures leave of the time, with the best interval between checkpoints."""
     if num_nodes < 1 or min(asdict(faults).values()) < 0:
         raise ConfigError(f"--nodes {num_nodes} and the costs of a fault must be positive")
     found = expected_goodput(parse_failures(failures, num_nodes), faults)
-    step_s = 3600 * plan["estimate"]["hours"] / plan["run"]["steps"]
+    step_s = plan["time"].get("step_s") or 3600 * plan["estimate"]["hours"] / plan["run"]["steps"]
     every = max(1, round(found.interval_s / step_s))
     return {"num_nodes": num_nodes, **asdict(found), "checkpoint_every": every, "assumed": asdict(faults)}
 
@@ -150,7 +208,11 @@ def plan_data(config: RunConfig) -> dict[str, Any]:
 
 
 def make_plan(
-    config: RunConfig, world_size: int, hardware_name: str, utilization: float | None = None
+    config: RunConfig,
+    world_size: int,
+    hardware_name: str,
+    utilization: float | None = None,
+    efficiency: Efficiency = DEFAULT,
 ) -> dict[str, Any]:
     """Everything `hope plan` says, as plain data."""
     model, training = config.model, config.training
@@ -158,6 +220,7 @@ def make_plan(
     forward = forward_flops(model, training.seq_length)
     recompute = recompute_flops(model, training.seq_length, training.recompute)
     bytes_per_gpu = footprint(config, world_size)
+    tape = 0.0 if hardware_name.lower() == "cpu" else kernel_tape_bytes(config)
     return {
         "name": config.name,
         "model": model.name,
@@ -172,7 +235,12 @@ def make_plan(
             "recompute": recompute,
             "total": 3 * forward.total + recompute,
         },
-        "bytes_per_gpu": {**asdict(bytes_per_gpu), "total": bytes_per_gpu.total, "capacity": hardware.memory_bytes},
+        "bytes_per_gpu": {
+            **asdict(bytes_per_gpu),
+            "memory_kernels": tape,
+            "total": bytes_per_gpu.total + tape,
+            "capacity": hardware.memory_bytes,
+        },
         "mesh": {
             "world_size": world_size,
             "tensor_parallel": config.parallel.tensor_parallel,
@@ -193,8 +261,19 @@ def make_plan(
             "tokens": training.tokens,
             "tokens_per_parameter": training.tokens / num_parameters(model),
         },
+        "time": _time(config, world_size, hardware, efficiency, utilization),
         "estimate": {**asdict(estimate(config, world_size, hardware, utilization)), "hardware": asdict(hardware)},
     }
+
+
+def _time(
+    config: RunConfig, world_size: int, hardware: Hardware, efficiency: Efficiency, utilization: float | None
+) -> dict[str, Any]:
+    if hardware.name.startswith("CPU"):
+        return {"unknown": "it is counted for GPUs"}
+    if utilization is not None:
+        return {"unknown": "--utilization asks for an estimate"}
+    return plan_time(config, world_size, hardware, efficiency)
 
 
 def _data_text(data: dict[str, Any]) -> str:
@@ -203,6 +282,18 @@ def _data_text(data: dict[str, Any]) -> str:
     return ", ".join(
         f"{one['epochs']:,.3g} epochs of {one['name']} ({count_text(one['unique_tokens'])} tokens)"
         for one in data["passes"]
+    )
+
+
+def _estimate_text(plan: dict[str, Any]) -> str:
+    """Time at an assumed share of the peak, where nothing better is known."""
+    if "unknown" not in plan["time"]:
+        return ""
+    estimated = plan["estimate"]
+    return (
+        f"at {percent_text(estimated['utilization'])} of {count_text(estimated['hardware']['peak_flops'])}FLOP/s (assumed; MFU "
+        f"{percent_text(estimated['mfu'])}): {count_text(estimated['tokens_per_second'])} tokens/s, "
+        f"[bold]{duration_text(3600 * estimated['hours'])}[/bold]\n"
     )
 
 
@@ -265,12 +356,11 @@ def _print(plan: dict[str, Any]) -> None:
         f"{mesh['world_size']} x {hardware['name']} = tensor parallel {mesh['tensor_parallel']}"
         f"{' with sequence parallelism' if mesh['sequence_parallel'] else ''} x data parallel {mesh['data_parallel']}, "
         f"ZeRO {mesh['zero_stage']}\n"
-        f"at {percent_text(estimated['utilization'])} of {count_text(hardware['peak_flops'])}FLOP/s (assumed; MFU "
-        f"{percent_text(estimated['mfu'])}): {count_text(estimated['tokens_per_second'])} tokens/s, "
-        f"[bold]{duration_text(3600 * estimated['hours'])}[/bold]\n"
+        f"{_estimate_text(plan)}"
         f"data: {_data_text(plan['data'])}",
         soft_wrap=True,
     )
+    print_time(console, plan["time"], mesh["world_size"])
     if "goodput" in plan:
         _print_goodput(console, plan["goodput"])
     if plan["data"].get("warning"):

@@ -46,6 +46,14 @@ class Efficiency:
         "an empty kernel occupies an A100 or H100 for 1.5 to 3 us between its neighbours in a CUDA graph",
     )
     """Seconds that any kernel takes on the device, however little it does."""
+    chunk_s: Assumption = Assumption(
+        20e-6,
+        10e-6,
+        60e-6,
+        "assumption: instructions and stalls of the compiled loop kernels of the memories, walked for one warp at 1.755 GHz, give "
+        "3 to 30 us a chunk forward and about three times that backward; no GPU has run them",
+    )
+    """Seconds that a loop over chunks takes per chunk of 64 tokens."""
     memory: Assumption = Assumption(
         0.75,
         0.90,

@@ -53,8 +53,8 @@ class OptimConfig(Section):
     """Newton-Schulz iterations."""
     ns_coefficients: Literal["quintic", "varying", "polar_express"] = "polar_express"
     """Coefficient table of the iteration."""
-    ns_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the iteration."""
+    ns_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the iteration, and of momentum on its way between ranks; auto: bfloat16 on GPUs, float32 on CPUs."""
 
     schedule: Literal["cosine", "constant", "linear", "wsd"] = "cosine"
     """Learning rate after warm-up: cosine or linear to min_lr_ratio, constant, or constant then linear decay (wsd)."""

@@ -20,6 +20,9 @@ class ParallelConfig(Section):
     """Split norms and residuals along the sequence over the tensor-parallel ranks."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What DeepSpeed shards over data parallelism: optimizer (1), gradients too (2), parameters too (3)."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which gradients are summed over data-parallel ranks in bf16 runs. bf16 halves what travels, and rounds at every
+    addition."""
     overlap_comm: bool = False
     """Overlap gradient reduction with backward (CUDA)."""
     cpu_offload: bool = False

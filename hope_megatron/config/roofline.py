@@ -29,6 +29,8 @@ class Work:
     """Read and written."""
     flops: dict[str, float] = field(default_factory=dict)
     """By dtype: bfloat16, float32, tf32, float64."""
+    steps: float = 0.0
+    """Chunks that kernels go through one after the other."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def family_seconds(
     seconds = {
         "memory": work.bytes / (hardware.memory_bandwidth * efficiency.memory.at(end)),
         "math": sum(flops / flop_rate(family, dtype, hardware, efficiency, end) for dtype, flops in work.flops.items()),
-        "latency": work.kernels * efficiency.kernel_s.at(end),
+        "latency": work.kernels * efficiency.kernel_s.at(end) + work.steps * efficiency.chunk_s.at(end),
     }
     bound = max(seconds, key=seconds.__getitem__)
     return bound, seconds[bound]

@@ -15,6 +15,15 @@ from hope_megatron.config.trackers import TRACKERS
 from hope_megatron.runtime.registry import UnknownNameError
 
 
+class ProfileConfig(Section):
+    """Which steps are profiled, and where."""
+
+    steps: tuple[int, ...] = ()
+    """Steps (1 is the first) of which a trace is written, on GPUs with a snapshot of their memory; none: no profile."""
+    ranks: tuple[int, ...] = (0,)
+    """Ranks that write them."""
+
+
 class TrainingConfig(Section):
     """How long, how much at once, how precise."""
 
@@ -30,6 +39,11 @@ class TrainingConfig(Section):
     """Backpropagation through a sequence is cut every this many tokens, which bounds memory; None: never."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Compute precision; master weights, memory states and optimizer states are always fp32."""
+    float32_products: Literal["tf32", "float32"] = "tf32"
+    """How GPUs multiply what stays float32 (the memories, Newton-Schulz in float32): in TF32, or in full. CPUs always in full."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits every time, on GPUs too: a resumed run is then that of an undisturbed one. Slower. An
+    operator that has no such algorithm ends the run with its name."""
     ema: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Decay per step of an exponential average of the weights; 0: none. 0.99 averages over about the last 100 steps. Evaluated
     (`heldout/loss_ema`) and saved with the optimizer's states; every command knows it as RUN:ema."""
@@ -49,6 +63,8 @@ class TrainingConfig(Section):
     reduction: Literal["fast", "canonical"] = "fast"
     """`canonical` adds the gradients of micro-batches in one fixed order, so that 1, 2 and 4 ranks give the same bits: for checking
     a change of ranks. It needs zero_stage=0, tensor_parallel=1 and numbers of ranks and micro-batches that are powers of two."""
+    profile: ProfileConfig = ProfileConfig()
+    """Traces of chosen steps, into the run's directory."""
     num_threads: int = Field(default=1, gt=0)
     """CPU threads per process for torch operators, when there is no GPU."""
 

@@ -9,6 +9,7 @@ from torch import nn
 from hope_megatron.config.run import RunConfig
 from hope_megatron.engine.distributed import Mesh
 from hope_megatron.engine.engine import Engine
+from hope_megatron.engine.policy import apply_policy
 from hope_megatron.engine.width import scale_learning_rates
 from hope_megatron.model import build_model
 from hope_megatron.optim import BoundOptimizer, build_optimizer
@@ -22,6 +23,7 @@ def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
     Raises:
         ConfigError: if world, mesh and batch do not divide.
     """
+    apply_policy(config.training, mesh.device)
     model = build_model(
         config.model,
         config.parallel,

@@ -6,8 +6,8 @@ Measured on 0.19.8; file:line refers to that version.
 from __future__ import annotations
 
 import collections
+import contextvars
 import logging
-import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +18,7 @@ from torch import nn
 from hope_megatron.config.run import RunConfig
 from hope_megatron.engine.distributed import Mesh
 from hope_megatron.engine.mpu import ModelParallelUnit
+from hope_megatron.engine.question import UpdateQuestion
 from hope_megatron.layers.memory_mixer import MemoryMixer
 
 
@@ -76,6 +77,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         # A refused gradient is dropped before the step, on all ranks, only with check_grad_overflow.
         settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        settings["communication_data_type"] = parallel.reduce_dtype
     return settings
 
 
@@ -99,20 +101,6 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunCo
     return engine
 
 
-class UpdateQuestion:
-    """Whether the update of a step may be made, asked once its gradient norm is known and before anything has changed."""
-
-    def __init__(self) -> None:
-        self.norm = math.nan
-        """Global gradient norm of the last step, before clipping."""
-        self.accept: Callable[[float], bool] = math.isfinite
-
-    def ask(self, norm: float) -> bool:
-        """The answer."""
-        self.norm = norm
-        return self.accept(norm)
-
-
 _REFUSED = -1.0
 """DeepSpeed's own sign for a norm that is not finite: it drops the gradients, and neither clips nor updates."""
 
@@ -120,34 +108,94 @@ _REFUSED = -1.0
 def ask_before_update(zero: Any, stage: int, question: UpdateQuestion) -> None:
     """Have DeepSpeed's wrapper around the optimizer ask before it updates, in its own computation of the norm: stages 1 and 2
     (stage_1_and_2.py:3039), stage 3 (stage3.py:2886), and bf16 at stage 1 (bf16_optimizer.py:389).
+
+    It goes on with the norm as a number of the host, so that neither its checks nor its clipping wait for the device again.
     """
     if stage == 0:
         return
-    from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
+    from deepspeed.runtime import bf16_optimizer
+    from deepspeed.runtime.utils import combine_grad_norm_groups
 
-    def refuses(groups: list[Any]) -> bool:
-        norm = float(combine_grad_norm_groups(groups)) / float(getattr(zero, "loss_scale", 1.0))
-        return not question.ask(norm)
+    def answer(norm: Any) -> float:
+        return question.norm if question.ask(norm) else _REFUSED
 
-    def of_stages_1_and_2(*args: Any, **kwargs: Any) -> Any:
-        norm = compute(*args, **kwargs)
-        return torch.full_like(torch.as_tensor(norm), _REFUSED) if refuses([norm]) else norm
+    if isinstance(zero, bf16_optimizer.BF16_Optimizer):
+        _ask_in_place_of(bf16_optimizer, zero, answer)
+        return
+    if zero.__class__.__name__ == "DeepSpeedZeroOptimizer_Stage3":
+        compute_groups = zero._get_norm_groups
+        zero._get_norm_groups = lambda: [torch.tensor(answer(combine_grad_norm_groups(compute_groups())))]
+    else:
+        zero.check_overflow = lambda *args, **kwargs: None  # a wait for what the norm says too: it is not finite then
+        compute = zero.scaled_global_norm
+        zero.scaled_global_norm = lambda *args, **kwargs: torch.tensor(answer(compute(*args, **kwargs)))
 
-    def of_stage_3(*args: Any, **kwargs: Any) -> Any:
-        groups = compute(*args, **kwargs)
-        return [torch.full_like(torch.as_tensor(groups[0]), _REFUSED)] if refuses(groups) else groups
 
-    def of_bf16(for_clipping: bool = False) -> Any:
-        gradients = compute(for_clipping)
-        if for_clipping:
-            return gradients
-        norm = get_global_norm_of_tensors(input_tensors=gradients[0], mpu=zero.mpu, norm_type=zero.norm_type)
-        return ([gradients[0][0].new_full((1,), math.nan)], gradients[1]) if refuses([norm]) else gradients
+_NUMEL_AT_ONCE = 2**26
+"""Gradients that are raised to float32 together: 256 MiB of them."""
 
-    name, replacement = {
-        "BF16_Optimizer": ("get_grads_for_norm", of_bf16),
-        "DeepSpeedZeroOptimizer": ("scaled_global_norm", of_stages_1_and_2),
-        "DeepSpeedZeroOptimizer_Stage3": ("_get_norm_groups", of_stage_3),
-    }[type(zero).__name__]
-    compute = getattr(zero, name)
-    setattr(zero, name, replacement)
+
+def accumulate_together(zero: Any) -> None:
+    """Have the bf16 wrapper add gradients to its float32 sums many at a time. It takes two kernels for each parameter and
+    micro-batch otherwise (bf16_optimizer.py:519). The sums are the same, bit for bit.
+    """
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    if not isinstance(zero, BF16_Optimizer) or zero.immediate_grad_update:
+        return
+
+    @torch.no_grad()
+    def update_hp_grads(clear_lp_grads: bool = False) -> None:
+        for group, sums, present in zip(zero.bf16_groups, zero.fp32_groups_gradients, zero.fp32_groups_has_gradients):
+            found = [i for i, parameter in enumerate(group) if parameter.grad is not None]
+            for i in found:
+                group[i]._hp_grad, present[i] = sums[i], True
+            for some in _in_portions(found, [sums[i].numel() for i in found]):
+                raised = [torch.empty_like(sums[i]) for i in some]
+                torch._foreach_copy_(raised, [group[i].grad.view(sums[i].shape) for i in some])
+                torch._foreach_add_([sums[i] for i in some], raised)
+            if clear_lp_grads and found:
+                torch._foreach_zero_([group[i].grad for i in found])
+
+    zero.update_hp_grads = update_hp_grads
+
+
+def _in_portions(numbers: list[int], sizes: list[int]) -> list[list[int]]:
+    """Consecutive numbers whose sizes add up to no more than `_NUMEL_AT_ONCE`, or a single one."""
+    portions: list[list[int]] = []
+    room = 0
+    for number, size in zip(numbers, sizes):
+        if size > room:
+            portions.append([])
+            room = _NUMEL_AT_ONCE
+        portions[-1].append(number)
+        room -= size
+    return portions
+
+
+_answer: contextvars.ContextVar[Callable[[Any], float] | None] = contextvars.ContextVar(
+    "answer to a norm", default=None
+)
+
+
+def _ask_in_place_of(module: Any, zero: Any, answer: Callable[[Any], float]) -> None:
+    """The bf16 wrapper computes its norm by a function of its module, once a step."""
+    if not hasattr(module.get_global_norm_of_tensors, "asks"):
+        compute = module.get_global_norm_of_tensors
+
+        def asking(*args: Any, **kwargs: Any) -> Any:
+            norm, answer = compute(*args, **kwargs), _answer.get()
+            return norm if answer is None else answer(norm)
+
+        asking.asks = True  # type: ignore[attr-defined]
+        module.get_global_norm_of_tensors = asking
+    step = zero.step
+
+    def asking_step(*args: Any, **kwargs: Any) -> Any:
+        token = _answer.set(answer)
+        try:
+            return step(*args, **kwargs)
+        finally:
+            _answer.reset(token)
+
+    zero.step = asking_step

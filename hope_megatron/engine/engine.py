@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,9 +13,14 @@ from torch import Tensor, nn
 from hope_megatron.config.run import RunConfig
 from hope_megatron.engine.canonical import TreeSum
 from hope_megatron.engine.control import ControlGroup
-from hope_megatron.engine.deepspeed_setup import UpdateQuestion, ask_before_update, initialize
+from hope_megatron.engine.deepspeed_setup import accumulate_together, ask_before_update, initialize
 from hope_megatron.engine.distributed import Mesh, set_group_timeouts
-from hope_megatron.engine.sequence_parallel import reduce_sequence_parallel_gradients
+from hope_megatron.engine.question import UpdateQuestion
+from hope_megatron.engine.sequence_parallel import (
+    SequenceParallelBucket,
+    keeps_whole_gradients,
+    reduce_sequence_parallel_gradients,
+)
 from hope_megatron.model import IGNORE
 from hope_megatron.optim import BoundOptimizer, apply_lr
 from hope_megatron.optim.average import EMA
@@ -53,11 +58,15 @@ class Engine:
         self.optimizer = optimizer
         self.accumulation_steps = config.accumulation_steps(mesh.world_size)
         self._learns = config.model.cms.learns_in_context
-        reduce_sequence_parallel_gradients(model, mesh.tp_group)
+        in_bucket = keeps_whole_gradients(config.training.precision, config.parallel.zero_stage) and mesh.tp_size > 1
+        if not in_bucket:
+            reduce_sequence_parallel_gradients(model, mesh.tp_group)
         self._deepspeed = initialize(model, optimizer, config, mesh)
         set_group_timeouts(config.resilience.hang.collective_timeout_s)
         self.zero = self._deepspeed.optimizer
-        self._update = UpdateQuestion()
+        self._bucket = SequenceParallelBucket(model, self.zero, mesh.tp_group) if in_bucket else None
+        self._update = UpdateQuestion(mesh.world_group, mesh.device)
+        accumulate_together(self.zero)
         ask_before_update(self.zero, config.parallel.zero_stage, self._update)
         self.skipped = False
         self._tree = TreeSum() if config.training.reduction == "canonical" else None
@@ -115,13 +124,20 @@ class Engine:
             state = output.state.detach() if output.state is not None else None
         return total
 
-    def step(self, lr_multiplier: float = 1.0, accept: Callable[[float], bool] | None = None) -> float:
+    def step(
+        self,
+        lr_multiplier: float = 1.0,
+        accept: Callable[[float], bool] | None = None,
+        beside: Callable[[], Sequence[Tensor | float]] = tuple,
+    ) -> float:
         """Clip and update with the accumulated gradients, unless they are refused.
 
         Args:
             lr_multiplier: what the schedule makes of every group's base learning rate.
             accept: asked with the global gradient norm on all ranks, which must answer alike. If it refuses, the gradients are
                 dropped and nothing has changed; `skipped` says so. None: what is not finite is an error.
+            beside: makes non-negative values that are read from the device with the norm, before `accept` is asked; `read_beside`
+                then has the largest of each over all ranks.
 
         Returns:
             Global gradient norm before clipping, each parameter counted once.
@@ -134,16 +150,23 @@ class Engine:
         self._passes = 0
         HEART.enter("step")
         apply_lr(self.optimizer, lr_multiplier)
-        self._update.norm, self._update.accept = math.nan, accept or math.isfinite
+        self._update.norm, self._update.accept, self._update.read_beside = math.nan, accept or math.isfinite, beside
         if self.config.parallel.zero_stage == 0:
             self._step_unsharded()
         else:
+            if self._bucket is not None:
+                self._bucket.reduce()
             self._deepspeed.step()  # asks self._update
             self.skipped = bool(self.zero.overflow)
         norm = self._update.norm
         if self.skipped and accept is None:
             raise NonFiniteError("the gradient norm is NaN or infinite, though the loss is finite")
         return norm
+
+    @property
+    def read_beside(self) -> list[float]:
+        """The values that the last step read beside its norm; NaN what was not finite on some rank."""
+        return self._update.beside
 
     def _backward_into_tree(
         self, windows: list[tuple[Tensor, Tensor]], global_valid_tokens: Tensor | int, documents: Tensor | None
@@ -167,11 +190,11 @@ class Engine:
         self._tree.add([total, *gradients])
         return total
 
-    def global_loss(self, loss_sum: Tensor) -> float:
-        """Sum of the losses of the last step over all ranks, from that of this rank. Collective."""
+    def global_loss(self, loss_sum: Tensor) -> Tensor:
+        """Sum of the losses of the last step over all ranks, from that of this rank, on the device. Collective."""
         if self._canonical_loss is not None:
-            return float(self._canonical_loss)
-        return float(self.sum_over_data_parallel(loss_sum))
+            return self._canonical_loss
+        return self.sum_over_data_parallel(loss_sum)
 
     def _take_tree(self) -> None:
         """Gradients and loss of the whole global batch, in canonical order, as the parameters' gradients."""
@@ -187,8 +210,9 @@ class Engine:
         """At ZeRO stage 0 DeepSpeed neither clips as at other stages nor stops at NaN."""
         if self._tree is not None:
             self._take_tree()
-        norm, gradients = self._gradient_norm()
-        self.skipped = not self._update.ask(norm)
+        square, gradients = self._gradient_square_sum()
+        self.skipped = not self._update.ask(square.sqrt())
+        norm = self._update.norm
         if self.skipped:
             # DeepSpeed counts the step and drops the gradients; the optimizer is left out.
             self.optimizer.step = lambda *args, **kwargs: None  # type: ignore[method-assign]
@@ -281,14 +305,14 @@ class Engine:
         dist.all_reduce(value, group=self.mesh.dp_group)
         return value
 
-    def _gradient_norm(self) -> tuple[float, list[Tensor]]:
-        """Global norm of the model's gradients at ZeRO stage 0, and the gradients."""
+    def _gradient_square_sum(self) -> tuple[Tensor, list[Tensor]]:
+        """Square of the global norm of the model's gradients at ZeRO stage 0, and the gradients."""
         params = [param for param in self.model.parameters() if param.grad is not None]
         sharded = [p.grad for p in params if getattr(p, "tensor_model_parallel", False)]
         replicated = [p.grad for p in params if not getattr(p, "tensor_model_parallel", False)]
         square = self._square_sum(sharded)
         dist.all_reduce(square, group=self.mesh.tp_group)
-        return float((square + self._square_sum(replicated)).sqrt()), [*sharded, *replicated]
+        return square + self._square_sum(replicated), [*sharded, *replicated]
 
     def _square_sum(self, gradients: list[Tensor]) -> Tensor:
         sums = [gradient.float().square().sum() for gradient in gradients]

@@ -106,6 +106,12 @@ class Depths:
         _, middle, last = short.passes
         return combined((1, full.passes[-1]), (1, middle), (-1, last))
 
+    def at_rest(self) -> dict[str, int]:
+        """Bytes alive between micro-batches by what they are. What layers keep from pass to pass, such as tables, is found where
+        they really ran."""
+        other = {kind: Counter({"other": full.alive_at_start["other"]}) for kind, (_, full) in self.shallow.items()}
+        return self.whole.alive_at_start | {"other": round(self._linear(other)["other"])}
+
     def _linear(self, tallies: dict[str | None, Counter]) -> Counter:
         """That of the whole model from those of the shallow ones."""
         more = [(count - 1.0, kind) for kind, count in Counter(self.config.model.mixers).items()]

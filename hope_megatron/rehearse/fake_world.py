@@ -15,13 +15,14 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hope_megatron.engine import engine as engine_module
 from hope_megatron.engine.control import ControlGroup
 from hope_megatron.engine.distributed import Mesh, init_distributed, shutdown_distributed
 from hope_megatron.optim.exchange import Communicator, Topology
+from hope_megatron.rehearse.fast_fake import FastFake
 from hope_megatron.rehearse.watch import Watch, calling_line
 
 
@@ -54,6 +55,7 @@ def fake_world(parallel: Any, world_size: int, rank: int, watch: Watch) -> Itera
         for target, name, replacement in _replacements(mesh, watch):
             stack.enter_context(patch.object(target, name, replacement))
         stack.enter_context(fake)
+        stack.enter_context(patch.object(watch, "run", FastFake(fake)))
         stack.enter_context(watch)
         yield mesh
 
@@ -105,7 +107,7 @@ def _replacements(mesh: Mesh, watch: Watch) -> Iterator[tuple[Any, str, Any]]:
     yield engine_module, "ControlGroup", LonelyControl
     yield Communicator, "over", classmethod(over)
     yield Communicator, "check_agreement", lambda self, description, what: None
-    yield Tensor, "tolist", tolist
+    yield FakeTensor, "tolist", tolist  # its own asks for one number after the other
     # Module.to swaps fake parameters, which their storages' weak references forbid. All is on one device here.
     yield nn.Module, "to", _to
     yield nn.Module, "bfloat16", lambda self: _to(self, torch.bfloat16)

@@ -15,22 +15,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hope_megatron.config.run import RunConfig
+from hope_megatron.engine.policy import matmul_precision, policy_restored
 from hope_megatron.ops.memory import operator
 from hope_megatron.ops.memory.backends.registry import Case
 from hope_megatron.ops.regions import Region
-from hope_megatron.optim import exchange
+from hope_megatron.optim import build, exchange
 from hope_megatron.rehearse.operators import Family, tensors_in
+from hope_megatron.rehearse.triton_launches import TritonLaunches
 from hope_megatron.rehearse.watch import Watch
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
 @contextlib.contextmanager
-def gpu_path(watch: Watch) -> Iterator[None]:
+def gpu_path(watch: Watch, config: RunConfig) -> Iterator[None]:
     """Choose as a GPU would, for a while."""
     stand_ins = _StandIns(watch)
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, TritonLaunches(watch, config.model) as triton:
+        stack.enter_context(policy_restored())
+        torch.set_float32_matmul_precision(matmul_precision(config.training))
+        stack.enter_context(patch.object(build, "device_type", lambda named_parameters: "cuda"))
         stack.enter_context(_memories_on("cuda"))
+        stack.enter_context(patch.object(operator, "choose", triton.choose))
         stack.enter_context(patch.object(F, "rms_norm", stand_ins.rms_norm))
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", stand_ins.attention))
         stack.enter_context(patch.object(Region, "runner", staticmethod(stand_ins.region)))

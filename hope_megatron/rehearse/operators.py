@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-Family = Literal["products", "solves", "attention", "norms", "pointwise", "reductions", "copies", "indexing"]
+Family = Literal[
+    "products", "solves", "attention", "norms", "pointwise", "reductions", "copies", "indexing", "memories"
+]
 
 
 def _names(text: str) -> set[str]:
@@ -120,6 +122,11 @@ def bytes_of(tensor: Tensor) -> int:
     for size, stride in zip(tensor.shape, tensor.stride()):
         number *= size if stride else 1
     return number
+
+
+def together(tensors: list[Tensor]) -> int:
+    """Kernels of an operator on lists: one takes some 64 tensors, and 320 blocks of 64 Ki numbers (MultiTensorApply.cuh)."""
+    return max(1, -(-len(tensors) // 128), -(-sum(x.numel() for x in tensors) // (2 * 320 << 16)))
 
 
 def flops_of(func: Any, kind: Kind, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:

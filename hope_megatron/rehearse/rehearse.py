@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import warnings
 from typing import Any
 
 from hope_megatron.config.run import RunConfig
+from hope_megatron.rehearse.cheap_pass import cheap_passes
 from hope_megatron.rehearse.depth import Depths, shallow, short_tokens, update_kinds
 from hope_megatron.rehearse.fake_world import fake_world, stand_in
 from hope_megatron.rehearse.gpu_path import cpu_path, gpu_path
@@ -28,7 +30,7 @@ def rehearse(config: RunConfig, world_size: int, *, rank: int = 0, as_gpu: bool 
     """
     accumulation = config.accumulation_steps(world_size)
     watch = Watch(stand_in=stand_in, rounded=as_gpu)
-    path = gpu_path(watch) if as_gpu else cpu_path()
+    path = gpu_path(watch, config) if as_gpu else cpu_path()
     with warnings.catch_warnings(), path, fake_world(config.parallel, world_size, rank, watch) as mesh:
         warnings.simplefilter("ignore")
 
@@ -63,12 +65,14 @@ def _whole_steps(stage: Stage, config: RunConfig, accumulation: int) -> list[tup
     """
     windows = config.training.seq_length // (config.training.truncate_tokens or config.training.seq_length)
     short = [windows * short_tokens(config)]
-    stage.step(short)  # makes the optimizer's state
     recordings: list[tuple[Recording, float]] = []
-    for number, share in update_kinds(config):
-        set_clock(stage, number)
-        passes = 3 if accumulation > 1 and not recordings else 1
-        recordings.append((stage.step(short * passes), share))
+    partitioned = config.parallel.zero_stage == 3
+    with contextlib.nullcontext() if partitioned else cheap_passes(stage.engine.model):
+        stage.step(short)  # makes the optimizer's state
+        for number, share in update_kinds(config):
+            set_clock(stage, number)
+            passes = 3 if accumulation > 1 and not recordings else 1
+            recordings.append((stage.step(short * passes), share))
     return recordings
 
 

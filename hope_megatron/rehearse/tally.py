@@ -13,6 +13,7 @@ FIELDS = {
     "kernels": ("phase", "family"),
     "bytes": ("phase", "family"),
     "flops": ("phase", "family", "dtype"),
+    "steps": ("phase", "family"),
     "collective": ("phase", "operator", "group", "way"),
     "collective_bytes": ("phase", "operator", "group", "way"),
     "wait": ("phase", "where"),
@@ -21,6 +22,7 @@ FIELDS = {
 """What stands in a key after its kind.
 
 op: calls of an operator. kernels: those it starts on a GPU. bytes: read and written. flops: of products, solves and attention.
+steps: chunks that kernels go through one after the other.
 collective: calls; way: exposed, or overlapped. collective_bytes: of the
 largest operand. wait: the host waits for the device. agreement: the host waits for other hosts.
 """

@@ -99,7 +99,7 @@ def verdict(
 def works_of(tally: Tally) -> Phases:
     """Kernels, bytes and FLOPs by phase and family."""
     works = {phase: {} for phase in phases_of(tally)}  # type: dict[str, dict[str, Work]]
-    for what in ("kernels", "bytes"):
+    for what in ("kernels", "bytes", "steps"):
         for (phase, family), value in grouped(tally, what, "phase", "family").items():
             setattr(works[phase].setdefault(family, Work()), what, value)
     for (phase, family, dtype), value in grouped(tally, "flops", "phase", "family", "dtype").items():
@@ -158,7 +158,7 @@ def _collective(transfer: Transfer, hardware: Hardware, efficiency: Efficiency) 
 
 def _memory(depths: Depths) -> dict[str, Any]:
     """The peak, what is alive then, and the curve."""
-    offloads, at_rest = depths.config.parallel.cpu_offload, dict(depths.whole.alive_at_start)
+    offloads, at_rest = depths.config.parallel.cpu_offload, depths.at_rest()
     host = at_rest.pop("optimizer") if offloads else 0
     start = sum(at_rest.values())
     timeline = depths.timeline()

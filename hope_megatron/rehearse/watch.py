@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hope_megatron.rehearse.memory import MemoryLog
-from hope_megatron.rehearse.operators import Family, Kind, bytes_of, flops_of, kind_of, tensors_in
+from hope_megatron.rehearse.operators import Family, Kind, bytes_of, flops_of, kind_of, tensors_in, together
 from hope_megatron.rehearse.tally import Tally
 
 StandIn = Callable[[Tensor], Any]
@@ -43,6 +43,10 @@ class Watch(TorchDispatchMode):
         self.groups: dict[str, tuple[int, ...]] = {}
         """Ranks of the groups that communicated, by name."""
         self._stand_in = stand_in
+        self.run: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] = lambda func, args, kwargs: func(
+            *args, **kwargs
+        )
+        """Runs an operator."""
         self._hidden = False
         self._kinds: dict[Any, Kind] = {}
 
@@ -54,8 +58,8 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if self._hidden:
-            return func(*args, **kwargs)
+        if self._hidden or func.namespace == "prim":
+            return self.run(func, args, kwargs)
         kind = self._kinds.get(func)
         if kind is None:
             kind = self._kinds[func] = kind_of(func)
@@ -65,10 +69,8 @@ class Watch(TorchDispatchMode):
                 return self._stand_in(args[0])
         if kind.is_collective:
             self._collective(kind, args, kwargs)
-        if func.namespace == "prim":
-            return func(*args, **kwargs)
         self.memory.time += 1
-        out = func(*args, **kwargs)
+        out = self.run(func, args, kwargs)
         if kind.is_view:
             return out
         outputs = tensors_in(out, [])
@@ -88,7 +90,7 @@ class Watch(TorchDispatchMode):
         dtype = inputs[0].dtype if inputs else outputs[0].dtype if outputs else torch.float32
         flops = flops_of(func, kind, args, kwargs, out)
         tally["op", phase, family, kind.name] += 1
-        tally["kernels", phase, family] += kind.kernels
+        tally["kernels", phase, family] += together(inputs) if kind.name.startswith("_foreach") else kind.kernels
         tally["bytes", phase, family] += moved
         if flops:
             tally["flops", phase, family, math_dtype(dtype)] += flops
@@ -116,15 +118,24 @@ class Watch(TorchDispatchMode):
             self._hidden = outer
 
     def count_kernel(
-        self, name: str, family: Family, inputs: list[Tensor], outputs: list[Tensor], kernels: int = 1, flops: float = 0
+        self,
+        name: str,
+        family: Family,
+        inputs: list[Tensor],
+        outputs: list[Tensor],
+        kernels: int = 1,
+        flops: float = 0,
+        steps: int = 0,
     ) -> None:
-        """Count what no operator says: a fused kernel, by what it reads and writes."""
+        """Count what no operator says: a fused kernel, by what it reads and writes. steps: see tally.FIELDS."""
         self.memory.time += 1
         self.tally["op", self.phase, family, name] += 1
         self.tally["kernels", self.phase, family] += kernels
         self.tally["bytes", self.phase, family] += sum(map(bytes_of, inputs)) + sum(map(bytes_of, outputs))
         if flops:
             self.tally["flops", self.phase, family, math_dtype(inputs[0].dtype)] += flops  # type: ignore[assignment]
+        if steps:
+            self.tally["steps", self.phase, family] += steps
         for tensor in outputs:
             self.memory.see(tensor, f"{self.module} {name}")
 

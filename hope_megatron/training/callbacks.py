@@ -24,9 +24,11 @@ from hope_megatron.training.ledger import RunLedger
 from hope_megatron.training.loop import Callback, Run
 from hope_megatron.training.metrics import MetricsFile, read_metrics
 from hope_megatron.training.plots import plot_curves
+from hope_megatron.training.profiling import Profiling
 from hope_megatron.training.progress import Progress
 from hope_megatron.training.run_directory import RunDirectory
 from hope_megatron.training.signals import signal_name
+from hope_megatron.training.speed import in_gib, memory_bytes, speed_metrics
 from hope_megatron.training.step import StepResult, evaluate
 from hope_megatron.training.tracking import Trackers
 from hope_megatron.training.watch import Replicas, Stragglers
@@ -37,6 +39,7 @@ log = logging.getLogger(__name__)
 def default_callbacks(progress: Progress, tracker: Trackers | None) -> list[Callback]:
     """What every run does. The record of a step is written before the checkpoint of that step."""
     return [
+        Profiling(),
         FirstStep(),
         Judgements(),
         HeldoutEvaluation(),
@@ -165,7 +168,7 @@ class MetricsRecord(Callback):
         self.tracker = tracker
 
     def start(self, run: Run) -> None:
-        self._last = (run.state.tokens, time.monotonic(), 0.0)
+        self._last = (run.state.tokens, time.monotonic(), 0.0, HEART.waited_s)
         self._first = True
         if run.engine.mesh.rank == 0:
             self._file = MetricsFile(run.directory.metrics)
@@ -173,7 +176,7 @@ class MetricsRecord(Callback):
                 self._file.drop_after(run.state.step)
 
     def rolled_back(self, run: Run) -> None:
-        self._last = (run.state.tokens, time.monotonic(), self._last[2])
+        self._last = (run.state.tokens, time.monotonic(), *self._last[2:])
         if run.engine.mesh.rank == 0:
             with best_effort(run.directory.metrics.name):
                 self._file.drop_after(run.state.step)
@@ -205,9 +208,12 @@ class MetricsRecord(Callback):
         """Collective: the optimizer's statistics are over all ranks."""
         assert run.reader is not None
         now = time.monotonic()
-        tokens, since, stalled = self._last
-        self._last = (run.state.tokens, now, run.reader.stall_s)
-        stall_us = run.engine.control.maximum([round(1e6 * (run.reader.stall_s - stalled))])[0]
+        tokens, since, stalled, waited = self._last
+        self._last = (run.state.tokens, now, run.reader.stall_s, HEART.waited_s)
+        sizes, mesh = memory_bytes(run.engine.mesh.device), run.engine.mesh
+        seconds = (run.reader.stall_s - stalled, HEART.waited_s - waited)
+        stall_us, wait_us, *most = run.engine.control.maximum([*(round(1e6 * s) for s in seconds), *sizes.values()])
+        tokens_per_s = (run.state.tokens - tokens) / max(now - since, 1e-9)
         stats = run.engine.optimizer.last_step_stats(reduce=True)
         stats.pop("optim/newton_schulz_calls_total", None)  # counts this process only
         measured = {"train/loss": result.loss, "train/grad_norm": result.grad_norm}
@@ -219,8 +225,11 @@ class MetricsRecord(Callback):
             **stats,
             # of the saves since the last record; the one of this step follows
             "checkpoint/stall_s": run.checkpointer.take_stall_s(),
-            "speed/tokens_per_s": (run.state.tokens - tokens) / max(now - since, 1e-9),
+            "speed/tokens_per_s": tokens_per_s,
+            **speed_metrics(run.config, tokens_per_s, mesh.world_size, mesh.device),
+            **in_gib(dict(zip(sizes, most))),
             "time/data_stall_s": stall_us / 1e6,
+            "time/communication_s": wait_us / 1e6,
             "time/wall_s": run.state.wall_s,
             "time/unix_s": time.time(),
         }

@@ -10,6 +10,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hope_megatron.checkpoint.checkpointer import Checkpointer
 from hope_megatron.checkpoint.format import checkpoint_step
 from hope_megatron.config.run import RunConfig
@@ -18,6 +20,7 @@ from hope_megatron.runtime.heartbeat import HEART
 from hope_megatron.runtime.reports import report_ready
 from hope_megatron.training.batches import BatchReader, SampleSource
 from hope_megatron.training.ledger import RunLedger, next_sample
+from hope_megatron.training.out_of_memory import explained, snapshot_beside
 from hope_megatron.training.phases import PhaseClock
 from hope_megatron.training.run_directory import RunDirectory
 from hope_megatron.training.signals import StopRequest
@@ -119,15 +122,15 @@ def train(run: Run, callbacks: Sequence[Callback]) -> Outcome:
             for callback in callbacks:
                 callback.before_step(run)
             started = time.monotonic()
-            result = _step(run)
+            result = _step(run, stop)
             run.state.wall_s += time.monotonic() - started
             HEART.enter("after step")
-            # Ranks get their signals at different moments; they leave after the same step.
-            run.stop_signal, spike = run.engine.control.maximum([stop.signal_number, result.spike])
+            # Ranks get their signals at different moments; they have agreed on one beside the gradient norm.
+            run.stop_signal = result.stop_signal
             run.metrics.clear()
             for callback in callbacks:
                 callback.after_step(run, result)
-            if spike and not run.is_last_step and roll_back(run):
+            if result.spike and not run.is_last_step and roll_back(run):
                 for callback in callbacks:
                     callback.rolled_back(run)
             HEART.end_step()
@@ -176,12 +179,16 @@ def read_skipped_samples(run: Run) -> list[tuple[int, int]]:
     return [(first, end) for first, end in run.engine.control.broadcast(mine)]
 
 
-def _step(run: Run) -> StepResult:
+def _step(run: Run, stop: StopRequest) -> StepResult:
     step, batch_size = run.state.step + 1, run.config.training.global_batch_size
     assert run.reader is not None
     run.state.samples = next_sample(run.state.samples, batch_size, run.skipped_samples)
     try:
-        return train_step(run.engine, run.reader, run.state, run.config)
+        return train_step(run.engine, run.reader, run.state, run.config, lambda: stop.signal_number)
+    except torch.OutOfMemoryError as error:
+        mesh = run.engine.mesh
+        snapshot = snapshot_beside(run.directory.path, mesh.rank)
+        raise explained(error, run.config, mesh.world_size, mesh.rank, snapshot) from error
     except NonFiniteError as error:
         run.checkpointer.wait()
         raise NonFiniteError(

@@ -12,6 +12,11 @@ member of a line, `crc`, is its checksum (runtime/records.py).
 | optim/* | | what the optimizer reports of its last step |
 | memory/*, cms/* | | how memories and levels fare: see hope_megatron/eval/memory_health.py |
 | speed/tokens_per_s | tokens/s | over all ranks, since the last record |
+| speed/tokens_per_s_per_gpu | tokens/s | the same per process |
+| speed/mfu | | on GPUs: share of the bf16 peak that forward and backward take, once each; mfu_outer, mfu_inner: its parts |
+| speed/hfu | | the same with what backward computes again |
+| gpu/allocated_gib, gpu/reserved_gib, gpu/peak_gib | GiB | of the fullest rank; the peak since the last record |
+| time/communication_s | s | the host waited in collectives (seldom on GPUs) since the last record, slowest rank |
 | time/data_stall_s | s | steps waited for their batches since the last record, on the slowest rank |
 | time/wall_s | s | spent in steps since step 0 |
 | time/start_*_s | s | phases of the start-up (phases.py), in the first record of each start |

@@ -78,6 +78,9 @@ class Progress:
                 parts.append(f"{label} {form.format(self._latest[name])}")
             if label == "loss" and self._weight:
                 parts.append(f"(smoothed {self._smoothed / self._weight:.3f})")
+        for name, label, form in (("speed/mfu", "MFU", "{:.1%}"), ("gpu/peak_gib", "peak", "{:.1f} GiB")):
+            if name in self._latest:
+                parts.append(f"{label} {form.format(self._latest[name])}")
         seconds = self._clock.seconds_per_step
         if seconds:
             parts.append(f"{self.tokens_per_step / seconds:,.0f} tokens/s")

@@ -11,8 +11,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class StopRequest:
     """Remembers the first stop signal. A second Ctrl-C raises KeyboardInterrupt and so quits at once.
 
-    The flag belongs to one process; ranks get their signals at different moments, or not at all. The loop takes the
-    maximum over all ranks after each step, so that they leave together.
+    The flag belongs to one process; ranks get their signals at different moments, or not at all. They take the
+    maximum over all of them before each update, so that they leave together.
     """
 
     def __init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -35,13 +36,26 @@ class StepResult:
     """Whether the step was computed a second time."""
     spike: bool = False
     """Whether the loss has been far too high for so many steps that this is a spike."""
+    stop_signal: int = 0
+    """The largest signal that asked a rank to end the run before this update."""
 
 
-def train_step(engine: Engine, reader: BatchReader, state: TrainingState, config: RunConfig) -> StepResult:
+def train_step(
+    engine: Engine,
+    reader: BatchReader,
+    state: TrainingState,
+    config: RunConfig,
+    stop_signal: Callable[[], int] = int,
+) -> StepResult:
     """Take the next global batch, and update the parameters by the gradient of its mean loss.
 
     A gradient that is not finite, or extreme, is computed once more: what a machine got wrong once, it mostly gets right then.
     If it comes again, all ranks skip the step together, before any parameter or optimizer state has changed.
+
+    The host waits for the device once: it reads norm, loss, tokens and stop signals together, the same on all ranks.
+
+    Args:
+        stop_signal: the signal that asks this process to end the run, or 0; asked after backward.
 
     Raises:
         NonFiniteError: on all ranks, when the rules of the run (`resilience.bad_step`) do not let it skip, or no longer.
@@ -65,18 +79,20 @@ def train_step(engine: Engine, reader: BatchReader, state: TrainingState, config
             loss_sum += engine.forward_backward(tokens, targets, valid, reader.documents(tokens))
         judgements.append(Judgement.NONFINITE)  # unless the norm is finite, so that somebody asks
 
-        def accept(norm: float, loss_sum: torch.Tensor = loss_sum) -> bool:
+        def beside(loss_sum: torch.Tensor = loss_sum) -> list[torch.Tensor | float]:
             HEART.enter("agree")
-            own = guard.judge(state, float(loss_sum), norm)
-            judgements[-1] = Judgement(engine.control.maximum([own.value])[0])
+            return [engine.global_loss(loss_sum), valid, stop_signal()]
+
+        def accept(norm: float) -> bool:
+            judgements[-1] = guard.judge(state, engine.read_beside[0], norm)
             return not guard.refuses(judgements[-1])
 
-        grad_norm = engine.step(multiplier, accept)
+        grad_norm = engine.step(multiplier, accept, beside)
         if not engine.skipped or len(judgements) == 2 or guard.bad_step.nonfinite == "off":
             break
 
-    num_tokens = int(valid)
-    loss = engine.global_loss(loss_sum) / num_tokens
+    total_loss, num_tokens, signal = engine.read_beside[0], *map(int, engine.read_beside[1:])
+    loss = total_loss / num_tokens
     if engine.skipped:
         _may_skip(state, guard, judgements[-1], loss)
     state.step += 1
@@ -88,7 +104,7 @@ def train_step(engine: Engine, reader: BatchReader, state: TrainingState, config
     else:
         state.tokens += num_tokens
         spike = guard.accept(state, loss, grad_norm)
-    return StepResult(loss, grad_norm, multiplier, judgements[0], engine.skipped, len(judgements) == 2, spike)
+    return StepResult(loss, grad_norm, multiplier, judgements[0], engine.skipped, len(judgements) == 2, spike, signal)
 
 
 def _may_skip(state: TrainingState, guard: Guard, judgement: Judgement, loss: float) -> None:

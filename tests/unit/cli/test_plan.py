@@ -13,7 +13,7 @@ from hope_megatron.config.accounting import num_parameters
 
 
 def test_json_adds_up(capsys):
-    assert main(["plan", "hope_760m_30b", "--world", "64", "--json"]) == 0
+    assert main(["plan", "hope_760m_30b", "--world", "16", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     counts = plan["parameters"]
     assert counts.pop("total") == num_parameters(load_model_config("hope_760m"))
@@ -23,7 +23,8 @@ def test_json_adds_up(capsys):
     memory = dict(plan["bytes_per_gpu"])
     del memory["capacity"], memory["host"]
     assert memory.pop("total") == pytest.approx(sum(memory.values()))
-    assert plan["mesh"]["data_parallel"] * plan["mesh"]["accumulation_steps"] == plan["run"]["global_batch_size"]
+    passes = plan["mesh"]["data_parallel"] * plan["mesh"]["accumulation_steps"]
+    assert passes * plan["run"]["micro_batch_size"] == plan["run"]["global_batch_size"]
     assert plan["run"]["tokens"] == pytest.approx(30e9, rel=1e-3)
 
 

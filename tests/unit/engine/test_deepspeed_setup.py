@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hope_megatron.config import ConfigError
+from hope_megatron.engine import deepspeed_setup
 from hope_megatron.engine.deepspeed_setup import deepspeed_config
 from hope_megatron.testing.tiny import tiny_run_config
 
@@ -24,9 +25,15 @@ def test_bf16_accumulates_in_fp32_and_refuses_overflow():
     settings = deepspeed_config(tiny_run_config(precision="bf16"), 1)
     assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
     assert settings["bf16"] == {"enabled": True, "check_grad_overflow": True}
+    assert settings["communication_data_type"] == "fp32"  # sums over ranks too
     assert "bf16" not in deepspeed_config(tiny_run_config(), 1)
 
 
 def test_zero_0_in_bf16_is_refused():
     with pytest.raises(ValueError, match="set zero_stage=1"):
         tiny_run_config(zero_stage=0, precision="bf16")
+
+
+def test_gradients_are_added_in_portions_of_bounded_size(monkeypatch):
+    monkeypatch.setattr(deepspeed_setup, "_NUMEL_AT_ONCE", 10)
+    assert deepspeed_setup._in_portions([0, 1, 2, 4, 5], [4, 6, 1, 50, 3]) == [[0, 1], [2], [4], [5]]

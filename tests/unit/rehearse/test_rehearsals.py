@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("name", ["against_reality.py", "command.py"])
+@pytest.mark.parametrize("name", ["against_reality.py", "closed_forms.py", "command.py"])
 def test_in_a_process_of_its_own(name: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(name))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)

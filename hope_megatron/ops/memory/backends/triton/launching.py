@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,10 @@ class Launch(NamedTuple):
     warps: int
 
 
-_record: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("recorded launches", default=None)
+Observer = Callable[[Any, tuple[int, ...], dict[str, Any], dict[str, Any], int], None]
+"""(kernel, grid, arguments by name, constants, warps) of a launch that is not made."""
+
+_observer: contextvars.ContextVar[Observer | None] = contextvars.ContextVar("who is told of launches", default=None)
 
 
 def launch(
@@ -35,25 +38,37 @@ def launch(
     """Run `function` on a grid of programs. warps: of a program; None: 4, and 8 where a tile has 128 rows."""
     if warps is None:
         warps = 8 if max(constants.get(name, 0) for name in ("C", "D", "H", "P", "Q")) > 64 else 4
-    record = _record.get()
-    if record is None:
+    observer = _observer.get()
+    if observer is None:
         function[grid](*arguments, **constants, num_warps=warps, num_stages=1)
-        return
-    names = function.arg_names[: len(arguments)]
-    like = lambda x: torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="meta")  # noqa: E731
-    known = {name: like(x) if isinstance(x, Tensor) else x for name, x in zip(names, arguments)}
-    record.append(Launch(function, grid, known, constants, warps))
+    else:
+        observer(function, grid, dict(zip(function.arg_names, arguments)), constants, warps)
+
+
+@contextlib.contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Tell `observer` of launches of this thread instead of making them: results are whatever memory held.
+
+    The host's code runs as always, so its tensors may be on the CPU, on "meta", or fake.
+    """
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
 
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Collect launches of this thread instead of running them: results are whatever memory held.
-
-    The host's code runs as always, so its tensors may be on the CPU or on "meta".
-    """
+    """Collect launches of this thread instead of making them; see `observed`."""
     found: list[Launch] = []
-    token = _record.set(found)
-    try:
+
+    def note(
+        function: Any, grid: tuple[int, ...], arguments: dict[str, Any], constants: dict[str, Any], warps: int
+    ) -> None:
+        like = lambda x: torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="meta")  # noqa: E731
+        known = {name: like(x) if isinstance(x, Tensor) else x for name, x in arguments.items()}
+        found.append(Launch(function, grid, known, constants, warps))
+
+    with observed(note):
         yield found
-    finally:
-        _record.reset(token)

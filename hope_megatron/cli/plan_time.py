@@ -1,0 +1,133 @@
+"""The time of a step in `hope plan`: by phase, with its bound and an interval; the search for settings; calibration by a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hope_megatron.cli.rehearse_report import seconds_text
+from hope_megatron.config.base import ConfigError
+from hope_megatron.config.calibration import calibrate, measured_step_s, write_efficiency
+from hope_megatron.config.efficiency import Efficiency
+from hope_megatron.config.hardware import Hardware
+from hope_megatron.config.load import load_run_config
+from hope_megatron.config.run import RunConfig
+from hope_megatron.config.step_time import step_time, why_not_counted
+from hope_megatron.config.tuning import Choice, best_choices
+from hope_megatron.runtime.formatting import bytes_text, duration_text
+from hope_megatron.runtime.records import parse_records
+
+
+def plan_time(config: RunConfig, world_size: int, hardware: Hardware, efficiency: Efficiency) -> dict[str, Any]:
+    """Time of a step as plain data; `unknown` says why it cannot be counted in closed form."""
+    if (reason := why_not_counted(config)) is not None:
+        return {"unknown": reason}
+    found, steps = step_time(config, world_size, hardware, efficiency), config.training.steps
+    phases = {
+        name: {
+            "launch_s": phase.launch,
+            "memory_s": phase.memory,
+            "math_s": phase.math,
+            "latency_s": phase.latency,
+            "network_s": phase.network,
+            "total_s": phase.total,
+        }
+        for name, phase in found.phases.items()
+    }
+    return {
+        "phases": phases,
+        "bound": found.bound,
+        "step_s": found.seconds,
+        "step_s_interval": [found.fastest_s, found.slowest_s],
+        "tokens_per_second": found.tokens_per_second,
+        "tokens_per_second_per_gpu": found.tokens_per_second / world_size,
+        "hours": found.seconds * steps / 3600,
+        "hours_interval": [found.fastest_s * steps / 3600, found.slowest_s * steps / 3600],
+    }
+
+
+def print_time(console: Any, time: dict[str, Any], world_size: int) -> None:
+    """Phases, bound and interval."""
+    if "unknown" in time:
+        console.print(f"\ntime by phase unknown: {time['unknown']}; `hope rehearse` counts it", soft_wrap=True)
+        return
+    from rich.table import Table
+
+    table = Table(title="Time of a step, counted", title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for column in ("", "launches", "memory", "math", "small kernels", "network", "takes"):
+        table.add_column(column, justify="left" if not column else "right", header_style="dim")
+    for name, phase in time["phases"].items():
+        keys = ("launch_s", "memory_s", "math_s", "latency_s", "network_s", "total_s")
+        table.add_row(name, *(seconds_text(phase[key]) for key in keys))
+    console.print("", table)
+    rate, hours = time["tokens_per_second_per_gpu"], [time["hours"], *time["hours_interval"]]
+    expected, low, high = (duration_text(3600 * x) for x in hours)
+    console.print(
+        f"step {seconds_text(time['step_s'])}, bound by {time['bound']}: {rate:,.0f} tokens/s per GPU, [bold]{expected}[/bold], "
+        f"between {low} and {high} at the ends of the assumed efficiencies (counted, not measured)",
+        soft_wrap=True,
+    )
+
+
+def tune(config: RunConfig, world_size: int, hardware: Hardware, efficiency: Efficiency) -> list[Choice]:
+    """The best five settings.
+
+    Raises:
+        ConfigError: where the closed forms do not hold.
+    """
+    if (reason := why_not_counted(config)) is not None:
+        raise ConfigError(
+            f"--tune: {reason}; the closed forms do not hold. Compare settings by hope rehearse --against"
+        )
+    return best_choices(config, world_size, hardware, efficiency)
+
+
+def choices_data(choices: list[Choice], world_size: int) -> list[dict[str, Any]]:
+    """As plain data."""
+    return [
+        {
+            "overrides": choice.overrides,
+            "step_s": choice.time.seconds,
+            "step_s_interval": [choice.time.fastest_s, choice.time.slowest_s],
+            "tokens_per_second_per_gpu": choice.time.tokens_per_second / world_size,
+            "bound": choice.time.bound,
+            "memory_bytes": choice.memory_bytes,
+        }
+        for choice in choices
+    ]
+
+
+def print_choices(choices: list[dict[str, Any]]) -> None:
+    """One line for each, the fastest first."""
+    for number, choice in enumerate(choices, 1):
+        low, high = choice["step_s_interval"]
+        print(
+            f"{number}. {choice['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU, step {seconds_text(choice['step_s'])} "
+            f"({seconds_text(low)} to {seconds_text(high)}, bound by {choice['bound']}), {bytes_text(choice['memory_bytes'])} "
+            f"without temporaries\n   {' '.join(choice['overrides'])}"
+        )
+    print("counted, not measured; hope rehearse with these overrides gives the peak of memory")
+
+
+def write_overrides(path: Path, choice: Choice, title: str) -> None:
+    """The winner's settings, as dotted keys of a run file."""
+    lines = [f"# {title}", *(f"{text.replace('=', ': ', 1)}" for text in choice.overrides)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def calibrate_by(run: Path, world_size: int, hardware: Hardware, out: Path) -> str:
+    """Write the efficiencies that a run reached; says what was found.
+
+    Raises:
+        ConfigError: if `run` is no run's directory, or its steps cannot be counted.
+    """
+    for name in ("config.yaml", "metrics.jsonl"):
+        if not (run / name).is_file():
+            raise ConfigError(f"--calibrate {run}: it has no {name}; give the directory of a run")
+    config = load_run_config(run / "config.yaml")
+    if (reason := why_not_counted(config)) is not None:
+        raise ConfigError(f"--calibrate {run}: {reason}; the closed forms do not hold")
+    step_s = measured_step_s(parse_records((run / "metrics.jsonl").read_bytes())[0], config)
+    planned = step_time(config, world_size, hardware).seconds
+    write_efficiency(out, calibrate(config, world_size, hardware, step_s), f"{run}, {world_size} x {hardware.name}")
+    return f"measured {seconds_text(step_s)} a step where {seconds_text(planned)} were planned; written: {out}"

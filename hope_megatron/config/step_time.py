@@ -1,0 +1,233 @@
+"""Time of a step from closed forms: what `hope plan` says. The same formula as `hope rehearse` (roofline.py), on counts from sizes.
+
+Counts of forward, recomputation and backward were fitted to rehearsals and agree with them within 2 % (step_counts.json, made by
+tools/fit_step_counts.py). They hold for HOPE's own rule on Triton kernels, which no GPU has run, and for softmax attention.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from hope_megatron.config.accounting import forward_flops, num_parameters, weight_table
+from hope_megatron.config.efficiency import DEFAULT, Efficiency, End
+from hope_megatron.config.features import frame_features, layer_features
+from hope_megatron.config.hardware import Hardware
+from hope_megatron.config.roofline import Bound, PhaseTime, Transfer, Work, bound_of, phase_times
+from hope_megatron.config.run import RunConfig
+
+_COUNTS = Path(__file__).with_name("step_counts.json")
+# Reduction and update: counted for presets of 760M and 1.3B on 8 and 32 ranks, within 10 %; those of Muon and SGD are guesses.
+_NEWTON_SCHULZ_FLOPS = 35e3
+"""Per parameter at matrices of width 2048."""
+_UPDATE_BYTES = {"m3": 200, "muon": 150, "adamuon": 160, "adamw": 88, "sgd": 60}
+"""Per parameter of a shard."""
+_UPDATE_BYTES_LOCAL = 31
+"""Per parameter of a rank: the norm, clipping, clearing, and the gathered weights."""
+_UPDATE_KERNELS = {"m3": 1350, "muon": 1000, "adamuon": 1000, "adamw": 350, "sgd": 300}
+_REDUCTION_BYTES, _REDUCTION_BYTES_PER_MICRO_BATCH = 20, 18
+"""Per parameter of a rank: flattened, reduced and copied back once a step; bf16 added to float32 for each micro-batch."""
+_REDUCTION_KERNELS = 60
+PROGRAMS_AT_ONCE = 264
+"""Programs of a loop over chunks that an H100 runs side by side: two on each of 132 multiprocessors."""
+_LOOPS = 2
+"""Kernels of a layer and phase that go from chunk to chunk: that of the self-memories and that of the main memory."""
+_TAPE_BYTES = 870
+"""Per token and channel of the heads: rehearsed peaks of hope_760m and hope_1b3, less their footprint, at chunks of 64."""
+_MEMORY_BACKWARD = 3
+"""Products of the memories' backward over those of their forward."""
+
+Works = dict[str, dict[str, Work]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """A step on given hardware."""
+
+    phases: dict[str, PhaseTime]
+    bound: Bound
+    seconds: float
+    fastest_s: float
+    slowest_s: float
+    """At the ends of the assumed efficiencies."""
+    tokens_per_second: float
+    """Over all devices."""
+
+
+def why_not_counted(config: RunConfig) -> str | None:
+    """Why the closed forms do not hold for a run, or None if they do."""
+    memory = config.model.memory
+    if "memory" in config.model.mixers:
+        changed = sorted(
+            memory.model_dump(exclude_defaults=True).keys() - {"chunk_tokens", "kernel", "keep_every", "precision"}
+        )
+        if changed:
+            return f"memory.{changed[0]} is not HOPE's own"
+        if memory.kernel in ("torch", "phases", "cpu"):
+            return f"memory.kernel={memory.kernel}; they are of the Triton kernels"
+    if config.parallel.context_parallel > 1:
+        return "it splits sequences over ranks (parallel.context_parallel)"
+    if config.model.cms.learns_in_context or config.training.truncate_tokens:
+        return "it learns in context, or cuts sequences into windows"
+    return None
+
+
+def kernel_tape_bytes(config: RunConfig) -> float:
+    """What the memories' Triton kernels keep while backward is in a layer, on top of `footprint`; 0 where they are not counted."""
+    if "memory" not in config.model.mixers or why_not_counted(config) is not None:
+        return 0.0
+    tokens = config.training.micro_batch_size * config.training.seq_length
+    return _TAPE_BYTES * tokens * config.model.num_heads * config.model.head_dim / config.parallel.tensor_parallel
+
+
+def step_time(config: RunConfig, world_size: int, hardware: Hardware, efficiency: Efficiency = DEFAULT) -> StepTime:
+    """Time of a step of a run for which `why_not_counted` has no reason."""
+    works, transfers = step_works(config, world_size), step_transfers(config, world_size)
+
+    def at(end: End) -> dict[str, PhaseTime]:
+        return phase_times(works, transfers, hardware, efficiency, end)
+
+    expected = at("expected")
+    seconds, fastest, slowest = (sum(p.total for p in times.values()) for times in (expected, at("best"), at("worst")))
+    return StepTime(
+        phases=expected,
+        bound=bound_of(expected),
+        seconds=seconds,
+        fastest_s=fastest,
+        slowest_s=slowest,
+        tokens_per_second=config.training.tokens_per_step / seconds,
+    )
+
+
+def micro_batch_works(config: RunConfig) -> Works:
+    """Kernels, bytes and FLOPs of a micro-batch on one rank, by phase and family."""
+    counts: Counter[str] = Counter()
+    for kind, number in Counter(config.model.mixers).items():
+        _add(counts, kind, layer_features(config, kind), number)
+    _add(counts, "frame", frame_features(config), 1)
+    works: Works = {}
+    for key, value in counts.items():
+        phase, family, what = key.split("/")
+        if phase != "recompute" or config.training.recompute == "layer":
+            setattr(works.setdefault(phase, {}).setdefault(family, Work()), what, max(0.0, value))
+    if "memory" in config.model.mixers:
+        for phase in works:
+            works[phase]["memories"].steps = _loop_steps(config)
+    for phase, families in _flops(config).items():
+        for family, flops in families.items():
+            if phase in works and flops:
+                works[phase].setdefault(family, Work()).flops["float32" if family == "memories" else _dtype(config)] = (
+                    flops
+                )
+    return works
+
+
+def step_works(config: RunConfig, world_size: int) -> Works:
+    """The same of a whole step, with reduction and update."""
+    accumulation, dp = config.accumulation_steps(world_size), config.data_parallel(world_size)
+    works = micro_batch_works(config)
+    for families in works.values():
+        for work in families.values():
+            work.kernels, work.bytes, work.steps = (accumulation * x for x in (work.kernels, work.bytes, work.steps))
+            work.flops = {dtype: accumulation * flops for dtype, flops in work.flops.items()}
+    tp, rows = config.parallel.tensor_parallel, weight_table(config.model)
+    local = sum(row.total / (tp if row.sharded else 1) for row in rows)
+    reduced = _REDUCTION_BYTES + _REDUCTION_BYTES_PER_MICRO_BATCH * accumulation
+    works["reduction"] = {"pointwise": Work(_REDUCTION_KERNELS * accumulation, local * reduced)}
+    shard = local / (dp if config.parallel.zero_stage else 1)
+    flops = {}
+    if config.optim.name in ("m3", "muon", "adamuon"):
+        often = 1 + (1 / config.optim.slow_period_steps if config.optim.name == "m3" else 0)
+        matrices = sum(row.total for row in rows if row.matrix) / world_size
+        flops = {"bfloat16": often * matrices * _NEWTON_SCHULZ_FLOPS * config.model.hidden_size / 2048}
+    name = config.optim.name
+    works["update"] = {
+        "pointwise": Work(_UPDATE_KERNELS[name], _UPDATE_BYTES_LOCAL * local + _UPDATE_BYTES[name] * shard),
+        "products": Work(0, 0.0, flops),
+    }
+    return works
+
+
+def step_transfers(config: RunConfig, world_size: int) -> list[Transfer]:
+    """Collectives of a step of rank 0."""
+    tp, dp = config.parallel.tensor_parallel, config.data_parallel(world_size)
+    accumulation, n = (
+        config.accumulation_steps(world_size),
+        config.training.micro_batch_size * config.training.seq_length,
+    )
+    local = num_parameters(config.model) / tp
+    data_ranks, tensor_ranks = tuple(range(0, world_size, tp)), tuple(range(tp))
+    size = 4 if config.parallel.reduce_dtype == "fp32" or config.training.precision == "fp32" else 2
+    found = []
+    if dp > 1:
+        found += _over_data_parallel(config.parallel.zero_stage, data_ranks, accumulation, size * local, 2 * local)
+    if tp > 1:
+        blocks = config.model.num_layers * (1 + len(config.model.cms.levels))
+        each = 2.0 * n * config.model.hidden_size
+        for phase in ("forward", "backward", *(["recompute"] if config.training.recompute == "layer" else [])):
+            operators = ("allgather", "reduce_scatter") if config.parallel.sequence_parallel else ("allreduce",)
+            for operator in operators:
+                calls = blocks * accumulation
+                found.append(Transfer(phase, operator, "tensor parallel", tensor_ranks, calls, calls * each, False))
+    return found
+
+
+def _over_data_parallel(
+    stage: int, ranks: tuple[int, ...], accumulation: int, gradients: float, weights: float
+) -> list[Transfer]:
+    """Gradients and weights, in bytes of a rank's whole model. From stage 2 on gradients are reduced in each micro-batch; at stage
+    3 weights are gathered for each pass."""
+    group = "data parallel"
+    if stage < 2:
+        found = [Transfer("reduction", "allreduce", group, ranks, 1, gradients, False)]
+    else:
+        found = [Transfer("reduction", "reduce_scatter", group, ranks, accumulation, accumulation * gradients, False)]
+    if stage == 3:
+        passes = ("forward", "backward")
+        return found + [
+            Transfer(p, "allgather", group, ranks, accumulation, accumulation * weights, False) for p in passes
+        ]
+    return [*found, Transfer("update", "allgather", group, ranks, 8, weights, False)] if stage else found
+
+
+def _flops(config: RunConfig) -> dict[str, dict[str, float]]:
+    """Of a micro-batch on one rank, by phase and family."""
+    model, training = config.model, config.training
+    n = training.micro_batch_size * training.seq_length / config.parallel.tensor_parallel
+    forward = forward_flops(model, training.seq_length)
+    head = 2.0 * model.padded_vocab_size * model.hidden_size
+    once = {"products": n * forward.outer, "attention": n * forward.attention, "memories": n * forward.memory}
+    return {
+        "forward": once,
+        "recompute": once | {"products": n * (forward.outer - head)},
+        "backward": {
+            "products": 2 * once["products"],
+            "attention": 2.5 * once["attention"],
+            "memories": _MEMORY_BACKWARD * once["memories"],
+        },
+    }
+
+
+def _loop_steps(config: RunConfig) -> float:
+    """Chunks that the loop kernels of a micro-batch go through one after the other, in each of its phases."""
+    model, training = config.model, config.training
+    streams = training.micro_batch_size * model.num_heads // config.parallel.tensor_parallel
+    chunks = training.seq_length // model.memory.chunk_tokens
+    return model.mixers.count("memory") * _LOOPS * chunks * -(-streams // PROGRAMS_AT_ONCE)
+
+
+def _dtype(config: RunConfig) -> str:
+    return "bfloat16" if config.training.precision == "bf16" else config.training.float32_products
+
+
+def _add(counts: Counter[str], part: str, features: dict[str, float], times: float) -> None:
+    for key, coefficients in _coefficients()[part].items():
+        counts[key] += times * sum(x * features[name] for name, x in coefficients.items())  # type: ignore[assignment]
+
+
+@functools.cache
+def _coefficients() -> dict[str, dict[str, dict[str, float]]]:
+    return dict(json.loads(_COUNTS.read_text(encoding="utf-8")))

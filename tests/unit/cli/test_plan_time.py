@@ -1,0 +1,88 @@
+"""`hope plan`: time by phase with its interval, the search for settings, and calibration by a run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hope_megatron.cli.main import main
+from hope_megatron.cli.plan import load_for_plan
+from hope_megatron.config import dump_config
+from hope_megatron.config.footprint import footprint
+from hope_megatron.config.hardware import find_hardware
+from hope_megatron.config.step_time import kernel_tape_bytes, step_time
+from hope_megatron.config.tuning import HEADROOM, best_choices, changed_config
+from hope_megatron.runtime.records import seal
+
+H100 = find_hardware("h100")
+
+
+def test_a_step_takes_its_phases_and_lies_in_its_interval():
+    found = step_time(load_for_plan("hope_760m_30b", []), 8, H100)
+    assert set(found.phases) == {"forward", "recompute", "backward", "reduction", "update"}
+    assert found.seconds == pytest.approx(sum(phase.total for phase in found.phases.values()))
+    assert found.fastest_s < found.seconds < found.slowest_s
+    assert found.bound in ("launch", "memory", "math", "network")
+
+
+def test_launches_bind_small_micro_batches():
+    times = [step_time(load_for_plan("hope_760m", [f"training.micro_batch_size={n}"]), 8, H100) for n in (2, 8)]
+    assert times[0].phases["forward"].launch == pytest.approx(4 * times[1].phases["forward"].launch, rel=0.01)
+    assert times[0].seconds > times[1].seconds
+
+
+def test_what_is_not_counted_is_said(capsys):
+    assert main(["plan", "titans_60m"]) == 0
+    assert "time by phase unknown" in capsys.readouterr().out
+    assert main(["plan", "titans_60m", "--tune"]) == 2
+    assert "hope rehearse --against" in capsys.readouterr().err
+
+
+def test_the_best_five_fit_and_are_no_slower_than_what_was_given():
+    config = load_for_plan("hope_760m_30b", [])
+    choices = best_choices(config, 8, H100)
+    assert len(choices) == 5
+    seconds = [choice.time.seconds for choice in choices]
+    assert seconds == sorted(seconds) and seconds[0] <= step_time(config, 8, H100).seconds
+    for choice in choices:
+        changed = changed_config(config, choice.changes)
+        planned = footprint(changed, 8).total + kernel_tape_bytes(changed)
+        assert planned == choice.memory_bytes <= HEADROOM * H100.memory_bytes
+        assert changed.training.tokens_per_step == config.training.tokens_per_step
+
+
+def test_the_winner_is_written_as_keys_of_a_run_file(tmp_path, capsys):
+    out = tmp_path / "best.yaml"
+    assert main(["plan", "transformer_pp_760m", "--world", "8", "--tune", "--json", "--out", str(out)]) == 0
+    best = json.loads(capsys.readouterr().out)[0]["overrides"]
+    assert out.read_text().splitlines()[1:] == [text.replace("=", ": ", 1) for text in best]
+
+
+def test_a_run_calibrates_the_plan(tmp_path, capsys):
+    config = load_for_plan("transformer_pp_760m_30b", [])
+    slow = 2 * step_time(config, 8, H100).seconds
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    records = [{"step": i, "speed/tokens_per_s": config.training.tokens_per_step / slow} for i in range(1, 6)]
+    (tmp_path / "metrics.jsonl").write_text("".join(seal(record) + "\n" for record in records))
+    out = tmp_path / "cluster.json"
+    assert main(["plan", "--calibrate", str(tmp_path), "--world", "8", "--out", str(out)]) == 0
+    capsys.readouterr()
+    assert main(["plan", "transformer_pp_760m_30b", "--world", "8", "--json", "--efficiency", str(out)]) == 0
+    assert json.loads(capsys.readouterr().out)["time"]["step_s"] == pytest.approx(slow, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["hope_tiny", "--out", "x"], "--out FILE is written by --tune or --calibrate"),
+        (["--calibrate", "nowhere", "--out", "x"], "--calibrate RUN wants --world N"),
+        (["--calibrate", "nowhere", "--out", "x", "--world", "8"], "it has no config.yaml"),
+        (["hope_tiny", "--efficiency", "nowhere.json"], "has no efficiencies"),
+        ([], "give a run file, a model file"),
+    ],
+)
+def test_mistakes(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", *arguments]) == 2
+    assert message in capsys.readouterr().err
