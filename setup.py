@@ -28,8 +28,14 @@ EVAL = ["lm-eval>=0.4.9,<0.5"]
 # A tokenizer.json of Hugging Face: `hope data prepare --tokenizer tokenizer.json`.
 HF = ["tokenizers>=0.20,<1"]
 
-# A prepared set as a webdataset pipeline, for training elsewhere; our own stream reads the same shards without it.
-WEBDATASET = ["webdataset>=1.0,<2"]
+# `hope serve`: OpenAI's interface over HTTP.
+SERVE = [
+    "fastapi>=0.115,<1",
+    "jinja2>=3.1,<4",
+    "prometheus_client>=0.20,<1",
+    "transformers>=4.53,<6",
+    "uvicorn>=0.30,<1",
+]
 
 # Trackers beside MLflow: `tracking.sinks`.
 WANDB = ["wandb>=0.19,<1"]
@@ -40,16 +46,20 @@ TEST = [
     *REMOTE,
     *EVAL,
     *HF,
+    *SERVE,
     *WANDB,
     *TENSORBOARD,
-    *WEBDATASET,
     "accelerate>=1.1,<2",
     "hypothesis>=6.100,<7",
     "import-linter>=2.1,<3",
     "moto[s3]>=5.1,<6",
+    "openai>=1.60,<4",
+    "peft>=0.15,<1",
     "pytest>=8,<10",
     "pytest-timeout>=2.3,<3",
+    "pytest-xdist>=3.6,<4",
     "transformers>=4.53,<6",
+    "trl>=0.20,<2",
 ]
 
 setup(
@@ -64,7 +74,7 @@ setup(
     package_dir=CONFIGS,
     package_data={
         **{package: ["*.yaml"] for package in CONFIGS},
-        "": ["*.md", "*.json", "*.sh", "*.cpp", "*.h", "templates/*"],
+        "": ["py.typed", "*.md", "*.json", "*.sh", "*.cpp", "*.h", "templates/*"],
     },
     install_requires=[
         "torch>=2.11,<2.16",
@@ -83,6 +93,7 @@ setup(
         "sentencepiece>=0.2,<0.3",
         # A wheel of its own: a CPU build of torch is not disturbed. CUDA builds of torch bring theirs.
         'triton>=3.6,<3.10; platform_system == "Linux" and platform_machine == "x86_64"',
+        "webdataset>=1.0,<2",
     ],
     extras_require={
         "data": DATA,
@@ -94,7 +105,8 @@ setup(
         "gpu": ["flash-linear-attention>=0.3", "transformer-engine[pytorch]>=2,<3"],
         "eval": EVAL,
         "hf": HF,
-        "webdataset": WEBDATASET,
+        "serve": SERVE,
+        "transformers": ["transformers>=4.53,<6"],
         "wandb": WANDB,
         "tensorboard": TENSORBOARD,
     },

@@ -112,6 +112,8 @@ class ClusterConfig(Section):
     """The same for faults that may pass: killed and hanging ranks, networks, disks."""
     max_node_failures: int = Field(default=2, gt=0)
     """Failures on one node after which the run avoids it."""
+    leave_out_slow_nodes: bool = False
+    """When an attempt ends (a failure, the time limit), avoid the node of a rank that the last three comparisons found slow."""
     health: HealthConfig = HealthConfig()
     """The check of the nodes before training."""
 
@@ -135,7 +137,7 @@ class ClusterConfig(Section):
         if self.gpus_per_node and self.ranks_per_node != self.gpus_per_node:
             raise ConfigError(
                 f"processes_per_node={self.processes_per_node} with gpus_per_node={self.gpus_per_node}: each rank drives one GPU; "
-                "leave processes_per_node away"
+                "leave processes_per_node out"
             )
         if self.stop_before_end_s * 2 > self.time_limit_s:
             raise ConfigError(

@@ -58,6 +58,7 @@ def describe(config: RunConfig, cluster: ClusterConfig, nodes: int, code: Path) 
         max_restarts=cluster.max_restarts,
         max_transient_restarts=cluster.max_transient_restarts,
         max_node_failures=cluster.max_node_failures,
+        leave_out_slow_nodes=cluster.leave_out_slow_nodes,
         master_ports=cluster.master_ports,
         health=cluster.health.model_dump() if cluster.health.enabled else None,
     )

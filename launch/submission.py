@@ -64,6 +64,7 @@ class Submission:
     max_restarts: int = 3
     max_transient_restarts: int = 20
     max_node_failures: int = 2
+    leave_out_slow_nodes: bool = False
     master_ports: tuple[int, int] | None = None
     health: dict[str, Any] | None = None
     """Thresholds of the node check (HealthConfig); None leaves the check away."""

@@ -55,6 +55,13 @@ class Finding:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `hope doctor`."""
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--kernels",
+        nargs="*",
+        metavar="FAMILY",
+        help="also compile the Triton kernels of memories and hold them against PyTorch: of every family, or of those named "
+        "(hope hope_w1). Minutes on a GPU; without one under Triton's interpreter, small",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
         *check_slurm(),
     ]
     cuda = bool(torch.get("devices"))
+    if args.kernels is not None and "error" not in torch:
+        findings += check_triton_kernels(args.kernels, cuda=cuda)
     kernels = fused_kernels(cuda=cuda)
     apex = detect_apex()
     if apex.kind == "other":
@@ -110,6 +119,31 @@ def check_memory_kernel() -> list[Finding]:
     except NoKernel as reason:
         text = "none for this CPU: memories run through PyTorch's operators everywhere, several times slower on CPUs"
         return [Finding("memory kernel", NOTE, text, str(reason))]
+
+
+def check_triton_kernels(families: list[str], *, cuda: bool) -> list[Finding]:
+    """The Triton kernels of each family's memories against PyTorch."""
+    from hope_megatron.cli.doctor_kernels import check_kernels
+
+    try:
+        rows = check_kernels(families, cuda=cuda)
+    except RuntimeError as reason:
+        return [
+            Finding("Triton kernels", WARNING, str(reason), "set model.memory.kernel=phases until this is understood")
+        ]
+    findings = []
+    for row in rows:
+        topic, where = f"kernels of {row['family']}", row["device"]
+        if not row["taken"]:
+            findings.append(Finding(topic, NOTE, f"not for this family: {row['reason']}"))
+        elif row["trusted"]:
+            findings.append(
+                Finding(topic, OK, f"right, worst error {row['worst']:.0e}, in {row['seconds']:.0f} s; {where}")
+            )
+        else:
+            advice = "memory.kernel=auto does not use it; attach the output of `hope doctor --kernels --json` to a bug report"
+            findings.append(Finding(topic, WARNING, f"wrong: {row['reason']}; {where}", advice))
+    return findings
 
 
 def check_distributions() -> list[Finding]:

@@ -88,7 +88,7 @@ def _write_tokenizer(source: Format, args: argparse.Namespace) -> None:
     if source.read_tokenizer is None:
         raise ModelReferenceError(f"{args.format} holds no tokenizer; use the file that the model was trained with")
     if args.tokenizer.exists():
-        raise ModelReferenceError(f"{args.tokenizer} exists; name another file, or move it away")
+        raise ModelReferenceError(f"{args.tokenizer} exists; name another file, or move that one")
     beside = args.directory / "tokenizer.json"
     tokenizer = make_tokenizer(source.read_tokenizer(args.directory), f"the tokenizer of {args.directory}", beside)
     tokenizer.save(args.tokenizer)

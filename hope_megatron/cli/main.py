@@ -54,6 +54,9 @@ COMMANDS = {
     "completion": Command(
         "hope_megatron.cli.completion", "completion of commands, options and names for bash, zsh and fish"
     ),
+    "serve": Command(
+        "hope_megatron.cli.serve", "a model over HTTP with OpenAI's interface, and sessions whose memory lasts"
+    ),
     "list": Command("hope_megatron.cli.list", "what can be chosen by name: presets, optimizers, formats, suites"),
     "checkpoint": Command("hope_megatron.cli.checkpoint", "inspect, reshard and average checkpoints"),
     "export": Command(

@@ -62,9 +62,7 @@ FORMATS = Registry(
             "hope_megatron.convert.deepspeed.format:FORMAT",
             "DeepSpeed's universal checkpoint, or with a layout the files of its own save_checkpoint",
         ),
-        "llama": Entry(
-            "hope_megatron.convert.llama:FORMAT", "a Llama or Mistral model in Hugging Face layout, as Hope-Attention"
-        ),
+        "llama": Entry("hope_megatron.convert.llama:FORMAT", "a Llama or Mistral model as Hope-Attention; import only"),
     },
 )
 

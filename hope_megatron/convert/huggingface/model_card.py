@@ -34,6 +34,9 @@ In plain transformers; the recurrent state is the cache, so `generate()` needs c
 
     model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 
+The tokenizer puts no mark before a text. In training the end mark stands before every document: put `tokenizer.eos_token_id` first
+to begin as there.
+
 With hope_megatron:
 
     hope generate {name} --prompt "..."
