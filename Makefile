@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export DS_BUILD_OPS ?= 0
 export VENV
 
-.PHONY: help quickstart test test-slurm soak gpu-check sweep-demo lint format typecheck docs clean
+.PHONY: help quickstart test test-slurm soak gpu-check sweep-demo lint format typecheck docs site clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,11 @@ typecheck: $(VENV)/.ready-dev ## mypy
 
 docs: $(VENV)/.ready-run ## write docs/configuration.md from the schema
 	$(BIN)/python tools/make_config_docs.py
+
+site: ## the documentation as a site, in build/site; fails at a broken link
+	test -x build/site-venv/bin/mkdocs || { python3 -m venv build/site-venv && build/site-venv/bin/pip install --quiet "mkdocs>=1.6,<2" "mkdocs-material>=9.5,<10"; }
+	NO_MKDOCS_2_WARNING=1 build/site-venv/bin/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 clean: ## remove the virtual environment and caches; runs/ and data/ stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

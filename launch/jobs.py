@@ -64,12 +64,12 @@ def describe(config: RunConfig, cluster: ClusterConfig, nodes: int, code: Path) 
     )
 
 
-def dry_run(config: RunConfig, cluster: ClusterConfig, nodes: int) -> Rendered:
+def dry_run(config: RunConfig, cluster: ClusterConfig, nodes: int, *, data_exists: bool = True) -> Rendered:
     """Render and check a run; writes and submits nothing. Without sbatch in PATH, Slurm's limits are not checked."""
     directory = LaunchDirectory(config.run_dir)
     submission = describe(config, cluster, nodes, directory.code / "DIGEST")
     script = train_script(cluster, submission, directory)
-    checks = preflight(config, cluster, nodes)
+    checks = preflight(config, cluster, nodes, data_exists=data_exists)
     try:
         slurm.require_slurm()
     except slurm.SlurmError:

@@ -6,7 +6,7 @@
 # On a machine with network, of the same kind (Python version, processor) as the one without. There, with the directory copied:
 #
 #   python3 -m venv .venv
-#   .venv/bin/pip install --no-index --find-links wheelhouse 'hope_megatron[data,hf,tensorboard]'
+#   .venv/bin/pip install --no-index --find-links wheelhouse "$(ls wheelhouse/hope_megatron-*.whl)[data,hf,tensorboard]"
 #
 # PYTHON=python3.12 chooses the interpreter; CONSTRAINTS=constraints/newest.txt locks versions; NO_TORCH=1 leaves torch and what only
 # it needs out, for machines whose module or container has one.

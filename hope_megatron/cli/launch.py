@@ -28,8 +28,8 @@ _ACTIONS = {
     "logs": ("follow", "lines"),
     "cancel": ("now",),
     "resume": ("cluster", "nodes"),
-    "array": ("cluster", "nodes", "vary", "limit"),
-    "chain": ("cluster",),
+    "array": ("cluster", "nodes", "vary", "limit", "dry_run"),
+    "chain": ("cluster", "dry_run"),
 }
 """Options that each action knows."""
 _SUBMIT_OPTIONS = ("cluster", "nodes", "dry_run", "local", "nproc", "oversubscribe")
@@ -100,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
     target, *overrides = rest
     if overrides and action not in ("resume", "array"):
         raise LaunchError(f"hope launch {action} takes one argument, not {' '.join(rest)}")
+    if args.dry_run:
+        return _dry_run(args, action, target, overrides)
     _HANDLERS[action](args, target, overrides)
     return 0
 
@@ -212,6 +214,24 @@ def _chain(args: argparse.Namespace, target: str, overrides: list[str]) -> None:
 
     directory, _ = submit_chain(load_chain(Path(target)), load_cluster(_cluster_name(args)))
     print(f"chain   {directory}; `hope launch status {directory}` shows its links")
+
+
+def _dry_run(args: argparse.Namespace, action: str, target: str, overrides: list[str]) -> int:
+    """Show what an array or a chain would submit."""
+    from launch.arrays import grid
+    from launch.chain import load_chain
+    from launch.cluster import load_cluster
+    from launch.dry_runs import dry_run_array, dry_run_chain
+
+    cluster = load_cluster(_cluster_name(args))
+    if action == "chain":
+        shown = dry_run_chain(load_chain(Path(target)), cluster)
+    elif not args.vary:
+        raise LaunchError("hope launch array needs --vary, for example --vary optim.lr=1e-3,3e-3")
+    else:
+        shown = dry_run_array(target, grid(args.vary), cluster, args.nodes or 1, overrides=overrides, limit=args.limit)
+    print("\n".join(map(str, shown)), end="")
+    return 0 if all(check.ok for job in shown for check in job.checks) else 2
 
 
 def _cluster_name(args: argparse.Namespace) -> str:

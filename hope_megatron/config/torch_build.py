@@ -26,23 +26,18 @@ class TorchBuild(NamedTuple):
 def torch_of(prefix: Path) -> TorchBuild | None:
     """The torch in a virtual environment; None if there is none to be seen."""
     for path in sorted(prefix.glob("lib/python3*/site-packages/torch/version.py")):
-        found: dict[str, str | None] = {}
+        found: dict[str, str] = {}
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, SyntaxError):
             continue
         for node in tree.body:
-            targets = (
-                node.targets
-                if isinstance(node, ast.Assign)
-                else [node.target]
-                if isinstance(node, ast.AnnAssign)
-                else []
-            )
-            for target in targets:
-                if isinstance(target, ast.Name) and isinstance(node.value, ast.Constant):  # type: ignore[attr-defined]
-                    found[target.id] = node.value.value  # type: ignore[attr-defined, assignment]
-        if isinstance(version := found.get("__version__"), str):
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            value = getattr(node, "value", None)
+            if not isinstance(value, ast.Constant) or not isinstance(value.value, str):
+                continue
+            found |= {target.id: value.value for target in targets if isinstance(target, ast.Name)}
+        if (version := found.get("__version__")) is not None:
             return TorchBuild(version, found.get("cuda"), found.get("hip"))
     return None
 

@@ -265,10 +265,7 @@ def test_command_line_says_what_is_missing(
         (["status", str(run_file.parent)], "hope launch"),
         ([str(run_file), "--cluster", "cpu"], "--local"),
         (["array", str(run_file), "--cluster", "cpu"], "--vary"),
-        (
-            ["array", str(run_file), "--cluster", "cpu", "--vary", "optim.lr=1,2", "--dry-run"],
-            "does not take --dry-run",
-        ),
+        (["resume", str(run_file.parent), "--dry-run"], "does not take --dry-run"),
         ([str(run_file), "--cluster", "cpu", "--now"], "does not take --now"),
         ([str(run_file), "--cluster", "cpu", "--nodes", "0"], "--nodes 0"),
     ):
@@ -288,6 +285,25 @@ def test_dry_run_shows_script_and_checks_and_writes_nothing(
     shown = capsys.readouterr().out
     assert "#SBATCH --nodes=2" in shown and "16" in shown and "ok    data.train" in shown
     assert sorted(run_file.parent.rglob("*")) == before
+
+
+def test_dry_runs_of_arrays_and_chains_write_nothing(
+    run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    chain = tmp_path / "chain.yaml"
+    links = [{"name": "data", "run": ["data", "verify", "x"]}, {"name": "train", "config": str(run_file)}]
+    chain.write_text(json.dumps({"name": "c", "output_dir": str(tmp_path / "chains"), "links": links}))
+    before = sorted(tmp_path.rglob("*")), sorted(run_file.parent.rglob("*"))
+    array = ["array", str(run_file), "--vary", "optim.lr=1e-3,2e-3"]
+    assert main(["launch", *array, "--cluster", "h100_infiniband", "--limit", "1", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "#SBATCH --array=0-1%1" in shown and shown.count("ok    optim.lr=2e-3: memory") == 1
+    assert main(["launch", "chain", str(chain), "--cluster", "h100_infiniband", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("# ---- c-data\n") < shown.index("# ---- c-train, after data\n")
+    assert "launch.command" in shown and "launch.supervisor" in shown
+    assert (sorted(tmp_path.rglob("*")), sorted(run_file.parent.rglob("*"))) == before
 
 
 def test_preflight_digests_shards(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
