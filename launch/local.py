@@ -348,7 +348,7 @@ def _check_port_is_free(port: int) -> None:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise LaunchError(
-                f"--port {port} cannot be used ({error.strerror}); leave --port away and the system chooses a free one"
+                f"--port {port} cannot be used ({error.strerror}); leave --port out, and the system chooses a free one"
             ) from None
 
 

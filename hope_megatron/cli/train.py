@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nproc",
         type=int,
-        help="processes to start on this machine (default: one for each visible GPU; without GPUs parallel.tensor_parallel)",
+        help="processes to start on this machine (default: one for each visible GPU; without GPUs tensor x context parallel)",
     )
     parser.add_argument(
         "--resume",
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     nproc = world.world_size if world else args.nproc
     if nproc is None:
         gpus = 0 if args.in_process else count_gpus()
-        nproc = default_processes(config.parallel.tensor_parallel, gpus)
+        nproc = default_processes(config.parallel.ranks_per_sequence, gpus)
     accumulation = config.accumulation_steps(nproc)
     if world is not None and world.rank > 0:
         return 0  # a dry run of several processes: the first one speaks
@@ -148,9 +148,10 @@ def _outlook(config: RunConfig) -> list[str]:
     return [passes_text(passes), *([f"warning: {warning}"] if warning else []), *lines]
 
 
-def default_processes(tensor_parallel: int, gpus: int) -> int:
-    """Processes to start where nobody says how many: all visible GPUs in whole tensor-parallel groups; without GPUs one group."""
-    return max(gpus // tensor_parallel, 1) * tensor_parallel
+def default_processes(group: int, gpus: int) -> int:
+    """Processes to start where nobody says how many: all visible GPUs in whole groups (tensor x context parallel); without GPUs
+    one group."""
+    return max(gpus // group, 1) * group
 
 
 def _work(args: argparse.Namespace, world: World, launcher: str | None) -> int:

@@ -14,7 +14,6 @@ DISTRIBUTIONS = (
     "megatron-core",
     "deepspeed",
     "sentencepiece",
-    "webdataset",
     "mlflow",
     "safetensors",
     "pydantic",
@@ -109,11 +108,16 @@ def fused_kernels(*, cuda: bool) -> list[Kernel]:
     for name, distribution, module in (
         ("Transformer Engine", "transformer-engine", "transformer_engine"),
         ("flash-linear-attention", "flash-linear-attention", "fla"),
-        ("Triton", "triton", "triton"),
     ):
         available = _importable(module)
         found = (_version(distribution) or "version unknown") if available else "not installed"
         rows.append(Kernel(name=name, available=available, in_use=False, why=f"{found}; {unused}"))
+    available = _importable("triton")
+    found = (_version("triton") or "version unknown") if available else "not installed"
+    use = (
+        "model.memory.kernel=auto takes its kernels where they were found right" if cuda else "there is no CUDA device"
+    )
+    rows.append(Kernel(name="Triton", available=available, in_use=available and cuda, why=f"{found}; {use}"))
     return rows
 
 

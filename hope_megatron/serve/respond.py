@@ -47,7 +47,7 @@ async def read_body(request: Request, settings: Settings) -> bytes:
 
     try:
         await asyncio.wait_for(read(), settings.request_timeout_s)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         raise ServeError(408, f"the body took longer than {settings.request_timeout_s:g} s", code="timeout") from None
     return bytes(found)
 

@@ -52,7 +52,7 @@ class Job:
         while running:
             try:
                 index, piece = await asyncio.wait_for(self._queue.get(), deadline - time.monotonic())
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 text = f"no answer within {timeout_s:g} s; ask for fewer tokens"
                 raise ServeError(504, text, code="timeout") from None
             if piece.error is not None:

@@ -42,8 +42,8 @@ With hope_megatron:
     hope generate {name} --prompt "..."
     hope eval {name} --text FILE
 
-`model*.safetensors` holds the weights in float32, `config.json` the architecture, `tokenizer.model` the SentencePiece
-model. {tokenizer} `chat_template.jinja` writes the messages of a chat as plain text, because the model was trained on no other.
+`model*.safetensors` holds the weights in float32, `config.json` the architecture. {tokenizer}
+`chat_template.jinja` writes the messages of a chat as plain text, because the model was trained on no other.
 
 ## Check
 

@@ -89,8 +89,8 @@ def require_package(module: str, extra: str) -> None:
     """
     if importlib.util.find_spec(module) is None:
         raise TrackingError(
-            f"tracking.sinks has {extra}, and the package {module} is not installed: pip install 'hope_megatron[{extra}]', or "
-            "leave it out"
+            f"tracking.sinks has {extra}, and the package {module} is not installed: pip install -e '.[{extra}]' "
+            "in the source directory, or leave it out"
         )
 
 

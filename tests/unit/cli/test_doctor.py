@@ -43,6 +43,13 @@ def test_one_row_says_what_computes_memories(compiled, monkeypatch):
         ]
 
 
+def test_kernels_are_checked_and_the_interpreter_is_named():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    right, other = doctor.check_triton_kernels(["retnet", "yaad"], cuda=False)
+    assert right.status == doctor.OK and "right, worst error" in right.text and "interpreter" in right.text
+    assert other.status == doctor.NOTE and "not for this family" in other.text
+
+
 def test_doctor_survives_a_torch_that_crashes(tmp_path, monkeypatch, capsys):
     (tmp_path / "torch.py").write_text("import os; os.abort()\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

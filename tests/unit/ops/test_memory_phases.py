@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hope_megatron.config import load_model_config
 from hope_megatron.ops.memory import (
@@ -28,6 +27,7 @@ from hope_megatron.ops.memory.backends.manual.scan import MANUAL
 from hope_megatron.ops.memory.backends.phases.scan import PHASES
 from hope_megatron.ops.memory.backends.registry import Case, choose
 from hope_megatron.ops.memory.rule import AUTO
+from hope_megatron.testing.launches import CountLaunches
 
 H, d, h = 2, 6, 5
 STATIC = dict(adaptive_key=False, adaptive_value=False, adaptive_eta=False, adaptive_alpha=False, own_targets=False)
@@ -179,29 +179,13 @@ def test_rates_of_any_size_stay_finite(written):
             torch.testing.assert_close(x, exact, rtol=1e-3, atol=1e-3 * float(exact.detach().abs().max()) + 1e-6)
 
 
-class Launches(TorchDispatchMode):
-    """Counts operators that launch something: not views, not allocations."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        nothing = func.overloadpacket.__name__.startswith(
-            ("empty", "new_empty", "lift_fresh", "_unsafe_view", "detach")
-        )
-        self.found += not (views or nothing)
-        return func(*args, **(kwargs or {}))
-
-
 def launches(scan, rule: MemoryRule, T: int) -> int:
     """Of forward and backward with recomputation, at hope_760m's shape of a head."""
     new = lambda *shape: torch.randn(*shape).requires_grad_()  # noqa: E731
     bank = lambda n, outputs: Bank(new(1, n, 64, 64), new(1, n, outputs, 64))  # noqa: E731
     params, x = MemoryParams(bank(1, 64), bank(2, 64), bank(2, 1)), [new(1, T, 1, 64) for _ in range(3)]
     logits = RateLogits(new(1, T, 1), new(1, T, 1))
-    with Launches() as counted:
+    with CountLaunches() as counted:
         y = scan(*x, logits, params, rule, recompute=True)[0]
         torch.autograd.grad(y, tensors_of((*x, logits, params)), torch.ones_like(y))
     return counted.found

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from hope_megatron.cli.eval_suite import SUITES
 from hope_megatron.config import ConfigError
 from hope_megatron.config.accounting import num_parameters
 from hope_megatron.suites.ablations import WHOLE, ablations
@@ -25,7 +24,7 @@ from hope_megatron.suites.needles import needle_tasks
 from hope_megatron.suites.paper import PUBLISHED
 from hope_megatron.suites.plots import plot_suite, plot_trajectories
 from hope_megatron.suites.recall import draw_recall
-from hope_megatron.suites.registry import build_suite
+from hope_megatron.suites.registry import SUITES, build_suite
 from hope_megatron.suites.report import solved, suite_markdown, suite_outline, summarise, table
 from hope_megatron.suites.results import Results
 from hope_megatron.suites.running import run_suite

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,15 @@ def wandb_records(path: Path) -> list:
     return records
 
 
+def wandb_history(files: list[Path]) -> list[tuple[int, float]]:
+    history = []
+    for record in (record for file in files for record in wandb_records(file)):
+        if record.WhichOneof("record_type") == "history":
+            items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+            history.append((int(items["_step"]), float(items["train/loss"])))
+    return history
+
+
 def test_wandb_offline_goes_on_with_its_run(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -91,12 +101,10 @@ def test_wandb_offline_goes_on_with_its_run(tmp_path, monkeypatch):
     runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     assert {run.run_id for run in runs} == {json.loads((directory.path / "tracking-wandb.json").read_text())["run_id"]}
     assert runs[0].project == "memory" and runs[0].display_name == "tiny" and list(runs[0].tags) == ["team:a"]
-    history = []
-    for record in records:
-        if record.WhichOneof("record_type") == "history":
-            items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-            history.append((int(items["_step"]), float(items["train/loss"])))
-    assert history == EXPECTED
+    deadline = time.monotonic() + 30  # its writer is a process of its own
+    while wandb_history(files) != EXPECTED and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert wandb_history(files) == EXPECTED
     assert list(directory.path.glob("wandb/offline-run-*/files/summary.json"))
 
 

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch  # noqa: F401  the library resolves OpenMP to the runtime that PyTorch brings along
 
+from hope_megatron.ops.memory.backends.cache import cache_folder
+
 log = logging.getLogger(__name__)
 
 _HERE = Path(__file__).resolve().parent
@@ -58,7 +60,7 @@ def load() -> ctypes.CDLL:
         NoKernel: there is no C++ compiler, or it failed.
     """
     compiler = _compiler()
-    path = _cache() / f"memory-{_digest(compiler)}.so"
+    path = cache_folder() / f"memory-{_digest(compiler)}.so"
     try:
         if not _is_whole(path):
             _build(compiler, path)
@@ -98,11 +100,6 @@ def _processor() -> list[str]:
     except OSError:
         return [platform.machine(), platform.processor()]
     return sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
-
-
-def _cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "hope_megatron"
 
 
 def _build(compiler: str, path: Path) -> None:

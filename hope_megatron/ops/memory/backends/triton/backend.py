@@ -1,11 +1,11 @@
 """What the Triton kernels take, on which devices and versions, and the backend that runs them.
 
-No GPU has run these kernels yet: they are exact under Triton's interpreter and compile for sm_90. So `auto` passes them over.
+No GPU has run these kernels yet: they are exact under Triton's interpreter and compile for sm_90. So at first use on a device they
+are checked against PyTorch (trust.py), and `auto` takes them where they were found right.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from importlib.metadata import version
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hope_megatron.ops.memory.backends.registry import Backend, Case
+from hope_megatron.ops.memory.backends.triton.trust import distrust
 from hope_megatron.ops.memory.layout import Group
 from hope_megatron.ops.memory.rule import MemoryCompute, MemoryRule
 
@@ -30,7 +31,15 @@ here transposes a value. 10, 12 (Blackwell): 3.6 cannot build such kernels, and 
 
 
 def why_not(case: Case) -> str | None:
-    """See `Backend.why_not`."""
+    """See `Backend.why_not`. At first use on a GPU the kernels are compiled and checked."""
+    reason = why_not_taken(case)
+    if reason is None and case.device != "cpu":  # the interpreter is what checks are made with
+        reason = distrust(case)
+    return reason
+
+
+def why_not_taken(case: Case) -> str | None:
+    """`why_not` before any check: of rules, shapes, devices and versions."""
     return _why_not_rule(case) or _why_not_shape(case) or _why_not_here(case.device)
 
 
@@ -38,6 +47,8 @@ def _why_not_rule(case: Case) -> str | None:
     rule, (eta, alpha, theta) = case.rule, case.rates
     if theta:
         return "it has no momentum"
+    if rule.objective not in ("dot", "l2"):
+        return f"it has no objective {rule.objective}"
     if rule.objective == "l2" and rule.num_layers == 2:
         return "with objective l2 it takes matrix memories alone"
     if rule.objective == "l2" and rule.output_uses_dgd:
@@ -48,8 +59,6 @@ def _why_not_rule(case: Case) -> str | None:
         return "memories of rates need rates from data"
     if rule.eta_max == 0:
         return "eta_max=0 writes nothing"
-    if rule.writes_input and case.precision == "bf16":
-        return "where W2 is written too, bf16 loses up to a third of a gradient when a key comes back; use fp32"
     return None
 
 
@@ -62,7 +71,6 @@ def _why_not_shape(case: Case) -> str | None:
     return f"chunks of {longest} tokens are longer than {LONGEST_CHUNK}" if longest > LONGEST_CHUNK else None
 
 
-@functools.cache
 def _why_not_here(device: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install triton"
@@ -70,6 +78,8 @@ def _why_not_here(device: str) -> str | None:
         return None if interpreted() else "Triton runs on a CPU in its interpreter alone (TRITON_INTERPRET=1)"
     if device != "cuda" or torch.version.hip:
         return f"no Triton version is trusted on {'AMD' if torch.version.hip else device} devices yet"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
     major, _ = torch.cuda.get_device_capability()
     first, found = TRUSTED.get(major), tuple(map(int, version("triton").split(".")[:2]))
     if first is None:
@@ -79,7 +89,7 @@ def _why_not_here(device: str) -> str | None:
 
 def unwise(case: Case) -> str | None:
     """See `Backend.unwise`."""
-    return "no GPU has run it yet; memory.kernel=triton asks for it"
+    return "Triton's interpreter is for tests" if case.device == "cpu" else None
 
 
 def interpreted() -> bool:
@@ -95,13 +105,16 @@ def scan(
     compute: MemoryCompute,
     recompute: bool,
 ) -> tuple[Tensor, tuple[Group, ...]]:
-    """See `Backend.scan`. Weights are kept at every chunk's start whatever `recompute` says."""
+    """See `Backend.scan`. Weights are kept at every chunk's start: `keep_every` is for others."""
     from hope_megatron.ops.memory.backends.triton.scan import triton_scan
 
     precision = compute.precision
     if precision == "bf16":
         precision = "bf16_emulated" if tensors[0].device.type == "cpu" else "bf16_ptx"
-    return triton_scan(tensors, rule, groups, precision=precision)
+    return triton_scan(tensors, rule, groups, precision=precision, recompute=recompute)
 
 
 TRITON = Backend("Triton kernels", "triton", why_not, scan, unwise)
+
+UNCHECKED = TRITON._replace(why_not=why_not_taken)
+"""What the check runs."""

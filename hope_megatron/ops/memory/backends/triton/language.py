@@ -64,6 +64,24 @@ def mm_exact(a, b, PRECISION: tl.constexpr):
         return add_mm(add_mm(mm(a_low, b_high, PRECISION), a_high, b_low, PRECISION), a_high, b_high, PRECISION)
 
 
+@triton.jit
+def mm_if(a, b, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """a b, by `mm_exact` if EXACT."""
+    if EXACT:
+        return mm_exact(a, b, PRECISION)
+    else:
+        return mm(a, b, PRECISION)
+
+
+@triton.jit
+def operand_if(x, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """What is kept of x for products: as it is if they are exact."""
+    if EXACT:
+        return x
+    else:
+        return operand(x, PRECISION)
+
+
 # Tiles. A matrix is contiguous; rows of tokens begin every `stride` elements.
 
 

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 
@@ -39,7 +40,8 @@ def launch(
         function[grid](*arguments, **constants, num_warps=warps, num_stages=1)
         return
     names = function.arg_names[: len(arguments)]
-    known = {name: x.detach().to("meta") if isinstance(x, Tensor) else x for name, x in zip(names, arguments)}
+    like = lambda x: torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="meta")  # noqa: E731
+    known = {name: like(x) if isinstance(x, Tensor) else x for name, x in zip(names, arguments)}
     record.append(Launch(function, grid, known, constants, warps))
 
 

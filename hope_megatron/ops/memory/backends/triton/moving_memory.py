@@ -12,7 +12,7 @@ from hope_megatron.ops.memory.backends.triton.bank import read
 from hope_megatron.ops.memory.backends.triton.bank.launch import Layers, Made, Setting, System
 from hope_megatron.ops.memory.backends.triton.fixed.read import read_backward_writes
 from hope_megatron.ops.memory.backends.triton.launching import launch
-from hope_megatron.ops.memory.backends.triton.sizes import Sizes, operand_dtype, starts_of
+from hope_megatron.ops.memory.backends.triton.sizes import Sizes, starts_of
 from hope_megatron.ops.memory.backends.triton.sums import outer_sum
 
 
@@ -31,7 +31,7 @@ def _read_backward(
 ):
     """Gradients that reads give: of q; to r, keys and r_in; of k and log alpha; of A2 and A. Fills `d_starts` but the last."""
     causal, _ = read_as
-    like, dtype = made.k, operand_dtype(s.precision)
+    like, dtype = made.k, s.scratch
     phi, d_z, d_q, d_log_alpha = (
         z.rows(z.h, like, dtype),
         z.rows(z.h, like, dtype),
@@ -76,7 +76,7 @@ class _MovingMemory(torch.autograd.Function):
         )  # fmt: skip
         ctx.s, ctx.read_as, ctx.begins = s, read_as, begins
         ctx.save_for_backward(q, *made, *anchor, *starts)
-        return y, *(w[:, -1].clone() for w in starts[:2]), *(w[:, -2].clone() for w in starts[:2])
+        return y, *(w[:, -1].clone() for w in starts[:2])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -90,9 +90,8 @@ class _MovingMemory(torch.autograd.Function):
         d_q, reads, d_k, d_log_alpha, sums = _read_backward(
             d_y.contiguous(), q, made, t, system, starts, anchor, d_starts, s, z, ctx.read_as
         )
-        for d, end, last in zip(d_starts, grads[:2], grads[2:]):
+        for d, end in zip(d_starts, grads):
             d[:, -1] = end
-            d[:, -2] += last
         d_made = Made(d_k, torch.zeros_like(made.v), torch.zeros_like(made.log_eta), d_log_alpha)
         found, d_first, _, _ = bank.chain_backward(
             made,
@@ -129,7 +128,7 @@ def moving_memory(
         causal, skip: whether reads see what the chunk wrote so far; whether y includes q.
 
     Returns:
-        y [B, T, H, d]; V2 and V after the last token, and at the start of its chunk.
+        y [B, T, H, d]; V2 and V after the last token.
     """
     y, *ends = _MovingMemory.apply(s, (causal, skip), begins, q, *made, *first, *anchor)
-    return y, ends[:2], ends[2:]
+    return y, ends

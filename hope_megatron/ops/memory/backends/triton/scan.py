@@ -29,9 +29,10 @@ def triton_scan(
     groups: tuple[Group, ...],
     *,
     precision: str,
+    recompute: bool = False,
     begins: Begins | None = None,
 ) -> tuple[Tensor, tuple[Group, ...]]:
-    """See `Backend.scan`. Takes any T: the groups' `start` is where the last chunk began, should it not be whole."""
+    """See `Backend.scan`."""
     q, x_k, x_v, eta, alpha, _ = (None if x is None else x.contiguous() for x in tensors)
     begins = begins or {}
     own, main = _split(groups)
@@ -41,7 +42,8 @@ def triton_scan(
         made = Made(unit(x_k), unit(x_v) if rule.normalize_values else x_v, log_eta, log_alpha)
     else:
         made, own = _make(own, Made(x_k, x_v, log_eta, log_alpha), rule, begins.get(rule.self_chunk), precision)
-    y, main = _write_and_read(main, unit(q), made, rule, begins.get(rule.chunk_tokens), precision)
+    setting = dict(precision=precision, recompute=recompute, begins=begins.get(rule.chunk_tokens))
+    y, main = _write_and_read(main, unit(q), made, rule, **setting)
     return y, _join(groups, own, main)
 
 
@@ -80,19 +82,15 @@ class _Bank(NamedTuple):
     """Some memories of all streams. Weights as the operator has them: W2 [N, n, h, d], W1 [N, NV, d, h], scalar [N, NS, h]."""
 
     now: Layers
-    start: Layers  # where their chunk began
     anchor: Layers | None
 
-    def moved(self, now: tuple[Tensor, ...], start: tuple[Tensor, ...]) -> _Bank:
+    def moved(self, changed: tuple[Tensor, ...]) -> _Bank:
         """With other weights: V, as kernels have it, of the layers that change, which are the last ones of `Layers`."""
-        return self._replace(now=self._from_kernels(now), start=self._from_kernels(start))
-
-    def _from_kernels(self, changed: tuple[Tensor, ...]) -> Layers:
         first = len(self.now) - len(changed)
         changed = (*(v.mT for v in changed[:-1]), changed[-1])
         if self.anchor is not None:
             changed = tuple(v + a for v, a in zip(changed, self.anchor[first:]))
-        return Layers(*self.now[:first], *changed)
+        return self._replace(now=Layers(*self.now[:first], *changed))
 
     def for_kernels(self, *, moving: bool) -> tuple[Layers, Layers]:
         """V = W - A of output layers (moving: of input layers too), and A. Without an anchor: W, and anything of A's shape."""
@@ -108,29 +106,31 @@ def _make(own: _Bank, x: Made, rule: MemoryRule, begins: Tensor | None, precisio
     """Keys, values and rates, by the self-memories, and those after the last token."""
     T, chunk = x.k.size(1), rule.self_chunk
     s = _bank_setting(rule, chunk, precision, own=True, anchored=own.anchor is not None)
-    made, now, start = self_memories(s, _filled(x, rule, chunk, logits=True), *own.for_kernels(moving=s.moving), begins)
-    return Made(*(_cut(x, chunk, T) for x in made)), own.moved(now, start)
+    made, now = self_memories(s, _filled(x, rule, chunk, logits=True), *own.for_kernels(moving=s.moving), begins)
+    return Made(*(_cut(x, chunk, T) for x in made)), own.moved(now)
 
 
-def _write_and_read(main: _Bank, q: Tensor, made: Made, rule: MemoryRule, begins: Tensor | None, precision: str):
+def _write_and_read(
+    main: _Bank, q: Tensor, made: Made, rule: MemoryRule, *, precision: str, recompute: bool, begins: Tensor | None
+):
     """y, and M_mem after the last token."""
     T, chunk, anchored = q.size(1), rule.chunk_tokens, main.anchor is not None
     q, made = _padded(q, chunk), _filled(made, rule, chunk, logits=False)
     first, anchor = main.for_kernels(moving=rule.writes_input)
     if rule.writes_input:
         s = _bank_setting(rule, chunk, precision, own=False, anchored=anchored)
-        y, now, start = moving_memory(
+        y, now = moving_memory(
             s, q, made, first, anchor, causal=rule.read == "causal", skip=rule.read_skip, begins=begins
         )
     else:
-        setting = _fixed_setting(rule, precision, anchored=anchored)
+        setting = _fixed_setting(rule, precision, anchored=anchored, recompute=recompute)
         w_in = first.w_in[:, 0] if setting.two_layers else None
-        y, *ends = fixed.fixed_memory(
+        y, end = fixed.fixed_memory(
             setting, fixed.Inputs(q, *made), w_in, first.vector[:, 0], anchor.vector[:, 0] if anchored else None, begins
         )
-        now, start = ((x.unsqueeze(1),) for x in ends)
+        now = (end.unsqueeze(1),)
     scalar = main.now.scalar  # none
-    return _cut(y, chunk, T), main.moved((*now, scalar), (*start, scalar))
+    return _cut(y, chunk, T), main.moved((*now, scalar))
 
 
 def _bank_setting(rule: MemoryRule, chunk: int, precision: str, *, own: bool, anchored: bool) -> bank.Setting:
@@ -142,18 +142,18 @@ def _bank_setting(rule: MemoryRule, chunk: int, precision: str, *, own: bool, an
         tile_rows(chunk), own, *numbers, *((rule.num_vector, rule.num_scalar) if own else (1, 0)),
         moving=rule.writes_input, dgd=rule.dgd_layers == "all", dgd_in=rule.writes_input and rule.dgd_layers != "none",
         own=rule.own_targets, unit_target=rule.normalize_targets, unit_value=rule.normalize_values,
-        residual=rule.dot_target == "residual", anchored=anchored, exact_inverse=rule.writes_input,
+        residual=rule.dot_target == "residual", anchored=anchored, exact=rule.writes_input,
         log_eta_max=math.log(rule.eta_max), precision=precision,
     )  # fmt: skip
 
 
-def _fixed_setting(rule: MemoryRule, precision: str, *, anchored: bool) -> fixed.Setting:
+def _fixed_setting(rule: MemoryRule, precision: str, *, anchored: bool, recompute: bool) -> fixed.Setting:
     two = rule.num_layers == 2
     return fixed.Setting(
         tile_rows(rule.chunk_tokens), two, unit=two and rule.dgd_layers == "all", dgd=rule.output_uses_dgd,
         erased=rule.decay_erased, l2=rule.objective == "l2", own=rule.own_targets, unit_target=rule.normalize_targets,
         residual=two and (rule.objective == "l2" or rule.dot_target == "residual"), anchored=anchored,
-        causal=rule.read == "causal", skip=two and rule.read_skip, precision=precision,
+        causal=rule.read == "causal", skip=two and rule.read_skip, recompute=recompute, precision=precision,
     )  # fmt: skip
 
 
@@ -182,7 +182,7 @@ def _bank(group: Group) -> _Bank:
         scalar = some.new_empty(N, 0, h) if w.w_scalar is None else w.w_scalar.squeeze(1).unflatten(0, (N, -1))
         return Layers(vector.detach() if w.w_in is None else w.w_in.unflatten(0, (N, -1)), vector, scalar)
 
-    return _Bank(layers(group.now), layers(group.start), layers(group.anchor))
+    return _Bank(layers(group.now), layers(group.anchor))
 
 
 def _join(groups: tuple[Group, ...], own: _Bank | None, main: _Bank) -> tuple[Group, ...]:
@@ -198,7 +198,5 @@ def _join(groups: tuple[Group, ...], own: _Bank | None, main: _Bank) -> tuple[Gr
         )
 
     parts = [[main]] if own is None else [[own], [main]] if len(groups) == 2 else [[main, own]]
-    return tuple(
-        group._replace(now=joined(group, *(x.now for x in some)), start=joined(group, *(x.start for x in some)))
-        for group, some in zip(groups, parts)
-    )
+    weights = [joined(group, *(x.now for x in some)) for group, some in zip(groups, parts)]
+    return tuple(group._replace(now=w, start=w) for group, w in zip(groups, weights))

@@ -27,7 +27,7 @@ class _SelfMemories(torch.autograd.Function):
         ctx.s, ctx.begins = s, begins
         ctx.save_for_backward(*x, *anchor, *made, *norms, *starts)
         changed = starts[0 if s.moving else 1 :]
-        return *made, *(w[:, -1].clone() for w in changed), *(w[:, -2].clone() for w in changed)
+        return *made, *(w[:, -1].clone() for w in changed)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -42,13 +42,12 @@ class _SelfMemories(torch.autograd.Function):
 
         d_made = Made(*(g.float().clone(memory_format=torch.contiguous_format) for g in grads[:4]))
         changed = starts[0 if s.moving else 1 :]
-        d_changed = [torch.zeros_like(w) for w in changed]
-        for d, end, last in zip(d_changed, grads[4:], grads[4 + len(changed) :]):
+        d_changed = [torch.empty_like(w) for w in changed]
+        for d, end in zip(d_changed, grads[4:]):
             d[:, -1] = end
-            d[:, -2] += last
         d_starts = Layers(*d_changed) if s.moving else Layers(d_changed[0][:0], *d_changed)
         found, d_first, d_raw, d_a_scalar = bank.chain_backward(
-            x, phi_x, slope_x, made, norms, t, system, starts, anchor, None, d_made, d_starts, begins, s, z, added=True
+            x, phi_x, slope_x, made, norms, t, system, starts, anchor, None, d_made, d_starts, begins, s, z, added=False
         )
         d_x_k, d_x_v = torch.empty_like(x[0]), torch.empty_like(x[1])
         launch(
@@ -73,8 +72,7 @@ def self_memories(s: Setting, x: list[Tensor], first: Layers, anchor: Layers, be
         begins: where streams start anew from `first`, [N, chunks + 1] int8, the last column 0; None: nowhere.
 
     Returns:
-        `Made`; the changed layers after the last token, and at the start of its chunk: `Layers` without w_in if not moving.
+        `Made`; the changed layers after the last token: `Layers` without w_in if not moving.
     """
     found = _SelfMemories.apply(s, begins, *x, *first, *anchor)
-    half = (len(found) - 4) // 2
-    return Made(*found[:4]), found[4 : 4 + half], found[4 + half :]
+    return Made(*found[:4]), found[4:]

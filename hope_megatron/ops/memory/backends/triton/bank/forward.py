@@ -22,6 +22,7 @@ from hope_megatron.ops.memory.backends.triton.language import (
     load_t,
     log_sigmoid,
     mm,
+    mm_if,
     place,
     rows,
     silu,
@@ -42,11 +43,11 @@ def input_system_of(
     k = rows(k_at, row, C, D)
     written = k * strength[:, None]
     if DGD_IN:
-        gram = mm(k, columns(k_at, row, C, D), PRECISION)
+        gram = mm_if(k, columns(k_at, row, C, D), EXACT, PRECISION)
         inverse = unit_lower_inverse(gram * load(table_at, C, C), EXACT, PRECISION, C)
         store(inverse_in_at, inverse, C, C)
         tl.debug_barrier()
-        written = mm(load_t(inverse_in_at, C, C), written, PRECISION)
+        written = mm_if(load_t(inverse_in_at, C, C), written, EXACT, PRECISION)
     store_rows(write_in_at, written, row, C, D)
 
 

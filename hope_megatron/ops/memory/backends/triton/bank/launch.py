@@ -33,13 +33,18 @@ class Setting(NamedTuple):
     unit_value: bool
     residual: bool
     anchored: bool
-    exact_inverse: bool
+    exact: bool  # systems, own targets and what is added to weights take more than bf16; scratch is fp32
     log_eta_max: float
     precision: str
 
     @property
     def n(self) -> int:
         return self.num_vector + self.num_scalar
+
+    @property
+    def scratch(self) -> torch.dtype:
+        """Of what products read."""
+        return torch.float32 if self.exact else operand_dtype(self.precision)
 
     def write(self) -> dict[str, Any]:
         """Constants of kernels that write or unwrite."""
@@ -111,7 +116,7 @@ class Tape(NamedTuple):
 
 def input_features(x_k, x_v, w: Layers, anchor: Layers, s: Setting, z: Sizes, *, slope: bool) -> tuple[Tensor, Tensor]:
     """phi_x, slope_x: [n, B, T, H, h]."""
-    phi = z.rows(z.h, x_k, operand_dtype(s.precision), s.n)
+    phi = z.rows(z.h, x_k, s.scratch, s.n)
     slopes = torch.empty_like(phi) if slope else phi
     launch(
         fore.input_features, (*z.grid, s.n), x_k, x_v, w.w_in, anchor.w_in, phi, slopes, *z.counts, z.plane, **z.tile,
@@ -123,13 +128,13 @@ def input_features(x_k, x_v, w: Layers, anchor: Layers, s: Setting, z: Sizes, *,
 def chain_scratch(made: Made, s: Setting, z: Sizes) -> System:
     """For the chain of self-memories: one chunk's squares."""
     one = made.k.new_empty(z.N, z.C, z.C, dtype=torch.float32)
-    write_in = torch.empty_like(made.k, dtype=operand_dtype(s.precision)) if s.moving else made.k
-    return System(one, write_in, torch.empty_like(one, dtype=operand_dtype(s.precision)))
+    write_in = torch.empty_like(made.k, dtype=s.scratch) if s.moving else made.k
+    return System(one, write_in, torch.empty_like(one, dtype=s.scratch))
 
 
 def system_of(made: Made, s: Setting, z: Sizes) -> System:
     """Decay tables, and moving: K_in and Y_in, of all chunks."""
-    table, dtype = z.squares(made.k), operand_dtype(s.precision)
+    table, dtype = z.squares(made.k), s.scratch
     if not s.moving:
         sizes = dict(C=z.C, PRECISION=s.precision)
         launch(fore.decay_tables, z.grid, made.log_eta, made.log_alpha, table, *z.counts, **sizes)
@@ -137,7 +142,7 @@ def system_of(made: Made, s: Setting, z: Sizes) -> System:
     system = System(table, torch.empty_like(made.k, dtype=dtype), z.squares(made.k, dtype) if s.dgd_in else table)
     launch(
         fore.input_system, z.grid, made.k, made.log_eta, made.log_alpha, *system, *z.counts,
-        C=z.C, D=z.d, DGD_IN=s.dgd_in, EXACT=s.exact_inverse, PRECISION=s.precision,
+        C=z.C, D=z.d, DGD_IN=s.dgd_in, EXACT=s.exact, PRECISION=s.precision,
     )  # fmt: skip
     return system
 
@@ -146,17 +151,17 @@ def chain(
     x, made: Made, norms, phi_x, system: System, starts: Layers, anchor: Layers, begins, s: Setting, z: Sizes
 ) -> None:
     """The loop over chunks: fills `starts`, and `made` with `norms` for self-memories. x: x_k, x_v and two logits."""
-    keys = z.rows(z.h, made.k, operand_dtype(s.precision), s.n)
+    keys = z.rows(z.h, made.k, s.scratch, s.n)
     launch(
         fore.bank_chain, (z.N,), *x, phi_x, *made, *norms, keys, *system, starts.w_in, anchor.w_in,
         starts.vector, anchor.vector, starts.scalar, anchor.scalar, keys if begins is None else begins,
-        *z.counts, z.plane, s.log_eta_max, **z.tile, **s.made(), **s.write(), RESETS=begins is not None, EXACT=s.exact_inverse,
+        *z.counts, z.plane, s.log_eta_max, **z.tile, **s.made(), **s.write(), RESETS=begins is not None, EXACT=s.exact,
     )  # fmt: skip
 
 
 def tape(made: Made, starts: Layers, anchor: Layers, system: System, s: Setting, z: Sizes) -> Tape:
     """What backward needs of what every chunk wrote."""
-    dtype, like, nv, ns = operand_dtype(s.precision), made.k, s.num_vector, s.num_scalar
+    dtype, like, nv, ns = s.scratch, made.k, s.num_vector, s.num_scalar
     wide = lambda n: z.rows(z.h, like, dtype, n)  # noqa: E731
     narrow = lambda n: z.rows(z.d, like, dtype, n)  # noqa: E731
     moving = s.n if s.moving else 0
@@ -168,7 +173,7 @@ def tape(made: Made, starts: Layers, anchor: Layers, system: System, s: Setting,
     launch(
         fore.bank_tape, (*z.grid, s.n), *made, t.keys, *system, starts.w_in, anchor.w_in,
         starts.vector, anchor.vector, starts.scalar, anchor.scalar, *t[1:6], t.inverse, *t[7:],
-        *z.counts, z.plane, **z.tile, **s.write(), EXACT=s.exact_inverse,
+        *z.counts, z.plane, **z.tile, **s.write(), EXACT=s.exact,
     )  # fmt: skip
     return t
 
@@ -194,7 +199,7 @@ def chain_backward(
     reads: gradients that M_mem's read adds to r, keys and r_in; None: self-memories. d_made: added to. d_starts: the last are
     given; added: the others hold what is added; filled.
     """
-    dtype, like, nv = operand_dtype(s.precision), made.k, s.num_vector
+    dtype, like, nv = s.scratch, made.k, s.num_vector
     wide = lambda n: z.rows(z.h, like, dtype, n)  # noqa: E731
     narrow = lambda n: z.rows(z.d, like, dtype, n)  # noqa: E731
     found = Found(

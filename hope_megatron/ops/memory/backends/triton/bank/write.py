@@ -21,7 +21,9 @@ from hope_megatron.ops.memory.backends.triton.language import (
     load,
     load_t,
     mm,
+    mm_if,
     operand,
+    operand_if,
     rows,
     silu,
     store,
@@ -48,7 +50,7 @@ def input_weights(
 def features_of_keys(
     k, w_in_at, anchor_in_at, keys_at, row_h, since,
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
-    MOVING: tl.constexpr, DGD: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
+    MOVING: tl.constexpr, DGD: tl.constexpr, ANCHORED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """z, 1 / |silu(z)| (DGD, else 1), keys [C, h], stored too, and MOVING: what the input layer holds, since V2 k + A2 k."""
     z = mm(k, load(w_in_at, D, H), PRECISION)
@@ -64,7 +66,7 @@ def features_of_keys(
     if DGD:
         scale = inverse_norm(keys, PRECISION)
         keys = keys * scale[:, None]
-    keys = operand(keys, PRECISION)
+    keys = operand_if(keys, EXACT, PRECISION)
     store_rows(keys_at, keys, row_h, C, H)
     return z, scale, keys, held
 
@@ -87,7 +89,7 @@ def write_vector(
     row, row_h = HEADS * D, HEADS * H
     k = rows(k_at, row, C, D)
     z, key_scale, keys, held_in = features_of_keys(
-        k, w_in_at, anchor_in_at, keys_at, row_h, since, C, D, H, MOVING, DGD, ANCHORED, PRECISION
+        k, w_in_at, anchor_in_at, keys_at, row_h, since, C, D, H, MOVING, DGD, ANCHORED, EXACT, PRECISION
     )
     slope = dsilu(z, PRECISION)
     if TAPE:
@@ -96,11 +98,11 @@ def write_vector(
     e = rows(v_at, row, C, D).to(tl.float32)
     if OWN:
         z_v = mm(e, input_weights(w_in_at, anchor_in_at, D, H, MOVING, ANCHORED, PRECISION), PRECISION)
-        phi_v = operand(silu(z_v, PRECISION), PRECISION)
+        phi_v = operand_if(silu(z_v, PRECISION), EXACT, PRECISION)
         W = load(V_at, H, D)
         if ANCHORED:
             W += load(A_at, H, D)
-        e = add_mm(e, phi_v, W, PRECISION)
+        e += mm_if(phi_v, W, EXACT, PRECISION)
         if UNIT_TARGET:
             target_scale = inverse_norm(e, PRECISION)
             e = e * target_scale[:, None]
@@ -122,21 +124,21 @@ def write_vector(
         r = add_mm(r, keys * since[:, None], load(V_at, H, D), PRECISION)
     tl.debug_barrier()  # keys, stored as rows, are read as columns
     if DGD:
-        gram = mm(keys, columns(keys_at, row_h, C, H), PRECISION)
-        inverse = operand(unit_lower_inverse(gram * load(table_at, C, C), EXACT, PRECISION, C), PRECISION)
+        gram = mm_if(keys, columns(keys_at, row_h, C, H), EXACT, PRECISION)
+        inverse = operand_if(unit_lower_inverse(gram * load(table_at, C, C), EXACT, PRECISION, C), EXACT, PRECISION)
         if TAPE:
             store(inverse_at, inverse, C, C)
             tl.debug_barrier()
             written = rows(keys_at, row_h, C, H) * strength[:, None]
-            store_rows(write_at, mm(load_t(inverse_at, C, C), written, PRECISION), row_h, C, H)
-        r = mm(inverse, r, PRECISION)
+            store_rows(write_at, mm_if(load_t(inverse_at, C, C), written, EXACT, PRECISION), row_h, C, H)
+        r = mm_if(inverse, r, EXACT, PRECISION)
     elif TAPE:
         store_rows(write_at, keys * strength[:, None], row_h, C, H)
     if TAPE:
         store_rows(u_at, r, row, C, D)
     else:
         new = load(V_at, H, D) * kept
-        new = add_mm(new, columns(keys_at, row_h, C, H), r * -strength[:, None], PRECISION)
+        new += mm_if(columns(keys_at, row_h, C, H), r * -strength[:, None], EXACT, PRECISION)
         if anew:
             new = load(first_V, H, D)
         store(next_V, new, H, D)
@@ -150,7 +152,7 @@ def write_vector(
             store_rows(curve_at, hidden * d2silu(z, PRECISION), row_h, C, H)
         write_input(
             hidden * slope, held_in, k_at, write_in_at, inverse_in_at, w_in_at, anchor_in_at, next_in, first_in, anew,
-            u_in_at, missed_in_at, row, row_h, since, kept, C, D, H, TAPE, DGD_IN, ANCHORED, PRECISION,
+            u_in_at, missed_in_at, row, row_h, since, kept, C, D, H, TAPE, DGD_IN, ANCHORED, EXACT, PRECISION,
         )  # fmt: skip
 
 
@@ -159,7 +161,7 @@ def write_input(
     r, held, k_at, write_in_at, inverse_in_at, w_in_at, anchor_in_at, next_in, first_in, anew, u_in_at, missed_in_at,
     row, row_h, since, kept,
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
-    TAPE: tl.constexpr, DGD_IN: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
+    TAPE: tl.constexpr, DGD_IN: tl.constexpr, ANCHORED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The input layer, which learns r = silu'(z) . W^T e [C, h] and held = since V2 k + A2 k."""
     if TAPE:
@@ -171,11 +173,11 @@ def write_input(
         r += held
     if TAPE:
         if DGD_IN:
-            r = mm(load(inverse_in_at, C, C), r, PRECISION)
+            r = mm_if(load(inverse_in_at, C, C), r, EXACT, PRECISION)
         store_rows(u_in_at, r, row_h, C, H)
     else:
         new = load(w_in_at, D, H) * kept
-        new = add_mm(new, columns(write_in_at, row, C, D), -r, PRECISION)
+        new += mm_if(columns(write_in_at, row, C, D), -r, EXACT, PRECISION)
         if anew:
             new = load(first_in, D, H)
         store(next_in, new, D, H)
@@ -197,7 +199,7 @@ def write_scalar(
     row, row_h, i_h = HEADS * D, HEADS * H, tl.arange(0, H)
     k = rows(k_at, row, C, D)
     z, key_scale, keys, held_in = features_of_keys(
-        k, w_in_at, anchor_in_at, keys_at, row_h, since, C, D, H, MOVING, DGD, ANCHORED, PRECISION
+        k, w_in_at, anchor_in_at, keys_at, row_h, since, C, D, H, MOVING, DGD, ANCHORED, EXACT, PRECISION
     )
     slope = dsilu(z, PRECISION)
     if TAPE:
@@ -228,13 +230,13 @@ def write_scalar(
         r += tl.sum(keys * V[None, :], 1) * since
     tl.debug_barrier()
     if DGD:
-        gram = mm(keys, columns(keys_at, row_h, C, H), PRECISION)
+        gram = mm_if(keys, columns(keys_at, row_h, C, H), EXACT, PRECISION)
         inverse = unit_lower_inverse(gram * load(table_at, C, C), EXACT, PRECISION, C)
         if TAPE:
             store(inverse_at, inverse, C, C)
             tl.debug_barrier()
             written = rows(keys_at, row_h, C, H) * strength[:, None]
-            store_rows(write_at, mm(load_t(inverse_at, C, C), written, PRECISION), row_h, C, H)
+            store_rows(write_at, mm_if(load_t(inverse_at, C, C), written, EXACT, PRECISION), row_h, C, H)
         r = tl.sum(inverse * r[None, :], 1)
     elif TAPE:
         store_rows(write_at, keys * strength[:, None], row_h, C, H)
@@ -252,5 +254,5 @@ def write_scalar(
             store_rows(curve_at, hidden * d2silu(z, PRECISION), row_h, C, H)
         write_input(
             hidden * slope, held_in, k_at, write_in_at, inverse_in_at, w_in_at, anchor_in_at, next_in, first_in, anew,
-            u_in_at, missed_in_at, row, row_h, since, kept, C, D, H, TAPE, DGD_IN, ANCHORED, PRECISION,
+            u_in_at, missed_in_at, row, row_h, since, kept, C, D, H, TAPE, DGD_IN, ANCHORED, EXACT, PRECISION,
         )  # fmt: skip

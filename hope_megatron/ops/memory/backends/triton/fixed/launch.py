@@ -32,6 +32,7 @@ class Setting(NamedTuple):
     anchored: bool  # retention forgets towards A
     causal: bool
     skip: bool  # y includes q
+    recompute: bool  # backward computes rows and what is prepared again
     precision: str
 
     @property
@@ -139,8 +140,8 @@ def _solve(p: _Prepared, states: Tensor, s: Setting, z: Sizes) -> _Rows:
     return r
 
 
-def _backward(x: Inputs, p: _Prepared, r: _Rows, states, w_in, anchor, begins, d_y, d_ends, s: Setting, z: Sizes):
-    """Gradients of x, w_in, the first state and A. d_ends: of the state at the end, and at the last chunk's start."""
+def _backward(x: Inputs, p: _Prepared, r: _Rows, states, w_in, anchor, begins, d_y, d_end, s: Setting, z: Sizes):
+    """Gradients of x, w_in, the first state and A. d_end: of the state at the end."""
     dtype, like = operand_dtype(s.precision), x.q
     phi_q, d_z_q = (z.rows(z.h, like, dtype), z.rows(z.h, like, dtype)) if s.two_layers else (x.q, x.q)
     d = Inputs(*map(torch.empty_like, x))
@@ -153,8 +154,7 @@ def _backward(x: Inputs, p: _Prepared, r: _Rows, states, w_in, anchor, begins, d
         read.read_backward_writes, z.grid, d_y, phi_q, p.keys, r.u, x.log_eta, x.log_alpha, p.inverse,
         d_keys, d_r_read, d_states, *z.counts, **z.tile, DGD=s.dgd, CAUSAL=s.causal, PRECISION=s.precision,
     )  # fmt: skip
-    d_states[:, -1] = d_ends[0]
-    d_states[:, -2] += d_ends[1]
+    d_states[:, -1] = d_end
     d_r, d_first = z.rows(z.d, like, dtype), torch.empty_like(states[:, 0])
     launch(
         chain.chain_backward, (z.N,), p.keys, p.phi_v, p.write, p.probe, p.kept, r.target, r.target_scale, d_r_read,
@@ -208,16 +208,18 @@ class _FixedMemory(torch.autograd.Function):
             **s.read(),
         )
         ctx.s, ctx.begins = s, begins
-        ctx.save_for_backward(*x, w_in, anchor, states, *p, *r)
-        return y, states[:, -1].clone(), states[:, -2].clone()
+        ctx.save_for_backward(*x, w_in, anchor, states, *(() if s.recompute else (*p, *r)))
+        return y, states[:, -1].clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_y, *d_ends):
+    def backward(ctx: Any, d_y, d_end):
         saved = ctx.saved_tensors
-        x, (w_in, anchor, states), p, r = Inputs(*saved[:5]), saved[5:8], _Prepared(*saved[8:16]), _Rows(*saved[16:])
-        z = Sizes.of(x.q, states.size(-2), ctx.s.rows)
-        d, *weights = _backward(x, p, r, states, w_in, anchor, ctx.begins, d_y.contiguous(), d_ends, ctx.s, z)
+        x, (w_in, anchor, states), kept, s = Inputs(*saved[:5]), saved[5:8], saved[8:], ctx.s
+        z = Sizes.of(x.q, states.size(-2), s.rows)
+        p = _Prepared(*kept[:8]) if kept else _prepare(x, w_in, anchor, s, z)
+        r = _Rows(*kept[8:]) if kept else _solve(p, states, s, z)
+        d, *weights = _backward(x, p, r, states, w_in, anchor, ctx.begins, d_y.contiguous(), d_end, s, z)
         return None, None, *d, *weights
 
 
@@ -232,7 +234,7 @@ def fixed_memory(s: Setting, x: Inputs, w_in: Tensor | None, first: Tensor, anch
         begins: where streams start anew from `first`, [N, chunks + 1] int8; None: nowhere.
 
     Returns:
-        y [B, T, H, d]; V^T after the last token, and at the start of its chunk.
+        y [B, T, H, d]; V^T after the last token.
     """
     any_weights = first.detach()
     return _FixedMemory.apply(

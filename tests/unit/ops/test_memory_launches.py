@@ -1,0 +1,42 @@
+"""What a layer's memories launch with the Triton kernels: as many kernels for any length. Counted, nothing runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hope_megatron.ops.memory import Bank, MemoryParams, MemoryRule, RateLogits, memory_chunked
+from hope_megatron.ops.memory.backends.triton.backend import TRITON
+from hope_megatron.testing.launches import CountLaunches
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+FORWARD, BACKWARD = 60, 160  # of a layer; backward computes forward again, as activation checkpoints do
+
+
+def launches(rule: MemoryRule, T: int) -> tuple[int, int]:
+    """Of forward, and of forward again and backward, at hope_760m's shape of a head: PyTorch's operators and Triton kernels."""
+    from hope_megatron.ops.memory.backends.triton.launching import recorded
+
+    new = lambda *shape: torch.zeros(*shape).requires_grad_()  # noqa: E731
+    bank = lambda n, outputs: Bank(new(1, n, 64, 64), new(1, n, outputs, 64))  # noqa: E731
+    params, x = MemoryParams(bank(1, 64), bank(2, 64), bank(2, 1)), [new(1, T, 1, 64) for _ in range(3)]
+    logits, counts = RateLogits(new(1, T, 1), new(1, T, 1)), []
+    taken = TRITON._replace(why_not=lambda case: None)  # nothing runs: `recorded`
+    leaves = [*x, *logits[:2], *(w for b in params for w in b)]
+    for backward in (False, True):
+        with CountLaunches() as counted, recorded() as kernels:
+            y = memory_chunked(*x, logits, params, rule, backends=(taken,), recompute=True)[0]
+            if backward:
+                torch.autograd.grad(y, leaves, torch.ones_like(y))
+        counts.append(counted.found + len(kernels))
+    return counts[0], counts[1]
+
+
+@pytest.mark.parametrize("written", ["output", "all"])
+def test_launches_do_not_depend_on_length(written):
+    rule = MemoryRule(64, written_layers=written)
+    launches(rule, 128)  # constants are made once
+    short, long = launches(rule, 512), launches(rule, 2048)
+    assert short == long
+    assert long[0] <= FORWARD and long[1] <= BACKWARD, long

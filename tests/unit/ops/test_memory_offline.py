@@ -1,0 +1,20 @@
+"""The kernels compile for a GPU that is not here. benchmarks/costs/memory_kernels.py has all of them, on five architectures."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from hope_megatron.ops.memory import MemoryRule
+from hope_megatron.ops.memory.backends.triton.offline import compiled, launches_of, variants
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_the_loops_of_m_mem_keep_their_state_in_registers_on_hopper():
+    """`hope_w1`: three dependent products a chunk, forward and backward. The loops of memories that make keys spill more."""
+    found = variants(launches_of(MemoryRule(64, written_layers="output"), 64, "bf16_ptx"))
+    for name in ("chain", "chain_backward"):
+        made = compiled(found[name], "sm_90")
+        assert made["spilled_bytes"] <= 64 and made["shared_bytes"] <= 113 * 1024 and made["registers"] <= 255
+        assert made["loop_instructions"] > 100
