@@ -1,4 +1,4 @@
-"""Serve a model over HTTP with OpenAI's interface, with sessions whose memory lasts. Needs `pip install 'hope_megatron[serve]'`.
+"""Serve a model over HTTP with OpenAI's interface, with sessions whose memory lasts. Needs `pip install -e '.[serve]'`.
 
 MODEL is a run directory (its newest checkpoint), RUN@STEP, a checkpoint or an exported directory.
 
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         from hope_megatron.serve.service import Service
     except ModuleNotFoundError as error:
         raise ModelReferenceError(
-            f"hope serve needs the package {error.name}; install it with pip install 'hope_megatron[serve]'"
+            f"hope serve needs the package {error.name}; install it with pip install -e '.[serve]'"
         ) from None
     import torch
 

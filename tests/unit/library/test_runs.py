@@ -102,4 +102,4 @@ def test_every_name_of_the_front_door_is_there() -> None:
 def test_without_transformers_the_message_says_what_to_install() -> None:
     code = "import sys; sys.modules['transformers'] = None\nfrom hope_megatron import HopeForCausalLM"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert "pip install 'hope_megatron[transformers]'" in done.stderr and done.returncode == 1
+    assert "pip install -e '.[transformers]'" in done.stderr and done.returncode == 1
