@@ -50,6 +50,7 @@ TEST = [
     *WANDB,
     *TENSORBOARD,
     "accelerate>=1.1,<2",
+    "httpx2>=2.12,<3",
     "hypothesis>=6.100,<7",
     "import-linter>=2.1,<3",
     "moto[s3]>=5.1,<6",

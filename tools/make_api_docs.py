@@ -41,6 +41,7 @@ def section(name: str, thing: Any) -> str:
         for member, value in vars(thing).items():
             doc = _docstring(getattr(value, "func", value))  # of cached properties
             told = inspect.isfunction(value) or isinstance(value, (property, functools.cached_property))
+            told &= not hasattr(value, "hooked")  # torch puts `step` into the class of an optimizer that was made
             if told and doc and not member.startswith("_"):
                 text += f"\n`{member}`: {doc.splitlines()[0]}\n"
     return text

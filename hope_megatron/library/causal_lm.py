@@ -15,7 +15,8 @@ except ModuleNotFoundError as error:
     if error.name != "transformers":
         raise
     raise LibraryError(
-        "HopeForCausalLM is a transformers model, and transformers is not installed: pip install -e '.[transformers]'"
+        "HopeForCausalLM is a transformers model, and transformers is not installed: pip install -e '.[transformers]' "
+        "in the source directory"
     ) from None
 
 from hope_megatron.config.model import ModelConfig

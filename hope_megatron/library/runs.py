@@ -51,13 +51,16 @@ class Run:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Text to ids and back."""
-        from data_pipeline.tokenizer import Tokenizer
+        from data_pipeline.tokenizer import Tokenizer, make_tokenizer
         from hope_megatron.convert.huggingface.tokenizer_back import read_tokenizer
 
         if self._tokenizer_file is not None:
             return Tokenizer.load(self._tokenizer_file)
         if self._exported:
-            return Tokenizer(read_tokenizer(Path(self.reference)), f"the tokenizer of {self.reference}")
+            directory = Path(self.reference)
+            return make_tokenizer(
+                read_tokenizer(directory), f"the tokenizer of {directory}", directory / "tokenizer.json"
+            )
         return Tokenizer.load(self._source.config.data.tokenizer)
 
     @property

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 PREFILL_TOKENS = 256
 """Tokens of a prompt between two steps of the running streams: bounds how long a long prompt holds up the others."""
+MAX_PREFILL_ROWS = 16
+"""Prompts that are read together."""
 
 
 class Engine:
@@ -122,39 +124,57 @@ class Engine:
                 self._reading.append(self._waiting.popleft())
 
     def _read_some(self) -> None:
-        """One piece of one prompt. A stream that has one token left joins the running ones."""
+        """One piece of prompts that stand at one position. A stream that has one token left joins the running ones.
+
+        Streams stay in their list meanwhile: if the model fails, they are told.
+        """
+        for stream in [stream for stream in self._reading if stream.cancelled]:
+            stream.finish("cancelled")
+            self._reading.remove(stream)
+            stream.end(stream.cache)
         if not self._reading:
             return
-        stream = self._reading[0]  # it stays there meanwhile: if the model fails, it is told
-        if stream.cancelled:
-            stream.finish("cancelled")
-            self._reading.popleft().end(stream.cache)
-            return
-        count = min(len(stream.pending) - 1, PREFILL_TOKENS)
-        if count:
-            ids, stream.pending = stream.pending[:count], stream.pending[count:]
-            stream.cache = self._read(torch.tensor([ids]), stream.cache)[1]
-        if not stream.ready:
-            self._reading.rotate(-1)  # prompts take turns
-        elif stream.options.max_tokens == 0:
-            stream.finish("length")
-            self._reading.popleft().end(stream.cache)
-        else:
-            self._join(stream)
+        place = _position(self._reading[0])
+        group = [stream for stream in self._reading if not stream.ready and _position(stream) == place]
+        if group:
+            self._read_together(group[:MAX_PREFILL_ROWS])
+        self._begin([stream for stream in self._reading if stream.ready])
+        self._reading.rotate(-1)  # prompts take turns
 
-    def _join(self, stream: Stream) -> None:
-        """One more row: the first that is read. With no state yet to put beside others, its one token is read alone."""
-        cache = stream.cache
-        if cache is None:
-            logits, cache = self._read(torch.tensor([stream.pending]), None)
-            stream.draw(logits[0, -1])
+    def _read_together(self, group: list[Stream]) -> None:
+        """As much of each as the shortest has, without its last token."""
+        count = min(PREFILL_TOKENS, *(len(stream.pending) - 1 for stream in group))
+        cache = group[0].cache
+        if cache is not None and len(group) > 1:
+            cache = cache.join([(torch.tensor([row]), stream.cache) for row, stream in enumerate(group)], 0)
+        cache = self._read(torch.tensor([stream.pending[:count] for stream in group]), cache)[1]
+        for row, stream in enumerate(group):
+            stream.pending = stream.pending[count:]
+            stream.cache = cache if len(group) == 1 else cache.select(torch.tensor([row]))
+
+    def _begin(self, streams: list[Stream]) -> None:
+        """Rows of the batch for streams with one token left. With no state yet to put beside others, that token is read alone."""
+        for stream in streams:
+            if stream.options.max_tokens == 0:
+                stream.finish("length")
+            elif stream.cache is None:
+                logits, stream.cache = self._read(torch.tensor([stream.pending]), None)
+                stream.draw(logits[0, -1])
             if stream.finished:
-                self._reading.popleft().end(cache)
-                return
-        here, stream.cache = len(self._running), None
-        rows = [(torch.arange(here), self._cache), (torch.tensor([here]), cache)]
-        self._cache = cache if self._cache is None else cache.join(rows, 0)
-        self._running.append(self._reading.popleft())
+                self._reading.remove(stream)
+                stream.end(stream.cache)
+        new = [stream for stream in streams if not stream.finished]
+        if not new:
+            return
+        here = len(self._running)
+        parts = [(torch.tensor([here + row]), stream.cache) for row, stream in enumerate(new)]
+        if here:
+            parts.insert(0, (torch.arange(here), self._cache))
+        self._cache = parts[0][1] if len(parts) == 1 else parts[0][1].join(parts, 0)
+        for stream in new:
+            self._reading.remove(stream)
+            self._running.append(stream)
+            stream.cache = None  # the batch has it
 
     def _step(self) -> None:
         """One token for every running stream."""
@@ -189,3 +209,8 @@ class Engine:
         """Logits [B, 1, V] after ids [B, T] of real tokens, and the state of each row."""
         output = self.model(ids.to(self._device), cache=cache, use_cache=True, logits_to_keep=1)
         return output.logits, output.cache
+
+
+def _position(stream: Stream) -> int:
+    """Tokens that a stream has read in all."""
+    return 0 if stream.cache is None else int(torch.as_tensor(stream.cache.position).reshape(-1)[0])

@@ -59,8 +59,11 @@ def sharded(rank: int, world_size: int) -> dict:
                         fully_shard(layer)
                 fully_shard(model)
             trained = model if wrapper == "fsdp" else DistributedDataParallel(model)
-            optimizer = make(model)
-            train(trained, optimizer, batches[:, rank::world_size])
+            own = batches[:, rank::world_size]
+            first, optimizer = make(model), make(model)
+            train(trained, first, own[:3])
+            optimizer.load_state_dict(first.state_dict())  # each rank its part
+            train(trained, optimizer, own[3:])
             weights = {key: p.full_tensor() if wrapper == "fsdp" else p for key, p in model.named_parameters()}
             stats = optimizer.last_step_stats()
             found[f"{name}/{wrapper}"] = (

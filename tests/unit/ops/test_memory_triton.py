@@ -35,8 +35,17 @@ CASES = {
 
 
 def results(
-    rule: MemoryRule, T: int, dtype: torch.dtype, backend, compute: MemoryCompute, *, d=16, H=2, keys="one comes back",
-    B=1, documents=None,
+    rule: MemoryRule,
+    T: int,
+    dtype: torch.dtype,
+    backend,
+    compute: MemoryCompute,
+    *,
+    d=16,
+    H=2,
+    keys="one comes back",
+    B=1,
+    documents=None,
 ) -> dict[str, torch.Tensor]:
     """y, final weights (where there is one document) and the gradient of every input."""
     generator = torch.Generator().manual_seed(0)
