@@ -18,7 +18,7 @@ from typing import Any
 from hope_megatron.testing.distributed import run_distributed
 
 
-def step(rank: int, world_size: int, tokens: int) -> dict[str, Any]:
+def step(rank: int, world_size: int, tokens: int, kernel: Any) -> dict[str, Any]:
     """What one rank sees of the step."""
     from hope_megatron.config import CMSConfig, CMSLevelConfig, MemoryConfig, ModelConfig
     from hope_megatron.engine.build import build_engine
@@ -35,7 +35,7 @@ def step(rank: int, world_size: int, tokens: int) -> dict[str, Any]:
         num_layers=2,
         hidden_size=64,
         num_heads=4,
-        memory=MemoryConfig(chunk_tokens=64),
+        memory=MemoryConfig(chunk_tokens=64, kernel=kernel),
         cms=CMSConfig(levels=(CMSLevelConfig(hidden_size=64),)),
     )
     parallel = config.parallel.model_copy(update={"context_parallel": world_size})
@@ -60,11 +60,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=131_072)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4])
+    parser.add_argument(
+        "--kernel", default="torch", help="memory.kernel; the compiled one fills its lanes with few heads"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     found = {}
     for ranks in args.ranks:
-        found[ranks] = results = run_distributed(step, ranks, args.tokens, timeout_s=3600)
+        found[ranks] = results = run_distributed(step, ranks, args.tokens, args.kernel, timeout_s=3600)
         peaks = " ".join(f"{one['peak_bytes'] / 2**20:,.0f}" for one in results)
         first = results[0]
         print(
@@ -73,7 +76,9 @@ def main() -> None:
             flush=True,
         )
     if args.json:
-        args.json.write_text(json.dumps({"tokens": args.tokens, "ranks": found}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({"tokens": args.tokens, "kernel": args.kernel, "ranks": found}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from hope_megatron.config.base import ConfigError
@@ -11,12 +11,17 @@ from hope_megatron.config.base import ConfigError
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """A mesh of data parallel x tensor parallel, and what ZeRO shards over data parallelism."""
+    """A mesh of data parallel x tensor parallel, and what ZeRO shards over data parallelism.
+
+    Neighbours among the data-parallel ranks may share sequences (context parallelism). They hold the same weights, so checkpoints
+    do not know of it, and layouts that differ in it alone are equal.
+    """
 
     tensor_parallel: int = 1
     data_parallel: int = 1
     zero_stage: int = 1
     sequence_parallel: bool = False
+    context_parallel: int = field(default=1, compare=False)
 
     @property
     def world_size(self) -> int:
@@ -26,11 +31,11 @@ class ParallelLayout:
     @classmethod
     def of(cls, description: Mapping[str, Any]) -> ParallelLayout:
         """The layout that checkpoint.json describes."""
-        return cls(**{name: description[name] for name in cls.__dataclass_fields__})
+        return cls(**{name: description[name] for name in _SAVED})
 
     def describe(self) -> dict[str, Any]:
         """As checkpoint.json says it."""
-        return {"world_size": self.world_size, **asdict(self)}
+        return {"world_size": self.world_size, **{name: asdict(self)[name] for name in _SAVED}}
 
     def in_words(self) -> str:
         """For a line of output."""
@@ -60,3 +65,7 @@ class ParallelLayout:
             self.zero_stage if zero_stage is None else zero_stage,
             sequence_parallel,
         )
+
+
+_SAVED = tuple(item.name for item in fields(ParallelLayout) if item.compare)
+"""What checkpoints say."""

@@ -97,7 +97,11 @@ class RunConfig(Section):
         """
         parallel = self.parallel
         return ParallelLayout(
-            parallel.tensor_parallel, self.replicas(world_size), parallel.zero_stage, parallel.sequence_parallel
+            parallel.tensor_parallel,
+            self.replicas(world_size),
+            parallel.zero_stage,
+            parallel.sequence_parallel,
+            parallel.context_parallel,
         )
 
     def replicas(self, world_size: int) -> int:
