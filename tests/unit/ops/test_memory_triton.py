@@ -35,8 +35,17 @@ CASES = {
 
 
 def results(
-    rule: MemoryRule, T: int, dtype: torch.dtype, backend, compute: MemoryCompute, *, d=16, H=2, keys="one comes back",
-    B=1, documents=None,
+    rule: MemoryRule,
+    T: int,
+    dtype: torch.dtype,
+    backend,
+    compute: MemoryCompute,
+    *,
+    d=16,
+    H=2,
+    keys="one comes back",
+    B=1,
+    documents=None,
 ) -> dict[str, torch.Tensor]:
     """y, final weights (where there is one document) and the gradient of every input."""
     generator = torch.Generator().manual_seed(0)
@@ -176,6 +185,8 @@ def case_of(rule: MemoryRule, **changes) -> Case:
     [
         (case_of(MemoryRule(), rates=(True, True, True)), "momentum"),
         (case_of(MemoryRule(objective="l2", eta_max=0.1)), "l2"),
+        (case_of(MemoryRule(objective="huber", eta_max=0.1)), "huber"),
+        (case_of(MemoryRule(adaptive_query=True)), "adaptive_query"),
         (case_of(MemoryRule(), d=48), "48"),
         (case_of(MemoryRule(chunk_tokens=256)), "256"),
         (case_of(MemoryRule(), device="cpu"), "interpreter"),
