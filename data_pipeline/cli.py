@@ -14,11 +14,12 @@ OpenRun = Callable[[str], "RunSamples"]
 
 _SOURCES = """\
 sources:
-  files           text (.txt .md .rst .py), JSON lines (.jsonl .ndjson), .json, .parquet, .tar of such files;
-                  all but .parquet also with .gz .zst .bz2 .xz
+  files           text (.txt .md .rst .py), JSON lines (.jsonl .ndjson), .json, .parquet, .arrow, .tar of such files;
+                  all but .parquet and .arrow also with .gz .zst .bz2 .xz
   directories     every such file in them; the rest is left out and counted
   patterns        'corpus/*.log': files of other names are taken as text
-  URLs            https://..., s3://..., gs://... and whatever fsspec knows
+                  (a directory of the datasets library is one of .arrow files)
+  URLs            https://..., s3://..., gs://..., hf://datasets/... and whatever fsspec knows
   python-stdlib   the Python standard library's own sources, which every machine has
 """
 
@@ -36,13 +37,14 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def add_data_commands(
     subparsers: argparse._SubParsersAction[argparse.ArgumentParser], open_run: OpenRun | None = None
 ) -> None:
-    """Add the commands themselves: tokenizer, prepare, merge, verify, inspect, stats, decode, drop.
+    """Add the commands themselves: tokenizer, prepare, import, merge, verify, inspect, stats, decode, drop.
 
     Args:
         open_run: opens a training run by its path, for questions about its steps and samples.
     """
     _add_tokenizer(subparsers)
     _add_prepare(subparsers)
+    _add_import(subparsers)
     _add_merge(subparsers)
     _add_verify(subparsers)
     _add_inspect(subparsers)
@@ -165,7 +167,7 @@ examples:
         "--max-bytes", type=byte_size, default=1 << 28, metavar="SIZE", help="train on a sample of this size (256M)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample (0)")
-    parser.add_argument("--existing", metavar="FILE", help="take this SentencePiece model instead of training one")
+    parser.add_argument("--existing", metavar="FILE", help="take this model or tokenizer.json instead of training one")
     _add_read_options(parser)
 
 
@@ -181,6 +183,7 @@ An interrupted command continues when it is run again, and ends with the same by
 examples:
   hope data prepare python-stdlib --tokenizer tokenizer.model --out data/stdlib --held-out 0.05
   hope data prepare corpus/ --tokenizer tokenizer.model --out data/corpus --text-field content --near-duplicates 0.8
+  hope data prepare corpus/ --tokenizer gpt2/tokenizer.json --out data/gpt2
   hope data prepare book.txt --text-unit chunk --tokenizer tokenizer.model --out data/book
 
   # an array of Slurm jobs, then one merge
@@ -190,7 +193,7 @@ examples:
 """,
     )
     parser.add_argument("sources", nargs="+", metavar="SOURCE")
-    parser.add_argument("--tokenizer", required=True, metavar="FILE", help="a SentencePiece model")
+    parser.add_argument("--tokenizer", required=True, metavar="FILE", help="a SentencePiece model, or a tokenizer.json")
     parser.add_argument("--out", required=True, metavar="DIR", help="gets train/ and heldout/")
     parser.add_argument(
         "--held-out", type=float, default=0.01, metavar="PART", help="part of the documents, by hash of the text (0.01)"
@@ -212,6 +215,37 @@ examples:
     group.add_argument("--keep-duplicates", action="store_true", help="keep documents whose text occurred before")
     group.add_argument(
         "--near-duplicates", type=float, metavar="SIMILARITY", help="reject by MinHash from this similarity, e.g. 0.8"
+    )
+
+
+def _add_import(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add(
+        subparsers,
+        "import",
+        "take tokens from Megatron's or GPT-NeoX's .bin/.idx files, without tokenizing again",
+        """\
+The ids stay as they are; an end mark at the end of a document is taken off, because streams add it. An interrupted command
+continues when it is run again.
+
+examples:
+  hope data import /data/pile_text_document --tokenizer gpt-neox/tokenizer.json --out data/pile --dry-run
+  hope data import part-0 part-1 --tokenizer tokenizer.model --out data/web --held-out 0.005
+""",
+    )
+    parser.add_argument(
+        "prefixes", nargs="+", metavar="PREFIX", help="path without .bin and .idx, or of one of the two"
+    )
+    parser.add_argument("--tokenizer", required=True, metavar="FILE", help="the one that the ids are of")
+    parser.add_argument("--out", required=True, metavar="DIR", help="gets train/ and heldout/")
+    parser.add_argument(
+        "--held-out", type=float, default=0.01, metavar="PART", help="part of the documents, by hash of the text (0.01)"
+    )
+    parser.add_argument("--shard-tokens", type=int, default=1 << 24, metavar="N", help="tokens per shard (16777216)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (all cores); does not change the result")
+    parser.add_argument("--deduplicate", action="store_true", help="leave out documents whose text occurred before")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="read the indices, say what they hold, and write nothing"
     )
 
 

@@ -15,6 +15,8 @@ from data_pipeline.errors import ManifestError, SourceError, TokenizerError
 from data_pipeline.files import check_writable, print_whole, write_json
 from data_pipeline.filters import Filters
 from data_pipeline.history import DataHistory
+from data_pipeline.import_indexed import import_indexed
+from data_pipeline.indexed import IndexedFile
 from data_pipeline.manifest import Manifest
 from data_pipeline.merge import merge
 from data_pipeline.prepare import prepare
@@ -86,6 +88,38 @@ def run_prepare(arguments: argparse.Namespace) -> int:
             progress=show,
         )
     _print(arguments, dataclasses.asdict(report), report.describe(arguments.text_field))
+    return 0
+
+
+def run_import(arguments: argparse.Namespace) -> int:
+    if arguments.dry_run:
+        files = [IndexedFile(prefix) for prefix in arguments.prefixes]
+        value = [
+            {"prefix": file.prefix, "documents": file.num_documents, "tokens": file.num_tokens, "dtype": file.dtype.str}
+            for file in files
+        ]
+        lines = [f"{x['prefix']}: {x['documents']:,} documents, {x['tokens']:,} tokens of {x['dtype']}" for x in value]
+        _print(arguments, value, "\n".join(lines))
+        return 0
+    with Progress("importing") as display:
+
+        def show(report: PrepareReport, part: float | None) -> None:
+            display.update(
+                f"{report.documents_in:,} documents, {sum(report.tokens.values()) / 1e6:,.1f} M tokens", part
+            )
+
+        report = import_indexed(
+            arguments.prefixes,
+            arguments.tokenizer,
+            arguments.out,
+            held_out_fraction=arguments.held_out,
+            shard_tokens=arguments.shard_tokens,
+            workers=arguments.workers,
+            deduplicate=arguments.deduplicate,
+            overwrite=arguments.overwrite,
+            progress=show,
+        )
+    _print(arguments, dataclasses.asdict(report), report.describe())
     return 0
 
 

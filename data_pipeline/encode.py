@@ -95,8 +95,7 @@ def encode_all(documents: Iterable[Document], encoder: Encoder, workers: int) ->
         return
     # Spawned, not forked: a process that also runs threads (torch, BLAS) cannot be forked safely.
     context = multiprocessing.get_context("spawn")
-    arguments = (encoder.tokenizer.model, encoder.filters, encoder.text_field, encoder.with_signature)
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=arguments) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(encoder,)) as pool:
         pending: collections.deque[Future[list[EncodedDocument]]] = collections.deque()
         try:
             for batch in batches(documents):
@@ -117,13 +116,13 @@ def encode_all(documents: Iterable[Document], encoder: Encoder, workers: int) ->
 _encoder: Encoder | None = None  # of this worker process
 
 
-def _start_worker(model: bytes, filters: Filters, text_field: str, with_signature: bool) -> None:
+def _start_worker(encoder: Encoder) -> None:
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
-    _encoder = Encoder(Tokenizer(model), filters, text_field, with_signature)
+    _encoder = encoder
 
 
 def _exit_with(sentinel: int) -> None:

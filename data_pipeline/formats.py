@@ -6,11 +6,12 @@ import os
 from typing import Literal
 from urllib.parse import urlsplit
 
-Kind = Literal["text", "json_lines", "json", "parquet", "tar"]
+Kind = Literal["text", "json_lines", "json", "parquet", "arrow", "tar"]
 
 KINDS: dict[str, Kind] = {
     ".txt": "text", ".text": "text", ".md": "text", ".rst": "text", ".py": "text",
-    ".jsonl": "json_lines", ".ndjson": "json_lines", ".json": "json", ".parquet": "parquet", ".tar": "tar",
+    ".jsonl": "json_lines", ".ndjson": "json_lines", ".json": "json", ".parquet": "parquet",
+    ".arrow": "arrow", ".tar": "tar",
 }  # fmt: skip
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz", ".lzma")
 TARS = {".tgz": ".gz", ".tzst": ".zst", ".tbz2": ".bz2", ".txz": ".xz"}  # .tar under a compression, in short

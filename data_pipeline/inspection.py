@@ -14,10 +14,10 @@ import numpy as np
 
 from data_pipeline.errors import DataError, ManifestError, SamplingError, ShardError, TokenizerError, require
 from data_pipeline.files import atomic_file
-from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, ShardInfo
+from data_pipeline.manifest import MANIFEST_NAME, Manifest, ShardInfo
 from data_pipeline.prepare import SPLITS
 from data_pipeline.shards import ShardReader
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import Tokenizer, tokenizer_beside
 
 
 def find_manifests(path: str | Path) -> list[Manifest]:
@@ -34,7 +34,7 @@ def _local(manifest: Manifest) -> Manifest:
 
 def find_tokenizer(manifest: Manifest, path: str | Path | None = None) -> Tokenizer:
     """The tokenizer of a manifest: the given model, or the one stored beside the splits; another one is refused."""
-    chosen = Path(path) if path is not None else Path(manifest.location).parent / TOKENIZER_NAME
+    chosen = Path(path) if path is not None else tokenizer_beside(Path(manifest.location).parent)
     tokenizer = Tokenizer.load(chosen)
     if tokenizer.digest != manifest.tokenizer_sha256:
         raise TokenizerError(

@@ -88,7 +88,7 @@ class _Splitter:
                 yield from self._take()
                 self._in_array, start = False, at
             elif mark in b"]}":
-                raise IncompleteJsonError(f"a {mark.decode()} closes nothing")
+                raise IncompleteJsonError(f"a {mark.decode()} closes nothing that was opened")
         self._keep(piece[start:])
 
     def finish(self) -> Iterator[bytes | None]:

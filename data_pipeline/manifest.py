@@ -26,6 +26,7 @@ FORMAT = "hope-token-shards-v1"
 MANIFEST_NAME = "manifest.json"
 WIDS_NAME = "wids.json"
 TOKENIZER_NAME = "tokenizer.model"
+TOKENIZER_NAMES = (TOKENIZER_NAME, "tokenizer.json")
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.tar")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

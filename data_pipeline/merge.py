@@ -16,7 +16,7 @@ from typing import Any
 
 from data_pipeline.errors import EmptySplitError, OutputError
 from data_pipeline.files import exclusive, read_json, write_json, writing
-from data_pipeline.manifest import TOKENIZER_NAME, Manifest
+from data_pipeline.manifest import Manifest
 from data_pipeline.prepare import (
     FORMAT,
     PROGRESS_NAME,
@@ -31,7 +31,7 @@ from data_pipeline.prepare import (
     slice_name,
 )
 from data_pipeline.shards import ShardReader, ShardWriter
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import Tokenizer, tokenizer_beside
 
 log = logging.getLogger(__name__)
 
@@ -119,8 +119,8 @@ class _Merge:
         self._duplicates = self._duplicate_bytes = 0
 
     def run(self) -> PrepareReport:
-        tokenizer = Tokenizer.load(self._paths[0] / TOKENIZER_NAME)
-        tokenizer.save(self._directory / TOKENIZER_NAME)
+        tokenizer = Tokenizer.load(tokenizer_beside(self._paths[0]))
+        tokenizer.save(self._directory / tokenizer.file_name)
         writers = {}
         for split in SPLITS if self._reports[0].documents.keys() == set(SPLITS) else (TRAIN,):
             # merged shards that are written anew hold no more tokens than one slice's shard did

@@ -34,7 +34,8 @@ from data_pipeline.encode import EncodedDocument, Encoder, encode_all
 from data_pipeline.errors import EmptySplitError, OutputError, ShardError
 from data_pipeline.files import canonical_json, exclusive, read_json, write_json, writing
 from data_pipeline.filters import Filters
-from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAME, WIDS_NAME, Manifest, ShardInfo
+from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAMES, WIDS_NAME, Manifest, ShardInfo
+from data_pipeline.prepare_settings import Settings
 from data_pipeline.report import PrepareReport
 from data_pipeline.shards import ShardWriter
 from data_pipeline.sources import Sources
@@ -50,18 +51,8 @@ PROGRESS_NAME = ".progress.json"
 FORMAT = "hope-prepare-v1"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Everything but the sources and the tokenizer that decides the bytes of the result."""
-
-    held_out_fraction: float
-    shard_tokens: int
-    read: ReadOptions
-    filters: Filters
-    deduplicate: bool
-    near_duplicates: float | None
-    slice_index: int
-    slice_count: int
+Reader = Callable[[SourceFile, ReadOptions], Iterator[Document]]
+"""The documents of a file, in order."""
 
 
 def prepare(
@@ -86,7 +77,7 @@ def prepare(
 
     Args:
         sources: files, directories, globs, URLs, or ``"python-stdlib"``.
-        tokenizer: a `Tokenizer`, or the path of a SentencePiece model.
+        tokenizer: a `Tokenizer`, or the path of a SentencePiece model or a tokenizer.json.
         out_dir: made if missing. Refused if it holds the result of other settings, unless ``overwrite``.
         held_out_fraction: part of the documents, chosen by the hash of their text, that goes to ``heldout``.
         shard_tokens: tokens from which a new shard begins; documents are never cut.
@@ -114,7 +105,7 @@ def prepare(
         near_duplicates,
         *slice,
     )
-    _check_settings(settings)
+    settings.check()
     found = find_sources(sources, follow_links=follow_links)
     found.files = found.files[settings.slice_index :: settings.slice_count]
     if not isinstance(tokenizer, Tokenizer):
@@ -122,8 +113,48 @@ def prepare(
     directory = Path(out_dir)
     if settings.slice_count > 1:
         directory = directory / slice_name(*slice)
+    return prepare_files(
+        found,
+        tokenizer,
+        directory,
+        settings,
+        workers=workers,
+        overwrite=overwrite,
+        progress=progress,
+        commit_seconds=commit_seconds,
+    )
+
+
+def prepare_files(
+    found: Sources,
+    tokenizer: Tokenizer,
+    directory: Path,
+    settings: Settings,
+    *,
+    reader: Reader = read_documents,
+    encoder: Encoder | None = None,
+    format_name: str = FORMAT,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[PrepareReport, float | None], None] | None = None,
+    commit_seconds: float = 5.0,
+) -> PrepareReport:
+    """`prepare`, of files that are found already.
+
+    Args:
+        reader: the documents of one file, in order.
+        encoder: what makes tokens of a document; of its text by default.
+        format_name: tells the results of one kind of reading from those of another.
+    """
+    encoder = encoder or Encoder(
+        tokenizer,
+        settings.filters,
+        settings.read.text_field,
+        with_signature=settings.near_duplicates is not None,
+    )
+    settings.check()
     with exclusive(directory):
-        run = _Preparation(found, tokenizer, directory, settings)
+        run = _Preparation(found, encoder, directory, settings, reader, format_name)
         if overwrite:
             remove_result(directory)
         return run.run(_number_of_workers(workers, found.files), progress, commit_seconds)
@@ -131,20 +162,6 @@ def prepare(
 
 def slice_name(index: int, count: int) -> str:
     return f"slice-{index:05d}-of-{count:05d}"
-
-
-def _check_settings(settings: Settings) -> None:
-    if not 0 <= settings.held_out_fraction < 1:
-        raise OutputError(f"held_out_fraction={settings.held_out_fraction} must be at least 0 and below 1.")
-    if settings.shard_tokens < 1:
-        raise OutputError(f"shard_tokens={settings.shard_tokens} must be at least 1.")
-    if settings.near_duplicates is not None and not 0 < settings.near_duplicates <= 1:
-        raise OutputError(f"near_duplicates={settings.near_duplicates} must be above 0 and at most 1; 0.8 is usual.")
-    if not 0 <= settings.slice_index < settings.slice_count:
-        raise OutputError(
-            f"slice {settings.slice_index}/{settings.slice_count} does not exist: the first is 0, "
-            f"the last {settings.slice_count - 1}."
-        )
 
 
 def _number_of_workers(workers: int | None, files: list[SourceFile]) -> int:
@@ -161,7 +178,7 @@ def remove_result(directory: Path) -> None:
         for name in (
             SUMMARY_NAME,
             PROGRESS_NAME,
-            TOKENIZER_NAME,
+            *TOKENIZER_NAMES,
             *SEEN_NAMES,
         ):  # what says that it is complete goes first
             (directory / name).unlink(missing_ok=True)
@@ -202,15 +219,18 @@ class _Counts:
 class _Preparation:
     """One run, from the first or the last committed document to the manifests."""
 
-    def __init__(self, sources: Sources, tokenizer: Tokenizer, directory: Path, settings: Settings) -> None:
-        files = sources.files
+    def __init__(
+        self, sources: Sources, encoder: Encoder, directory: Path, settings: Settings, reader: Reader, format_name: str
+    ) -> None:
+        files, tokenizer = sources.files, encoder.tokenizer
+        self._encoder, self._reader = encoder, reader
         self._files, self._left_out = files, sources.left_out
         self._tokenizer, self._directory, self._settings = tokenizer, directory, settings
         self._bytes_before = list(itertools.accumulate(map(size_of, files), initial=0))
         self._file_numbers = {file.name: number for number, file in enumerate(files)}
         self._splits = SPLITS if settings.held_out_fraction else (TRAIN,)
         self._identity = {
-            "format": FORMAT,
+            "format": format_name,
             "tokenizer_sha256": tokenizer.digest,
             "sources_sha256": hashlib.sha256(canonical_json([asdict(file) for file in files])).hexdigest(),
             "settings": json.loads(canonical_json(asdict(settings))),
@@ -224,14 +244,8 @@ class _Preparation:
             log.info("%s is already complete", self._directory)
             return self._checked_report(PrepareReport(**summary["report"]))
         self._open()
-        encoder = Encoder(
-            self._tokenizer,
-            self._settings.filters,
-            self._settings.read.text_field,
-            with_signature=self._settings.near_duplicates is not None,
-        )
         try:
-            for document in encode_all(self._documents(), encoder, workers):
+            for document in encode_all(self._documents(), self._encoder, workers):
                 self._take(document)
                 now = time.monotonic()
                 if now - last_commit >= commit_seconds:
@@ -255,7 +269,7 @@ class _Preparation:
         """The documents that are not yet done."""
         first, done = self._counts.file, self._counts.position
         for number in range(first, len(self._files)):
-            documents = read_documents(self._files[number], self._settings.read)
+            documents = self._reader(self._files[number], self._settings.read)
             yield from itertools.islice(documents, done if number == first else 0, None)
 
     def _take(self, document: EncodedDocument) -> None:
@@ -369,7 +383,7 @@ class _Preparation:
 
     def _finish(self) -> PrepareReport:
         """Seal the shards, then write what makes the directory complete, the summary last."""
-        self._tokenizer.save(self._directory / TOKENIZER_NAME)
+        self._tokenizer.save(self._directory / self._tokenizer.file_name)
         shards = {split: writer.finish() for split, writer in self._writers.items()}
         for split, some in shards.items():
             save_split(self._directory / split, split, some, self._tokenizer)

@@ -52,6 +52,10 @@ def read_items(opened: Opened, file: SourceFile, options: ReadOptions) -> Iterat
     kind = kind_of(file.path) or "text"
     if kind == "parquet":
         yield from _read_parquet(opened, file, options)
+    elif kind == "arrow":
+        from data_pipeline.arrow_reader import read_arrow
+
+        yield from read_arrow(opened, file, options)
     elif kind == "tar":
         yield from _read_tar(opened.stream, options)
     else:
@@ -69,10 +73,11 @@ def _read_stream(stream: IO[bytes], kind: Kind, options: ReadOptions) -> Iterato
         yield from _read_chunks(stream, options)
     else:
         data = stream.read(options.max_document_bytes + len(BOM) + 1).removeprefix(BOM)
-        yield _checked(data, "text", len(data) > options.max_document_bytes)
+        yield checked_item(data, "text", len(data) > options.max_document_bytes)
 
 
-def _checked(data: bytes, encoding: Encoding, too_long: bool) -> Item:
+def checked_item(data: bytes, encoding: Encoding, too_long: bool) -> Item:
+    """A document, or its rejection for its length."""
     return Item(b"", encoding, "too_long") if too_long else Item(data, encoding)
 
 
@@ -88,7 +93,7 @@ def _read_lines(stream: IO[bytes], options: ReadOptions, encoding: Encoding, hea
         if too_long:
             _skip_line(stream)
         line = line.removesuffix(b"\n").removesuffix(b"\r")
-        yield _checked(line, encoding, too_long or len(line) > options.max_document_bytes)
+        yield checked_item(line, encoding, too_long or len(line) > options.max_document_bytes)
         line = stream.readline(longest)
 
 
@@ -110,7 +115,7 @@ def _read_chunks(stream: IO[bytes], options: ReadOptions) -> Iterator[Item]:
         too_long = len(data) == limit and not data.endswith(b"\n")
         if too_long:
             _skip_line(stream)
-        yield _checked(data, "text", too_long)
+        yield checked_item(data, "text", too_long)
         data = stream.read(options.chunk_bytes)
 
 
@@ -185,7 +190,7 @@ def _read_tar(stream: IO[bytes], options: ReadOptions) -> Iterator[Item]:
             kind = kind_of(member.name)
             if member.isdir():
                 continue
-            if not member.isreg() or kind in (None, "parquet", "tar"):
+            if not member.isreg() or kind in (None, "parquet", "arrow", "tar"):
                 yield Item(b"", "text", "other_kind")
                 continue
             content = tar.extractfile(member)
@@ -212,7 +217,7 @@ def _read_parquet(opened: Opened, file: SourceFile, options: ReadOptions) -> Ite
             if data is None:
                 yield Item(b"", "text", "missing_field")
             else:
-                yield _checked(data, "text", len(data) > options.max_document_bytes)
+                yield checked_item(data, "text", len(data) > options.max_document_bytes)
 
 
 def find_column(schema: Any, field: str, where: str) -> list[str]:

@@ -295,7 +295,7 @@ def open_remote(file: SourceFile, retry: Retry | None = None) -> IO[bytes]:
     """A source file in a store, from its beginning. One that is read here and there is fetched whole where need be."""
     raw = RemoteFile(file.path, file.size, retry)
     stream = cast(IO[bytes], io.BufferedReader(raw, BUFFER_BYTES))
-    if kind_of(file.path) != "parquet" or raw.seekable():
+    if kind_of(file.path) not in ("parquet", "arrow") or raw.seekable():
         return stream
     local = cast(IO[bytes], tempfile.TemporaryFile())  # noqa: SIM115 - the caller closes it
     with stream:

@@ -185,6 +185,14 @@ def _unreadable(path: str | os.PathLike[str], error: OSError) -> SourceError:
     return SourceError(f"{path} cannot be read: {error.strerror}.")
 
 
+def _describes_arrow(path: str) -> bool:
+    """Whether a JSON file is what `datasets.save_to_disk` writes beside its Arrow files."""
+    directory, name = os.path.split(path)
+    if name == "dataset_dict.json":
+        return True
+    return name in ("dataset_info.json", "state.json") and bool(glob.glob(f"{glob.escape(directory)}/*.arrow"))
+
+
 def _base(pattern: str) -> str:
     """The directory of a pattern that no wildcard belongs to."""
     base = pattern
@@ -229,6 +237,8 @@ class _Finder:
     def _take_known(self, path: str, real: str, files: dict[str, str], mode: int) -> None:
         if special := _special(mode):
             self._leave_out(special, path)
+        elif _describes_arrow(path):
+            self._leave_out("description of a data set", path)
         elif kind_of(path) is None:
             self._leave_out(f"kind {split_compression(path)[0] or 'without suffix'}", path)
         else:

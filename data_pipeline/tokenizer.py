@@ -1,4 +1,5 @@
-"""SentencePiece tokenizers whose round trip is exact for every valid UTF-8 text.
+"""SentencePiece tokenizers whose round trip is exact for every valid UTF-8 text; a Hugging Face `tokenizer.json` is in
+hf_tokenizer.py, and `make_tokenizer` tells which it is.
 
 Settings that make it exact: identity normalisation, no dummy prefix, no collapsing of whitespace, byte fallback for
 what the vocabulary lacks. One character is left that SentencePiece cannot carry, its own space mark U+2581, which it
@@ -24,6 +25,7 @@ import numpy as np
 from data_pipeline.corpus import Document, Rejected, document_text
 from data_pipeline.errors import StoreError, TokenizerError, VocabularyError, require
 from data_pipeline.files import write_atomic
+from data_pipeline.manifest import TOKENIZER_NAME, TOKENIZER_NAMES
 from data_pipeline.remote import read_bytes
 
 log = logging.getLogger(__name__)
@@ -32,7 +34,7 @@ UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 SPACE_MARK = "\u2581"
 _SPACE_MARK_BYTES = SPACE_MARK.encode()
 # What normalisations change: runs and kinds of spaces, control characters, case, compatibility and combining forms.
-_PROBE = "  a\n\tB  \u00e9 e\u0301\ufb01\u2460\uff21\u4e2d\U0001f600\x00\r\n 12  "
+PROBE = "  a\n\tB  \u00e9 e\u0301\ufb01\u2460\uff21\u4e2d\U0001f600\x00\r\n 12  "
 
 ModelType = Literal["bpe", "unigram"]
 
@@ -45,11 +47,15 @@ class Tokenizer:
     """A SentencePiece model with exact encoding and decoding.
 
     Attributes:
+        file_name: name of its file beside shards.
+        model: content of its file.
         digest: SHA-256 of the model file, hexadecimal. Shards and saved positions carry it.
         vocab_size: number of token ids.
         unk_id, bos_id, eos_id, pad_id: special ids. A model without a pad piece pads with its end mark.
         is_exact: whether decode(encode(text)) == text for every text; foreign models that normalise are not.
     """
+
+    file_name = TOKENIZER_NAME
 
     def __init__(self, model: bytes, name: str = "tokenizer model") -> None:
         try:
@@ -65,7 +71,10 @@ class Tokenizer:
         self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
         self._processor = processor
         self._byte_ids, self._piece_bytes = _piece_tables(processor)
-        self.is_exact = self._decodes_exactly(_PROBE)
+        self.is_exact = self._decodes_exactly(PROBE)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.model,)  # for worker processes; the libraries' objects do not travel
 
     def _decodes_exactly(self, text: str) -> bool:
         if self._byte_ids is None:
@@ -74,7 +83,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a model file or object, ours or any other SentencePiece model."""
+        """Read a model file or object: ours, any other SentencePiece model, or a Hugging Face tokenizer.json."""
         try:
             model = read_bytes(str(path)) if "://" in str(path) else Path(path).read_bytes()
         except (OSError, StoreError) as error:
@@ -82,7 +91,7 @@ class Tokenizer:
             raise TokenizerError(f"cannot read the tokenizer {path}: {reason}. Check the path.") from error
         if not model:
             raise TokenizerError(f"the tokenizer {path} is an empty file. Train it again.")
-        return cls(model, str(path))
+        return make_tokenizer(model, str(path), beside=None if "://" in str(path) else Path(path))
 
     def save(self, path: str | Path) -> None:
         """Write the model file, atomically."""
@@ -126,14 +135,40 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids. Begin, end and pad marks vanish; bytes that form no character become U+FFFD."""
+        ids = self.checked(ids)
+        return self._join(ids.tolist()) if self.is_exact else self._processor.decode(ids.tolist())
+
+    def checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The ids as int64 [num_tokens]; one outside the vocabulary raises TokenizerError."""
         ids = np.asarray(ids, dtype=np.int64)
         if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
             wrong = ids[(ids < 0) | (ids >= self.vocab_size)][0]
             raise TokenizerError(f"token id {wrong} is outside the vocabulary of {self.vocab_size}: another tokenizer?")
-        return self._join(ids.tolist()) if self.is_exact else self._processor.decode(ids.tolist())
+        return ids
 
     def _join(self, ids: Iterable[int]) -> str:
         return b"".join([self._piece_bytes[i] for i in ids]).decode("utf-8", errors="replace")
+
+
+def make_tokenizer(model: bytes, name: str = "tokenizer model", beside: Path | None = None) -> Tokenizer:
+    """The tokenizer of a file's content.
+
+    Args:
+        model: a SentencePiece model, or the JSON of a tokenizer.json.
+        name: for messages.
+        beside: the file, whose neighbour tokenizer_config.json names the special tokens of a tokenizer.json.
+    """
+    if not model.lstrip().startswith(b"{"):
+        return Tokenizer(model, name)
+    from data_pipeline.hf_tokenizer import HuggingFaceTokenizer, read_config
+
+    return HuggingFaceTokenizer(model, name, read_config(beside) if beside is not None else None)
+
+
+def tokenizer_beside(directory: Path) -> Path:
+    """Where the tokenizer of a prepared directory lies."""
+    found = [path for name in TOKENIZER_NAMES if (path := directory / name).exists()]
+    return found[0] if found else directory / TOKENIZER_NAME
 
 
 def _piece_tables(processor: Any) -> tuple[list[int] | None, list[bytes]]:

@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.cache import ShardCache, default_directory
-from data_pipeline.errors import require
 from data_pipeline.manifest import Manifest
 from data_pipeline.shards import TOKEN_EXTENSIONS, ShardReader
 
@@ -62,7 +61,8 @@ def webdataset_pipeline(
         ManifestError: the manifest cannot be used.
         ShardError: (on reading) a shard is missing or has changed.
     """
-    wds = require("webdataset", purpose="a webdataset pipeline", install="webdataset")
+    import webdataset as wds  # brings torch
+
     if not isinstance(manifest, Manifest):
         manifest = Manifest.load(manifest)
     end = [manifest.eos_id] if end_marks else []

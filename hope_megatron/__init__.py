@@ -1,3 +1,55 @@
-"""Distributed pretraining of HOPE (Nested Learning) on Megatron-Core and DeepSpeed."""
+"""HOPE (Nested Learning): layers and optimizers for any PyTorch model, and distributed pretraining on Megatron-Core and DeepSpeed.
+
+What is listed here is the library (docs/library.md). A name is imported when it is first used; the package itself loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hope_megatron.library import Run, evaluate, generate, load_model, load_weights
+    from hope_megatron.library.causal_lm import HopeConfig, HopeForCausalLM
+    from hope_megatron.nn import ContinuumMLP, HopeBlock, NeuralMemory
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "ContinuumMLP": "hope_megatron.nn",
+    "HopeBlock": "hope_megatron.nn",
+    "HopeConfig": "hope_megatron.library.causal_lm",
+    "HopeForCausalLM": "hope_megatron.library.causal_lm",
+    "NeuralMemory": "hope_megatron.nn",
+    "Run": "hope_megatron.library",
+    "evaluate": "hope_megatron.library",
+    "generate": "hope_megatron.library",
+    "load_model": "hope_megatron.library",
+    "load_weights": "hope_megatron.library",
+}
+
+__all__ = [
+    "ContinuumMLP",
+    "HopeBlock",
+    "HopeConfig",
+    "HopeForCausalLM",
+    "NeuralMemory",
+    "Run",
+    "__version__",
+    "evaluate",
+    "generate",
+    "load_model",
+    "load_weights",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hope_megatron' has no attribute {name!r}; it offers {', '.join(sorted(_HOMES))}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

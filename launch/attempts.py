@@ -52,6 +52,8 @@ class Attempt:
     """Step of the newest checkpoint when it ended."""
     bad_nodes: tuple[str, ...] = field(default=())
     """Nodes that the failure is put down to."""
+    slow_nodes: tuple[str, ...] = field(default=())
+    """Nodes that were slow to its end, where slow nodes are left out."""
     kind: str = ""
     """Of a failure: USER, CRASH or TRANSIENT (hope_megatron/runtime/failures.py)."""
     signature: str = ""
@@ -90,9 +92,14 @@ class History:
         return attempt
 
     def end(
-        self, outcome: str, reason: str, step: int, bad_nodes: list[str] | None = None, **more: str | int | float | None
+        self,
+        outcome: str,
+        reason: str,
+        step: int,
+        bad_nodes: list[str] | None = None,
+        **more: str | int | float | list[str] | None,
     ) -> None:
-        """Record how the latest attempt ended. `more`: kind, signature, furthest, detected."""
+        """Record how the latest attempt ended. `more`: kind, signature, furthest, detected, slow_nodes."""
         number = self.attempts[-1].number
         values = {
             **more,
@@ -140,10 +147,11 @@ class History:
         return len(list(itertools.takewhile(lambda a: a.outcome == UNHEALTHY, attempts)))
 
     def avoided_nodes(self, max_failures: int) -> list[str]:
-        """Nodes that failed the check, or to which `max_failures` failed attempts are put down."""
+        """Nodes that failed the check, were slow for long, or to which `max_failures` failed attempts are put down."""
         failures: Counter[str] = Counter()
         for attempt in self.attempts:
             failures.update(dict.fromkeys(attempt.bad_nodes, max_failures if attempt.outcome == UNHEALTHY else 1))
+            failures.update(dict.fromkeys(attempt.slow_nodes, max_failures))
         return sorted(node for node, count in failures.items() if count >= max_failures)
 
     def _append(self, record: dict[str, Any]) -> None:
@@ -185,13 +193,17 @@ def is_finished(run_dir: Path, steps: int) -> bool:
 
 def last_record(run_dir: Path) -> dict[str, Any]:
     """The last good record of a training step in metrics.jsonl; empty if there is none."""
+    return next(reversed(last_records(run_dir)), {})
+
+
+def last_records(run_dir: Path, tail_bytes: int = 65536) -> list[dict[str, Any]]:
+    """The good records of training steps in the last bytes of metrics.jsonl, oldest first."""
     path = run_dir / "metrics.jsonl"
     try:
         with open(path, "rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 65536))
+            file.seek(max(0, file.seek(0, 2) - tail_bytes))
             data = file.read()
     except OSError:
-        return {}
+        return []
     whole = parse_records(data[data.find(b"\n{") + 1 : data.rfind(b"\n") + 1]).records
-    good = (record for record in reversed(whole) if all(isinstance(record.get(name), int) for name in _NEEDED))
-    return next(good, {})
+    return [record for record in whole if all(isinstance(record.get(name), int) for name in _NEEDED)]

@@ -14,6 +14,7 @@ from hope_megatron.config.hardware import find_hardware
 from hope_megatron.config.load import read_mapping
 from hope_megatron.config.messages import explain
 from hope_megatron.config.presets import config_names, find_config
+from launch.options import Option, check_options
 
 Word = Annotated[str, StringConstraints(pattern=r"^[^\s'\"\\]+$")]
 """A value for an option of Slurm: no spaces, quotes or backslashes."""
@@ -23,6 +24,7 @@ class HealthConfig(Section):
     """The check of the nodes before training."""
 
     enabled: bool = True
+    """Check nodes at all."""
     timeout_s: int = Field(default=300, gt=0)
     """Nodes that have not answered by then count as bad."""
     min_free_scratch_gb: float = Field(default=5.0, ge=0)
@@ -34,10 +36,14 @@ class HealthConfig(Section):
 
 
 class ContainerConfig(Section):
-    """A container that srun starts (pyxis and enroot)."""
+    """A container in which the ranks run."""
 
+    runtime: Literal["pyxis", "apptainer"] = "pyxis"
+    """pyxis: an option of srun, with enroot. apptainer: `apptainer exec` before the ranks' command."""
     image: Word
-    """Value of srun's --container-image."""
+    """Value of srun's --container-image, or the image of apptainer (a .sif file, or docker://...)."""
+    options: tuple[Word, ...] = ()
+    """More options of `apptainer exec`, such as --cleanenv; pyxis takes its own from `srun`."""
     mounts: tuple[Word, ...] = ()
     """More `HOST:CONTAINER` mounts; the run, its code and its data are always mounted under their own paths."""
 
@@ -80,6 +86,7 @@ class ClusterConfig(Section):
     python: Word = "python"
     """Interpreter of the ranks and, outside of the container, of the supervisor (3.9 or newer, standard library)."""
     container: ContainerConfig | None = None
+    """Container of the ranks; null runs them on the nodes themselves."""
     scratch: Path = Field(default=Path("/tmp"), validate_default=False)
     """Node-local directory for temporary files."""
 
@@ -92,6 +99,12 @@ class ClusterConfig(Section):
     env: dict[str, str] = Field(default={})
     """More environment variables for all ranks; they win over the table."""
 
+    sbatch: dict[str, Option] = Field(default={})
+    """More options of sbatch by their long names: `sbatch: {mail-user: me@example.org, mail-type: END}`. true is an option
+    without a value."""
+    srun: dict[str, Option] = Field(default={})
+    """More options of every srun that starts ranks: `srun: {mpi: none, cpu-bind: cores}`."""
+
     max_restarts: int = Field(default=3, ge=0)
     """Errors of the program in a row, without coming further, after which a run gives up. The same error at the same step in two
     attempts is enough."""
@@ -99,7 +112,10 @@ class ClusterConfig(Section):
     """The same for faults that may pass: killed and hanging ranks, networks, disks."""
     max_node_failures: int = Field(default=2, gt=0)
     """Failures on one node after which the run avoids it."""
+    leave_out_slow_nodes: bool = False
+    """When an attempt ends (a failure, the time limit), avoid the node of a rank that the last three comparisons found slow."""
     health: HealthConfig = HealthConfig()
+    """The check of the nodes before training."""
 
     @property
     def ranks_per_node(self) -> int:
@@ -121,7 +137,7 @@ class ClusterConfig(Section):
         if self.gpus_per_node and self.ranks_per_node != self.gpus_per_node:
             raise ConfigError(
                 f"processes_per_node={self.processes_per_node} with gpus_per_node={self.gpus_per_node}: each rank drives one GPU; "
-                "leave processes_per_node away"
+                "leave processes_per_node out"
             )
         if self.stop_before_end_s * 2 > self.time_limit_s:
             raise ConfigError(
@@ -131,6 +147,12 @@ class ClusterConfig(Section):
         if self.master_ports is not None and not 1024 <= self.master_ports[0] <= self.master_ports[1] <= 65535:
             raise ConfigError(
                 f"master_ports={list(self.master_ports)} is not a range within 1024 to 65535, first to last"
+            )
+        check_options("sbatch", self.sbatch)
+        check_options("srun", self.srun)
+        if self.container is not None and self.container.options and self.container.runtime != "apptainer":
+            raise ConfigError(
+                "container.options are those of apptainer; options of pyxis go under srun (container-writable: true)"
             )
         if not self.scratch.is_absolute():
             raise ConfigError(f"scratch={self.scratch} is not an absolute path")

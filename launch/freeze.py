@@ -10,11 +10,11 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from hope_megatron.runtime.files import write_text
+from hope_megatron.runtime.git import git
 from launch.errors import LaunchError
 
 PACKAGES = ("hope_megatron", "data_pipeline", "launch", "configs")
@@ -70,22 +70,9 @@ def _digest(root: Path) -> str:
 
 def _source(root: Path) -> dict[str, Any]:
     """Commit of the checkout and what differs from it; None and nothing where there is no git."""
-    commit = _git(root, "rev-parse", "HEAD")
+    commit = git(root, "rev-parse", "HEAD")
     if commit is None:
         return {"commit": None, "uncommitted": [], "changes": ""}
-    status = _git(root, "status", "--porcelain", "--", *PACKAGES) or ""
-    changes = _git(root, "diff", "HEAD", "--", *PACKAGES) or ""
+    status = git(root, "status", "--porcelain", "--", *PACKAGES) or ""
+    changes = git(root, "diff", "HEAD", "--", *PACKAGES) or ""
     return {"commit": commit.strip(), "uncommitted": [line[3:] for line in status.splitlines()], "changes": changes}
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments],
-            capture_output=True, encoding="utf-8", errors="replace", timeout=60,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None

@@ -40,7 +40,15 @@ def check_nodes(
         results = folder / f"{stage}-{number}"
         results.mkdir()
         command = srun_command(submission, nodes, tasks_per_node=submission.ranks_per_node)
-        command += ["--kill-on-bad-exit=0", submission.python, "-m", "launch.node_check", stage, str(results)]
+        command += [
+            "--kill-on-bad-exit=0",
+            *submission.prefix,
+            submission.python,
+            "-m",
+            "launch.node_check",
+            stage,
+            str(results),
+        ]
         options = {
             "gpus": submission.gpus_per_node,
             "scratch": submission.scratch,

@@ -16,8 +16,10 @@ from launch.attempts import History, is_finished
 from launch.cluster import ClusterConfig, load_cluster
 from launch.errors import LaunchError
 from launch.freeze import freeze_code
+from launch.options import option_words
 from launch.preflight import Check, preflight, require, slurm_preflight
-from launch.script import container_options, train_script, write_secrets
+from launch.script import container_options, container_prefix, train_script, write_secrets
+from launch.step import srun_command
 from launch.submission import LaunchDirectory, Submission, read_submission, write_submission
 
 
@@ -40,7 +42,7 @@ def describe(config: RunConfig, cluster: ClusterConfig, nodes: int, code: Path) 
     """The record of a run that is not submitted yet."""
     data = config.data
     named = [data.train, data.heldout, data.tokenizer, *data.mix_with.values(), data.cache_dir]
-    local = [path for path in named if isinstance(path, Path)]
+    paths = [config.output_dir, *(path for path in named if isinstance(path, Path)), code]
     return Submission(
         name=config.name,
         steps=config.training.steps,
@@ -50,11 +52,13 @@ def describe(config: RunConfig, cluster: ClusterConfig, nodes: int, code: Path) 
         gpus_per_node=cluster.gpus_per_node,
         code=str(code),
         python=cluster.python,
-        srun_options=tuple(container_options(cluster, [config.output_dir, *local, code])),
+        srun_options=(*container_options(cluster, paths), *option_words(cluster.srun)),
+        prefix=tuple(container_prefix(cluster, paths)),
         scratch=str(cluster.scratch),
         max_restarts=cluster.max_restarts,
         max_transient_restarts=cluster.max_transient_restarts,
         max_node_failures=cluster.max_node_failures,
+        leave_out_slow_nodes=cluster.leave_out_slow_nodes,
         master_ports=cluster.master_ports,
         health=cluster.health.model_dump() if cluster.health.enabled else None,
     )
@@ -74,6 +78,22 @@ def dry_run(config: RunConfig, cluster: ClusterConfig, nodes: int) -> Rendered:
         file.write(script)
         file.flush()
         return Rendered(script, [*checks, *slurm_preflight(cluster, nodes, Path(file.name))], submission)
+
+
+def rank_command(submission: Submission) -> list[str]:
+    """The srun of the ranks, with nodes that Slurm has not chosen yet."""
+    nodes = [f"NODE{number + 1}" for number in range(submission.nodes)]
+    command = srun_command(submission, nodes, tasks_per_node=submission.ranks_per_node)
+    return [
+        *command,
+        "--kill-on-bad-exit=1",
+        *submission.prefix,
+        submission.python,
+        "-m",
+        "launch.worker",
+        "train",
+        "CONFIG",
+    ]
 
 
 def submit_run(

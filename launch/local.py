@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from hope_megatron.runtime.failures import ATTEMPT_VARIABLE, LAUNCH_DIR_VARIABLE, Failure, first_cause, read_failures
-from hope_megatron.runtime.heartbeat import HEARTBEAT_DIR_VARIABLE, Limits
+from hope_megatron.runtime.heartbeat import HEARTBEAT_DIR_VARIABLE, Limits, beat_file, read_beat
 from hope_megatron.runtime.process import (
     LAUNCH_TIME_VARIABLE,
     SUPERVISOR_VARIABLE,
@@ -97,9 +97,9 @@ class LocalRanks:
             if code and not self._end_at:
                 self._end_at = time.monotonic() + _PEERS_S
             if code < 0:
-                self.errors.append(TaskError(socket.gethostname(), str(rank), _NAMES.get(-code, f"signal {-code}")))
+                self._note_error(rank, _NAMES.get(-code, f"signal {-code}"))
             elif code:
-                self.errors.append(TaskError(socket.gethostname(), str(rank), f"Exited with exit code {code}"))
+                self._note_error(rank, f"Exited with exit code {code}")
         if self._end_at and time.monotonic() > self._end_at:
             self.kill()
         if len(self._codes) < len(self._ranks):
@@ -107,6 +107,12 @@ class LocalRanks:
         self._clean()
         codes = [code for code in self._codes.values() if code]
         return (codes[0] if codes[0] > 0 else 128 - codes[0]) if codes else 0
+
+    def _note_error(self, rank: int, what: str) -> None:
+        """Where it was is in its heartbeat, which outlives it."""
+        beat = read_beat(beat_file(self._beats, rank))
+        where = f" in step {beat.step}, phase {beat.phase}" if beat and beat.step else " before the first step"
+        self.errors.append(TaskError(socket.gethostname(), str(rank), what + where))
 
     def request_stop(self, number: int) -> None:
         """Ask every rank to save and leave; one that is starting up finds the request when it is ready."""
@@ -198,7 +204,10 @@ class LocalRun(Supervisor):
             print(f"error: {reason}", file=sys.stderr, flush=True)
             return code
         attempt = self.history.attempts[-1]
-        text = f"error: attempt {attempt.number} was the last: {reason}\nGo on with: {self.command_to_go_on()}"
+        newest = f"newest checkpoint: step {step}" if (step := self.step()) else "no checkpoint yet"
+        text = (
+            f"error: attempt {attempt.number} was the last ({newest}): {reason}\nGo on with: {self.command_to_go_on()}"
+        )
         print(text, file=sys.stderr, flush=True)
         return code
 
@@ -339,7 +348,7 @@ def _check_port_is_free(port: int) -> None:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise LaunchError(
-                f"--port {port} cannot be used ({error.strerror}); leave --port away and the system chooses a free one"
+                f"--port {port} cannot be used ({error.strerror}); leave --port out, and the system chooses a free one"
             ) from None
 
 

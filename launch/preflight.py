@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -16,12 +17,14 @@ from typing import Any, NamedTuple
 from hope_megatron.config import ConfigError, RunConfig
 from hope_megatron.config.footprint import footprint
 from hope_megatron.config.hardware import GB, find_hardware
+from hope_megatron.config.torch_build import torch_of
 from launch import slurm
 from launch.cluster import ClusterConfig, parse_time_limit
 from launch.errors import LaunchError
 
 _DIGEST_BYTES = 4 << 30
 """Of shards, digested by a preflight: seconds on a login node."""
+_ACTIVATE = re.compile(r"\s*(?:source|\.)\s+(\S+)/bin/activate\s*$")
 _USABLE_GPU_SHARE = 0.92
 """The rest goes to the CUDA context, NCCL's buffers and fragmentation."""
 
@@ -52,6 +55,8 @@ def preflight(config: RunConfig, cluster: ClusterConfig, nodes: int, *, data_exi
     if checks[0].ok:
         checks.append(_check("memory", lambda: _memory(config, cluster, nodes)))
         checks.append(_check("run directory", lambda: _run_directory(config, cluster, nodes)))
+    if cluster.gpus_per_node:
+        checks.append(_check("torch", lambda: _torch(cluster)))
     if data_exists:
         checks.append(_check("tokenizer", lambda: _tokenizer(config.data.tokenizer)))
         checks.append(_check("data.train", lambda: _split(config.data.train, config)))
@@ -127,6 +132,29 @@ def _memory(config: RunConfig, cluster: ClusterConfig, nodes: int) -> str:
             f"memory_per_node_gb={cluster.memory_per_node_gb}; raise it"
         )
     return f"about {needed.total / GB:.1f} of {capacity / GB:.1f} GB {where}"
+
+
+def _torch(cluster: ClusterConfig) -> str:
+    """The torch of the ranks: pip on a login node without a GPU installs one that GPU nodes cannot use."""
+    if cluster.container is not None:
+        return f"that of the image {cluster.container.image}, not looked at"
+    activated = [match[1] for line in cluster.setup if (match := _ACTIVATE.match(line))]
+    python = shutil.which(cluster.python)
+    if activated:
+        prefix = Path(activated[-1])
+    elif cluster.setup or python is None:
+        return "not looked at: the set-up lines decide which it is"
+    else:
+        prefix = Path(python).parent.parent
+    found = torch_of(prefix)
+    if found is None:
+        return f"none to be seen in {prefix}"
+    if found.is_cpu:
+        raise LaunchError(
+            f"{prefix} holds torch {found.version}, a CPU build, and the cluster file has gpus_per_node={cluster.gpus_per_node}; "
+            "install a CUDA build there (on a GPU node pip chooses it; else https://pytorch.org/get-started)"
+        )
+    return f"{found.version} in {prefix}, for {f'CUDA {found.cuda}' if found.cuda else f'ROCm {found.hip}'}"
 
 
 def _run_directory(config: RunConfig, cluster: ClusterConfig, nodes: int) -> str:

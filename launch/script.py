@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hope_megatron.runtime.files import write_text
-from launch.cluster import ClusterConfig
+from launch.cluster import ClusterConfig, ContainerConfig
 from launch.errors import LaunchError
+from launch.options import option_words
 from launch.submission import LaunchDirectory, Submission
 from launch.variables import job_variables
 
@@ -91,7 +92,9 @@ def command_script(
         "--open-mode=append",
         "--no-requeue",
     ]
-    srun = ["srun", "--ntasks=1", *container_options(cluster, [work_dir, code])]
+    paths = [work_dir, code]
+    srun = ["srun", "--ntasks=1", *container_options(cluster, paths), *option_words(cluster.srun)]
+    srun += container_prefix(cluster, paths)
     return _fill(
         "command.sbatch",
         title=f"{name}: hope {shlex.join(command)}",
@@ -103,18 +106,35 @@ def command_script(
 
 
 def container_options(cluster: ClusterConfig, paths: Sequence[Path]) -> list[str]:
-    """srun's options for the container, if there is one: `paths` are mounted under their own names, the last is where it starts."""
-    if cluster.container is None:
+    """srun's options for a container of pyxis, if there is one: `paths` are mounted under their own names, the last is where it
+    starts."""
+    if cluster.container is None or cluster.container.runtime != "pyxis":
         return []
-    for path in paths:
-        if any(character in str(path) for character in ",:"):
-            raise LaunchError(f"{path} has a comma or a colon, by which pyxis divides mounts; choose another path")
-    mounts = [*dict.fromkeys(f"{path}:{path}" for path in paths), *cluster.container.mounts]
+    mounts = _mounts(cluster.container, paths)
     return [
         f"--container-image={cluster.container.image}",
         f"--container-mounts={','.join(mounts)}",
         f"--container-workdir={paths[-1]}",
     ]
+
+
+def container_prefix(cluster: ClusterConfig, paths: Sequence[Path]) -> list[str]:
+    """What stands before the ranks' command for a container of apptainer, if there is one; `paths` as for container_options."""
+    container = cluster.container
+    if container is None or container.runtime != "apptainer":
+        return []
+    gpus = ["--nv"] if cluster.gpus_per_node else []
+    bind = [f"--bind={','.join(_mounts(container, paths))}", f"--pwd={paths[-1]}"]
+    return ["apptainer", "exec", *gpus, *bind, *container.options, container.image]
+
+
+def _mounts(container: ContainerConfig, paths: Sequence[Path]) -> list[str]:
+    for path in paths:
+        if any(character in str(path) for character in ",:"):
+            raise LaunchError(
+                f"{path} has a comma or a colon, by which container mounts are divided; choose another path"
+            )
+    return [*dict.fromkeys(f"{path}:{path}" for path in paths), *container.mounts]
 
 
 def _resources(cluster: ClusterConfig, nodes: int, tasks_per_node: int, gpus: int, *, exclusive: bool) -> list[str]:
@@ -136,7 +156,7 @@ def _resources(cluster: ClusterConfig, nodes: int, tasks_per_node: int, gpus: in
         "gres": f"{cluster.gpu_gres}:{gpus}" if gpus else None,
     }
     lines = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    return [*lines, "--exclusive"] if exclusive else lines
+    return [*lines, *(["--exclusive"] if exclusive else []), *option_words(cluster.sbatch)]
 
 
 def _directives(options: Sequence[str]) -> str:

@@ -95,7 +95,14 @@ class SlurmJob(Supervisor):
             "TMPDIR": self.submission.scratch,
         }
         command = srun_command(self.submission, self.nodes, tasks_per_node=self.submission.ranks_per_node)
-        command += ["--kill-on-bad-exit=1", self.submission.python, "-m", "launch.worker", "train"]
+        command += [
+            "--kill-on-bad-exit=1",
+            *self.submission.prefix,
+            self.submission.python,
+            "-m",
+            "launch.worker",
+            "train",
+        ]
         command.append(str(self.directory.config))
         self.say(f"attempt {number}: {self.submission.world_size} ranks from step {self.step()}, port {port}")
         return Step(command, environment, Path(self.submission.code))

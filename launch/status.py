@@ -14,6 +14,7 @@ from hope_megatron.runtime.records import read_object
 from launch.attempts import CRASHED, LOST, UNHEALTHY, History, is_finished, last_record, newest_checkpoint_step
 from launch.goodput import real_goodput
 from launch.jobs import active_job
+from launch.stragglers import slow_rank
 from launch.submission import LaunchDirectory, read_submission
 from launch.watchdog import is_alive
 
@@ -45,6 +46,8 @@ class Status:
     """Attempts after a failure."""
     goodput: str
     """Shares of the run's life: productive, saves, lost, queued; empty before there are any."""
+    slow: str
+    """The rank that the latest comparison found slow; empty if there is none."""
     avoided_nodes: tuple[str, ...]
     mlflow_run: str | None
     log: str
@@ -63,6 +66,8 @@ class Status:
             lines.append(f"  goodput     {self.goodput}")
         if self.start_up:
             lines.append(f"  start-up    {self.start_up}")
+        if self.slow:
+            lines.append(f"  slow        {self.slow}")
         if self.avoided_nodes:
             lines.append(f"  avoids      {' '.join(self.avoided_nodes)}")
         if self.mlflow_run:
@@ -100,6 +105,7 @@ def run_status(run_dir: Path) -> Status:
         attempts=len(history.attempts),
         restarts=sum(attempt.outcome in (CRASHED, LOST) for attempt in history.attempts[:-1]),
         goodput=str(goodput) if (goodput := real_goodput(run_dir, history)) is not None else "",
+        slow=str(slow) if (slow := slow_rank(run_dir)) is not None else "",
         avoided_nodes=tuple(history.avoided_nodes(submission.max_node_failures)),
         mlflow_run=tracking.get("run_id") and f"{tracking['run_id']} at {tracking.get('uri')}",
         log=str(directory.log if directory.log.exists() or submission.job_id else run_dir / "train.log"),

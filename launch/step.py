@@ -21,12 +21,12 @@ _TASK_ERROR = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<tasks>[\d,-]+)
 
 
 class TaskError(NamedTuple):
-    """What srun says of a task that ended badly."""
+    """What is known of a rank that ended badly: from srun, or from the process."""
 
     node: str
     tasks: str
     what: str
-    """`Exited with exit code 1`, `Killed`, `Segmentation fault`, ..."""
+    """`Exited with exit code 1`, `Killed`, `Killed in step 7, phase forward`, `Segmentation fault`, ..."""
 
     @property
     def by_signal(self) -> bool:
@@ -34,7 +34,8 @@ class TaskError(NamedTuple):
         return not self.what.startswith("Exited with")
 
     def __str__(self) -> str:
-        return f"task {self.tasks} on {self.node}: {self.what}"
+        often = " (the system does that when memory runs out)" if self.what.startswith("Killed") else ""
+        return f"rank {self.tasks} on {self.node}: {self.what}{often}"
 
 
 def srun_command(submission: Submission, nodes: Sequence[str], *, tasks_per_node: int) -> list[str]:

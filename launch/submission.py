@@ -57,11 +57,14 @@ class Submission:
     """Directory of the frozen code."""
     python: str
     srun_options: tuple[str, ...] = ()
-    """More options of every srun: the container."""
+    """More options of every srun: the container, and those of the cluster file."""
+    prefix: tuple[str, ...] = ()
+    """What stands before the command of every srun: a container of apptainer."""
     scratch: str = "/tmp"
     max_restarts: int = 3
     max_transient_restarts: int = 20
     max_node_failures: int = 2
+    leave_out_slow_nodes: bool = False
     master_ports: tuple[int, int] | None = None
     health: dict[str, Any] | None = None
     """Thresholds of the node check (HealthConfig); None leaves the check away."""

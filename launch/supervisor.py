@@ -30,6 +30,7 @@ from launch.attempts import CRASHED, FINISHED, LOST, STOPPED, History, is_finish
 from launch.hangs import Hang, keep_reports, read_hang
 from launch.policy import judge
 from launch.step import TaskError
+from launch.stragglers import slow_nodes
 from launch.submission import LaunchDirectory, Submission
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -184,7 +185,7 @@ class Supervisor(ABC):
             self.history.end(FINISHED, "", checkpoint)
             return self.finished()
         if self.ended_on_request or (code == 0 and (self.stop_signal or checkpoint > before)):
-            self.history.end(STOPPED, signal_text(self.stop_signal), checkpoint)
+            self.history.end(STOPPED, signal_text(self.stop_signal), checkpoint, slow_nodes=self._slow_nodes())
             self.say(f"the ranks have stopped; newest checkpoint: step {checkpoint}")
             return self.leave(code)
         return self._failed(ranks, checkpoint, code)
@@ -210,6 +211,7 @@ class Supervisor(ABC):
             "signature": cause.signature,
             "furthest": max(steps),
             "detected": detected,
+            "slow_nodes": self._slow_nodes(),
         }
         self.history.end(CRASHED, cause.text, checkpoint, cause.bad_nodes, **more)
         self.failed(cause, failure)
@@ -225,6 +227,16 @@ class Supervisor(ABC):
         if failure is not None and failure.is_user_error:
             return self.give_up(cause.text, code=2)
         return None
+
+    def _slow_nodes(self) -> list[str]:
+        """The node of a rank that was slow to the end of this attempt, if such nodes are left out."""
+        if not self.submission.leave_out_slow_nodes:
+            return []
+        began_at = self.history.attempts[-1].step
+        found = slow_nodes(self.directory.run_dir, began_at, self.submission.ranks_per_node, self.nodes)
+        if found:
+            self.say(f"leaving out {' '.join(found)}, which was slow to the end")
+        return found
 
     def _watch(self, ranks: Ranks) -> None:
         """Wait until the ranks have left. A request to stop is repeated: ranks that are starting up do not hear it."""

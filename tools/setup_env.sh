@@ -21,13 +21,13 @@ die() { printf '[setup] error: %s\n' "$*" >&2; exit 1; }
 probe_python() {
   "$1" - <<'PY' 2>/dev/null
 import importlib.metadata, sys
-if not (3, 10) <= sys.version_info[:2] <= (3, 12):
+if not (3, 11) <= sys.version_info[:2] <= (3, 13):
     sys.exit(1)
 try:
     torch = importlib.metadata.distribution("torch")
 except importlib.metadata.PackageNotFoundError:
     sys.exit(0)
-if (2, 11) <= tuple(int(part) for part in torch.version.split(".")[:2]) < (2, 14):
+if (2, 11) <= tuple(int(part) for part in torch.version.split(".")[:2]) < (2, 16):
     print(torch.locate_file(""))
 PY
 }
@@ -36,7 +36,7 @@ PY
 find_python() {
   python="" torch_dir=""
   local candidate found
-  for candidate in ${PYTHON:-python3 python python3.12 python3.11 python3.10}; do
+  for candidate in ${PYTHON:-python3 python python3.12 python3.13 python3.11}; do
     found="$(probe_python "$candidate")" || continue
     if [[ -n "$found" ]]; then
       python="$candidate" torch_dir="$found"
@@ -44,7 +44,7 @@ find_python() {
     fi
     python="${python:-$candidate}"
   done
-  [[ -n "$python" ]] || die "no Python 3.10, 3.11 or 3.12 found${PYTHON:+ under PYTHON=$PYTHON}. On Debian or Ubuntu:
+  [[ -n "$python" ]] || die "no Python 3.11, 3.12 or 3.13 found${PYTHON:+ under PYTHON=$PYTHON}. On Debian or Ubuntu:
   sudo apt-get install python3 python3-venv
 or name one: make PYTHON=/path/to/python3.11 ..."
 }

@@ -1,7 +1,7 @@
 """Do the intervals of `hope sweep fit` hold the truth as often as they say, with and without outliers?
 
-    python benchmarks/experiments/sweep_coverage.py                               200 simulated sweeps of each kind, 90 % intervals
-    python benchmarks/experiments/sweep_coverage.py --sweeps 1000 --level 0.8 --json coverage.json
+    python benchmarks/experiments/sweep_coverage.py --json coverage.json             400 sweeps of each kind, 90 % intervals
+    python benchmarks/experiments/sweep_coverage.py --designs "16 runs" --noises normal --sweeps 1000 --level 0.8
 
 Losses are Chinchilla's law times noise, on two designs: 16 runs (4 sizes x 4 lengths) and 20 runs (4 budgets x 5 sizes). Outliers
 are 20 % or 1 % off, up or down, at a random run; heavy tails are Student's t with 3 degrees of freedom, of the same standard
@@ -109,8 +109,9 @@ def coverage(
     n, d = design.parameters, design.tokens
     for seed in range(sweeps):
         rng = np.random.default_rng(seed)
-        fit = fit_without_outliers(n, d, CHINCHILLA(n, d) * np.exp(noise(rng, design)), start=CHINCHILLA)
-        laws = resample_loss_law(fit, n, d, delta=1e-3, count=resamples, level=level, seed=seed)
+        loss = CHINCHILLA(n, d) * np.exp(noise(rng, design))
+        fit = fit_without_outliers(n, d, loss, start=CHINCHILLA)
+        laws = resample_loss_law(fit, n, d, loss, delta=1e-3, count=resamples, level=level, seed=seed)
         for name, quantity in wanted.items():
             estimate = laws.estimate(quantity)
             covered[name] += estimate.low <= quantity(CHINCHILLA) <= estimate.high
@@ -124,21 +125,26 @@ def coverage(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweeps", type=int, default=200, help="simulated sweeps of each kind (default: %(default)s)")
-    parser.add_argument("--resamples", type=int, default=99, help="resamples behind an interval (default: %(default)s)")
+    parser.add_argument("--sweeps", type=int, default=400, help="simulated sweeps of each kind (default: %(default)s)")
+    parser.add_argument("--resamples", type=int, default=39, help="resamples behind an interval (default: %(default)s)")
     parser.add_argument("--level", type=float, default=0.9, help="nominal coverage (default: %(default)s)")
+    parser.add_argument(
+        "--designs", nargs="+", choices=DESIGNS, default=[*DESIGNS], help="of the sweeps (default: all)"
+    )
+    parser.add_argument("--noises", nargs="+", choices=NOISES, default=[*NOISES], help="of the losses (default: all)")
     parser.add_argument("--json", metavar="FILE", help="write every figure")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for design_name, design in DESIGNS.items():
-        for noise_name, noise in NOISES.items():
+    for design_name in args.designs:
+        for noise_name in args.noises:
+            design, noise = DESIGNS[design_name], NOISES[noise_name]
             found = coverage(design(), noise, sweeps=args.sweeps, resamples=args.resamples, level=args.level)
             rows.append({"design": design_name, "noise": noise_name, **found})
             print(f"{design_name}, {noise_name}: done", flush=True)
+            write_json(args.json, {"machine": machine(), "arguments": vars(args), "rows": rows})
     print_table(list(rows[0]), [list(row.values()) for row in rows])
     error = math.sqrt(args.level * (1 - args.level) / args.sweeps)
     print(f"nominal {args.level:.2f}; a standard error of a share over {args.sweeps} sweeps is {error:.3f}")
-    write_json(args.json, {"machine": machine(), "arguments": vars(args), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ the directory into place: a crash at any moment leaves the old checkpoints, or t
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -19,14 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from hope_megatron.checkpoint.format import (
     DESCRIPTION,
     FORMAT,
     GENERATOR_PREFIX,
-    MANIFEST,
     Checkpoint,
     CheckpointDamagedError,
     CheckpointError,
@@ -40,8 +37,9 @@ from hope_megatron.checkpoint.format import (
     write_safetensors,
 )
 from hope_megatron.checkpoint.generators import generator_states, restore_generators
+from hope_megatron.checkpoint.retention import TEMPORARY, Retention, remove_checkpoint, sealed_checkpoints
+from hope_megatron.checkpoint.same_model import check_same_model
 from hope_megatron.checkpoint.shards import group_scalars, live_pieces, load_pieces, parameter_table
-from hope_megatron.config.model import ModelConfig
 from hope_megatron.engine.engine import Engine
 from hope_megatron.runtime.failures import TRANSIENT
 from hope_megatron.runtime.files import sync_directory
@@ -49,7 +47,6 @@ from hope_megatron.runtime.files import sync_directory
 log = logging.getLogger(__name__)
 
 _MAX_PAUSE_S = 30.0
-_TEMPORARY = ".tmp-"
 
 
 class CheckpointSaveError(CheckpointError):
@@ -98,9 +95,7 @@ class Checkpointer:
     ) -> None:
         self.engine = engine
         self.directory = directory
-        self.keep_last = keep_last
-        self.keep_every = keep_every
-        self.keep_best = keep_best
+        self._retention = Retention(keep_last, keep_every, keep_best)
         self.max_failed_saves = max_failed_saves
         self._stall_s = 0.0
         self._control = engine.control
@@ -110,7 +105,7 @@ class Checkpointer:
         """Saves in a row that have failed; the same on all ranks."""
         self._host_buffers: dict[str, Tensor] = {}
         if self._rank == 0 and directory.is_dir():
-            for leftover in directory.glob(f"{_TEMPORARY}*"):
+            for leftover in directory.glob(f"{TEMPORARY}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
 
     # -- saving --------------------------------------------------------------------------------------------------
@@ -148,7 +143,7 @@ class Checkpointer:
     ) -> None:
         self.wait()
         step = description["progress"]["step"]
-        pending = self._pending = _PendingSave(step, self.directory / f"{_TEMPORARY}{step_directory_name(step)}")
+        pending = self._pending = _PendingSave(step, self.directory / f"{TEMPORARY}{step_directory_name(step)}")
         tensors, table = self._copy_to_host()
         files = [entry for entry in self._control.gather(table) if entry["pieces"]]
         if self._rank == 0:
@@ -258,28 +253,14 @@ class Checkpointer:
         digests[DESCRIPTION] = write_json(pending.directory / DESCRIPTION, pending.description)
         write_manifest(pending.directory, digests)
         if final.exists():  # a damaged one of the same step
-            _remove(final)
+            remove_checkpoint(final)
         os.rename(pending.directory, final)
         sync_directory(self.directory)
-        self._apply_retention()
+        self._retention.apply(self.directory)
 
     def sealed(self) -> list[Path]:
         """Checkpoints that were written to their end, newest first."""
-        return [path for path in list_checkpoints(self.directory) if (path / MANIFEST).is_file()]
-
-    def _apply_retention(self) -> None:
-        sealed = self.sealed()
-        best = self._best(sealed)
-        for path in sealed[self.keep_last :]:
-            if path not in best and (not self.keep_every or checkpoint_step(path) % self.keep_every):
-                _remove(path)
-
-    def _best(self, sealed: list[Path]) -> list[Path]:
-        """The checkpoints with the lowest held-out loss, of those that have one; of equal ones the newer."""
-        if not self.keep_best:
-            return []
-        losses = [(loss, i) for i, path in enumerate(sealed) if (loss := _heldout_loss(path)) is not None]
-        return [sealed[i] for _, i in sorted(losses)[: self.keep_best]]
+        return sealed_checkpoints(self.directory)
 
     def _report_failure(self, pending: _PendingSave, errors: list[str]) -> None:
         self.failed_saves += 1
@@ -375,42 +356,6 @@ class Checkpointer:
                 log.warning("%s is later than the checkpoint in use and was renamed to %s", path.name, aside.name)
 
 
-def check_same_model(checkpoint: Checkpoint, model: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of another architecture.
-
-    Raises:
-        CheckpointError: listing the keys that differ.
-    """
-    there, here = _flatten(_completed(checkpoint.config["model"])), _flatten(model)
-    keys = [key for key in sorted({*there, *here}) if key != "name" and there.get(key) != here.get(key)]
-    if keys:
-        lines = [f"model.{key}: {there.get(key)!r} in the checkpoint, {here.get(key)!r} in this run" for key in keys]
-        raise CheckpointError(
-            f"{checkpoint.path} belongs to another model:\n  " + "\n  ".join(lines) + "\n"
-            "Use the configuration it was written with, or give this run another name."
-        )
-
-
-def _completed(model: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A saved configuration with the defaults of fields that did not exist then; as it stands if this version knows less."""
-    try:
-        return ModelConfig.model_validate_json(json.dumps(model), strict=True).model_dump(mode="json")
-    except ValidationError:
-        return model
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested mappings and lists by dotted key."""
-    if isinstance(tree, (list, tuple)):
-        tree = dict(enumerate(tree))
-    if not isinstance(tree, Mapping):
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}.{name}" if prefix else str(name))
-    return flat
-
-
 def _write_files(pending: _PendingSave, files: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Body of the writer thread."""
     try:
@@ -422,25 +367,9 @@ def _write_files(pending: _PendingSave, files: Mapping[str, Mapping[str, Tensor]
             raise
 
 
-def _heldout_loss(path: Path) -> float | None:
-    try:
-        return Checkpoint(path).description.get("heldout_loss")
-    except CheckpointDamagedError as error:
-        log.warning("checkpoint %s has no readable held-out loss: %s", path.name, error)
-        return None
-
-
 def _make_fresh(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-
-
-def _remove(directory: Path) -> None:
-    """Take a checkpoint away at once, then delete its files: half of one is never seen."""
-    doomed = directory.with_name(f"{_TEMPORARY}deleted-{directory.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(directory, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _attempt(action: Any) -> Exception | None:

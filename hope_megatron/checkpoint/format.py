@@ -233,7 +233,7 @@ class Checkpoint:
             missing = {entry["file"] for entry in self.description["files"]} - self.digests.keys()
         if missing:
             raise CheckpointDamagedError(
-                f"{self.path / MANIFEST} does not know {min(missing)}, of which {DESCRIPTION} speaks"
+                f"{self.path / MANIFEST} does not list {min(missing)}, which {DESCRIPTION} names"
             )
         assert self.parameters is not None and self._pieces is not None  # reading them is the check
 
@@ -360,7 +360,7 @@ def _parse_manifest(data: bytes, path: Path) -> dict[str, FileDigest]:
         raise CheckpointDamagedError(f"{path}: format {manifest.get('format')!r} is not {FORMAT!r}")
     files = manifest.get("files")
     if not isinstance(files, dict) or DESCRIPTION not in files:
-        raise CheckpointDamagedError(f"{path} does not know {DESCRIPTION}: it is not the manifest that was written")
+        raise CheckpointDamagedError(f"{path} does not list {DESCRIPTION}: it is not the manifest that was written")
     digests = {}
     for name, entry in files.items():
         known = isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)

@@ -25,7 +25,7 @@ def fresh_directory(out_dir: Path, replaceable: Callable[[Path], bool] = lambda 
         ConversionError: `out_dir` is taken, or cannot be written.
     """
     if out_dir.exists() and not (out_dir.is_dir() and (not any(out_dir.iterdir()) or replaceable(out_dir))):
-        raise ConversionError(f"{out_dir} exists and is no earlier export; name another directory, or move it away")
+        raise ConversionError(f"{out_dir} exists and is no earlier export; name another directory, or move that one")
     temporary = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)

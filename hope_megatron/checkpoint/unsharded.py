@@ -145,6 +145,8 @@ def compare_whole(expected: WholeCheckpoint, found: WholeCheckpoint) -> int:
             left, right = expected.read(name, state), found.read(name, state)
             # as integers: a NaN of a run that broke is carried too
             if left.shape != right.shape or not torch.equal(left.view(torch.int32), right.view(torch.int32)):
-                raise ConversionError(f"{found.origin}: {state} of {name} is not that of {expected.origin}; undone")
+                raise ConversionError(
+                    f"{found.origin}: {state} of {name} differs from {expected.origin}; nothing was kept"
+                )
             num_elements += left.numel()
     return num_elements

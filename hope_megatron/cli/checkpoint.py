@@ -32,23 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the actions and their arguments."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     inspect = actions.add_parser("inspect", help="what a checkpoint holds; verifies every digest")
-    inspect.add_argument("run", metavar="RUN")
-    inspect.add_argument("--json", action="store_true", help="print JSON")
-    inspect.set_defaults(do=_inspect)
     reshard = actions.add_parser("reshard", help="the same checkpoint for another number or arrangement of ranks")
-    reshard.add_argument("run", metavar="RUN")
-    reshard.add_argument("out", type=Path, metavar="OUT")
-    reshard.set_defaults(do=_reshard)
     average = actions.add_parser("average", help="the mean of the weights of several checkpoints of one model")
-    average.add_argument("runs", nargs="+", metavar="RUN")
-    average.add_argument("out", type=Path, metavar="OUT")
-    average.add_argument("--weights", metavar="W,W,...", help="one number per checkpoint (default: all alike)")
-    average.set_defaults(do=_average)
     weights = actions.add_parser("weights", help="the weights alone, a quarter or less of the size")
-    weights.add_argument("run", metavar="RUN")
-    weights.add_argument("out", type=Path, metavar="OUT")
-    weights.set_defaults(do=_weights)
+    for action, do in ((inspect, _inspect), (reshard, _reshard), (weights, _weights)):
+        action.add_argument("run", metavar="RUN")
+        action.set_defaults(do=do)
+    average.add_argument("runs", nargs="+", metavar="RUN")
+    average.set_defaults(do=_average)
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    average.add_argument("--weights", metavar="W,W,...", help="one number per checkpoint (default: all alike)")
     for action in (reshard, average, weights):
+        action.add_argument("out", type=Path, metavar="OUT")
         add_layout_arguments(action)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hope_megatron.config.environment import detect_apex, fused_kernels, installed_versions
+from hope_megatron.config.torch_build import driver_problem
 from hope_megatron.runtime.formatting import bytes_text
 
 OK, NOTE, WARNING, MISSING = "ok", "note", "warning", "missing"
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
         *check_python(),
         *check_distributions(),
         *check_torch(torch),
+        *check_driver(torch, driver_version()),
         *([] if "error" in torch else check_memory_kernel()),
         *check_machine(),
         *check_slurm(),
@@ -99,9 +101,9 @@ def run(args: argparse.Namespace) -> int:
 def check_python() -> list[Finding]:
     """The interpreter's version."""
     text = f"{platform.python_version()} at {sys.executable}"
-    if (3, 10) <= sys.version_info[:2] <= (3, 12):
+    if (3, 11) <= sys.version_info[:2] <= (3, 13):
         return [Finding("Python", OK, text)]
-    return [Finding("Python", MISSING, text, "use Python 3.10, 3.11 or 3.12")]
+    return [Finding("Python", MISSING, text, "use Python 3.11, 3.12 or 3.13")]
 
 
 def check_memory_kernel() -> list[Finding]:
@@ -239,6 +241,42 @@ def check_torch(torch: dict[str, Any]) -> list[Finding]:
     else:
         findings.append(Finding("NCCL", NOTE, "not used without a GPU"))
     return findings
+
+
+def driver_version() -> str | None:
+    """Version of the NVIDIA driver; None without one."""
+    lines = (_output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]) or "").splitlines()
+    return lines[0].strip() if lines else None
+
+
+def check_driver(torch: dict[str, Any], driver: str | None) -> list[Finding]:
+    """The driver against the CUDA that torch was built with, and a torch that GPU nodes could not use."""
+    cuda = torch.get("cuda_build")
+    if driver is not None and cuda:
+        problem = driver_problem(cuda, driver)
+        advice = "ask for a newer driver, or install a torch built for an older CUDA: https://pytorch.org/get-started"
+        return [
+            Finding("driver", MISSING, problem, advice)
+            if problem
+            else Finding("driver", OK, f"{driver}, for CUDA {cuda}")
+        ]
+    if driver is None and "error" not in torch and shutil.which("sbatch"):
+        if cuda:
+            return [
+                Finding(
+                    "driver", NOTE, f"no GPU on this node; torch is for CUDA {cuda}. Run hope doctor on a GPU node too"
+                )
+            ]
+        advice = "make the environment on a GPU node, or install a CUDA build of torch: https://pytorch.org/get-started"
+        return [
+            Finding(
+                "driver",
+                WARNING,
+                "a login node, and torch is a CPU build: no GPU node could use it",
+                advice,
+            )
+        ]
+    return []
 
 
 def check_machine() -> list[Finding]:

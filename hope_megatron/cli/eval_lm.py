@@ -24,6 +24,7 @@ from hope_megatron.checkpoint.errors import ModelReferenceError
 from hope_megatron.cli.eval_output import add_output_arguments, check_output, write_output
 from hope_megatron.cli.models import MODEL_HELP, prepare_process
 from hope_megatron.convert.open_model import OpenModel, open_model
+from hope_megatron.runtime.launchers import adopt_launcher
 from hope_megatron.runtime.world import World, WorldError, launched_world
 
 
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
         raise ModelReferenceError(f"--include {args.include} is no directory; name the one that holds the YAML files")
     if args.data is not None and not args.data.is_dir():
         raise ModelReferenceError(f"--data {args.data} is no directory; name the one with a folder for each task")
+    adopt_launcher()
     world = launched_world()
     if world is not None and args.nproc != 1:
         raise WorldError(

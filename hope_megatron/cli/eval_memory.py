@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hope_megatron.checkpoint.errors import ModelReferenceError
-from hope_megatron.cli.models import MODEL_HELP, prepare_process
+from hope_megatron.cli.models import add_text_arguments, prepare_process
 from hope_megatron.cli.output_files import check_writable
-from hope_megatron.config.training import data_location
 from hope_megatron.convert.open_model import OpenModel, open_model
 
 if TYPE_CHECKING:
@@ -25,12 +24,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("model", help=MODEL_HELP)
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--data", type=data_location, metavar="MANIFEST", help="token shards; default: the run's held-out split"
-    )
-    source.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 text files")
+    add_text_arguments(parser)
     parser.add_argument(
         "--max-tokens", type=int, metavar="N", help="read the first N tokens (default: twice the training length)"
     )

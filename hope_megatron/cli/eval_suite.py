@@ -30,39 +30,27 @@ from hope_megatron.checkpoint.errors import ModelReferenceError
 from hope_megatron.cli.models import MODEL_HELP, prepare_process
 from hope_megatron.cli.output_files import check_writable
 from hope_megatron.convert.open_model import open_model
+from hope_megatron.suites.registry import SUITES
 
 if TYPE_CHECKING:
     from hope_megatron.suites.suite import Suite, SuiteOptions
 
-SUITES = {
-    "languages": "formal languages: parity, (aa)*, (abab)*, a^n b^n, a^n b^n c^n, shuffle-2",
-    "permutations": "state tracking: products of permutations of three and of five things",
-    "recall": "copying and associative recall",
-    "mad": "MAD: compression, in-context and fuzzy recall, selective copying, memorization",
-    "needles": "needles in a haystack by length: models trained here, or RUN",
-    "ablations": "HOPE without one of its parts at a time, on text and on recall",
-    "classes": "classes that arrive in groups: in context, InCA, fine-tuned, EWC",
-    "domains": "continual pretraining over domains of text, by number of CMS levels and beside other families",
-}
 CHECK = "check"
+_TRAINING_OPTIONS = ("families", "steps", "lr", "optimizer", "chunk_tokens", "width", "layers", "heads")
+_OF_SOME = ("hope", "lengths", "data")
 
 
-# Which suites have a use for an option; a RUN is trained, so that "needles RUN" takes none that is about training.
-_TAKEN_BY = {
-    **dict.fromkeys(
-        ("families", "steps", "lr", "optimizer", "chunk_tokens", "width", "layers", "heads"), tuple(SUITES)
-    ),
-    "hope": ("languages", "permutations", "recall", "mad", "needles", "classes"),
-    "lengths": ("languages", "permutations", "recall", "mad", "needles", "needles RUN", "domains"),
-    "data": ("classes", "domains", "needles RUN"),
-}
+def _takes(suite: str, option: str) -> bool:
+    """Whether a suite has a use for an option; a RUN is trained, so that "needles RUN" takes none that is about training."""
+    if suite == "needles RUN":
+        return option in ("lengths", "data")
+    return suite != CHECK and (option in _TRAINING_OPTIONS or option in SUITES[suite].takes)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    listed = "; ".join(f"{name}: {text}" for name, text in SUITES.items())
-    listed += "; check: run a sample of a record's trainings again and compare"
-    parser.add_argument("name", choices=[*SUITES, CHECK], metavar="NAME", help=listed)
+    listed = f"one of {', '.join(SUITES)}; `hope list suites` says what they test. {CHECK}: some of a record's trainings again"
+    parser.add_argument("name", metavar="NAME", help=listed)
     parser.add_argument(
         "model",
         nargs="?",
@@ -226,13 +214,20 @@ def _check_record(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        UnknownNameError: there is no such suite.
+        ModelReferenceError: the options do not fit it.
+    """
+    if args.name != CHECK:
+        SUITES[args.name]
     if args.name == CHECK and not args.model:
         raise ModelReferenceError("check: name a record, the JSON file of a suite (hope eval suite check RECORD.json)")
     if args.model and args.name not in ("needles", CHECK):
         raise ModelReferenceError(f"suite {args.name} trains its models; only needles takes a RUN ({args.model})")
     suite = f"{args.name} RUN" if args.model and args.name != CHECK else args.name
-    for option, suites in _TAKEN_BY.items():
-        if getattr(args, option) and suite not in suites:
+    for option in (*_TRAINING_OPTIONS, *_OF_SOME):
+        if getattr(args, option) and not _takes(suite, option):
             raise ModelReferenceError(f"suite {suite} has no use for --{option.replace('_', '-')}; leave it out")
     for option in ("seeds", "steps", "chunk_tokens", "width", "layers", "heads", "threads", "cells"):
         value = getattr(args, option)

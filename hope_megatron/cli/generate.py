@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--file", type=Path, metavar="FILE", help="read this file first, or alone (- is standard input)"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default 200")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=200, metavar="N", help="tokens of each continuation at most (default 200)"
+    )
     parser.add_argument(
         "-n", "--num-samples", type=int, default=1, metavar="N", help="continuations of each prompt, drawn as a batch"
     )

@@ -83,13 +83,14 @@ def _write_model_section(source: Format, args: argparse.Namespace) -> None:
 
 
 def _write_tokenizer(source: Format, args: argparse.Namespace) -> None:
-    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.tokenizer import make_tokenizer
 
     if source.read_tokenizer is None:
         raise ModelReferenceError(f"{args.format} holds no tokenizer; use the file that the model was trained with")
     if args.tokenizer.exists():
-        raise ModelReferenceError(f"{args.tokenizer} exists; name another file, or move it away")
-    tokenizer = Tokenizer(source.read_tokenizer(args.directory), f"the tokenizer of {args.directory}")
+        raise ModelReferenceError(f"{args.tokenizer} exists; name another file, or move that one")
+    beside = args.directory / "tokenizer.json"
+    tokenizer = make_tokenizer(source.read_tokenizer(args.directory), f"the tokenizer of {args.directory}", beside)
     tokenizer.save(args.tokenizer)
     print(
         f"{args.tokenizer}: {tokenizer.vocab_size} ids; `hope data prepare --tokenizer {args.tokenizer}` makes data with it"

@@ -2,6 +2,7 @@
 
   hope launch CONFIG --cluster NAME --nodes N [key.sub=value ...]     check, freeze the code, submit
   hope launch CONFIG --cluster NAME --nodes N --dry-run               show the batch script and the checks
+  hope launch --explain                                               every key of a cluster file
   hope launch CONFIG --local [--nproc N]                              the same run on this machine
   hope launch status RUN                                              state, step, speed, restarts (also of arrays and chains)
   hope launch logs RUN [--follow]                                     the job's log
@@ -16,6 +17,7 @@ NAME is a file in configs/clusters, or the path of one. RUN is a run directory.
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "words",
-        nargs="+",
+        nargs="*",
         metavar="CONFIG | ACTION TARGET",
         help=f"a run file, or one of {', '.join(_ACTIONS)} and what it is about",
     )
@@ -62,8 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--cluster", metavar="NAME", help="cluster file")
     where.add_argument("--nodes", type=int, metavar="N", help="nodes (default: 1; resume: as before)")
     where.add_argument("--dry-run", action="store_true", help="show the batch script and the checks, submit nothing")
+    where.add_argument("--explain", action="store_true", help="every key of a cluster file, and leave")
     where.add_argument("--local", action="store_true", help="run on this machine instead")
-    where.add_argument("--nproc", type=int, metavar="N", help="--local: processes (default: parallel.tensor_parallel)")
+    where.add_argument("--nproc", type=int, metavar="N", help="--local: processes (default: all visible GPUs)")
     where.add_argument("--oversubscribe", action="store_true", help="--local: allow more processes than cores or GPUs")
     actions = parser.add_argument_group("actions")
     actions.add_argument("--follow", "-f", action="store_true", help="logs: go on as the log grows")
@@ -79,6 +82,13 @@ def run(args: argparse.Namespace) -> int:
     """Carry out the action."""
     if args.nodes is not None and args.nodes < 1:
         raise LaunchError(f"--nodes {args.nodes}: a job needs at least one")
+    if args.explain:
+        from launch.explain import explanation
+
+        print(explanation())
+        return 0
+    if not args.words:
+        raise LaunchError("hope launch needs a run file, or an action and its target; see hope launch --help")
     action, *rest = args.words
     _refuse_foreign_options(args, action)
     if action not in _ACTIONS:
@@ -106,15 +116,16 @@ def _refuse_foreign_options(args: argparse.Namespace, action: str) -> None:
 def _submit(args: argparse.Namespace, config_name: str, overrides: list[str]) -> int:
     if args.local:
         return _run_here(args, config_name, overrides)
-    from hope_megatron.config.secrets import mask_credentials
-    from hope_megatron.training.mlflow_client import check_tracking
+    from hope_megatron.config.trackers import TRACKERS
+    from hope_megatron.training.tracking import check_tracking
     from launch.cluster import load_cluster
-    from launch.jobs import dry_run, load_config, submit_run
+    from launch.jobs import dry_run, load_config, rank_command, submit_run
 
     config, cluster, nodes = load_config(config_name, overrides), load_cluster(_cluster_name(args)), args.nodes or 1
     if args.dry_run:
         rendered = dry_run(config, cluster, nodes)
         print(rendered.script)
+        print(f"# the supervisor starts the ranks with\n{shlex.join(rank_command(rendered.submission))}\n")
         print("# checks")
         for check in rendered.checks:
             print(check)
@@ -122,9 +133,8 @@ def _submit(args: argparse.Namespace, config_name: str, overrides: list[str]) ->
     check_tracking(config)
     submission = submit_run(config, cluster, nodes)
     _print_submission(config.run_dir, str(submission.job_id))
-    if config.tracking.mlflow:
-        uri = mask_credentials(config.tracking.uri or f"mlflow.db in {config.output_dir}")
-        print(f"MLflow  run {config.name} of experiment {config.tracking.experiment}, {uri}")
+    for tracker in config.tracking.names:
+        print(f"tracked  by {TRACKERS.open(tracker).title}, {TRACKERS.open(tracker).where(config)}")
     return 0
 
 
@@ -177,7 +187,7 @@ def _resume(args: argparse.Namespace, target: str, overrides: list[str]) -> None
 
 
 def _array(args: argparse.Namespace, target: str, overrides: list[str]) -> None:
-    from hope_megatron.training.mlflow_client import check_tracking
+    from hope_megatron.training.tracking import check_tracking
     from launch.arrays import grid, submit_array
     from launch.cluster import load_cluster
     from launch.jobs import load_config

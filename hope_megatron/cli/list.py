@@ -1,4 +1,4 @@
-"""What can be chosen by name: presets, optimizers, formats, suites and more.
+"""What can be chosen by name: presets, optimizers, formats, memory backends, suites and more.
 
 Examples:
 
@@ -16,12 +16,21 @@ from collections.abc import Mapping
 from hope_megatron.checkpoint.errors import ModelReferenceError
 from hope_megatron.config.optimizers import OPTIMIZERS
 from hope_megatron.config.presets import Kind, config_names
+from hope_megatron.config.trackers import TRACKERS
 from hope_megatron.convert.formats import FORMATS
+from hope_megatron.ops.memory_backends import MEMORY_BACKENDS
 from hope_megatron.runtime.registry import Registry
+from hope_megatron.suites.registry import SUITES
 
 REGISTRIES: dict[str, tuple[Registry, str]] = {
     "optimizers": (OPTIMIZERS, "optim.name=NAME"),
     "formats": (FORMATS, "hope export NAME, hope import NAME"),
+    "trackers": (TRACKERS, "tracking.sinks=[NAME, ...]"),
+    "backends": (
+        MEMORY_BACKENDS,
+        "what computes the memories, best first; model.memory.kernel=auto takes the first that can",
+    ),
+    "suites": (SUITES, "hope eval suite NAME"),
 }
 """Every registry, and where its names are written."""
 

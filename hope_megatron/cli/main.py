@@ -50,6 +50,13 @@ COMMANDS = {
         "hope_megatron.cli.eval_suite", "the paper's tests: small models of each family, trained here"
     ),
     "generate": Command("hope_megatron.cli.generate", "sample text from a checkpoint"),
+    "report": Command("hope_megatron.cli.report", "a run as one HTML page: curves, speed, memories, events, settings"),
+    "completion": Command(
+        "hope_megatron.cli.completion", "completion of commands, options and names for bash, zsh and fish"
+    ),
+    "serve": Command(
+        "hope_megatron.cli.serve", "a model over HTTP with OpenAI's interface, and sessions whose memory lasts"
+    ),
     "list": Command("hope_megatron.cli.list", "what can be chosen by name: presets, optimizers, formats, suites"),
     "checkpoint": Command("hope_megatron.cli.checkpoint", "inspect, reshard and average checkpoints"),
     "export": Command(
@@ -113,6 +120,15 @@ def parse(arguments: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         top.error(f"no command {name!r}" + (f"; did you mean {near[0]}?" if near else "; see hope --help"))
     module = importlib.import_module(COMMANDS[name].module)
+    parser = command_parser(name)
+    # Intermixed parsing lets options stand between positional overrides; argparse cannot do that with sub-commands.
+    nested = any(isinstance(action, argparse._SubParsersAction) for action in parser._actions)
+    return module, parser.parse_args(rest) if nested else parser.parse_intermixed_args(rest)
+
+
+def command_parser(name: str) -> argparse.ArgumentParser:
+    """The parser of a command of the table."""
+    module = importlib.import_module(COMMANDS[name].module)
     parser = argparse.ArgumentParser(
         prog=f"hope {name}",
         description=module.__doc__,
@@ -120,9 +136,7 @@ def parse(arguments: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
         allow_abbrev=False,
     )
     module.add_arguments(parser)
-    # Intermixed parsing lets options stand between positional overrides; argparse cannot do that with sub-commands.
-    nested = any(isinstance(action, argparse._SubParsersAction) for action in parser._actions)
-    return module, parser.parse_args(rest) if nested else parser.parse_intermixed_args(rest)
+    return parser
 
 
 def _top_parser() -> argparse.ArgumentParser:

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import warnings
+from pathlib import Path
 
+from hope_megatron.config.training import data_location
 from hope_megatron.runtime.process import apply_process_environment, available_cpus
 
 MODEL_HELP = (
     "a run directory (its newest checkpoint), RUN@STEP, RUN:ema (averaged weights), a checkpoint, or an exported "
     "Hugging Face directory"
 )
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL, and what it reads: --data or --text."""
+    parser.add_argument("model", help=MODEL_HELP)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--data", type=data_location, metavar="MANIFEST", help="token shards; default: the run's held-out split"
+    )
+    source.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 text files")
 
 
 def prepare_process(num_threads: int | None = None) -> None:

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if args.utilization is not None and not 0 < args.utilization <= 1:
         raise ConfigError(f"--utilization {args.utilization}: give a share of the peak between 0 and 1")
     config = load_for_plan(args.config, args.overrides)
-    world_size = args.world or config.parallel.tensor_parallel
+    world_size = args.world or config.parallel.ranks_per_sequence
     plan = {"data": plan_data(config)} | make_plan(config, world_size, args.hardware, args.utilization)
     if args.failures is not None:
         faults = Faults(**{name: getattr(args, name) for name in asdict(Faults())})

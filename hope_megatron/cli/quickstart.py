@@ -1,4 +1,4 @@
-"""From text to a pretrained HOPE on this machine, in minutes, with every real part of the road.
+"""From text to a pretrained HOPE on this machine, in minutes, with the parts that train large ones.
 
 Examples:
 

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _rehearse(name: str, overrides: list[str], args: argparse.Namespace) -> dict[str, Any]:
     config, hardware = load_for_plan(name, overrides), find_hardware(args.hardware)
-    world = config.parallel.tensor_parallel if args.world is None else args.world
+    world = config.parallel.ranks_per_sequence if args.world is None else args.world
     if world < 1:
         raise ConfigError(f"--world {world}: give at least 1")
     if not 0 <= args.rank < world:

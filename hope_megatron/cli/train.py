@@ -2,6 +2,7 @@
 
     hope train configs/runs/NAME.yaml optim.lr=1e-3 --nproc 2     on this machine
     torchrun --nproc-per-node 8 -m hope_megatron train ...        under any launcher that sets RANK and WORLD_SIZE
+    srun hope train ...   or   mpirun -n 8 hope train ...         one rank per task, on any number of nodes
 
     hope train FILE data.train=data/v2/train --data-transition "more code"   go on with other data, on purpose and recorded
 
@@ -17,10 +18,12 @@ import sys
 from typing import TYPE_CHECKING
 
 from hope_megatron.config import RunConfig, dump_config, load_run_config
+from hope_megatron.runtime.launchers import adopt_launcher
+from hope_megatron.runtime.process import count_gpus
 from hope_megatron.runtime.reports import LAUNCH_DIR_VARIABLE
 from hope_megatron.runtime.world import REQUIRED, World, WorldError, launched_world
-from hope_megatron.training.mlflow_client import check_tracking
 from hope_megatron.training.run_directory import RunDirectory
+from hope_megatron.training.tracking import check_tracking
 
 if TYPE_CHECKING:
     from hope_megatron.runtime.heartbeat import Limits
@@ -34,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="run file, or the name of one in configs/runs")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the configuration")
     parser.add_argument(
-        "--nproc", type=int, help="processes to start on this machine (default: parallel.tensor_parallel)"
+        "--nproc",
+        type=int,
+        help="processes to start on this machine (default: one for each visible GPU; without GPUs tensor x context parallel)",
     )
     parser.add_argument(
         "--resume",
@@ -70,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
     """Start the processes of a run, or be one of them."""
     from launch.errors import LaunchError
 
+    launcher = adopt_launcher()
     world = launched_world()
     if world is not None and args.nproc is not None:
         raise WorldError(
@@ -77,10 +83,12 @@ def run(args: argparse.Namespace) -> int:
             f"or unset {' '.join(REQUIRED)}"
         )
     if world is not None and not args.dry_run:
-        return _work(args, world)
+        return _work(args, world, launcher)
     config = load_run_config(args.config, args.overrides)
     nproc = world.world_size if world else args.nproc
-    nproc = config.parallel.tensor_parallel if nproc is None else nproc
+    if nproc is None:
+        gpus = 0 if args.in_process else count_gpus()
+        nproc = default_processes(config.parallel.ranks_per_sequence, gpus)
     accumulation = config.accumulation_steps(nproc)
     if world is not None and world.rank > 0:
         return 0  # a dry run of several processes: the first one speaks
@@ -140,14 +148,20 @@ def _outlook(config: RunConfig) -> list[str]:
     return [passes_text(passes), *([f"warning: {warning}"] if warning else []), *lines]
 
 
-def _work(args: argparse.Namespace, world: World) -> int:
+def default_processes(group: int, gpus: int) -> int:
+    """Processes to start where nobody says how many: all visible GPUs in whole groups (tensor x context parallel); without GPUs
+    one group."""
+    return max(gpus // group, 1) * group
+
+
+def _work(args: argparse.Namespace, world: World, launcher: str | None) -> int:
     """Be one process of a world that a launcher has started."""
     from hope_megatron.runtime.failures import report_failure
     from hope_megatron.runtime.heartbeat import attach_heartbeat
     from hope_megatron.runtime.process import apply_process_environment, die_with_parent
 
     die_with_parent()
-    _say_what_is_waited_for(world)
+    _say_what_is_waited_for(world, launcher)
     try:
         attach_heartbeat(world.rank)
         config = load_run_config(args.config, args.overrides)
@@ -205,15 +219,13 @@ def heartbeat_limits(config: RunConfig) -> Limits:
     return Limits(hang.min_s, hang.step_factor, hang.start_up_s, hang.first_step_s, hang.evaluation_s, hang.save_s)
 
 
-def _say_what_is_waited_for(world: World) -> None:
+def _say_what_is_waited_for(world: World, launcher: str | None) -> None:
     """Variables left over in a shell look like a launcher's: the first rank of a world then waits for peers that never come."""
     if world.rank == 0 and world.world_size > 1 and LAUNCH_DIR_VARIABLE not in os.environ:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        print(
-            f"process 0 of {world.world_size}, by {' '.join(REQUIRED)}: waiting for the others at {where}. Without a launcher, "
-            "unset these",
-            file=sys.stderr,
-        )
+        by = launcher or " ".join(REQUIRED)
+        remedy = "" if launcher else ". Without a launcher, unset these"
+        print(f"process 0 of {world.world_size}, by {by}: waiting for the others at {where}{remedy}", file=sys.stderr)
 
 
 def _leave(code: int) -> None:

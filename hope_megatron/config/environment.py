@@ -14,7 +14,6 @@ DISTRIBUTIONS = (
     "megatron-core",
     "deepspeed",
     "sentencepiece",
-    "webdataset",
     "mlflow",
     "safetensors",
     "pydantic",

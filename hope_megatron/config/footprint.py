@@ -55,7 +55,7 @@ def footprint(config: RunConfig, world_size: int) -> Footprint:
         ConfigError: if the world does not divide into the mesh and batch.
     """
     tp, stage, training = config.parallel.tensor_parallel, config.parallel.zero_stage, config.training
-    dp = config.data_parallel(world_size)
+    dp = config.replicas(world_size)
     local = sum(w.total / (tp if w.sharded else 1) for w in weight_table(config.model))
     compute = compute_bytes(training)
     # bf16 gradients are accumulated in fp32; ZeRO steps fp32 master weights also in fp32 runs
@@ -92,7 +92,7 @@ def _kept_for_backward(config: RunConfig) -> tuple[float, float]:
     """(memory states, activations) in bytes per GPU."""
     model, parallel, training = config.model, config.parallel, config.training
     tp, number = parallel.tensor_parallel, compute_bytes(training)
-    tokens = training.micro_batch_size * (training.truncate_tokens or training.seq_length)
+    tokens = training.micro_batch_size * (training.truncate_tokens or training.seq_length) / parallel.context_parallel
     residual = model.hidden_size / (tp if parallel.sequence_parallel else 1)
     layers = [
         _layer_numbers(model, mixer, training.seq_length, number, tp, residual, training.recompute)

@@ -75,6 +75,8 @@ def resolve_run_config(data: Mapping[str, Any], overrides: Iterable[str] = (), *
     tracking = config.tracking
     if tracking.uri is not None:
         tracking = tracking.model_copy(update={"uri": unmask_tracking_uri(tracking.uri)})
+    if tracking.jsonl_file is not None:
+        tracking = tracking.model_copy(update={"jsonl_file": _absolute(tracking.jsonl_file)})
     return config.model_copy(update={"data": config.data.model_copy(update=paths), "tracking": tracking})
 
 

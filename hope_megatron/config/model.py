@@ -136,7 +136,8 @@ class MemoryConfig(Section, MemoryCompute, MemoryRule):
             raise ConfigError(text)
         if self.adaptive_eta and self.eta == "fixed":
             raise ConfigError(
-                "memory.adaptive_eta=true adds to a rate that memory.eta=fixed does not have; set one of them otherwise"
+                "memory.adaptive_eta=true adds to a learned rate, and memory.eta=fixed has none; "
+                "set adaptive_eta=false, or eta=data"
             )
         if self.adaptive_alpha and self.decay in ("none", "retnet"):
             raise ConfigError(

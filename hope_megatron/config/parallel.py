@@ -10,10 +10,12 @@ from hope_megatron.config.base import ConfigError, Section
 
 
 class ParallelConfig(Section):
-    """Axes of the process mesh. Data parallelism is what is left: world size / tensor_parallel."""
+    """Axes of the process mesh. Data parallelism is what is left: world size / (tensor_parallel x context_parallel)."""
 
     tensor_parallel: int = Field(default=1, gt=0)
     """Ranks that share each layer (heads, hidden widths, vocabulary)."""
+    context_parallel: int = Field(default=1, gt=0)
+    """Ranks that share each sequence. Mixers exchange tokens for heads, so heads are divided by tensor_parallel x this."""
     sequence_parallel: bool = False
     """Split norms and residuals along the sequence over the tensor-parallel ranks."""
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -22,6 +24,17 @@ class ParallelConfig(Section):
     """Overlap gradient reduction with backward (CUDA)."""
     cpu_offload: bool = False
     """Keep optimizer state in host memory."""
+
+    @property
+    def ranks_per_sequence(self) -> int:
+        """Ranks that work on the same tokens or on parts of the same sequences."""
+        return self.tensor_parallel * self.context_parallel
+
+    @property
+    def group_in_words(self) -> str:
+        """What a world must be divisible by, for an error."""
+        cp = f" x context_parallel={self.context_parallel}" if self.context_parallel > 1 else ""
+        return f"parallel.tensor_parallel={self.tensor_parallel}{cp}"
 
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:

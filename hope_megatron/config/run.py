@@ -75,12 +75,12 @@ class RunConfig(Section):
         Raises:
             ConfigError: if the world, the mesh and the batch do not divide.
         """
-        tp = self.parallel.tensor_parallel
-        if world_size % tp:
+        group = self.parallel.ranks_per_sequence
+        if world_size % group:
             raise ConfigError(
-                f"world size {world_size} is not divisible by parallel.tensor_parallel={tp}; start a multiple of {tp} processes"
+                f"world size {world_size} is not divisible by {self.parallel.group_in_words}; start a multiple of {group} processes"
             )
-        dp = world_size // tp
+        dp = world_size // group
         per_pass = dp * self.training.micro_batch_size
         if self.training.global_batch_size % per_pass:
             raise ConfigError(
@@ -97,8 +97,17 @@ class RunConfig(Section):
         """
         parallel = self.parallel
         return ParallelLayout(
-            parallel.tensor_parallel, self.data_parallel(world_size), parallel.zero_stage, parallel.sequence_parallel
+            parallel.tensor_parallel, self.replicas(world_size), parallel.zero_stage, parallel.sequence_parallel
         )
+
+    def replicas(self, world_size: int) -> int:
+        """Ranks over which gradients are summed and ZeRO shards: those of data and of context parallelism. Checkpoints know
+        only these.
+
+        Raises:
+            ConfigError: as for `data_parallel`.
+        """
+        return self.data_parallel(world_size) * self.parallel.context_parallel
 
     def accumulation_steps(self, world_size: int) -> int:
         """Forward-backward passes per optimizer step."""
@@ -108,10 +117,11 @@ class RunConfig(Section):
 def check_canonical(parallel: ParallelConfig, training: TrainingConfig) -> None:
     """Refuse the canonical reduction where its order is not defined."""
     micro_batches = training.global_batch_size / training.micro_batch_size
-    if parallel.zero_stage or parallel.tensor_parallel > 1 or not math.log2(micro_batches).is_integer():
+    if parallel.zero_stage or parallel.ranks_per_sequence > 1 or not math.log2(micro_batches).is_integer():
         raise ConfigError(
-            f"training.reduction=canonical with zero_stage={parallel.zero_stage}, tensor_parallel={parallel.tensor_parallel} and "
-            f"{micro_batches:g} micro-batches per step; it needs zero_stage=0, tensor_parallel=1 and a power of two"
+            f"training.reduction=canonical with zero_stage={parallel.zero_stage}, tensor_parallel={parallel.tensor_parallel}, "
+            f"context_parallel={parallel.context_parallel} and {micro_batches:g} micro-batches per step; "
+            "it needs zero_stage=0, tensor_parallel=1, context_parallel=1 and a power of two"
         )
 
 
@@ -138,6 +148,7 @@ def check_parallel_fits_model(model: ModelConfig, parallel: ParallelConfig, trai
     for name, value in divided.items():
         if value % tp:
             raise ConfigError(f"{name}={value} is not divisible by parallel.tensor_parallel={tp}; change one of them")
+    check_context_parallel(model, parallel, training)
     if parallel.sequence_parallel and training.seq_length % tp:
         raise ConfigError(
             f"training.seq_length={training.seq_length} is not divisible by parallel.tensor_parallel={tp}, "
@@ -150,6 +161,33 @@ def check_parallel_fits_model(model: ModelConfig, parallel: ParallelConfig, trai
                 f"training.seq_length={training.seq_length} is not a multiple of the memory chunk of {longest} tokens; "
                 f"use {training.seq_length // longest * longest} or {(training.seq_length // longest + 1) * longest}"
             )
+
+
+def check_context_parallel(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig) -> None:
+    """Refuse to split sequences where heads or tokens do not divide, or what the tokens of a sequence learn together."""
+    cp, tp = parallel.context_parallel, parallel.tensor_parallel
+    if cp == 1:
+        return
+    heads = {"model.num_heads": model.num_heads}
+    if "attention" in model.mixers and model.attention.num_kv_heads:
+        heads["model.attention.num_kv_heads"] = model.attention.num_kv_heads
+    for name, value in heads.items():
+        if value % (tp * cp):
+            raise ConfigError(
+                f"{name}={value} is not divisible by parallel.tensor_parallel={tp} x context_parallel={cp}: inside a mixer every "
+                "rank has whole sequences of its own heads; lower one of them"
+            )
+    window, slices = training.truncate_tokens or training.seq_length, cp * (tp if parallel.sequence_parallel else 1)
+    if window % slices:
+        raise ConfigError(
+            f"{window} tokens that are read at once (training.seq_length, truncate_tokens) do not divide into {slices} slices "
+            f"(parallel.context_parallel{' x tensor_parallel' if slices > cp else ''}); use a multiple of {slices}"
+        )
+    if model.cms.learns_in_context:
+        raise ConfigError(
+            f"parallel.context_parallel={cp} does not go with inner clocks in the CMS (inner_chunk_tokens): they learn from all "
+            "tokens of a chunk together; set context_parallel=1"
+        )
 
 
 def check_inner_clocks(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig) -> None:
@@ -169,7 +207,7 @@ def check_inner_clocks(model: ModelConfig, parallel: ParallelConfig, training: T
         return
     if parallel.zero_stage == 3:
         raise ConfigError(
-            "parallel.zero_stage=3 frees the weights that learning in context differentiates by; use zero_stage 1 or 2"
+            "parallel.zero_stage=3 frees weights after use, and learning in context needs them again; use zero_stage 1 or 2"
         )
     segment = model.cms.inner_segment_tokens
     if parallel.sequence_parallel and segment % tp:

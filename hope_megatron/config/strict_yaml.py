@@ -166,7 +166,7 @@ def _check_size(root: yaml.Node) -> None:
         if id(node) in sizes:
             known = sizes[id(node)]
             if known is None:
-                raise _refusal("an alias stands for what it lies in", node.start_mark)
+                raise _refusal("an alias refers to a value that contains it", node.start_mark)
             return known
         sizes[id(node)] = None
         children: list[yaml.Node] = []

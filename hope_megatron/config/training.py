@@ -11,6 +11,8 @@ from pydantic_core import PydanticKnownError
 
 from hope_megatron.config.base import ConfigError, Section
 from hope_megatron.config.secrets import mask_credentials
+from hope_megatron.config.trackers import TRACKERS
+from hope_megatron.runtime.registry import UnknownNameError
 
 
 class TrainingConfig(Section):
@@ -158,22 +160,45 @@ class CheckpointConfig(Section):
 
 
 class TrackingConfig(Section):
-    """MLflow, beside the local metrics.jsonl, which is the truth."""
+    """Trackers, beside the local metrics.jsonl, which is the truth."""
 
+    sinks: tuple[str, ...] | None = None
+    """Trackers to feed, several at once: mlflow, wandb, tensorboard, jsonl (`hope list trackers`); null: mlflow."""
     mlflow: bool = True
-    """Feed MLflow."""
+    """false: no MLflow, where `sinks` is null."""
     uri: str | None = None
-    """Tracking URI; None is a SQLite file, mlflow.db, beside the run directories. A user name or password in it is masked
-    wherever the configuration is written or printed."""
-    experiment: str = "hope"
-    """MLflow experiment."""
+    """Tracking URI of MLflow; null is MLFLOW_TRACKING_URI, or else a SQLite file, mlflow.db, beside the run directories. A user
+    name or password in it is masked wherever the configuration is written or printed."""
+    experiment: str | None = None
+    """Experiment in MLflow, project in Weights & Biases; null: MLFLOW_EXPERIMENT_NAME and WANDB_PROJECT, or else `hope`."""
     tags: dict[str, str] = Field(default={})
-    """Tags of the MLflow run, for finding it again: `tags: {team: memory}`."""
+    """Tags of the run, for finding it again: `tags: {team: memory}`."""
+    jsonl_file: Path | None = None
+    """File of the tracker jsonl, which several runs may share; null: tracking.jsonl in the run directory."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The trackers that are fed."""
+        if self.sinks is not None:
+            return self.sinks
+        return ("mlflow",) if self.mlflow else ()
 
     @model_validator(mode="after")
     def _check(self) -> TrackingConfig:
-        if self.uri is not None and not self.mlflow:
-            raise ConfigError("tracking.uri is set but tracking.mlflow=false; remove one of them")
+        for name in self.names:
+            try:
+                TRACKERS[name]
+            except UnknownNameError as error:
+                raise ConfigError(f"tracking.sinks: {error}") from None
+        if len(set(self.names)) < len(self.names):
+            raise ConfigError(f"tracking.sinks names a tracker twice: {', '.join(self.names)}")
+        if not self.mlflow and "mlflow" in self.names:
+            raise ConfigError("tracking.sinks has mlflow but tracking.mlflow=false; remove one of them")
+        if self.uri is not None and "mlflow" not in self.names:
+            reason = "tracking.mlflow=false" if self.sinks is None else "tracking.sinks has no mlflow"
+            raise ConfigError(f"tracking.uri is set but {reason}; remove one of them")
+        if self.jsonl_file is not None and "jsonl" not in self.names:
+            raise ConfigError("tracking.jsonl_file is set but tracking.sinks has no jsonl; remove one of them")
         return self
 
     @field_serializer("uri")

@@ -39,7 +39,9 @@ def begin_run(source: Path, format_name: str, config: RunConfig, beginning: Mapp
         raise ConversionError(f"{config.run_dir} has checkpoints already; give the run another name")
     load_model = open_format(format_name).load_model
     if load_model is None:
-        raise ConversionError(f"no run can be started from {format_name}")
+        raise ConversionError(
+            f"a run cannot be started from the format {format_name}; `hope list formats` names the others"
+        )
     model = load_model(source, config)
     whole = untrained_checkpoint(model, config, beginning, str(source)).with_history(f"import from {format_name}")
     return write_checkpoint(whole, whole.layout, checkpoints / step_directory_name(0)).directory

@@ -5,7 +5,6 @@ The manifest is written last and verified first: nothing in DIR is opened before
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -22,6 +21,7 @@ from hope_megatron.checkpoint.generators import fresh_generator_states
 from hope_megatron.checkpoint.unsharded import WholeCheckpoint, WholeParameter
 from hope_megatron.config.layout import ParallelLayout
 from hope_megatron.optim import ParamTags
+from hope_megatron.runtime.files import file_sha256
 
 log = logging.getLogger(__name__)
 
@@ -61,13 +61,25 @@ def write_sidecar(directory: Path, whole: WholeCheckpoint) -> None:
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     write_json(
         folder / MANIFEST,
-        {"format": FORMAT, "files": {str(path.relative_to(directory)): _sha256(path) for path in files}},
+        {"format": FORMAT, "files": {str(path.relative_to(directory)): file_sha256(path) for path in files}},
     )
 
 
 def has_sidecar(directory: Path) -> bool:
     """Whether an export of ours lies there."""
     return (directory / FOLDER / MANIFEST).is_file()
+
+
+def refuse_foreign(directory: Path, format_name: str, written_by: str) -> None:
+    """
+    Raises:
+        ConversionError: no export of ours lies there.
+    """
+    if not has_sidecar(directory):
+        raise ConversionError(
+            f"{directory} was {written_by}: its files do not say what model, clocks and data position they belong to; start a run "
+            f"from its weights with `hope import {format_name} DIR CONFIG`"
+        )
 
 
 def read_sidecar(directory: Path, open_reader: Callable[[Parameters], Callable[[str, str], Tensor]]) -> WholeCheckpoint:
@@ -128,14 +140,6 @@ def _verify(directory: Path) -> set[str]:
             raise ConversionError(f"{directory / FOLDER / MANIFEST} names {name!r}, outside of the export")
         if not path.is_file():
             raise ConversionError(f"{path} is missing; export it again")
-        if _sha256(path) != sha256:
+        if file_sha256(path) != sha256:
             raise ConversionError(f"{path} is corrupt: its SHA-256 is not the one in the manifest; export it again")
     return set(files)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -21,7 +21,7 @@ class ExportOptions:
     """What a user may ask of an export. A format names those that it takes; others are refused."""
 
     tokenizer: Path | None = None
-    """Another SentencePiece model than the run's."""
+    """Another tokenizer than the run's."""
     max_shard_gib: float | None = None
     """Size of a weight file."""
     layout: dict[str, Any] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class Format:
         restore: the whole checkpoint that an earlier export holds.
         load_model: the weights of a directory, whoever wrote it, as a model of a run's configuration.
         read_model_config: the model section of a run file that fits a directory.
-        read_tokenizer: the SentencePiece model that belongs to a directory, whatever was added to it.
+        read_tokenizer: the tokenizer that belongs to a directory, a SentencePiece model or a tokenizer.json.
     """
 
     export: Callable[[CheckpointSource, Path, ExportOptions], list[str]] | None = None
@@ -62,9 +62,7 @@ FORMATS = Registry(
             "hope_megatron.convert.deepspeed.format:FORMAT",
             "DeepSpeed's universal checkpoint, or with a layout the files of its own save_checkpoint",
         ),
-        "llama": Entry(
-            "hope_megatron.convert.llama:FORMAT", "a Llama or Mistral model in Hugging Face layout, as Hope-Attention"
-        ),
+        "llama": Entry("hope_megatron.convert.llama:FORMAT", "a Llama or Mistral model as Hope-Attention; import only"),
     },
 )
 

@@ -53,7 +53,7 @@ def open_model(reference: str, tokenizer_file: Path | None = None) -> OpenModel:
         reference: a run directory (its newest checkpoint), RUN@STEP, a checkpoint, or an exported Hugging Face directory.
         tokenizer_file: instead of the one the model was trained with.
     """
-    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.tokenizer import Tokenizer, make_tokenizer
     from hope_megatron.checkpoint.find import find_checkpoint
     from hope_megatron.checkpoint.local_model import build_local_model
     from hope_megatron.convert.huggingface.export import is_huggingface_model, load_huggingface
@@ -63,7 +63,8 @@ def open_model(reference: str, tokenizer_file: Path | None = None) -> OpenModel:
     if is_huggingface_model(directory):
         loaded = load_huggingface(directory)
         if tokenizer_file is None:
-            tokenizer = Tokenizer(read_tokenizer(directory), f"the tokenizer of {directory}")
+            beside = directory / "tokenizer.json"
+            tokenizer = make_tokenizer(read_tokenizer(directory), f"the tokenizer of {directory}", beside)
         else:
             tokenizer = Tokenizer.load(tokenizer_file)
         opened = OpenModel(reference, loaded.model, tokenizer, loaded.train_tokens_per_sequence, None)

@@ -28,7 +28,7 @@ from hope_megatron.checkpoint.local_model import build_local_model
 from hope_megatron.checkpoint.output import fresh_directory
 from hope_megatron.checkpoint.unsharded import WholeCheckpoint, compare_whole, read_whole
 from hope_megatron.config import RunConfig
-from hope_megatron.convert.extras import Parameters, has_sidecar, read_sidecar, write_sidecar
+from hope_megatron.convert.extras import Parameters, has_sidecar, read_sidecar, refuse_foreign, write_sidecar
 from hope_megatron.convert.formats import ExportOptions, Format
 from hope_megatron.model import LanguageModel
 
@@ -69,16 +69,8 @@ def write_torch_dist(whole: WholeCheckpoint, out_dir: Path) -> int:
 
 
 def read_torch_dist(directory: Path) -> WholeCheckpoint:
-    """A checkpoint that `write_torch_dist` made, its digests verified first.
-
-    Raises:
-        ConversionError: it is not one, or a file is missing or damaged.
-    """
-    if not has_sidecar(directory):
-        raise ConversionError(
-            f"{directory} was not written by `hope export torch_dist`: its files do not say what model, clocks and "
-            "data position they belong to; start a run from its weights with `hope import torch_dist DIR CONFIG`"
-        )
+    """A checkpoint that `write_torch_dist` made; see `read_sidecar`."""
+    refuse_foreign(directory, "torch_dist", "not written by `hope export torch_dist`")
 
     def open_reader(_: Parameters) -> Callable[[str, str], Tensor]:
         reader = _open(directory)
@@ -118,7 +110,7 @@ class _MetadataUnpickler(pickle.Unpickler):
             return _DESCRIBING[module, name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which has no business there")
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which describes no tensor")
 
 
 _DESCRIBING: dict[tuple[str, str], Any] = {

@@ -35,9 +35,8 @@ def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
     if config.parallel.zero_stage == 0:
         optimizer.bind_plain(tp_group)
     else:
-        optimizer.bind_zero(
-            engine.zero, tp_group=tp_group, exchange_group=parallel_state.get_tensor_and_data_parallel_group()
-        )
+        exchange_group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        optimizer.bind_zero(engine.zero, tp_group=tp_group, exchange_group=exchange_group)
     return engine
 
 

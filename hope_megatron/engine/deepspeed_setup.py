@@ -82,7 +82,8 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
 def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, mesh: Mesh) -> Any:
     """A DeepSpeed engine around a model and a client optimizer."""
     deepspeed = import_deepspeed()
-    os.environ.setdefault("LOCAL_RANK", str(mesh.local_rank))  # it insists, even in a world of one
+    # It insists, even in a world of one, and takes it for the number of the GPU.
+    os.environ["LOCAL_RANK"] = str(mesh.local_rank if mesh.device.index is None else mesh.device.index)
     for module in model.modules():
         if isinstance(module, MemoryMixer):
             # ZeRO-3 frees a module's parameters when its forward returns. The mixer uses those of its memories after

@@ -18,6 +18,7 @@ from hope_megatron.config.base import ConfigError
 from hope_megatron.config.parallel import ParallelConfig
 from hope_megatron.engine.collectives import record_collectives
 from hope_megatron.layers.cpu import install_cpu_support
+from hope_megatron.runtime.launchers import adopt_launcher
 from hope_megatron.runtime.world import launched_world
 
 log = logging.getLogger(__name__)
@@ -37,8 +38,21 @@ class Mesh:
     tp_size: int
     dp_rank: int
     dp_size: int
+    """Ranks over which gradients are summed and ZeRO shards: they hold the same weights and see other tokens."""
+    cp_size: int
+    """Of these, neighbours that share their sequences."""
     tp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of the batch this rank's sequences are."""
+        return self.dp_rank // self.cp_size
+
+    @property
+    def data_size(self) -> int:
+        """Parts of the batch."""
+        return self.dp_size // self.cp_size
 
     @property
     def world_group(self) -> dist.ProcessGroup:
@@ -49,8 +63,8 @@ class Mesh:
 def init_distributed(parallel: ParallelConfig, *, num_threads: int = 1, timeout_s: float = 1800.0) -> Mesh:
     """Join (or, without launcher variables, be) the world and build the groups.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them. A default process group that is
-    already there is used as it is.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them, or the variables of srun and mpirun.
+    A default process group that is already there is used as it is.
 
     Args:
         parallel: the mesh.
@@ -65,15 +79,16 @@ def init_distributed(parallel: ParallelConfig, *, num_threads: int = 1, timeout_
         launched = None
         rank, world_size, local_rank = dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0))
     else:
+        adopt_launcher()
         launched = launched_world()
         rank, world_size, local_rank = launched or (0, 1, 0)
-    if world_size % parallel.tensor_parallel:
+    if world_size % parallel.ranks_per_sequence:
         raise ConfigError(
-            f"{world_size} processes cannot be divided into tensor-parallel groups of {parallel.tensor_parallel} "
-            f"(parallel.tensor_parallel); start a multiple of {parallel.tensor_parallel} processes, for example with --nproc"
+            f"{world_size} processes are not divisible by {parallel.group_in_words}; "
+            f"start a multiple of {parallel.ranks_per_sequence} processes, for example with --nproc"
         )
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", device_index(local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
@@ -91,13 +106,18 @@ def init_distributed(parallel: ParallelConfig, *, num_threads: int = 1, timeout_
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_parallel,
+            context_parallel_size=parallel.context_parallel,
             create_gloo_process_groups=False,
             distributed_timeout_minutes=timeout_s / 60,
         )
-    if parallel_state.get_tensor_model_parallel_world_size() != parallel.tensor_parallel:
+    there = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
+    )
+    if there != (parallel.tensor_parallel, parallel.context_parallel):
         raise ConfigError(
-            f"process groups exist with tensor parallel {parallel_state.get_tensor_model_parallel_world_size()}, "
-            f"not {parallel.tensor_parallel}; call shutdown_distributed() first"
+            f"process groups exist with tensor parallel {there[0]} and context parallel {there[1]}, not "
+            f"{parallel.tensor_parallel} and {parallel.context_parallel}; call shutdown_distributed() first"
         )
     return Mesh(
         rank=rank,
@@ -106,10 +126,24 @@ def init_distributed(parallel: ParallelConfig, *, num_threads: int = 1, timeout_
         device=device,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=parallel.tensor_parallel,
-        dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_size=parallel_state.get_data_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        dp_size=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+        cp_size=parallel.context_parallel,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
+
+
+def device_index(local_rank: int, visible: int) -> int:
+    """The GPU of a process, among those it sees: its own of all of the node's, or the only one (srun --gpus-per-task=1).
+
+    Raises:
+        ConfigError: more processes on the node than GPUs.
+    """
+    if visible == 1 or local_rank < visible:
+        return min(local_rank, visible - 1)
+    raise ConfigError(
+        f"process {local_rank} of this node (counted from 0) sees {visible} GPUs; start at most {visible} processes per node"
     )
 
 

@@ -242,7 +242,8 @@ class Engine:
         self.model.eval()
         losses = self.model(tokens, targets, documents=documents, learn=learn and self._learns).losses
         self.model.train()
-        sums = torch.stack([losses.double().sum(), (targets != IGNORE).sum().double()])
+        # all ranks of a sequence count its targets; each has the losses of its slice
+        sums = torch.stack([losses.double().sum(), (targets != IGNORE).sum().double() / self.mesh.cp_size])
         dist.all_reduce(sums, group=self.mesh.dp_group)
         return sums
 

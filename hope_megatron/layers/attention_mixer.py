@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from hope_megatron.config.model import ModelConfig
+from hope_megatron.layers.context_parallel import context_parallel_size, heads_to_tokens, tokens_to_heads
 from hope_megatron.layers.parameters import declare, normal
 from hope_megatron.ops.rotary import RotaryTable, rotate
 
@@ -45,7 +46,11 @@ class StreamingAttention(MegatronModule):
         self.present: AttentionState | None = None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> Tensor:
-        """query [T, B, heads, d], key and value [T, B, groups, d] -> [T, B, heads * d]."""
+        """query [T, B, heads, d], key and value [T, B, groups, d] -> [T, B, heads * d].
+
+        Under context parallelism T is this rank's slice, and the state that of its share of the heads.
+        """
+        query, key, value = (tokens_to_heads(part, 2) for part in (query, key, value))
         past, T = self.past, query.size(0)
         first = past.position if past is not None else 0
         cos, sin = self.rotary.rows(first, T, query)
@@ -57,7 +62,7 @@ class StreamingAttention(MegatronModule):
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, T, d]
         mask, causal = self._mask(T, key.size(0), q.device)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
-        return y.permute(2, 0, 1, 3).flatten(2)
+        return heads_to_tokens(y.permute(2, 0, 1, 3), 2).flatten(2)
 
     def _mask(self, T: int, S: int, device: torch.device) -> tuple[Tensor | None, bool]:
         """A boolean mask where the kernel's own causal flag does not suffice."""
@@ -92,7 +97,7 @@ class AttentionMixer(MegatronModule):
             declare(weight, normal(std), shard_dim=dim, role="matrix", weight_decay=True, width_fan_in=True)
         self.attention.core_attention.rotary = shared_rotary_table(config, model)
         groups = model.attention.num_kv_heads or model.num_heads
-        self.num_groups = groups // parallel_state.get_tensor_model_parallel_world_size()
+        self.num_groups = groups // parallel_state.get_tensor_model_parallel_world_size() // context_parallel_size()
         self.head_dim = model.head_dim
 
     def init_state(self, batch_size: int) -> AttentionState:

@@ -1,7 +1,7 @@
 """The recurrent mixer: projections, short convolution, self-modifying memories, output projection.
 
-HOPE, Titans, TTT, DeltaNet and RetNet are settings of `MemoryConfig`. Heads are split over tensor-parallel ranks; nothing
-inside the memories crosses ranks.
+HOPE, Titans, TTT, DeltaNet and RetNet are settings of `MemoryConfig`. Heads are split over tensor-parallel ranks, and over
+context-parallel ranks once more for as long as they need all tokens of a sequence; nothing inside the memories crosses ranks.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from hope_megatron.config.model import MemoryConfig, ModelConfig
+from hope_megatron.layers.context_parallel import context_parallel_size, heads_to_tokens, own_heads, tokens_to_heads
 from hope_megatron.layers.linear import column_parallel, enter_parallel_region, row_parallel, zeros
 from hope_megatron.layers.norm import RMSNorm
 from hope_megatron.layers.parameters import constant, declare, normal, rows
@@ -30,6 +31,8 @@ from hope_megatron.ops.memory import (
     memory_chunked,
     memory_packed,
 )
+from hope_megatron.ops.memory.types import map_params
+from hope_megatron.ops.precision import wide
 from hope_megatron.ops.short_conv import short_conv
 
 
@@ -41,7 +44,10 @@ class MemoryMixerState(NamedTuple):
 
 
 class MemoryMixer(MegatronModule):
-    """x [T, B, D] (or its sequence shard) -> y of the same shape, and the state of the streams."""
+    """x [T, B, D] (or its sequence shard) -> y of the same shape, and the state of the streams.
+
+    Under context parallelism x is this rank's slice of the tokens, and the state that of this rank's share of the heads.
+    """
 
     def __init__(self, config: TransformerConfig, model: ModelConfig, layer_number: int):
         super().__init__(config)
@@ -91,12 +97,13 @@ class MemoryMixer(MegatronModule):
     def init_state(self, batch_size: int) -> MemoryMixerState:
         """The state of `batch_size` new streams."""
         uses_momentum = self.memory_config.momentum != "none"
-        params = self.memories()
+        params = self._own_memories()
         dtype = torch.promote_types(params.mem.w_out.dtype, torch.float32)
         memory = initial_state(params, batch_size, momentum=uses_momentum, dtype=dtype)
         if self.conv is None:
             return MemoryMixerState(None, memory)
-        tail = self.conv.new_zeros(batch_size, self.conv.size(1) - 1, self.conv.size(0))
+        conv = self._own_conv()
+        tail = conv.new_zeros(batch_size, conv.size(1) - 1, conv.size(0))
         return MemoryMixerState(tail, memory)
 
     def forward(
@@ -107,15 +114,17 @@ class MemoryMixer(MegatronModule):
         documents: number of the document of every token, [B, T]; each begins anew. Then there is no state, in or out.
         """
         x = enter_parallel_region(x, self.config)
-        T, B = x.shape[:2]
-        qkv = self.qkv(x)[0].transpose(0, 1)  # [B, T, 3 H d]
+        B = x.size(1)
+        qkv = tokens_to_heads(self.qkv(x)[0].unflatten(-1, (3, self.num_heads, self.head_dim)), 3)  # [T, B, 3, H, d]
+        T, heads = qkv.size(0), qkv.size(3)
+        qkv = qkv.flatten(2).transpose(0, 1)
         tail = None
         if self.conv is not None:
-            qkv, tail = short_conv(qkv, self.conv, state.conv if state else None, documents)
+            qkv, tail = short_conv(qkv, self._own_conv(), state.conv if state else None, documents)
         else:
             qkv = F.silu(qkv)
-        q, k, v = qkv.view(B, T, 3, self.num_heads, self.head_dim).unbind(2)
-        inputs = (q, k, v, self._rate_logits(x), self.memories(), self.rule)
+        q, k, v = qkv.view(B, T, 3, heads, self.head_dim).unbind(2)
+        inputs = (q, k, v, self._rate_logits(x), self._own_memories(), self.rule)
         before = state.memory if state else None
         how: dict[str, Any] = dict(compute=self.compute, recompute=self.recompute_memory)
         if self.observer is not None:
@@ -125,24 +134,33 @@ class MemoryMixer(MegatronModule):
         else:
             y, memory = memory_chunked(*inputs, before, **how)
             end = MemoryMixerState(tail, memory)
-        y = self.head_norm(y).transpose(0, 1).reshape(T, B, -1)
+        y = heads_to_tokens(self.head_norm(y).transpose(0, 1), 2).flatten(2)
         if self.gate is not None:
             y = y * F.silu(self.gate(x)[0])
         return self.output(y)[0], end
 
+    def _own_memories(self) -> MemoryParams:
+        """The initial states of this rank's heads."""
+        return map_params(own_heads, self.memories())
+
+    def _own_conv(self) -> Tensor:
+        """Taps [3 H d, w] of this rank's heads."""
+        assert self.conv is not None
+        return own_heads(self.conv.unflatten(0, (3, self.num_heads, self.head_dim)), 1).flatten(0, 2)
+
     def _rate_logits(self, x: Tensor) -> RateLogits:
         """[T, B, D] -> logits [B, T, H] in float32, those of this rank's heads."""
-        T, B = x.shape[:2]
+        T, B = x.size(0) * context_parallel_size(), x.size(1)
         found: dict[str, Tensor] = {}
         if self.rates is not None:
             logits, bias = self.rates(x)
-            logits = (logits.float() + bias.float()).transpose(0, 1)
-            found = dict(zip(self.rate_names, logits.unflatten(-1, (-1, self.num_heads)).unbind(2)))
+            logits = tokens_to_heads((wide(logits) + wide(bias)).unflatten(-1, (-1, self.num_heads)), 3)
+            found = dict(zip(self.rate_names, logits.transpose(0, 1).unbind(2)))
         for name, value in self.constants.items():
-            found[name] = value.float().expand(B, T, -1)
+            found[name] = own_heads(wide(value)).expand(B, T, -1)
         if self.memory_config.decay == "retnet":
             head = torch.arange(self.num_heads, device=x.device) + self.first_head
-            alpha = 1 - 2.0 ** (-5.0 - head)
+            alpha = 1 - 2.0 ** (-5.0 - own_heads(head))
             found["alpha"] = torch.logit(alpha).expand(B, T, -1)
         return RateLogits(found.get("eta"), found.get("alpha"), found.get("theta"))
 

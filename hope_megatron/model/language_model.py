@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hope_megatron.config.model import ModelConfig
+from hope_megatron.layers.context_parallel import gather_tokens, own_tokens
 from hope_megatron.layers.continuum_mlp import FastLevels
 from hope_megatron.layers.linear import column_parallel, enter_parallel_region
 from hope_megatron.layers.memory_mixer import MemoryMixer
@@ -25,12 +26,15 @@ from hope_megatron.model.in_context import FastModel, fast_weights, read_and_lea
 from hope_megatron.model.loss import vocab_parallel_losses
 from hope_megatron.model.sharded_state import sharded_parameters
 from hope_megatron.model.state import ModelState
+from hope_megatron.ops.precision import wide
 
 
 class ModelOutput(NamedTuple):
     """Losses where targets were given, logits where not; the state only when asked for."""
 
-    losses: Tensor | None  # [B, T] float32, nats; 0 where the target is IGNORE
+    losses: (
+        Tensor | None
+    )  # [B, T] float32, nats; 0 where the target is IGNORE. Under context parallelism of this rank's slice
     logits: Tensor | None  # [B, T, vocab_size] float32, whole on every tensor-parallel rank
     state: ModelState | None
 
@@ -98,7 +102,7 @@ class LanguageModel(MegatronModule):
         """Read a piece of each stream.
 
         Args:
-            tokens: [B, T] int64; the same on every tensor-parallel rank.
+            tokens: [B, T] int64; the same on every tensor- and context-parallel rank.
             targets: [B, T] int64, the next tokens, or IGNORE. With targets the result holds losses, without them logits.
             state: where the streams stand; None begins new ones.
             documents: number of the document that each token belongs to, [B, T] integers. Each document is then read as if
@@ -109,22 +113,25 @@ class LanguageModel(MegatronModule):
             flush: with `learn`: the streams end here, so the rest that fills no chunk is learnt from too.
             fast: what `fast_weights` made of the state, for callers that read many pieces at the same weights.
 
-        Under sequence parallelism T must be divisible by the tensor-parallel size.
+        T must be divisible by the context-parallel size, and under sequence parallelism a slice by the tensor-parallel size.
         """
         if documents is not None and (state is not None or return_state or learn):
-            raise ValueError("documents that are read apart leave no state to go on or to learn from, and take none")
+            raise ValueError(
+                "documents that are read apart take and return no state, and are not learnt from in context"
+            )
         if learn:
             assert targets is not None, "learning in context needs targets"
             losses, state = read_and_learn(self, tokens, targets, state, return_state=return_state, flush=flush)
             return ModelOutput(losses, None, state)
         inner = state.inner.without_rest() if state and state.inner else None
         fast = fast_weights(self, inner) if fast is None else fast
-        logits, states = self.read(tokens, state.layers if state else None, fast, documents, keep_states=return_state)
+        layers = state.layers if state else None
+        logits, states = self.read(own_tokens(tokens, 1), layers, fast, documents, keep_states=return_state)
         end = ModelState(states, inner) if return_state else None
         if targets is None:
-            logits = gather_from_tensor_model_parallel_region(logits.float())
+            logits = gather_tokens(gather_from_tensor_model_parallel_region(wide(logits)))
             return ModelOutput(None, logits[..., : self.model_config.vocab_size].transpose(0, 1), end)
-        return ModelOutput(self.losses(logits, targets), None, end)
+        return ModelOutput(self.losses(logits, own_tokens(targets, 1)), None, end)
 
     def read(
         self,
@@ -138,6 +145,7 @@ class LanguageModel(MegatronModule):
         """This rank's logits [T, B, padded_vocab / tp] of tokens [B, T], and the mixers' states after them.
 
         Args:
+            tokens: those of this rank's slice.
             states: those of the mixers, by layer.
             fast: weights in the place of the CMS levels' own, by layer and level.
             documents: as for `forward`.

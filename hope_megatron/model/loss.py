@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hope_megatron.ops.precision import wide
 from hope_megatron.ops.regions import Region, region
 
 IGNORE = -100
@@ -36,7 +37,7 @@ def vocab_parallel_losses(
         group: the tensor-parallel group.
 
     Returns:
-        [T, B] float32, nats; 0 where the target is IGNORE.
+        [T, B] float32 (float64 of float64 logits), nats; 0 where the target is IGNORE.
     """
     return _Losses.apply(logits, targets, first, num_valid, group)
 
@@ -49,7 +50,7 @@ class _Losses(torch.autograd.Function):
         _reduce(most, dist.ReduceOp.MAX, group)
         mine = (target >= first) & (target < first + num_valid)
         column = torch.where(mine, target - first, -1)
-        chosen = rows.gather(1, column.clamp(min=0).unsqueeze(1)).squeeze(1).float() - most
+        chosen = wide(rows.gather(1, column.clamp(min=0).unsqueeze(1)).squeeze(1)) - most
         parts = zip(_parts(rows), most.split(_rows_at_once(rows)))
         sums = torch.stack(
             [torch.cat([_sum_exp(part, m, num_valid) for part, m in parts]), chosen.masked_fill(~mine, 0.0)]
@@ -74,8 +75,8 @@ class _Losses(torch.autograd.Function):
 
 def _largest(rows: Tensor) -> Tensor:
     if rows.size(1) == 0:  # all columns of this rank pad the vocabulary
-        return rows.new_full(rows.shape[:1], -torch.inf, dtype=torch.float32)
-    return rows.amax(-1).float()
+        return wide(rows.new_full(rows.shape[:1], -torch.inf))
+    return wide(rows.amax(-1))
 
 
 @region()
@@ -88,12 +89,12 @@ def _gradient(rows: Tensor, most: Tensor, total: Tensor, column: Tensor, d_loss:
     """(softmax - one hot) d_loss, in the dtype of the logits."""
     softmax = _exponentials(rows, most, num_valid) / total.unsqueeze(1)
     ids = torch.arange(rows.size(1), device=rows.device)
-    return ((softmax - (ids == column.unsqueeze(1)).float()) * d_loss.unsqueeze(1)).to(rows.dtype)
+    return ((softmax - (ids == column.unsqueeze(1)).to(softmax.dtype)) * d_loss.unsqueeze(1)).to(rows.dtype)
 
 
 def _exponentials(rows: Tensor, most: Tensor, num_valid: int) -> Tensor:
     """exp(logit - most) in float32; 0 for columns that pad the vocabulary."""
-    exponentials = (rows.float() - most.unsqueeze(1)).exp()
+    exponentials = (wide(rows) - most.unsqueeze(1)).exp()
     if num_valid == rows.size(1):
         return exponentials
     return exponentials.masked_fill(torch.arange(rows.size(1), device=rows.device) >= num_valid, 0.0)

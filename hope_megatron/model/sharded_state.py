@@ -23,7 +23,7 @@ def sharded_parameters(model: nn.Module, prefix: str = "") -> dict[str, Any]:
 def _sharded(key: str, parameter: nn.Parameter) -> Any:
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
-    dp_rank = parallel_state.get_data_parallel_rank()
+    dp_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     data = parameter.detach()
     if not getattr(parameter, "tensor_model_parallel", False):
         return ShardedTensor.from_rank_offsets(key, data, replica_id=(0, tp_rank, dp_rank))

@@ -37,14 +37,9 @@ class MemoryTrace(NamedTuple):
 
 @torch.no_grad()
 def trace_memory(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    logits: RateLogits,
-    params: MemoryParams,
-    rule: MemoryRule,
-    state: MemoryState | None = None,
-) -> MemoryTrace:
+    q: Tensor, k: Tensor, v: Tensor, logits: RateLogits,
+    params: MemoryParams, rule: MemoryRule, state: MemoryState | None = None,
+) -> MemoryTrace:  # fmt: skip
     """Follow the memories along a piece of a stream. Arguments are those of `memory_chunked`; nothing is changed."""
     B, T = q.shape[:2]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 
 from hope_megatron.optim.average import EMA, update_average
 from hope_megatron.optim.bound import BoundVector
+from hope_megatron.optim.dtensors import local_tensor, row_shard
 from hope_megatron.optim.errors import OptimError, UnboundShardError
 from hope_megatron.optim.exchange import Communicator, MatrixExchange, NewtonSchulz
 from hope_megatron.optim.plan import ParamLayout, assign_phases, param_flops
+from hope_megatron.optim.sorting import sorted_groups
 from hope_megatron.optim.statistics import last_step_stats, relative_updates
 from hope_megatron.optim.tags import read_tags
 from hope_megatron.optim.update import UpdateContext, adam_update
@@ -24,8 +27,9 @@ from hope_megatron.optim.zero import FlatVector, Run, check_wrapper, flat_vector
 class BoundOptimizer(torch.optim.Optimizer):
     """Base class. State tensors are flat and as large as the tensor that is stepped: ZeRO shards them as it does Adam's.
 
-    Groups come from `build_param_groups`. Under ZeRO call `bind_zero` once after `deepspeed.initialize`. Without ZeRO
-    whole parameters need nothing; tensor-parallel shards need `bind_plain`.
+    It takes what `sorting.sorted_groups` takes: a module, named parameters, parameters, or groups. Under ZeRO call `bind_zero`
+    once after `deepspeed.initialize`. Without ZeRO whole parameters and FSDP2's DTensors need nothing; Megatron-Core's
+    tensor-parallel shards need `bind_plain`.
 
     Update clock (Nested Learning, arXiv 2512.24695, eq. 71): a group with `update_period_steps` n > 1 adds up its
     gradients over n calls of `step` and makes one update with their **sum** at the end, at that step's learning rate;
@@ -49,28 +53,40 @@ class BoundOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self,
-        param_groups: list[dict[str, Any]],
+        params: Any,
         *,
+        lr: float,
+        vector_lr: float | None,
+        weight_decay: float,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         ns: NewtonSchulz | None = None,
         **matrix_defaults: Any,
     ) -> None:
-        for group in param_groups:
-            if not isinstance(group, dict) or "role" not in group:
-                raise OptimError("parameter groups must come from hope_megatron.optim.build_param_groups")
-        names = [group["name"] for group in param_groups]
-        if len(set(names)) < len(names):
-            raise OptimError(f"parameter groups need different names, got {names}")
-        self._names = {
-            group["name"]: [getattr(p, "optim_name", "?") for p in group["params"]] for group in param_groups
-        }
+        if not lr >= 0:
+            raise OptimError(f"lr is {lr}; it must be 0 or more")
+        self._settings: dict[str, Any] = {"lr": lr, "vector_lr": vector_lr, "weight_decay": weight_decay}
+        self._names: dict[str, list[str]] = {}
         self.ns = ns or NewtonSchulz()
         self._bound: dict[int, BoundVector] = {}
+        self._comms: dict[int, Communicator] = {}
+        self._loads: dict[int, list[int]] = {}
         self._plain_comm: Communicator | None = None
         self.zero_wrapper: Any = None
-        super().__init__(param_groups, {"betas": betas, "eps": eps, **matrix_defaults})
+        super().__init__(sorted_groups(params, **self._settings), {"betas": betas, "eps": eps, **matrix_defaults})
         self._group_phases: dict[str, dict[str, int]] = {}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; parameters are sorted into matrices and vectors."""
+        if "role" not in param_group or "name" not in param_group:
+            number = len(self.param_groups)
+            for group in sorted_groups([{"name": f"group_{number}", **param_group}], **self._settings):
+                self.add_param_group(group)
+            return
+        if param_group["name"] in self._names:
+            raise OptimError(f"two parameter groups have the name {param_group['name']!r}; give them different ones")
+        super().add_param_group(param_group)
+        self._names[param_group["name"]] = [getattr(p, "optim_name", "?") for p in param_group["params"]]
 
     # -- binding -------------------------------------------------------------------------------------------------------
 
@@ -137,11 +153,15 @@ class BoundOptimizer(torch.optim.Optimizer):
         comm: Communicator,
         dp_group: Any,
         dp_rank: int,
+        loads: list[int] | None = None,
     ) -> BoundVector:
         exchange = None
         if self.orthogonalizes and group["role"] == "matrix":
             phases = self._group_phases[group["name"]]
-            exchange = MatrixExchange(params, comm, self.ns, [phases[param.name] for param in params])
+            loads = self._loads.setdefault(
+                id(comm), [0] * comm.topology.size
+            )  # of vectors bound before: spread the work
+            exchange = MatrixExchange(params, comm, self.ns, [phases[param.name] for param in params], loads)
         bound = BoundVector(tensor, group["name"], params, dp_group, dp_rank, exchange)
         self._bound[id(tensor)] = bound
         return bound
@@ -162,6 +182,15 @@ class BoundOptimizer(torch.optim.Optimizer):
             )
         layouts = {id(p): self._param_layout(p, (Run(0, 0, 0, p.numel()),)) for p in group["params"]}
         layout, comm = layouts[id(tensor)], self._plain_comm
+        shard = row_shard(tensor, layout.name)
+        if shard is not None:
+            comm = self._comm_over(shard.group, shard.rank)
+            self._set_phases(group, list(layouts.values()), 1)
+            loads = self._loads.setdefault(
+                id(comm), [0] * comm.topology.size
+            )  # of parameters bound before: spread the work
+            layout = replace(layout, runs=shard.runs)
+            return self._bind(tensor, group, [layout], comm, shard.group, shard.rank, loads)
         if comm is None:
             distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
             if layout.tags.partition_dim is not None and distributed:
@@ -170,10 +199,17 @@ class BoundOptimizer(torch.optim.Optimizer):
                     "optimizer.bind_plain(tp_group)"
                 )
             comm = Communicator()
-        if group["name"] not in self._group_phases:
-            phases = self._slow_phases(group, list(layouts.values()), comm.topology.tp_size)
-            self._group_phases[group["name"]] = phases
+        self._set_phases(group, list(layouts.values()), comm.topology.tp_size)
         return self._bind(tensor, group, [layout], comm, None, 0)
+
+    def _comm_over(self, group: Any, rank: int) -> Communicator:
+        if id(group) not in self._comms:
+            self._comms[id(group)] = Communicator.over(group, rank, 0)
+        return self._comms[id(group)]
+
+    def _set_phases(self, group: dict[str, Any], layouts: list[ParamLayout], tp_size: int) -> None:
+        if group["name"] not in self._group_phases:
+            self._group_phases[group["name"]] = self._slow_phases(group, layouts, tp_size)
 
     def _slow_phases(self, group: dict[str, Any], params: list[ParamLayout], tp_size: int) -> dict[str, int]:
         """Offset of the slow clock by parameter name."""
@@ -215,13 +251,18 @@ class BoundOptimizer(torch.optim.Optimizer):
             bound.exchange.begin_step()
         if param.dtype not in (torch.float32, torch.float64):
             raise OptimError(
-                f"group {group['name']!r} has {param.dtype} parameters; step float32 master weights (ZeRO keeps them)"
+                f"group {group['name']!r} has {param.dtype} parameters; step float32 master weights (ZeRO keeps them), and train "
+                "in a lower precision with torch.autocast or FSDP2's MixedPrecisionPolicy"
             )
-        state, flat = self.state[param], param.view(-1)
+        gradient = local_tensor(param.grad)
+        if gradient.is_sparse:
+            raise OptimError(f"group {group['name']!r} has sparse gradients; make the embedding with sparse=False")
+        local = local_tensor(param)
+        state, flat = self.state[param], local.reshape(-1)  # a copy where the tensor is not contiguous
         if not state:
             self.init_state(state, flat, group)
         state["step"] += 1
-        grad = self._due_gradient(param.grad.reshape(-1), state, group["update_period_steps"])
+        grad = self._due_gradient(gradient.reshape(-1), state, group["update_period_steps"])
         if grad is None:
             bound.update_norm = None  # no update in this step: nothing to report
             bound.changes.clear()
@@ -230,6 +271,8 @@ class BoundOptimizer(torch.optim.Optimizer):
             self._update(bound, flat, UpdateContext(grad, state, group, num_updates, bound.exchange))
         if self.ema_decay:
             update_average(state[EMA], flat, self.ema_decay, state["step"])
+        if not local.is_contiguous():
+            local.copy_(flat.view_as(local))
 
     def _update(self, bound: BoundVector, flat: Tensor, context: UpdateContext) -> None:
         group = context.group

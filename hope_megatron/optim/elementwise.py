@@ -15,6 +15,18 @@ class AdamW(BoundOptimizer):
 
     matrix_state = ("m1", "v")
 
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 2e-3,
+        *,
+        vector_lr: float | None = None,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ) -> None:
+        super().__init__(params, lr=lr, vector_lr=vector_lr, weight_decay=weight_decay, betas=betas, eps=eps)
+
     def matrix_update(self, context: UpdateContext) -> Tensor:
         return adam_update(context)
 
@@ -30,8 +42,18 @@ class SGD(BoundOptimizer):
     matrix_state = ("m1",)
     vector_state = ("m1",)
 
-    def __init__(self, param_groups: list[dict[str, Any]], *, momentum: float = 0.95, nesterov: bool = False) -> None:
-        super().__init__(param_groups, momentum=momentum, nesterov=nesterov)
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 2e-3,
+        *,
+        vector_lr: float | None = None,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = False,
+    ) -> None:
+        rates: dict[str, Any] = dict(lr=lr, vector_lr=vector_lr, weight_decay=weight_decay)
+        super().__init__(params, **rates, momentum=momentum, nesterov=nesterov)
 
     def matrix_update(self, context: UpdateContext) -> Tensor:
         return averaged_momentum(context)

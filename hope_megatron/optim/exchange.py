@@ -20,6 +20,7 @@ from hope_megatron.optim.plan import (
     assign_owners,
     assign_slow_owners,
     collect_matrices,
+    owner_loads,
 )
 
 # Larger batches of equal shape are cut: Newton-Schulz needs about four times its input as scratch memory, which on a CPU
@@ -113,7 +114,10 @@ class _Stretch:
 
 
 class MatrixExchange:
-    """All matrices of one flat vector. `phases[p]` is the slow phase of parameter p (zero if not given)."""
+    """All matrices of one flat vector. `phases[p]` is the slow phase of parameter p (zero if not given).
+
+    loads: work of each rank for vectors that are stepped beside this one; that of this one is added.
+    """
 
     def __init__(
         self,
@@ -121,14 +125,19 @@ class MatrixExchange:
         comm: Communicator,
         ns: NewtonSchulz,
         phases: Sequence[int] | None = None,
+        loads: list[int] | None = None,
     ) -> None:
         self.params, self.comm, self.ns = list(params), comm, ns
+        self._base_loads = list(loads) if loads is not None else None
         self.phases = list(phases) if phases is not None else [0] * len(self.params)
         comm.check_agreement(
             repr([(p.name, p.shape, p.tags, p.runs) for p in self.params]), "the layout of a parameter group"
         )
         self.matrices = collect_matrices(self.params, comm.topology)
         self._plans: dict[int | None, ExchangePlan] = {}
+        if loads is not None and len(loads) > 1:
+            own = owner_loads(self.matrices, self.plan().owners, len(loads), ns.steps)
+            loads[:] = [before + more for before, more in zip(loads, own)]
         self._stretches = list(self._local_stretches())
         self._shapes = torch.tensor([matrix.shape for matrix in self.matrices], dtype=torch.float32)
         self.calls = 0
@@ -144,7 +153,7 @@ class MatrixExchange:
         if phase not in self._plans:
             num_ranks, matrices = self.comm.topology.size, self.matrices
             if phase is None:
-                owners = assign_owners(matrices, num_ranks, self.ns.steps)
+                owners = assign_owners(matrices, num_ranks, self.ns.steps, self._base_loads)
             else:
                 fast = self.plan().owners
                 matrices, owners = assign_slow_owners(matrices, fast, self.phases, phase, num_ranks, self.ns.steps)

@@ -41,8 +41,11 @@ class M3(BoundOptimizer):
 
     def __init__(
         self,
-        param_groups: list[dict[str, Any]],
+        params: Any,
+        lr: float = 8e-3,
         *,
+        vector_lr: float | None = None,
+        weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
         slow_beta: float = 0.9,
         slow_period_steps: int = 10,
@@ -61,7 +64,10 @@ class M3(BoundOptimizer):
             raise OptimError(f"denominator_floor is {denominator_floor}; it must be positive")
         self.form, self.stagger = form, stagger and form == "ema"
         super().__init__(
-            param_groups,
+            params,
+            lr=lr,
+            vector_lr=vector_lr,
+            weight_decay=weight_decay,
             betas=betas,
             eps=eps,
             ns=ns,

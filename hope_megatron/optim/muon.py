@@ -21,15 +21,19 @@ class Muon(BoundOptimizer):
 
     def __init__(
         self,
-        param_groups: list[dict[str, Any]],
+        params: Any,
+        lr: float = 8e-3,
         *,
+        vector_lr: float | None = None,
+        weight_decay: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         ns: NewtonSchulz | None = None,
     ) -> None:
-        super().__init__(param_groups, betas=betas, eps=eps, ns=ns, momentum=momentum, nesterov=nesterov)
+        rates: dict[str, Any] = dict(lr=lr, vector_lr=vector_lr, weight_decay=weight_decay)
+        super().__init__(params, **rates, betas=betas, eps=eps, ns=ns, momentum=momentum, nesterov=nesterov)
 
     def matrix_update(self, context: UpdateContext) -> Tensor:
         exchange = context.matrices

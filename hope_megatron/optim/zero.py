@@ -75,7 +75,7 @@ def check_wrapper(wrapper: Any, optimizer: torch.optim.Optimizer, tp_size: int) 
 
 def _kind(wrapper: Any) -> Any:
     if getattr(wrapper, "zenflow", False):
-        raise ZeroLayoutError("DeepSpeed's ZenFlow steps parameters behind the optimizer's back; switch it off")
+        raise ZeroLayoutError("DeepSpeed's ZenFlow updates parameters without calling the optimizer; switch it off")
     for kind in (_Stage3, _Stage12, _Bf16):
         if hasattr(wrapper, kind.mark):
             return kind

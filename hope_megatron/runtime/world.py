@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What every launcher sets, and the rendezvous of torch reads."""
-_PREFIXES = ("TORCHELASTIC_", "ROLE_", "GROUP_")
-_OTHERS = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_PREFIXES = ("TORCHELASTIC_", "ROLE_", "GROUP_", "OMPI_COMM_WORLD_")
+_OTHERS = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID")
 
 
 class WorldError(Exception):

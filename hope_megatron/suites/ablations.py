@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hope_megatron.config.accounting import num_parameters
 from hope_megatron.config.model import ModelConfig
 from hope_megatron.suites.cells import train_and_test
 from hope_megatron.suites.fit import FitOptions
 from hope_megatron.suites.grids import settings_of
-from hope_megatron.suites.models import changed, matched, small_hope
+from hope_megatron.suites.guessing import guessing_of
+from hope_megatron.suites.models import changed, matched
 from hope_megatron.suites.recall import associative_recall
+from hope_megatron.suites.size import ModelSize, described
 from hope_megatron.suites.suite import Cell, Outcome, Suite, SuiteOptions, chosen
 from hope_megatron.suites.task import Task
 from hope_megatron.suites.text import python_text, text_source
@@ -48,11 +49,11 @@ def build(options: SuiteOptions) -> Suite:
     """The whole model and each ablation, on text and on associative recall."""
     context = 64 if options.quick else 256
     tasks = {task.name: task for task in (text_task(context), associative_recall(4 if options.quick else 8))}
-    layers, heads, steps = options.layers or 2, options.heads or 2, options.steps or (100 if options.quick else 1500)
-    chunk, width = options.chunk_tokens or 16, options.width or (32 if options.quick else 64)
+    size = ModelSize.of(options, width=32 if options.quick else 64, chunk_tokens=16)
+    steps = options.steps or (100 if options.quick else 1500)
 
     def hope(task: Task) -> ModelConfig:
-        return changed(small_hope(task.vocab_size, width=width, layers=layers, heads=heads, chunk_tokens=chunk), WHOLE)
+        return changed(size.hope(task.vocab_size), WHOLE)
 
     def config(task: Task, name: str) -> ModelConfig:
         whole = hope(task)
@@ -76,10 +77,7 @@ def build(options: SuiteOptions) -> Suite:
         settings={
             "quick": options.quick,
             "context": context,
-            "width": width,
-            "layers": layers,
-            "heads": heads,
-            "chunk_tokens": chunk,
+            **size.settings,
             "steps": steps,
             "batch_size": _BATCH,
             "ema": FitOptions(steps).ema,
@@ -91,8 +89,8 @@ def build(options: SuiteOptions) -> Suite:
         less_is_better=("text",),
         unbounded=("text",),
         notes='"rates 0" never writes.',
-        parameters={name: num_parameters(config(tasks["text"], name)) for name in names},
-        models={name: config(tasks["text"], name).model_dump(mode="json") for name in names},
+        **described({name: config(tasks["text"], name) for name in names}),
+        guessing=guessing_of(tasks),
     )
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from hope_megatron.config.accounting import num_parameters
 from hope_megatron.config.model import ModelConfig
 from hope_megatron.suites.errors import SuiteError
 from hope_megatron.suites.fit import FitOptions, Trained, Weights
 from hope_megatron.suites.grids import settings_of
 from hope_megatron.suites.held_out import score_test
-from hope_megatron.suites.models import changed, family_choices, family_model, matched, small_hope
+from hope_megatron.suites.models import changed, family_choices, family_model, matched
 from hope_megatron.suites.sequential import learn_in_sequence
+from hope_megatron.suites.size import ModelSize, described
 from hope_megatron.suites.suite import Cell, Outcome, Scores, Suite, SuiteOptions, chosen
 from hope_megatron.suites.task import Task
 from hope_megatron.suites.text import (
@@ -43,9 +43,9 @@ def build(options: SuiteOptions) -> Suite:
     own text."""
     sources = named_sources(options.data) or OWN_TEXT
     context = max(options.lengths or (64 if options.quick else 256,))
-    layers, heads, steps = options.layers or 2, options.heads or 2, options.steps or (50 if options.quick else 1000)
-    chunk, width = options.chunk_tokens or 16, options.width or (32 if options.quick else 64)
-    hope = small_hope(256, width=width, layers=layers, heads=heads, chunk_tokens=chunk)
+    size = ModelSize.of(options, width=32 if options.quick else 64, chunk_tokens=16)
+    steps = options.steps or (50 if options.quick else 1000)
+    hope = size.hope(256)
     configs = {**cms_models(hope), **{family: family_model(family, hope) for family in family_choices()}}
     subjects = chosen("number of levels or family", options.families or (*cms_models(hope), *RIVALS), tuple(configs))
     grid = {s.name: s for s in settings_of(hope, options, ("own",), _RATES)}
@@ -73,10 +73,7 @@ def build(options: SuiteOptions) -> Suite:
             "domains": [str(path) for path in options.data] or list(sources),
             "context": context,
             "update_period_steps": list(PERIODS),
-            "width": width,
-            "layers": layers,
-            "heads": heads,
-            "chunk_tokens": chunk,
+            **size.settings,
             "steps_per_domain": steps,
             "batch_size": _BATCH,
             "ema": FitOptions(steps).ema,
@@ -89,8 +86,7 @@ def build(options: SuiteOptions) -> Suite:
         unbounded=(TASK,),
         notes="Every level beyond the first changes its weights only every 4, then every 16 steps; parameters are equal. "
         "The rate is chosen by the mean validation loss over all domains at the end.",
-        parameters={name: num_parameters(configs[name]) for name in subjects},
-        models={name: configs[name].model_dump(mode="json") for name in subjects},
+        **described({name: configs[name] for name in subjects}),
     )
 
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hope_megatron.config.accounting import num_parameters
 from hope_megatron.config.model import ModelConfig
 from hope_megatron.suites.cells import train_and_test
 from hope_megatron.suites.fit import FitOptions
 from hope_megatron.suites.grids import BOTH, STARTS, settings_of, started
+from hope_megatron.suites.guessing import guessing_of
 from hope_megatron.suites.held_out import TEST_SEQUENCES
 from hope_megatron.suites.languages import language_tasks
 from hope_megatron.suites.mad import mad_tasks
-from hope_megatron.suites.models import check_families, small_hope, suite_model
+from hope_megatron.suites.models import check_families, suite_model
 from hope_megatron.suites.needles import needle_tasks
 from hope_megatron.suites.permutations import permutation_tasks
 from hope_megatron.suites.recall import recall_tasks
 from hope_megatron.suites.selection import Setting
+from hope_megatron.suites.size import ModelSize, described
 from hope_megatron.suites.suite import Cell, Outcome, Suite, SuiteOptions, chosen
 from hope_megatron.suites.task import Task
 
@@ -39,69 +40,54 @@ _FOUR_RATES = (("adamw", 1e-3), ("adamw", 3e-3), ("m3", 3e-3), ("m3", 1e-2))
 def languages(options: SuiteOptions) -> Suite:
     """Formal languages, at chunks of one token."""
     longest = max(options.lengths or (20 if options.quick else 24,))
-    return _family_suite(
-        "languages",
-        "Formal languages",
-        language_tasks(longest),
-        options,
-        width=16 if options.quick else 32,
-        chunk_tokens=1,
-        steps=150 if options.quick else 400,
-        starts=_COUNTING_STARTS,
-        quantity="share of strings without a mistake",
-        notes=_TOKEN_BY_TOKEN,
-    )
+    return _token_by_token("languages", "Formal languages", language_tasks(longest), options, steps=400, what="strings")
 
 
 def permutations(options: SuiteOptions) -> Suite:
     """State tracking: products of permutations of three and of five things, at chunks of one token."""
     longest = max(options.lengths or (8 if options.quick else 16,))
-    return _family_suite(
-        "permutations",
-        "State tracking on permutations",
-        permutation_tasks(longest),
-        options,
-        width=16 if options.quick else 32,
-        chunk_tokens=1,
-        steps=150 if options.quick else 600,
-        starts=_COUNTING_STARTS,
-        quantity="share of sequences without a mistake",
-        notes=_TOKEN_BY_TOKEN,
+    tasks = permutation_tasks(longest)
+    return _token_by_token(
+        "permutations", "State tracking on permutations", tasks, options, steps=600, what="sequences"
     )
 
 
-_TOKEN_BY_TOKEN = (
-    "Memories are written and read token by token (chunk_tokens 1), as what a write depends on must be there before the next "
-    "token; matrix memories compute the same in longer chunks."
-)
+def _token_by_token(name: str, title: str, tasks: list[Task], options: SuiteOptions, *, steps: int, what: str) -> Suite:
+    return family_suite(
+        name,
+        title,
+        tasks,
+        options,
+        width=16 if options.quick else 32,
+        chunk_tokens=1,
+        steps=150 if options.quick else steps,
+        starts=_COUNTING_STARTS,
+        quantity=f"share of {what} without a mistake",
+        notes="Memories are written and read token by token (chunk_tokens 1), as what a write depends on must be there before the "
+        "next token; matrix memories compute the same in longer chunks.",
+    )
 
 
 def recall(options: SuiteOptions) -> Suite:
     """Copying and associative recall, in and beyond the trained size."""
-    return _family_suite(
+    return family_suite(
         "recall",
         "Copying and associative recall",
         recall_tasks(longest=max(options.lengths or (8 if options.quick else 16,)), pairs=4 if options.quick else 8),
         options,
-        width=32 if options.quick else 64,
         chunk_tokens=8,
-        steps=150 if options.quick else 1500,
-        starts=("own",),
         rates=_FOUR_RATES,
     )
 
 
 def mad(options: SuiteOptions) -> Suite:
     """The five tasks of the MAD suite."""
-    return _family_suite(
+    return family_suite(
         "mad",
         "MAD",
         mad_tasks(max(options.lengths or (32 if options.quick else 64,))),
         options,
-        width=32 if options.quick else 64,
         chunk_tokens=16,
-        steps=150 if options.quick else 1500,
-        starts=("own",),
         rates=_FOUR_RATES,
         notes="Sequences are shorter and vocabularies smaller than in MAD itself; compression is asked by position.",
     )
@@ -110,12 +96,11 @@ def mad(options: SuiteOptions) -> Suite:
 def needles(options: SuiteOptions) -> Suite:
     """Needles among filler tokens, asked at and beyond the trained length."""
     lengths = options.lengths or ((64, 128) if options.quick else (128, 512, 2048, 8192))
-    return _family_suite(
+    return family_suite(
         "needles",
         "Needles in a haystack, models trained from scratch",
         needle_tasks(lengths),
         options,
-        width=32 if options.quick else 64,
         chunk_tokens=16,
         steps=150 if options.quick else 500,
         starts=_KEEPING_STARTS,
@@ -125,16 +110,16 @@ def needles(options: SuiteOptions) -> Suite:
     )
 
 
-def _family_suite(
+def family_suite(
     name: str,
     title: str,
     tasks: list[Task],
     options: SuiteOptions,
     *,
-    width: int,
     chunk_tokens: int,
-    steps: int,
-    starts: tuple[str, ...],
+    width: int | None = None,
+    steps: int | None = None,
+    starts: tuple[str, ...] = ("own",),
     rates: tuple[tuple[str, float], ...] = BOTH,
     quantity: str = "share of answers that are right",
     notes: str = "",
@@ -143,17 +128,17 @@ def _family_suite(
     """A suite of small models of every family.
 
     Args:
+        width, steps: 64 and 1500 by default, with --quick 32 and 150; the options' own come first.
         starts, rates: the grid that every family tries.
         test_tokens: most tokens of a test bin, whose names then begin with a length; at least 16 sequences.
     """
     by_name = {task.name: task for task in tasks}
     families = check_families(options.families or FAMILIES)
-    chunk, width = options.chunk_tokens or chunk_tokens, options.width or width
-    layers, heads, steps = options.layers or 2, options.heads or 2, options.steps or steps
+    size = ModelSize.of(options, width=width or (32 if options.quick else 64), chunk_tokens=chunk_tokens)
+    steps = options.steps or steps or (150 if options.quick else 1500)
 
     def config(task: Task, family: str) -> ModelConfig:
-        base = small_hope(task.vocab_size, width=width, layers=layers, heads=heads, chunk_tokens=chunk)
-        return suite_model(family, base, options.hope)
+        return suite_model(family, size.hope(task.vocab_size), options.hope)
 
     grid: Mapping[str, dict[str, Setting]] = {
         family: {s.name: s for s in settings_of(config(tasks[0], family), options, starts, rates)}
@@ -179,10 +164,7 @@ def _family_suite(
         seeds=options.seeds,
         settings={
             "quick": options.quick,
-            "width": width,
-            "layers": layers,
-            "heads": heads,
-            "chunk_tokens": chunk,
+            **size.settings,
             "steps": steps,
             "batch_size": FitOptions(steps).batch_size,
             "ema": FitOptions(steps).ema,
@@ -196,6 +178,6 @@ def _family_suite(
         grid={family: tuple(names) for family, names in grid.items()},
         quantity=quantity,
         notes=notes,
-        parameters={family: num_parameters(config(tasks[0], family)) for family in families},
-        models={family: config(tasks[0], family).model_dump(mode="json") for family in families},
+        **described({family: config(tasks[0], family) for family in families}),
+        guessing=guessing_of(by_name),
     )

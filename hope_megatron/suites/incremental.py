@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from hope_megatron.config.accounting import num_parameters
 from hope_megatron.config.model import ModelConfig
 from hope_megatron.suites.class_questions import stage_accuracy
 from hope_megatron.suites.episodes import CLASSES_PER_GROUP, LABEL, Groups, episode_task, split_classes
@@ -23,9 +22,10 @@ from hope_megatron.suites.fit import FitOptions, Trained, Weights, fit_task
 from hope_megatron.suites.grids import STARTS, settings_of, started
 from hope_megatron.suites.incremental_methods import Sentences, Stage, learn_in_context, learn_in_weights
 from hope_megatron.suites.labelled import Labelled, load_labelled, synthetic_labelled
-from hope_megatron.suites.models import check_families, small_hope, suite_model
+from hope_megatron.suites.models import check_families, suite_model
 from hope_megatron.suites.scoring import Score
 from hope_megatron.suites.selection import Setting
+from hope_megatron.suites.size import ModelSize, described
 from hope_megatron.suites.suite import Cell, Outcome, Scores, Suite, SuiteOptions, chosen
 from hope_megatron.suites.training_data import TrainingData
 
@@ -54,15 +54,13 @@ def build(options: SuiteOptions) -> Suite:
     }
     num_groups, shots = (3, 4) if options.quick else (5, 8)
     steps, batch_size = options.steps or (100 if options.quick else 1500), 8
-    chunk, width = options.chunk_tokens or 16, options.width or (32 if options.quick else 64)
-    layers, heads = options.layers or 2, options.heads or 2
+    size = ModelSize.of(options, width=32 if options.quick else 64, chunk_tokens=16)
     families = check_families(options.families or FAMILIES)
     tuning_steps = max(1, steps // 10)
 
     def config(labelled: Labelled, family: str) -> ModelConfig:
         vocab = LABEL + sum(map(len, split_classes(labelled, num_groups)[1]))
-        hope = small_hope(vocab, width=width, layers=layers, heads=heads, chunk_tokens=chunk)
-        return suite_model(family, hope, options.hope)
+        return suite_model(family, size.hope(vocab), options.hope)
 
     first = next(iter(data.values()))
     grid = {
@@ -109,22 +107,13 @@ def build(options: SuiteOptions) -> Suite:
         subjects=tuple(grid),
         seeds=options.seeds,
         settings={
-            "quick": options.quick,
+            **_settings(options, data, size),
             "groups": num_groups,
             "shots": shots,
             "steps": steps,
             "steps_per_group": tuning_steps,
             "batch_size": batch_size,
-            "width": width,
-            "layers": layers,
-            "heads": heads,
-            "chunk_tokens": chunk,
             "ema": FitOptions(steps).ema,
-            "starts": {start: dict(STARTS[start]) for start in _STARTS},
-            "tuning_rates": list(_TUNING_RATES),
-            "ewc_strengths": list(_STRENGTHS),
-            "classes": {name: len(labelled.classes) for name, labelled in data.items()},
-            "hope": list(options.hope),
         },
         run=run,
         grid={subject: tuple(names) for subject, names in grid.items()},
@@ -132,9 +121,28 @@ def build(options: SuiteOptions) -> Suite:
         less_is_better=("forgetting",),
         notes=f"At most half of the classes, {CLASSES_PER_GROUP} a group, arrive in groups; the rest are for learning to learn. "
         "Which classes are which changes with the seed.",
-        parameters={family: num_parameters(config(first, family)) for family in families},
-        models={subject: config(first, subject.split(": ")[0]).model_dump(mode="json") for subject in grid},
+        parameters=described({family: config(first, family) for family in families})["parameters"],
+        models=described({subject: config(first, subject.split(": ")[0]) for subject in grid})["models"],
+        guessing=lambda task, column: one_of_seen(split_classes(data[task], num_groups)[1], column),
     )
+
+
+def _settings(options: SuiteOptions, data: Mapping[str, Labelled], size: ModelSize) -> dict[str, Any]:
+    return {
+        "quick": options.quick,
+        **size.settings,
+        "starts": {start: dict(STARTS[start]) for start in _STARTS},
+        "tuning_rates": list(_TUNING_RATES),
+        "ewc_strengths": list(_STRENGTHS),
+        "classes": {name: len(labelled.classes) for name, labelled in data.items()},
+        "hope": list(options.hope),
+    }
+
+
+def one_of_seen(groups: Groups, column: str) -> float | None:
+    """Accuracy of always naming the same class, for the column "after I" groups, whose classes are asked equally often."""
+    after, _, number = column.partition(" ")
+    return 1 / sum(map(len, groups[: int(number)])) if after == "after" else None
 
 
 def tries(model: ModelConfig, method: str, options: SuiteOptions) -> dict[str, Try]:

@@ -7,22 +7,23 @@ import textwrap
 from pathlib import Path
 
 from hope_megatron.eval.report import INK, MUTED, save_figure
-from hope_megatron.suites.report import Table, table
+from hope_megatron.suites.report import Spread, Table, table
 from hope_megatron.suites.results import Results
 from hope_megatron.suites.suite import Cell, Suite
 
 _PANELS_ACROSS = 3
+_CHANCE = "most frequent answer"
 _CHARACTER_INCHES = 0.068  # of the picture's small print
 
 
 def plot_suite(results: Results, path: Path) -> None:
     """A panel per task: the table of one setting per subject, its cells coloured, the better the brighter; shares from 0 to 1, all
-    else from the column's worst to its best."""
+    else from the column's worst to its best. The last row is the chance level, where the suite knows one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     suite = results.suite
-    tables = {task: table(results, task) for task in suite.tasks}
+    tables = {task: _with_chance(table(results, task), task, suite) for task in suite.tasks}
     across = min(_PANELS_ACROSS, len(tables))
     down = math.ceil(len(tables) / across)
     width = sum(_width(t) for t in list(tables.values())[:across])
@@ -37,6 +38,14 @@ def plot_suite(results: Results, path: Path) -> None:
         axes.set_axis_off()
     figure.suptitle(title, color=INK, fontsize=9, x=0.01, ha="left")
     save_figure(figure, path)
+
+
+def _with_chance(figures: Table, task: str, suite: Suite) -> Table:
+    scores = [suite.guessing(task, column) for column in figures.columns]
+    if all(score is None for score in scores):
+        return figures
+    row = [None if score is None else Spread(score, score, score, score, score, 1) for score in scores]
+    return Table(figures.columns, {**figures.rows, _CHANCE: row})
 
 
 def _width(figures: Table) -> float:

@@ -99,6 +99,8 @@ class Suite:
     """Parameters of each subject's model, in the first task."""
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Each subject's configuration in the first task; cells of a subject whose configuration changed are run again."""
+    guessing: Callable[[str, str], float | None] = lambda task, column: None
+    """Score by task and column of always giving the most frequent answer; None where that means nothing."""
 
     @property
     def num_tries(self) -> int:

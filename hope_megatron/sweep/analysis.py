@@ -190,7 +190,7 @@ def _law_with_intervals(runs: Sequence[Observation], config: FitConfig) -> tuple
     n, d, _, loss = columns(runs)
     fit = fit_without_outliers(n, d, loss, delta=config.huber_delta)
     laws = resample_loss_law(
-        fit, n, d, delta=config.huber_delta, count=config.bootstrap, level=config.level, seed=config.seed
+        fit, n, d, loss, delta=config.huber_delta, count=config.bootstrap, level=config.level, seed=config.seed
     )
     return fit, laws
 

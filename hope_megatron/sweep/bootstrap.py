@@ -12,11 +12,13 @@ from scipy import stats
 
 from hope_megatron.sweep.errors import SweepError
 from hope_megatron.sweep.laws import Array, LossLaw
-from hope_megatron.sweep.parametric import NUM_COEFFICIENTS, LossFit, fit_loss_law
+from hope_megatron.sweep.parametric import MIN_RUNS, NUM_COEFFICIENTS, LossFit, fit_loss_law
 
 FitT = TypeVar("FitT")
 
 Indices = NDArray[np.intp]
+FEWEST_DRAWN = 2 * NUM_COEFFICIENTS
+"""Runs that whole runs are drawn from; with fewer, residuals are."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +53,35 @@ def interval(value: float, samples: list[float], level: float) -> Estimate:
 
 
 def resample_loss_law(
-    fit: LossFit, parameters: Array, tokens: Array, *, delta: float, count: int, level: float, seed: int
+    fit: LossFit, parameters: Array, tokens: Array, loss: Array, *, delta: float, count: int, level: float, seed: int
 ) -> Resampled[LossLaw]:
-    """Residual bootstrap: the design stays, residuals are drawn again around the fitted law; runs that are outliers have no part.
+    """The law of whole runs drawn again with replacement; runs that are outliers have no part.
 
-    Resampling whole runs instead would often leave a small design with sizes missing.
+    Whole runs keep what residuals lose: runs of some sizes are noisier than others, and heavy tails. Sweeps of fewer than
+    FEWEST_DRAWN runs draw residuals around the fitted law instead, as too few different runs would be left for the coefficients.
     """
     rng = np.random.default_rng(seed)
-    parameters, tokens = parameters[fit.kept], tokens[fit.kept]
+    parameters, tokens, loss = parameters[fit.kept], tokens[fit.kept], loss[fit.kept]
+    if len(loss) < FEWEST_DRAWN:
+        return _resample_residuals(fit, parameters, tokens, rng, delta=delta, count=count, level=level)
+
+    def refit(members: Indices) -> LossLaw:
+        if len(np.unique(members)) < MIN_RUNS:
+            raise SweepError("too few different runs")
+        return fit_loss_law(parameters[members], tokens[members], loss[members], delta=delta, start=fit.law).law
+
+    return Resampled(fit.law, _drawn(refit, len(loss), count, rng), level)
+
+
+def _resample_residuals(
+    fit: LossFit, parameters: Array, tokens: Array, rng: np.random.Generator, *, delta: float, count: int, level: float
+) -> Resampled[LossLaw]:
     residuals = widened(fit.log_residuals[fit.kept], NUM_COEFFICIENTS, level)
     fitted = np.log(fit.law(parameters, tokens))
     laws = []
     for _ in range(count):
-        loss = np.exp(fitted + rng.choice(residuals, len(residuals)))
-        laws.append(fit_loss_law(parameters, tokens, loss, delta=delta, start=fit.law).law)
+        drawn = np.exp(fitted + rng.choice(residuals, len(residuals)))
+        laws.append(fit_loss_law(parameters, tokens, drawn, delta=delta, start=fit.law).law)
     return Resampled(fit.law, tuple(laws), level)
 
 
@@ -86,8 +103,12 @@ def resample_runs(
     Raises:
         SweepError: if the fit to all runs fails, or most draws do.
     """
-    rng = np.random.default_rng(seed)
     point = fit(np.arange(num_runs))
+    return Resampled(point, _drawn(fit, num_runs, count, np.random.default_rng(seed)), level)
+
+
+def _drawn(fit: Callable[[Indices], FitT], num_runs: int, count: int, rng: np.random.Generator) -> tuple[FitT, ...]:
+    """Fits to runs drawn with replacement; none if too many draws cannot be fitted."""
     resamples: list[FitT] = []
     for _ in range(10 * count):
         if len(resamples) == count:
@@ -96,7 +117,7 @@ def resample_runs(
             resamples.append(fit(np.sort(rng.integers(num_runs, size=num_runs))))
         except SweepError:
             continue
-    return Resampled(point, tuple(resamples) if len(resamples) == count else (), level)
+    return tuple(resamples) if len(resamples) == count else ()
 
 
 def widened(residuals: Array, num_coefficients: int, level: float) -> Array:

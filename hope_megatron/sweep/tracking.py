@@ -15,7 +15,7 @@ from hope_megatron.sweep.analysis import FamilyAnalysis
 from hope_megatron.sweep.plan import Plan
 from hope_megatron.sweep.report import coefficient_rows
 from hope_megatron.sweep.store import SweepDirectory
-from hope_megatron.training.mlflow_client import TrackingError, brief, open_experiment, tracking_uri
+from hope_megatron.training.mlflow_client import TrackingError, brief, experiment_name, open_experiment, tracking_uri
 
 log = logging.getLogger(__name__)
 
@@ -28,16 +28,16 @@ def open_parent(plan: Plan, directory: SweepDirectory) -> None:
     Tracking is beside the work: a server that does not answer is logged, and the next call tries again.
     """
     config = plan.cells[0].config
-    if not config.tracking.mlflow or "run_id" in _read(directory.path / "tracking.json"):
+    if "mlflow" not in config.tracking.names or "run_id" in _read(directory.path / "tracking.json"):
         return
     uri = tracking_uri(config)
     try:
-        client, experiment_id = open_experiment(uri, config.tracking.experiment)
+        client, experiment_id = open_experiment(uri, experiment_name(config))
         tags = {**config.tracking.tags, "hope_megatron.sweep": plan.sweep.name}
         run = client.create_run(experiment_id, run_name=plan.sweep.name, tags=tags)
         state = {
             "uri": mask_credentials(uri),
-            "experiment": config.tracking.experiment,
+            "experiment": experiment_name(config),
             "run_id": run.info.run_id,
             "linked": [],
         }

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import datetime
+import multiprocessing
 import os
-import queue
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+# Read when OpenMP, dynamo and DeepSpeed are imported. OpenMP threads that spin while they wait would starve the other ranks.
+_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "passive",
+    "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+# Imported once, by the process from which ranks are forked: 5 s of each rank's life otherwise.
+_PRELOAD = [
+    "torch",
+    "megatron.core.tensor_parallel",
+    "hope_megatron.engine.preload",
+    "hope_megatron.testing.distributed",
+]
 
 
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
-    """Call fn(rank, world_size, *args) in `world_size` fresh processes with a default gloo group ready.
+    """Call fn(rank, world_size, *args) in `world_size` new processes with a default gloo group ready.
 
     Args:
-        fn: a module-level function; its result must be picklable (move tensors to numpy or keep them small).
+        fn: a module-level function; its result must be picklable.
         world_size: number of processes.
         timeout_s: limit for the whole call and for every collective.
 
@@ -29,63 +47,68 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
     Raises:
         RuntimeError: with the traceback of the first rank that failed, or at the time limit.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by OpenMP when the children start
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    context = mp.get_context("spawn")
-    results: mp.Queue = context.Queue()
-    with tempfile.TemporaryDirectory() as directory:
-        store = os.path.join(directory, "store")
-        processes = [
-            context.Process(target=_child, args=(fn, rank, world_size, store, timeout_s, results, args), daemon=True)
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    environment = dict(os.environ)  # the server has that of its own start
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        processes: list[BaseProcess] = [
+            context.Process(
+                target=_child, args=(fn, rank, world_size, folder, timeout_s, environment, args), daemon=True
+            )
             for rank in range(world_size)
         ]
         for process in processes:
             process.start()
         try:
-            return _collect(results, processes, timeout_s)
+            return _collect(folder, processes, timeout_s)
         finally:
             for process in processes:
-                process.join(timeout=5)
-                if process.is_alive():
-                    process.kill()
-                    process.join()
+                process.kill()
+                process.join()
 
 
-def _collect(results, processes, timeout_s: float) -> list[Any]:
-    found: dict[int, Any] = {}
+def _collect(folder: Path, processes: list[BaseProcess], timeout_s: float) -> list[Any]:
     deadline = time.monotonic() + timeout_s
-    while len(found) < len(processes):
-        try:
-            rank, error, value = results.get(timeout=1.0)
-        except queue.Empty:
-            dead = [r for r, p in enumerate(processes) if p.exitcode not in (None, 0) and r not in found]
-            if dead:
-                raise RuntimeError(f"rank {dead[0]} died with exit code {processes[dead[0]].exitcode}") from None
-            if time.monotonic() > deadline:
-                raise RuntimeError(
-                    f"ranks {sorted(set(range(len(processes))) - set(found))} gave no result in {timeout_s} s"
-                ) from None
-            continue
-        if error is not None:
-            raise RuntimeError(f"rank {rank} failed:\n{error}")
-        found[rank] = value
-    return [found[rank] for rank in range(len(processes))]
+    waiting = set(range(len(processes)))
+    while waiting:
+        ended = {rank for rank in waiting if processes[rank].exitcode is not None}
+        for rank in sorted(waiting):
+            if (folder / f"{rank}.error").exists():
+                raise RuntimeError(f"rank {rank} failed:\n{(folder / f'{rank}.error').read_text()}")
+            if (folder / f"{rank}.result").exists():
+                waiting.discard(rank)
+            elif rank in ended:
+                raise RuntimeError(f"rank {rank} died with exit code {processes[rank].exitcode}")
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"ranks {sorted(waiting)} gave no result in {timeout_s} s")
+        time.sleep(0.01)
+    # Written by our own children, in a directory that only they can write.
+    return [torch.load(folder / f"{rank}.result", weights_only=False) for rank in range(len(processes))]
 
 
-def _child(fn, rank: int, world_size: int, store: str, timeout_s: float, results, args) -> None:
-    import datetime
-
+def _child(fn, rank: int, world_size: int, folder: Path, timeout_s: float, environment: dict[str, str], args) -> None:
+    os.environ.clear()
+    os.environ.update(environment, RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(rank)
     try:
         timeout = datetime.timedelta(seconds=timeout_s)
-        dist.init_process_group(
-            "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=timeout
-        )
-        results.put((rank, None, fn(rank, world_size, *args)))
-        dist.barrier()
-        dist.destroy_process_group()
+        store = dist.FileStore(str(folder / "store"), world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+        result = fn(rank, world_size, *args)
+        if dist.is_initialized():
+            dist.barrier()  # a rank that leaves early would cut its peers off
+        _write(folder / f"{rank}.result", lambda path: torch.save(result, path))
     except BaseException:
-        results.put((rank, traceback.format_exc(), None))
-        raise SystemExit(1) from None
+        error = traceback.format_exc()
+        _write(folder / f"{rank}.error", lambda path: path.write_text(error))
+    os._exit(0)  # libraries take seconds to leave
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """All at once: the parent looks while we write."""
+    partial = path.with_suffix(".partial")
+    write(partial)
+    partial.replace(path)

@@ -96,11 +96,15 @@ class Drill:
         """Directory of a run."""
         return self.root / "runs" / name
 
+    def write(self, name: str) -> Path:
+        """The file of a run."""
+        path = self.root / f"{name}.yaml"
+        path.write_text(_RUN.format(name=name, **self.values))
+        return path
+
     def start(self, name: str, faults: str = "", *overrides: str, log: Path | None = None) -> subprocess.Popen[str]:
         """`hope train` with its supervisor; its output goes to a file, or into a pipe."""
-        run_file = self.root / f"{name}.yaml"
-        run_file.write_text(_RUN.format(name=name, **self.values))
-        command = [sys.executable, "-m", "hope_megatron", "train", str(run_file), "--nproc", str(self.ranks)]
+        command = [sys.executable, "-m", "hope_megatron", "train", str(self.write(name)), "--nproc", str(self.ranks)]
         environment = {
             k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "HOPE_FAULTS")
         }

@@ -30,6 +30,7 @@ SEQ_LENGTH = 16
 def tiny_run_config(
     *,
     tp: int = 1,
+    cp: int = 1,
     sequence_parallel: bool = False,
     zero_stage: int = 1,
     precision: str = "fp32",
@@ -58,7 +59,9 @@ def tiny_run_config(
                 levels=(CMSLevelConfig(hidden_size=32), CMSLevelConfig(hidden_size=16, update_period_steps=2))
             ),
         ),
-        parallel=ParallelConfig(tensor_parallel=tp, sequence_parallel=sequence_parallel, zero_stage=zero_stage),
+        parallel=ParallelConfig(
+            tensor_parallel=tp, context_parallel=cp, sequence_parallel=sequence_parallel, zero_stage=zero_stage
+        ),
         optim=OptimConfig(**{"lr": 1e-2, "slow_period_steps": 3, "warmup_steps": 2, "grad_clip": 1.0, **(optim or {})}),
         training=TrainingConfig(
             **{

@@ -44,10 +44,10 @@ class SampleSource(Protocol):
         ...
 
 
-def rank_samples(first: int, global_batch_size: int, dp_rank: int, dp_size: int) -> range:
-    """Sample numbers of one data-parallel rank: the ranks' parts in their order are the global batch, for every size."""
-    per_rank = global_batch_size // dp_size
-    return range(first + dp_rank * per_rank, first + (dp_rank + 1) * per_rank)
+def rank_samples(first: int, global_batch_size: int, data_rank: int, data_size: int) -> range:
+    """Sample numbers of one part of the batch: the parts in their order are the global batch, for every number of them."""
+    per_rank = global_batch_size // data_size
+    return range(first + data_rank * per_rank, first + (data_rank + 1) * per_rank)
 
 
 def micro_batches(
@@ -101,7 +101,7 @@ class BatchReader:
         return None if self._end_id is None else document_numbers(tokens, self._end_id)
 
     def _submit(self, first: int) -> None:
-        numbers = rank_samples(first, self._global_batch_size, self._mesh.dp_rank, self._mesh.dp_size)
+        numbers = rank_samples(first, self._global_batch_size, self._mesh.data_rank, self._mesh.data_size)
         self._pending.append((first, self._pool.submit(_read, self._source, numbers)))
 
     def _drop(self) -> None:
@@ -133,7 +133,7 @@ def document_numbers(tokens: Tensor, end_id: int) -> Tensor:
 
 
 def heldout_batches(
-    source: SampleSource, num_sequences: int, batch_size: int, dp_rank: int, dp_size: int, device: torch.device
+    source: SampleSource, num_sequences: int, batch_size: int, data_rank: int, data_size: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The first `num_sequences` samples, spread over data-parallel ranks.
 
@@ -141,8 +141,8 @@ def heldout_batches(
     targets are IGNORE.
     """
     num_sequences = min(num_sequences, source.num_samples)
-    for first in range(0, num_sequences, batch_size * dp_size):
-        numbers = [first + dp_rank * batch_size + row for row in range(batch_size)]
+    for first in range(0, num_sequences, batch_size * data_size):
+        numbers = [first + data_rank * batch_size + row for row in range(batch_size)]
         rows = np.stack([source.sample(min(number, num_sequences - 1)) for number in numbers])
         tokens, targets = _to_device(rows, device)
         for row, number in enumerate(numbers):

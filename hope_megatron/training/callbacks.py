@@ -28,13 +28,13 @@ from hope_megatron.training.progress import Progress
 from hope_megatron.training.run_directory import RunDirectory
 from hope_megatron.training.signals import signal_name
 from hope_megatron.training.step import StepResult, evaluate
-from hope_megatron.training.tracking import Tracker
+from hope_megatron.training.tracking import Trackers
 from hope_megatron.training.watch import Replicas, Stragglers
 
 log = logging.getLogger(__name__)
 
 
-def default_callbacks(progress: Progress, tracker: Tracker | None) -> list[Callback]:
+def default_callbacks(progress: Progress, tracker: Trackers | None) -> list[Callback]:
     """What every run does. The record of a step is written before the checkpoint of that step."""
     return [
         FirstStep(),
@@ -120,7 +120,7 @@ class HeldoutEvaluation(Callback):
         HEART.enter("evaluate", HEART.limits.evaluation_s)
         training, mesh = run.config.training, run.engine.mesh
         batches = heldout_batches(
-            source, training.eval_sequences, training.micro_batch_size, mesh.dp_rank, mesh.dp_size, mesh.device
+            source, training.eval_sequences, training.micro_batch_size, mesh.data_rank, mesh.data_size, mesh.device
         )
         return evaluate(run.engine, batches, source.end_id if run.config.data.reset_at_documents else None)
 
@@ -142,7 +142,7 @@ class MemoryHealth(Callback):
         if every and (step % every == 0 or run.is_complete):
             HEART.enter("measure", HEART.limits.evaluation_s)
             batch_size, mesh = run.config.training.global_batch_size, run.engine.mesh
-            first = rank_samples(run.state.samples - batch_size, batch_size, mesh.dp_rank, mesh.dp_size).start
+            first = rank_samples(run.state.samples - batch_size, batch_size, mesh.data_rank, mesh.data_size).start
             tokens, targets = micro_batches(run.train_source, range(first, first + 1), 1, mesh.device)[0]
             run.metrics |= measure_memories(run.engine.model, lambda: run.engine.evaluate(tokens, targets, learn=False))
 
@@ -160,7 +160,7 @@ class MemoryHealth(Callback):
 class MetricsRecord(Callback):
     """Writes the record of a step to metrics.jsonl, and shows it."""
 
-    def __init__(self, progress: Progress, tracker: Tracker | None) -> None:
+    def __init__(self, progress: Progress, tracker: Trackers | None) -> None:
         self.progress = progress
         self.tracker = tracker
 
@@ -296,7 +296,8 @@ class Summary(Callback):
             "parameters": run.engine.num_parameters,
             "world_size": mesh.world_size,
             "tensor_parallel": mesh.tp_size,
-            "data_parallel": mesh.dp_size,
+            "context_parallel": mesh.cp_size,
+            "data_parallel": mesh.data_size,
             "sequence_parallel": config.parallel.sequence_parallel,
             "zero_stage": config.parallel.zero_stage,
             "precision": config.training.precision,
@@ -328,9 +329,9 @@ class Curves(Callback):
 
 
 class Tracking(Callback):
-    """Hands the files of the run to MLflow and ends the MLflow run."""
+    """Hands the files of the run to its trackers and ends it there."""
 
-    def __init__(self, tracker: Tracker | None) -> None:
+    def __init__(self, tracker: Trackers | None) -> None:
         self.tracker = tracker
 
     def finish(self, run: Run) -> None:

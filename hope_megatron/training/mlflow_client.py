@@ -17,6 +17,7 @@ from typing import Any
 
 from hope_megatron.config.run import RunConfig
 from hope_megatron.config.secrets import is_masked, mask_credentials
+from hope_megatron.training.sinks.base import Sink, TrackingError, brief
 
 _LOCK_TIMEOUT_S = 120.0
 _CHECK_TIMEOUT_S = 10.0
@@ -35,19 +36,13 @@ _LASTING_CODES = {
 _SETTINGS = {"DISABLE_TELEMETRY": "true", "HTTP_REQUEST_TIMEOUT": "10", "HTTP_REQUEST_MAX_RETRIES": "1"}
 
 
-class TrackingError(Exception):
-    """What MLflow was asked to do cannot be done, now or later."""
-
-    is_user_error = True
-
-
 def tracking_uri(config: RunConfig) -> str:
     """Where a run is tracked.
 
     Raises:
         TrackingError: MLflow takes no such URI, or its user part was masked when the configuration was written.
     """
-    uri = config.tracking.uri or default_uri(config.output_dir)
+    uri = configured_uri(config)
     if is_masked(uri):
         raise TrackingError(
             f"tracking.uri={uri} was masked when the configuration was written. Give tracking.uri again, set MLFLOW_TRACKING_URI "
@@ -66,24 +61,32 @@ def tracking_uri(config: RunConfig) -> str:
     return uri
 
 
-def check_tracking(config: RunConfig) -> None:
-    """Find the mistakes in a run's tracking before it trains. A server that does not answer is none: it may come back.
+def configured_uri(config: RunConfig) -> str:
+    """tracking.uri, MLFLOW_TRACKING_URI, or a SQLite file beside the run directories."""
+    return config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(config.output_dir)
+
+
+def experiment_name(config: RunConfig) -> str:
+    """tracking.experiment, MLFLOW_EXPERIMENT_NAME, or `hope`."""
+    return config.tracking.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "hope"
+
+
+def check_mlflow(config: RunConfig) -> None:
+    """Find the mistakes in a run's MLflow settings. A server that does not answer is none: it may come back.
 
     Raises:
         TrackingError: saying what is wrong and what to do.
     """
-    if not config.tracking.mlflow:
-        return
-    uri = tracking_uri(config)
+    uri, experiment = tracking_uri(config), experiment_name(config)
     database = sqlite_file(uri)
     if database is not None:
-        _check_sqlite(uri, database, config.tracking.experiment)
+        _check_sqlite(uri, database, experiment)
         return
     errors: list[Exception] = []
 
     def ask() -> None:
         try:
-            _find_experiment(connect(uri), config.tracking.experiment)
+            _find_experiment(connect(uri), experiment)
         except Exception as error:
             errors.append(error)
 
@@ -97,21 +100,9 @@ def check_tracking(config: RunConfig) -> None:
 
 def is_lasting(error: Exception) -> bool:
     """Whether trying again would fail the same way: a mistake of the user, not a server that is away."""
-    if isinstance(error, (TrackingError, ImportError)):
-        return True
-    if isinstance(error, OSError):
-        return isinstance(
-            error, (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
-        )
+    if isinstance(error, (TrackingError, ImportError, OSError)):
+        return Sink.is_lasting(error)
     return getattr(error, "error_code", None) in _LASTING_CODES or "file is not a database" in str(error)
-
-
-def brief(error: Exception) -> str:
-    """The first line of an error, without passwords."""
-    text = mask_credentials(str(error).strip())
-    if isinstance(error, TrackingError):
-        return text
-    return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__
 
 
 def _check_sqlite(uri: str, database: Path, experiment: str) -> None:

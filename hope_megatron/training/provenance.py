@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import hope_megatron
 from hope_megatron.ops.memory.backends.registry import chosen_kernels
+from hope_megatron.runtime.git import git
 
 _PACKAGES = (
     "torch",
@@ -47,10 +47,11 @@ def _source(root: Path) -> dict[str, Any]:
     if frozen.is_file():
         written = json.loads(frozen.read_text(encoding="utf-8"))
         return {"commit": written.get("commit"), "uncommitted_changes": bool(written.get("uncommitted"))}
-    status = _git(root, "status", "--porcelain", "--untracked-files=no")
+    status = git(root, "status", "--porcelain", "--untracked-files=no", timeout_s=20.0)
+    commit = git(root, "rev-parse", "HEAD", timeout_s=20.0)
     return {
-        "commit": _git(root, "rev-parse", "HEAD"),
-        "uncommitted_changes": bool(status) if status is not None else None,
+        "commit": commit.strip() if commit is not None else None,
+        "uncommitted_changes": bool(status.strip()) if status is not None else None,
     }
 
 
@@ -59,16 +60,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments],
-            capture_output=True, encoding="utf-8", errors="replace", timeout=20,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

@@ -14,6 +14,7 @@ from hope_megatron.config import RunConfig, dump_config
 from hope_megatron.engine.build import build_engine
 from hope_megatron.engine.control import ControlGroup
 from hope_megatron.engine.distributed import Mesh, init_distributed
+from hope_megatron.engine.engine import Engine
 from hope_megatron.runtime.disks import best_effort
 from hope_megatron.runtime.files import write_text
 from hope_megatron.runtime.formatting import duration_text
@@ -35,7 +36,7 @@ from hope_megatron.training.phases import PhaseClock
 from hope_megatron.training.progress import Progress, configure_logging
 from hope_megatron.training.provenance import provenance
 from hope_megatron.training.run_directory import RunDirectory, RunDirectoryError
-from hope_megatron.training.tracking import Tracker
+from hope_megatron.training.tracking import Trackers
 
 log = logging.getLogger(__name__)
 
@@ -94,15 +95,7 @@ def run_training(
     _acquire(directory, engine.control, mesh, resume)
     progress = Progress(config.training.steps, config.training.tokens_per_step)
     configure_logging(mesh.rank, directory.log, progress)
-    keep = config.checkpoint
-    checkpointer = Checkpointer(
-        engine,
-        directory.checkpoints,
-        keep_last=keep.keep_last,
-        keep_every=keep.keep_every,
-        keep_best=keep.keep_best,
-        max_failed_saves=config.resilience.max_failed_saves,
-    )
+    checkpointer = _checkpointer(engine, directory)
     run = Run(config, engine, checkpointer, directory, train_source, heldout_source, provenance(), phases=phases)
     tracker = None
     try:
@@ -117,9 +110,9 @@ def run_training(
             with best_effort(directory.config.name):
                 write_text(directory.config, dump_config(config))
                 write_history(directory.history, config, run.history)
-            if config.tracking.mlflow:
+            if config.tracking.names:
                 tags = {"hope_megatron.commit": str(run.provenance["commit"]), **history_tags(run.history)}
-                tracker = Tracker(config, directory, tags)
+                tracker = Trackers(config, directory, tags)
         _announce(run)
         outcome = train(run, default_callbacks(progress, tracker))
         tracker = None  # its callback has closed it
@@ -130,6 +123,18 @@ def run_training(
             tracker.close("FAILED", [directory.config, directory.metrics, directory.log], timeout_s=10.0)
         directory.release()
     return run
+
+
+def _checkpointer(engine: Engine, directory: RunDirectory) -> Checkpointer:
+    keep = engine.config.checkpoint
+    return Checkpointer(
+        engine,
+        directory.checkpoints,
+        keep_last=keep.keep_last,
+        keep_every=keep.keep_every,
+        keep_best=keep.keep_best,
+        max_failed_saves=engine.config.resilience.max_failed_saves,
+    )
 
 
 def _acquire(directory: RunDirectory, control: ControlGroup, mesh: Mesh, resume: str) -> None:
@@ -186,14 +191,15 @@ def _announce(run: Run) -> None:
         return
     mesh, config, training = run.engine.mesh, run.config, run.config.training
     log.info(
-        "%s: %s parameters; %d x %s, tensor parallel %d%s, data parallel %d, ZeRO %d, %s, %s",
+        "%s: %s parameters; %d x %s, tensor parallel %d%s%s, data parallel %d, ZeRO %d, %s, %s",
         config.name,
         f"{run.engine.num_parameters:,}",
         mesh.world_size,
         mesh.device.type,
         mesh.tp_size,
         " with sequence parallel" if config.parallel.sequence_parallel else "",
-        mesh.dp_size,
+        f", context parallel {mesh.cp_size}" if mesh.cp_size > 1 else "",
+        mesh.data_size,
         config.parallel.zero_stage,
         training.precision,
         config.optim.name,

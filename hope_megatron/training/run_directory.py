@@ -69,6 +69,10 @@ class RunDirectory:
     def tracking(self) -> Path:
         return self.path / "tracking.json"
 
+    def tracking_of(self, name: str) -> Path:
+        """What a tracker keeps of its run. MLflow's has the name that it had before there were others."""
+        return self.tracking if name == "mlflow" else self.path / f"tracking-{name}.json"
+
     def acquire(self) -> None:
         """Create the directory and take its lock, which the kernel takes back when this process ends, however it ends.
 

@@ -55,7 +55,7 @@ def train_step(engine: Engine, reader: BatchReader, state: TrainingState, config
 
     # The loss is a mean over the valid tokens of all ranks and micro-batches, so they are counted first.
     valid = torch.stack([(targets != IGNORE).sum() for _, targets in batches]).sum()
-    valid = engine.sum_over_data_parallel(valid).clamp(min=1)
+    valid = (engine.sum_over_data_parallel(valid) // mesh.cp_size).clamp(min=1)  # ranks of a sequence count it alike
 
     multiplier = learning_rate_multiplier(state.step, config)
     judgements: list[Judgement] = []

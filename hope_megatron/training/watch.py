@@ -33,7 +33,11 @@ class Replicas(Callback):
         whole = run.config.training.truncate_tokens in (None, run.config.training.seq_length)
         due = bool(rules.every) and (run.state.step + 1) % rules.every == 0
         self._replaying = (
-            rules.replay and due and mesh.dp_size > 1 and whole and not run.config.model.cms.learns_in_context
+            rules.replay
+            and due
+            and mesh.dp_size > mesh.cp_size == 1
+            and whole
+            and not run.config.model.cms.learns_in_context
         )
         if not self._replaying:
             return

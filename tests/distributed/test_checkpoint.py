@@ -65,6 +65,7 @@ def same_layout(rank, world_size, directory):
         "dp2-zero2-bf16": {"zero_stage": 2, "precision": "bf16"},
         "dp2-zero3": {"zero_stage": 3},
         "dp2-zero0": {"zero_stage": 0},
+        "cp2-zero1": {"cp": 2, "zero_stage": 1},
     }.items():
         config = tiny_run_config(mup_base_width=16, training={"ema": 0.8}, **settings)
         engine, state = build(config), TrainingState()
@@ -86,7 +87,13 @@ def same_layout(rank, world_size, directory):
 @pytest.mark.distributed
 def test_resume_is_bitwise_on_the_same_layout(tmp_path):
     for equal in run_distributed(same_layout, 2, str(tmp_path), timeout_s=240):
-        assert equal == {"tp2-sp-zero1": True, "dp2-zero2-bf16": True, "dp2-zero3": True, "dp2-zero0": True}
+        assert equal == {
+            "tp2-sp-zero1": True,
+            "dp2-zero2-bf16": True,
+            "dp2-zero3": True,
+            "dp2-zero0": True,
+            "cp2-zero1": True,
+        }
 
 
 def other_layouts(rank, world_size, directory):
@@ -99,9 +106,10 @@ def other_layouts(rank, world_size, directory):
         "dp2-zero3": tiny_run_config(zero_stage=3),
         "dp2-zero1": tiny_run_config(zero_stage=1),
         "dp2-zero0": tiny_run_config(zero_stage=0),
+        "cp2-zero1": tiny_run_config(cp=2, zero_stage=1),
     }
     results = {}
-    for source in ("tp2", "dp2-zero3"):
+    for source in ("tp2", "dp2-zero3", "cp2-zero1"):
         engine, state = build(layouts[source]), TrainingState()
         advance(engine, layouts[source], state, 4)
         path = Checkpointer(engine, Path(directory) / source).save_now(describe(layouts[source], state))
@@ -123,7 +131,7 @@ def test_checkpoint_loads_at_any_other_layout(tmp_path):
     from hope_megatron.checkpoint.format import Checkpoint, read_full_tensors
 
     results = run_distributed(other_layouts, 2, str(tmp_path), timeout_s=240)[0]
-    assert len(results) == 8
+    assert len(results) == 15
     for (source, target), (same_tensors, found, expected) in results.items():
         assert same_tensors, (source, target)
         torch.testing.assert_close(

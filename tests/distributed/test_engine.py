@@ -11,16 +11,20 @@ from hope_megatron.testing.tiny import RepeatingSource, tiny_run_config
 NUM_STEPS = 6
 MUP_BASE_WIDTH = 16
 """Half the width, so that groups with scaled learning rates take part."""
-# (tensor parallel, sequence parallel, ZeRO stage) in a world of two; data parallel is what is left.
+# (tensor parallel, sequence parallel, ZeRO stage, context parallel) in a world of two; data parallel is what is left.
 LAYOUTS = [
-    (1, False, 0),
-    (1, False, 1),
-    (1, False, 2),
-    (1, False, 3),
-    (2, False, 1),
-    (2, True, 0),
-    (2, True, 1),
-    (2, True, 3),
+    (1, False, 0, 1),
+    (1, False, 1, 1),
+    (1, False, 2, 1),
+    (1, False, 3, 1),
+    (2, False, 1, 1),
+    (2, True, 0, 1),
+    (2, True, 1, 1),
+    (2, True, 3, 1),
+    (1, False, 0, 2),
+    (1, False, 1, 2),
+    (1, False, 2, 2),
+    (1, False, 3, 2),
 ]
 
 
@@ -42,12 +46,12 @@ def train(config, mesh):
     for step in range(NUM_STEPS):
         tokens, targets = global_batch(step)
         valid = (targets != -100).sum()
-        mine = range(mesh.dp_rank * 4 // mesh.dp_size, (mesh.dp_rank + 1) * 4 // mesh.dp_size)
+        mine = range(mesh.data_rank * 4 // mesh.data_size, (mesh.data_rank + 1) * 4 // mesh.data_size)
         loss_sum = sum(engine.forward_backward(tokens[i : i + 1], targets[i : i + 1], valid) for i in mine)
         loss = float(engine.sum_over_data_parallel(loss_sum)) / int(valid)
         history.append((loss, engine.step(1.0)))
     tokens, targets = global_batch(99)
-    mine = slice(mesh.dp_rank * 4 // mesh.dp_size, (mesh.dp_rank + 1) * 4 // mesh.dp_size)
+    mine = slice(mesh.data_rank * 4 // mesh.data_size, (mesh.data_rank + 1) * 4 // mesh.data_size)
     return engine, history, engine.evaluate(tokens[mine], targets[mine]).tolist()
 
 
@@ -66,11 +70,11 @@ def run_layouts(rank, world_size):
     from hope_megatron.engine.distributed import init_distributed
 
     results = {}
-    for tp, sp, zero in LAYOUTS:
-        config = tiny_run_config(tp=tp, sequence_parallel=sp, zero_stage=zero, mup_base_width=MUP_BASE_WIDTH)
+    for tp, sp, zero, cp in LAYOUTS:
+        config = tiny_run_config(tp=tp, cp=cp, sequence_parallel=sp, zero_stage=zero, mup_base_width=MUP_BASE_WIDTH)
         mesh = init_distributed(config.parallel)
         engine, history, heldout = train(config, mesh)
-        results[tp, sp, zero] = history, heldout, parameters_of(engine), engine.num_parameters
+        results[tp, sp, zero, cp] = history, heldout, parameters_of(engine), engine.num_parameters
         parallel_state.destroy_model_parallel()
     return results
 
@@ -92,7 +96,7 @@ def ranks():
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "tp{}-sp{:d}-zero{}".format(*layout))
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "tp{}-sp{:d}-zero{}-cp{}".format(*layout))
 def test_layout_equals_single_process(layout, ranks, reference):
     for results in ranks:
         history, heldout, _, num_parameters = results[layout]

@@ -53,4 +53,9 @@ def test_the_page_works_as_written(tmp_path: Path) -> None:
             assert not (source / name).exists(), f"{name} is there already"
             (source / name).write_text(body, encoding="utf-8")
     assert len(outputs) == PAGE.read_text(encoding="utf-8").count("<!-- run -->") >= 3
-    assert "lion " in outputs[0] and "passed" in outputs[0] and "numpy " in outputs[1] and "delta_decay" in outputs[2]
+    said = "".join(outputs)
+    for words in ("lion ", "numpy ", "delta_decay", "csv ", "reversal ", "**reversal**", "sums "):
+        assert words in said, said
+    assert said.count(" passed") == len(
+        re.findall(r"^python -m pytest", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    )

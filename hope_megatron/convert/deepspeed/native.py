@@ -30,7 +30,7 @@ from hope_megatron.config.layout import ParallelLayout
 from hope_megatron.convert.deepspeed.rank_files import VERSION, Module, Vectors, model_file, optimizer_file
 from hope_megatron.convert.deepspeed.universal import read_universal
 from hope_megatron.convert.deepspeed.zero import LATEST, ZeroDirectory, is_zero_checkpoint
-from hope_megatron.convert.extras import Parameters, has_sidecar, read_sidecar, write_sidecar
+from hope_megatron.convert.extras import Parameters, has_sidecar, read_sidecar, refuse_foreign, write_sidecar
 from hope_megatron.optim import merge_shards, split_shards
 
 _SCRATCH = ".scratch"
@@ -75,16 +75,8 @@ def read_deepspeed(directory: Path) -> WholeCheckpoint:
 
 
 def read_native(directory: Path) -> WholeCheckpoint:
-    """A checkpoint that `write_native` made, its digests verified first.
-
-    Raises:
-        ConversionError: it is not one, or a file is missing or damaged.
-    """
-    if not has_sidecar(directory):
-        raise ConversionError(
-            f"{directory} was saved by DeepSpeed: its files do not say what model, clocks and data position they belong "
-            "to; start a run from its weights with `hope import deepspeed DIR CONFIG`"
-        )
+    """A checkpoint that `write_native` made; see `read_sidecar`."""
+    refuse_foreign(directory, "deepspeed", "saved by DeepSpeed")
 
     def open_reader(parameters: Parameters) -> Callable[[str, str], Tensor]:
         files = ZeroDirectory(directory)

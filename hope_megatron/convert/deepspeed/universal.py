@@ -23,7 +23,7 @@ from hope_megatron.checkpoint.output import fresh_directory
 from hope_megatron.checkpoint.skeleton import outline_of
 from hope_megatron.checkpoint.unsharded import WholeCheckpoint, compare_whole
 from hope_megatron.convert.deepspeed.pickles import load_tensors
-from hope_megatron.convert.extras import Parameters, has_sidecar, read_sidecar, write_sidecar
+from hope_megatron.convert.extras import Parameters, has_sidecar, read_sidecar, refuse_foreign, write_sidecar
 
 LATEST = "latest_universal"
 FP32 = "fp32"
@@ -74,16 +74,8 @@ def write_universal(whole: WholeCheckpoint, out_dir: Path) -> int:
 
 
 def read_universal(directory: Path) -> WholeCheckpoint:
-    """A checkpoint that `write_universal` made, its digests verified first.
-
-    Raises:
-        ConversionError: it is not one, or a file is missing or damaged.
-    """
-    if not has_sidecar(directory):
-        raise ConversionError(
-            f"{directory} was not written by `hope export deepspeed`: its files do not say what model, clocks and "
-            "data position they belong to; start a run from its weights with `hope import deepspeed DIR CONFIG`"
-        )
+    """A checkpoint that `write_universal` made; see `read_sidecar`."""
+    refuse_foreign(directory, "deepspeed", "not written by `hope export deepspeed`")
 
     def open_reader(_: Parameters) -> Callable[[str, str], Tensor]:
         zero = _zero_folder(directory)

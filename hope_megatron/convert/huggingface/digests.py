@@ -5,12 +5,12 @@ Files that people rightly edit (model card, sampling defaults) are not digested.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from pathlib import Path
 
 from hope_megatron.checkpoint.errors import ConversionError
+from hope_megatron.runtime.files import file_sha256
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +55,7 @@ def verify_digests(directory: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        return file_sha256(path)
     except OSError as error:
         raise ConversionError(f"{path} cannot be read: {error.strerror}") from None
-    return digest.hexdigest()

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
+from data_pipeline.tokenizer import tokenizer_beside
 from hope_megatron.checkpoint.errors import ConversionError
 from hope_megatron.checkpoint.find import CheckpointSource
 from hope_megatron.checkpoint.local_model import build_local_model
@@ -25,7 +26,7 @@ from hope_megatron.convert.huggingface.digests import verify_digests, write_dige
 from hope_megatron.convert.huggingface.model_card import model_card
 from hope_megatron.convert.huggingface.modeling_files import AUTO_MAP, modeling_files
 from hope_megatron.convert.huggingface.names import from_transformers, to_transformers
-from hope_megatron.convert.huggingface.tokenizer_files import TOKENIZER_NAME, TokenizerFile, write_tokenizer
+from hope_megatron.convert.huggingface.tokenizer_files import TokenizerFile, write_tokenizer
 from hope_megatron.convert.huggingface.weights import MAX_SHARD_BYTES, read_json, read_weights, write_weights
 from hope_megatron.model import LanguageModel
 
@@ -113,7 +114,7 @@ def load_huggingface(directory: str | Path) -> HuggingFaceModel:
     verify_digests(directory)
     config, values = _read_config(directory)
     model = build_local_model(config, from_transformers(read_weights(directory), config), source=str(directory))
-    return HuggingFaceModel(model, config, directory / TOKENIZER_NAME, values["train_tokens_per_sequence"])
+    return HuggingFaceModel(model, config, tokenizer_beside(directory), values["train_tokens_per_sequence"])
 
 
 def is_huggingface_model(directory: str | Path) -> bool:

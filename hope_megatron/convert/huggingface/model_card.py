@@ -34,13 +34,16 @@ In plain transformers; the recurrent state is the cache, so `generate()` needs c
 
     model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 
+The tokenizer puts no mark before a text. In training the end mark stands before every document: put `tokenizer.eos_token_id` first
+to begin as there.
+
 With hope_megatron:
 
     hope generate {name} --prompt "..."
     hope eval {name} --text FILE
 
-`model*.safetensors` holds the weights in float32, `config.json` the architecture, `tokenizer.model` the SentencePiece
-model. {tokenizer} `chat_template.jinja` writes the messages of a chat as plain text, because the model was trained on no other.
+`model*.safetensors` holds the weights in float32, `config.json` the architecture. {tokenizer}
+`chat_template.jinja` writes the messages of a chat as plain text, because the model was trained on no other.
 
 ## Check
 

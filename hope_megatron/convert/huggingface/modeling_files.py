@@ -1,6 +1,6 @@
 """The modelling code that travels with an exported model, so that transformers can load it without this project.
 
-The memory operator is not written twice: its modules are copied, and their imports of each other made relative.
+Layers and memory operator are not written twice: their modules are copied, and their imports of each other made relative.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ AUTO_MAP = {
 }
 
 _PACKAGE = Path(hope_megatron.__file__).resolve().parent
-_OWN_FILES = tuple(
-    f"{part}_hope.py" for part in ("configuration", "modeling", "generation", "layers", "padding", "cache")
-)
-_OURS = re.compile(r"^from hope_megatron\.ops\.((?:\w+\.)*\w+) import", re.MULTILINE)
-_INSTEAD = {"memory.backends.installed": "convert/huggingface/model/memory_backends.py"}
+_OWN_FILES = tuple(f"{part}_hope.py" for part in ("configuration", "modeling", "generation", "padding", "cache"))
+_OURS = re.compile(r"^from hope_megatron\.((?:ops|nn)\.(?:\w+\.)*\w+) import", re.MULTILINE)
+_INSTEAD = {"ops.memory.backends.installed": "convert/huggingface/model/memory_backends.py"}
 """Compiled kernels stay here: what an exported model runs on is PyTorch."""
 _HEADER = "# From hope_megatron {version}, Apache License 2.0.\n"
 
@@ -35,7 +33,7 @@ def modeling_files() -> dict[str, str]:
         name, path = waiting.popitem()
         text = path.read_text(encoding="utf-8")
         waiting |= {
-            f"{_flat_name(module)}.py": _PACKAGE / _INSTEAD.get(module, f"ops/{module.replace('.', '/')}.py")
+            f"{_flat_name(module)}.py": _PACKAGE / _INSTEAD.get(module, f"{module.replace('.', '/')}.py")
             for module in _OURS.findall(text)
             if f"{_flat_name(module)}.py" not in files
         }
@@ -53,5 +51,5 @@ def _naming_all(text: str, names: list[str]) -> str:
 
 
 def _flat_name(module: str) -> str:
-    """`memory.chunk` becomes `hope_memory_chunk`: the files of a model lie in one directory."""
-    return "hope_" + module.replace(".", "_")
+    """`ops.memory.chunk` becomes `hope_memory_chunk`: the files of a model lie in one directory."""
+    return "hope_" + module.removeprefix("ops.").replace(".", "_")

@@ -7,14 +7,15 @@ from typing import Any
 
 from hope_megatron.checkpoint.errors import ConversionError
 from hope_megatron.convert.huggingface.fast_tokenizer import KINDS, SPACE_MARK
-from hope_megatron.convert.huggingface.tokenizer_files import TOKENIZER_NAME
+from hope_megatron.convert.huggingface.tokenizer_files import GIVEN_MARK, TOKENIZER_NAME
 from hope_megatron.convert.huggingface.weights import read_json
 
 _BPE = 2  # TrainerSpec.ModelType
 
 
 def read_tokenizer(directory: Path) -> bytes:
-    """The SentencePiece model of an exported model, also after fine-tuning: the same ids, and those of added tokens behind them.
+    """The SentencePiece model of an exported model, also after fine-tuning: the same ids, and those of added tokens behind them;
+    or the tokenizer.json that its data was made with.
 
     transformers saves a fast tokenizer without `tokenizer.model`; then it is made from `tokenizer.json`, which holds all of it. An
     added token becomes a symbol of the user's, or a control symbol if it is special: the name of that in a text is text.
@@ -22,6 +23,9 @@ def read_tokenizer(directory: Path) -> bytes:
     Raises:
         ConversionError: there is no tokenizer of ours, or its ids have gaps.
     """
+    config = directory / "tokenizer_config.json"
+    if config.is_file() and GIVEN_MARK in read_json(config):
+        return (directory / "tokenizer.json").read_bytes()
     from sentencepiece import sentencepiece_model_pb2
 
     fast = directory / "tokenizer.json"

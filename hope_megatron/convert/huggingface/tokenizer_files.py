@@ -10,12 +10,19 @@ from hope_megatron.convert.huggingface.fast_tokenizer import fast_tokenizer
 
 TOKENIZER_NAME = "tokenizer.model"
 
-FAST = "`tokenizer.json` is the same tokenizer for transformers and gives the ids of SentencePiece for any text."
-SLOW = (
-    "There is no `tokenizer.json`, because no fast tokenizer gives the ids of this SentencePiece model for every text. "
-    "`AutoTokenizer.from_pretrained(..., trust_remote_code=True)` runs SentencePiece itself (`tokenization_hope.py`), which needs "
-    "the package sentencepiece."
+FAST = (
+    "`tokenizer.model` is the SentencePiece model. `tokenizer.json` is the same tokenizer for transformers and gives the ids of "
+    "SentencePiece for any text."
 )
+SLOW = (
+    "`tokenizer.model` is the SentencePiece model. There is no `tokenizer.json`, because no fast tokenizer gives the ids of this "
+    "SentencePiece model for every text. `AutoTokenizer.from_pretrained(..., trust_remote_code=True)` runs SentencePiece itself "
+    "(`tokenization_hope.py`), which needs the package sentencepiece."
+)
+GIVEN = "`tokenizer.json` is the tokenizer that the training data was made with, byte for byte."
+GIVEN_MARK = "hope_tokenizer"
+"""Key of tokenizer_config.json where tokenizer.json is not made from a SentencePiece model."""
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
@@ -23,9 +30,17 @@ CHAT_TEMPLATE = (
 """Plain text: a pretrained model knows no tokens of a chat. Fine-tuning may replace it."""
 
 
+_SETTINGS = {
+    "clean_up_tokenization_spaces": False,
+    "split_special_tokens": True,  # "</s>" in a text is text
+    "model_input_names": ["input_ids", "attention_mask"],
+}
+
+
 class TokenizerFile(Protocol):
     """What an export needs of a tokenizer."""
 
+    file_name: str
     model: bytes
     vocab_size: int
     bos_id: int
@@ -37,16 +52,16 @@ def write_tokenizer(directory: Path, tokenizer: TokenizerFile) -> str:
     """Write the files of a tokenizer.
 
     Returns:
-        FAST or SLOW: what was written, in a sentence for the user and the model card.
+        FAST, SLOW or GIVEN: what was written, in a sentence for the user and the model card.
     """
-    (directory / TOKENIZER_NAME).write_bytes(tokenizer.model)
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    (directory / tokenizer.file_name).write_bytes(tokenizer.model)
+    if tokenizer.file_name != TOKENIZER_NAME:
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", GIVEN_MARK: tokenizer.file_name, **_SETTINGS}
+        _write_json(directory / "tokenizer_config.json", {**settings, **_given_special_tokens(tokenizer)})
+        return GIVEN
     fast = fast_tokenizer(tokenizer.model)
-    settings = {
-        "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # "</s>" in a text is text
-        "model_input_names": ["input_ids", "attention_mask"],
-        **_special_tokens(tokenizer),
-    }
+    settings = {**_SETTINGS, **_special_tokens(tokenizer)}
     if fast is not None:
         _write_json(directory / "tokenizer.json", fast)
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
@@ -57,7 +72,6 @@ def write_tokenizer(directory: Path, tokenizer: TokenizerFile) -> str:
         auto_map = {"AutoTokenizer": ["tokenization_hope.HopeTokenizer", None]}
         settings = {"tokenizer_class": "HopeTokenizer", "auto_map": auto_map, **settings}
     _write_json(directory / "tokenizer_config.json", settings)
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     return SLOW if fast is None else FAST
 
 
@@ -68,6 +82,10 @@ def _special_tokens(tokenizer: TokenizerFile) -> dict[str, str]:
     processor = SentencePieceProcessor(model_proto=tokenizer.model)
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": processor.unk_id(), "pad": tokenizer.pad_id}
     return {f"{name}_token": processor.id_to_piece(i) for name, i in ids.items() if i >= 0}
+
+
+def _given_special_tokens(tokenizer: Any) -> dict[str, str]:
+    return {f"{name}_token": tokenizer.token(i) for name, i in tokenizer.special_ids.items() if i >= 0}
 
 
 def _write_json(path: Path, value: Any) -> None:

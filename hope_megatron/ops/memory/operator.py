@@ -19,18 +19,10 @@ from hope_megatron.ops.memory.types import MemoryParams, MemoryState, RateLogits
 
 
 def memory_chunked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    logits: RateLogits,
-    params: MemoryParams,
-    rule: MemoryRule,
-    state: MemoryState | None = None,
-    *,
-    compute: MemoryCompute = AUTO,
-    recompute: bool = False,
-    backends: tuple[Backend, ...] = BACKENDS,
-) -> tuple[Tensor, MemoryState]:
+    q: Tensor, k: Tensor, v: Tensor, logits: RateLogits,
+    params: MemoryParams, rule: MemoryRule, state: MemoryState | None = None,
+    *, compute: MemoryCompute = AUTO, recompute: bool = False, backends: tuple[Backend, ...] = BACKENDS,
+) -> tuple[Tensor, MemoryState]:  # fmt: skip
     """Read and write the memories of every head along a piece of a stream (eqs. 83-93).
 
     Args:

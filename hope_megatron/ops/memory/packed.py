@@ -15,17 +15,10 @@ from hope_megatron.ops.memory.types import MemoryParams, MemoryState, RateLogits
 
 
 def memory_packed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    logits: RateLogits,
-    params: MemoryParams,
-    rule: MemoryRule,
-    documents: Tensor,
-    *,
-    compute: MemoryCompute = AUTO,
-    recompute: bool = False,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, logits: RateLogits,
+    params: MemoryParams, rule: MemoryRule, documents: Tensor,
+    *, compute: MemoryCompute = AUTO, recompute: bool = False,
+) -> Tensor:  # fmt: skip
     """`memory_chunked` of every document apart, put together again.
 
     Args:

@@ -31,14 +31,9 @@ from hope_megatron.ops.memory.types import (
 
 
 def memory_recurrent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    logits: RateLogits,
-    params: MemoryParams,
-    rule: MemoryRule,
-    state: MemoryState | None = None,
-) -> tuple[Tensor, MemoryState]:
+    q: Tensor, k: Tensor, v: Tensor, logits: RateLogits,
+    params: MemoryParams, rule: MemoryRule, state: MemoryState | None = None,
+) -> tuple[Tensor, MemoryState]:  # fmt: skip
     """See `memory_chunked`: the same arguments, the same results."""
     check_arguments(q, k, v, logits, params, rule, state)
     fresh = initial_state(params, q.size(0), momentum=logits.theta is not None, dtype=q.dtype)

@@ -69,14 +69,9 @@ def initial_state(params: MemoryParams, batch_size: int, *, momentum: bool, dtyp
 
 
 def check_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    logits: RateLogits,
-    params: MemoryParams,
-    rule: MemoryRule,
-    state: MemoryState | None,
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, logits: RateLogits,
+    params: MemoryParams, rule: MemoryRule, state: MemoryState | None,
+) -> None:  # fmt: skip
     """Hold every shape and device against the rule, before anything is computed.
 
     Raises:

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from optim_launch import run_ranks
 from optim_tp_worker import TAGS, continue_tp, merge_ranks, run_reference, run_tp_cases, tags_from_layout
 from optim_zero_worker import Case, OptimSettings
+
+from hope_megatron.testing.distributed import run_distributed
 
 pytestmark = pytest.mark.distributed
 
@@ -29,7 +30,7 @@ CONTROL = Case("shards as matrices", 2)
 
 
 def test_tensor_parallel_equals_full_weights_and_reshards():
-    results = run_ranks(4, run_tp_cases, [*CASES, CLIPPED, *PEERS], CONTROL)
+    results = run_distributed(run_tp_cases, 4, [*CASES, CLIPPED, *PEERS], CONTROL)
     for case in [*CASES, CLIPPED, *PEERS]:
         expected = run_reference(case)
         state = merge_ranks(results, case.name, "state")
@@ -66,8 +67,8 @@ def _check_resharding(results):
     """TP 2 x DP 2 at ZeRO-2 -> TP 1 x DP 2 at ZeRO-3 -> TP 2 x DP 1 at ZeRO-1."""
     saved, final = merge_ranks(results, "stage 2", "saved"), merge_ranks(results, "stage 2", "state")
     middle = replace(CASES[2], name="middle", steps=9)
-    at_middle = merge_ranks(run_ranks(2, continue_tp, saved, 1, [middle], 7), "middle", "")
+    at_middle = merge_ranks(run_distributed(continue_tp, 2, saved, 1, [middle], 7), "middle", "")
     last = replace(CASES[0], name="last")
-    end = merge_ranks(run_ranks(2, continue_tp, at_middle, 2, [last], 9), "last", "")
+    end = merge_ranks(run_distributed(continue_tp, 2, at_middle, 2, [last], 9), "last", "")
     for name, entry in final.items():
         assert (end[name]["fp32"] - entry["fp32"]).abs().max() < 1e-6, name

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from optim_launch import run_ranks
 from optim_zero_worker import Case, OptimSettings, run_cases, run_continue, run_reference, run_resume, run_skipped_steps
+
+from hope_megatron.testing.distributed import run_distributed
 
 pytestmark = pytest.mark.distributed
 
@@ -36,7 +37,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-4}
     ("world_size", "cases"), [(2, STAGES + SETTINGS + PEERS), (3, STAGES), (4, STAGES)], ids=["2", "3", "4"]
 )
 def test_trajectory_equals_reference(world_size, cases):
-    results = run_ranks(world_size, run_cases, cases)
+    results = run_distributed(run_cases, world_size, cases)
     for case in cases:
         expected = run_reference(case, world_size)
         for result in results:
@@ -56,7 +57,7 @@ def test_trajectory_equals_reference(world_size, cases):
 def test_resume_is_bitwise_and_state_reshards():
     """Saved at step 7: inside a slow period of three, and with half a gradient pending in the group of period two."""
     case = Case("source", 2, steps=12)
-    results = run_ranks(2, run_resume, case, 7)
+    results = run_distributed(run_resume, 2, case, 7)
     expected = results[0]["undisturbed"]
     assert any(
         entry.get("pending_grad") is not None and entry["pending_grad"].any() for entry in results[0]["saved"].values()
@@ -66,7 +67,7 @@ def test_resume_is_bitwise_and_state_reshards():
         _assert_same(result["stage 1"], expected, 1e-6)
         _assert_same(result["stage 3"], expected, 1e-6)
     cases = [replace(case, name=f"stage {stage}", stage=stage) for stage in (1, 3)]
-    resharded = run_ranks(3, run_continue, results[0]["saved"], cases, 7)
+    resharded = run_distributed(run_continue, 3, results[0]["saved"], cases, 7)
     for result in resharded:
         for other in cases:
             _assert_same(result[other.name], expected, 1e-6)
@@ -79,7 +80,7 @@ def test_steps_skipped_for_non_finite_gradients_and_fp16_overflow_touch_no_state
         for name, dtype in runs
         for stage in (1, 2, 3)
     ]
-    for result in run_ranks(2, run_skipped_steps, cases):
+    for result in run_distributed(run_skipped_steps, 2, cases):
         for case in cases:
             states = result[case.name]
             _assert_same(states["after"], states["before"], 0.0)

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from hope_megatron.checkpoint.checkpointer import check_same_model
 from hope_megatron.checkpoint.format import CheckpointError
+from hope_megatron.checkpoint.same_model import check_same_model
 from hope_megatron.testing.models import tiny_model
 
 

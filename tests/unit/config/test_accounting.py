@@ -274,27 +274,24 @@ def _kept_bytes(run) -> int:
     """Bytes of distinct storages that autograd holds between forward and backward, parameters left out."""
     import torch
 
-    from hope_megatron.engine.distributed import init_distributed, shutdown_distributed
+    from hope_megatron.engine.distributed import init_distributed
     from hope_megatron.model import build_model
 
     init_distributed(run.parallel)
-    try:
-        dtype = torch.bfloat16 if run.training.precision == "bf16" else torch.float32
-        model = build_model(run.model, run.parallel, dtype=dtype, recompute="none")
-        tokens = torch.zeros(run.training.micro_batch_size, run.training.seq_length, dtype=torch.long)
-        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    dtype = torch.bfloat16 if run.training.precision == "bf16" else torch.float32
+    model = build_model(run.model, run.parallel, dtype=dtype, recompute="none")
+    tokens = torch.zeros(run.training.micro_batch_size, run.training.seq_length, dtype=torch.long)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
-        storages: dict[int, torch.UntypedStorage] = {}
+    storages: dict[int, torch.UntypedStorage] = {}
 
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                storages[storage.data_ptr()] = storage
-            return tensor
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage
+        return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            result = model(tokens, tokens)
-        del result
-        return sum(storage.nbytes() for storage in storages.values())
-    finally:
-        shutdown_distributed()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = model(tokens, tokens)
+    del result
+    return sum(storage.nbytes() for storage in storages.values())

@@ -79,7 +79,7 @@ def test_scalars(text, value):
         ("a: !!binary aaaa", "could not determine a constructor"),
         ("a: !!int ten", "invalid literal"),
         ("a: " + "9" * 5000, "a number of 5000 digits"),
-        ("&a [*a]", "an alias stands for what it lies in"),
+        ("&a [*a]", "an alias refers to a value that contains it"),
         ("[" * 5000, f"nested deeper than {MAX_DEPTH} levels"),
         ("- " * 5000, f"nested deeper than {MAX_DEPTH} levels"),
         ("[" + "1," * MAX_VALUES + "]", "more than 20,000 values"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,8 @@ from data_pipeline.tokenizer import Tokenizer
 from hope_megatron.checkpoint.find import CheckpointSource
 from hope_megatron.cli.main import main
 from hope_megatron.convert.huggingface.export import export_huggingface, load_huggingface
+from hope_megatron.generation.complete import new_document
+from hope_megatron.generation.sampling import SamplingOptions
 
 pytest.importorskip("transformers", reason="the page is about transformers")
 pytest.importorskip("accelerate", reason="Trainer needs accelerate, which `pip install -e '.[test]'` brings")
@@ -30,12 +31,9 @@ def test_every_block_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     export_huggingface(make_checkpoint(), tmp_path / "model", tokenizer)
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
-        monkeypatch.delitem(sys.modules, name)  # of other tests, in other directories
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names: dict = {"DIR": str(tmp_path / "model")}
     torch.manual_seed(0)
     for block in blocks:
@@ -43,6 +41,12 @@ def test_every_block_runs(
     whole = torch.cat((names["book"], names["question"]), 1)
     assert names["four"].shape[0] == 4 and torch.equal(names["other"][:, : whole.size(1)], whole)
     assert int(names["begun"][0, 0]) == tokenizer.eos_id
+    decoder = new_document(load_huggingface("model").model, tokenizer)
+    decoder.append(torch.from_numpy(tokenizer.encode("def main("))[None])
+    greedy = SamplingOptions(temperature=0.0)
+    ours = [int(token) for token in decoder.generate(20, greedy, torch.Generator())]
+    theirs = names["document"][0, names["begun_as_in_training"].size(1) :].tolist()
+    assert theirs == ours[: len(theirs)] and (len(theirs) == 20 or theirs[-1] == tokenizer.eos_id)
     assert abs(names["loss"].item() - math.log(300)) < 0.5
     again = names["AutoModelForCausalLM"].from_pretrained("tuned/chat", trust_remote_code=True)
     reread = names["AutoTokenizer"].from_pretrained("tuned/chat", trust_remote_code=True)

@@ -57,6 +57,15 @@ def test_every_link_leads_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_no_message_installs_from_an_index() -> None:
+    """The package is on none: an extra is installed from the source directory, pip install -e '.[EXTRA]'."""
+    sources = [
+        path for folder in ("hope_megatron", "data_pipeline", "launch") for path in (ROOT / folder).rglob("*.py")
+    ]
+    for path in [*sources, *PAGES]:
+        assert not re.search(r"pip install [^\n`]*hope_megatron\[", path.read_text(encoding="utf-8")), path
+
+
 def test_commands_are_found() -> None:
     """The reader of pages itself: it sees fenced and indented blocks, and cuts comments."""
     found = [command for page in PAGES for _, command in commands(page)]

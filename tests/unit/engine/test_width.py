@@ -9,8 +9,6 @@ import torch
 
 from hope_megatron.config.model import CMSConfig, CMSLevelConfig, MemoryConfig, ModelConfig, MupConfig
 from hope_megatron.config.optim import OptimConfig
-from hope_megatron.config.parallel import ParallelConfig
-from hope_megatron.engine.distributed import init_distributed, shutdown_distributed
 from hope_megatron.engine.width import scale_learning_rates
 from hope_megatron.model import build_model
 from hope_megatron.optim import build_optimizer
@@ -20,11 +18,7 @@ WIDTHS = (32, 64, 128)
 STEPS = 3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def world_of_one():
-    init_distributed(ParallelConfig())
-    yield
-    shutdown_distributed()
+pytestmark = pytest.mark.usefixtures("world_of_one")
 
 
 def model_config(width: int, mixer: str = "memory", base_width: int | None = None, **changes) -> ModelConfig:

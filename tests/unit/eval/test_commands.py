@@ -14,8 +14,9 @@ from hope_megatron.cli import generate
 from hope_megatron.cli.main import main
 from hope_megatron.testing.tiny import tiny_run_config
 from hope_megatron.training.metrics import MetricsFile
+from hope_megatron.training.mlflow_client import default_uri
 from hope_megatron.training.run_directory import RunDirectory
-from hope_megatron.training.tracking import Tracker, default_uri, read_tracking
+from hope_megatron.training.tracking import Tracker, read_tracking
 
 
 @pytest.fixture

@@ -126,6 +126,9 @@ def test_a_continuation_that_merges_with_its_context_is_tokenized_alone(opened, 
     for (context, continuation), found in zip(cases, model.loglikelihood([instance(*case) for case in cases])):
         expected = log_likelihood(opened, encode(context).tolist(), encode(continuation).tolist())
         assert found[0] == pytest.approx(expected[0], rel=1e-4) and found[1] == expected[1] and found[0] < -1e-3
+    # choices that merge with their context do not tie at the best score there is
+    ties = model.loglikelihood([instance("def function_1(a", choice) for choice in ("r", "rg", "rgument")])
+    assert len({total for total, _ in ties}) == 3 and all(total < -1e-3 for total, _ in ties)
     # where nothing merges it is cut as one text; spaces go with what follows
     (found,) = model.loglikelihood([instance("def function_1(argument, ", "value=1):")])
     assert found[0] == pytest.approx(

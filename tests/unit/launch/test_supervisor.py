@@ -28,7 +28,10 @@ LOST_PEER = Failure(
 def test_a_killed_rank_explains_the_ranks_that_lost_it() -> None:
     errors = [TaskError("node1", "0", "Exited with exit code 1"), TaskError("node2", "3", "Killed")]
     cause = explain_failure(LOST_PEER, None, errors, 2, NODES)
-    assert cause.text == "task 3 on node2: Killed (phase backward of step 7 on the ranks that lost it)"
+    assert cause.text == (
+        "rank 3 on node2: Killed (the system does that when memory runs out) "
+        "(phase backward of step 7 on the ranks that lost it)"
+    )
     assert (cause.kind, cause.bad_nodes) == (TRANSIENT, ["node2"])
 
 

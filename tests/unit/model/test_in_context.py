@@ -6,20 +6,13 @@ import pytest
 import torch
 
 from hope_megatron.config.model import CMSConfig, CMSLevelConfig, MemoryConfig
-from hope_megatron.config.parallel import ParallelConfig
-from hope_megatron.engine.distributed import init_distributed, shutdown_distributed
 from hope_megatron.model import ModelState, build_model
 from hope_megatron.model.in_context import InContextError, initial_inner_state
 from hope_megatron.model.in_context_reference import learn_reference
 from hope_megatron.model.loss import IGNORE
 from hope_megatron.testing.models import random_batch, tiny_model
 
-
-@pytest.fixture(autouse=True, scope="module")
-def world_of_one():
-    init_distributed(ParallelConfig())
-    yield
-    shutdown_distributed()
+pytestmark = pytest.mark.usefixtures("world_of_one")
 
 
 @pytest.fixture

@@ -9,18 +9,11 @@ import torch
 
 from hope_megatron.config import load_model_config
 from hope_megatron.config.model import AttentionConfig, MemoryConfig
-from hope_megatron.config.parallel import ParallelConfig
-from hope_megatron.engine.distributed import init_distributed, shutdown_distributed
 from hope_megatron.model import ModelState, build_model
 from hope_megatron.model.loss import IGNORE
 from hope_megatron.testing.models import random_batch, tiny_model
 
-
-@pytest.fixture(autouse=True, scope="module")
-def world_of_one():
-    init_distributed(ParallelConfig())
-    yield
-    shutdown_distributed()
+pytestmark = pytest.mark.usefixtures("world_of_one")
 
 
 CASES = {

@@ -13,7 +13,6 @@ from hope_megatron.config.accounting import num_parameters, weight_table
 from hope_megatron.config.model import AttentionConfig, CMSConfig, CMSLevelConfig, MemoryConfig
 from hope_megatron.config.parallel import ParallelConfig
 from hope_megatron.config.presets import config_names, family_names
-from hope_megatron.engine.distributed import init_distributed, shutdown_distributed
 from hope_megatron.layers.transformer_config import megatron_config
 from hope_megatron.model.language_model import LanguageModel
 from hope_megatron.testing.models import tiny_model
@@ -40,11 +39,7 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def world_of_one():
-    init_distributed(ParallelConfig())
-    yield
-    shutdown_distributed()
+pytestmark = pytest.mark.usefixtures("world_of_one")
 
 
 def build_on_meta(config):

@@ -82,7 +82,7 @@ def test_a_rate_that_short_chunks_allow_is_refused_for_long_ones_and_why_is_said
             ["mine.yaml", "model.memory.eta_max must be a number, not 'fast'"],
         ),
         ("memory: {objective: L2}", ["mine.yaml", "model.memory.objective must be", "did you mean l2?"]),
-        ("memory: {eta: fixed, adaptive_eta: true}", ["memory.adaptive_eta=true adds to a rate"]),
+        ("memory: {eta: fixed, adaptive_eta: true}", ["memory.adaptive_eta=true adds to a learned rate"]),
     ],
 )
 def test_its_mistakes_are_one_line_in_suites_and_presets(family, text, words):

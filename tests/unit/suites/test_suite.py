@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
 
-from hope_megatron.cli.eval_suite import SUITES
 from hope_megatron.config import ConfigError
 from hope_megatron.config.accounting import num_parameters
 from hope_megatron.suites.ablations import WHOLE, ablations
 from hope_megatron.suites.errors import SuiteError
 from hope_megatron.suites.fit import FitOptions, _Lessons, fit_task, small_model
+from hope_megatron.suites.guessing import guessing_of, guessing_score
 from hope_megatron.suites.held_out import score_test, trajectory
+from hope_megatron.suites.incremental import one_of_seen
 from hope_megatron.suites.models import changed, family_choices, family_model, matched, small_hope, suite_model
 from hope_megatron.suites.needles import needle_tasks
 from hope_megatron.suites.paper import PUBLISHED
 from hope_megatron.suites.plots import plot_suite, plot_trajectories
 from hope_megatron.suites.recall import draw_recall
-from hope_megatron.suites.registry import build_suite
+from hope_megatron.suites.registry import SUITES, build_suite
 from hope_megatron.suites.report import solved, suite_markdown, suite_outline, summarise, table
 from hope_megatron.suites.results import Results
 from hope_megatron.suites.running import run_suite
@@ -282,6 +285,36 @@ def test_the_better_is_the_brighter(monkeypatch, tmp_path):
     )
     plot_suite(run_suite(suite, None, {}, tell=lambda line: None), tmp_path / "s.png")
     assert levels == {0: [[0.75, 0.75], [0.5, 1.0]], 1: [[1.0], [0.0]]}
+
+
+ANSWERS = np.array([[5, 5, IGNORE], [5, 6, IGNORE], [5, 5, 7]])
+
+
+@pytest.mark.parametrize(
+    ("metric", "score"),
+    [("answers", 5 / 7), ("sequences", 1 / 3), ("loss", -(5 / 7) * np.log(5 / 7) - 2 * (1 / 7) * np.log(1 / 7))],
+)
+def test_the_most_frequent_answer_is_the_chance_level(metric, score):
+    batch = Batch(np.zeros_like(ANSWERS), ANSWERS)
+    task = Task("t", 8, ("one",), lambda split, seed: lambda name, size, rng: batch, metric=metric)
+    assert guessing_score(task, "one") == pytest.approx(score)
+    assert guessing_of({"t": task})("t", "forgetting") is None
+
+
+def test_the_chance_level_of_classes_falls_as_they_arrive():
+    groups = [["a", "b"], ["c"]]
+    assert [one_of_seen(groups, column) for column in ("after 1", "after 2", "forgetting")] == [1 / 2, 1 / 3, None]
+
+
+def test_the_picture_has_the_chance_level_and_the_tables_do_not(tmp_path, monkeypatch):
+    levels = []
+    monkeypatch.setattr("matplotlib.axes.Axes.imshow", lambda axes, values, **_: levels.append(values))
+    suite = Suite("s", "t", ("t",), ("a",), 1, {}, lambda cell: one_score(cell, right=0.5, lost=0.25))
+    suite = dataclasses.replace(suite, guessing=lambda task, column: 0.125 if column == "right" else None)
+    results = run_suite(suite, None, {}, tell=lambda line: None)
+    plot_suite(results, tmp_path / "s.png")
+    assert levels[0][0] == [0.5, 0.25] and levels[0][1][0] == 0.125 and math.isnan(levels[0][1][1])
+    assert "most frequent answer" not in suite_markdown(results)
 
 
 def test_results_of_other_settings_are_refused(tmp_path):

@@ -20,7 +20,7 @@ NOISE, LEVEL, SWEEPS = 1e-3, 0.9, 20
 
 @pytest.mark.parametrize("off", [0.0, 0.2])
 def test_intervals_of_the_default_level_cover_the_truth(off):
-    """20 simulated sweeps of 16 runs; with `off` one run is so far off. Figures of 200 sweeps: docs/records."""
+    """20 simulated sweeps of 16 runs; with `off` one run is so far off. Figures of 400 sweeps: docs/records."""
     far = 10 * (6 * N * D).max()
     quantities = (lambda law: law.E, lambda law: law.exponents()[0], lambda law: law.optimum(far).loss)
     covered = np.zeros(len(quantities))
@@ -29,14 +29,14 @@ def test_intervals_of_the_default_level_cover_the_truth(off):
         loss = CHINCHILLA(N, D) * np.exp(rng.normal(0, NOISE, len(N)))
         loss[rng.integers(len(N))] *= (1 + off) ** rng.choice([-1, 1])
         fit = fit_without_outliers(N, D, loss, start=CHINCHILLA)
-        laws = resample_loss_law(fit, N, D, delta=1e-3, count=29, level=LEVEL, seed=seed)
+        laws = resample_loss_law(fit, N, D, loss, delta=1e-3, count=19, level=LEVEL, seed=seed)
         for i, quantity in enumerate(quantities):
             estimate = laws.estimate(quantity)
             covered[i] += estimate.low <= quantity(CHINCHILLA) <= estimate.high
     rates = covered / SWEEPS
-    # Three standard errors of a rate of 0.87 over 20 sweeps are 0.22. While the outlier took part in the resampling, 0.4 of the
+    # Three standard errors of a rate of 0.9 over 20 sweeps are 0.2. While the outlier took part in the resampling, 0.4 of the
     # intervals of the loss held it.
-    assert (rates >= 0.65).all() and rates.mean() >= 0.72, rates
+    assert (rates >= 0.7).all() and rates.mean() >= 0.8, rates
 
 
 def runs(loss):

@@ -47,7 +47,7 @@ def reader_of(source, *, prefetch_steps: int = 2, dp_rank: int = 1) -> BatchRead
     """Of one of two ranks, which takes two of the four samples of a step in micro-batches of one."""
     config = tiny_run_config(training={"micro_batch_size": 1})
     data = config.data.model_copy(update={"prefetch_steps": prefetch_steps})
-    mesh = SimpleNamespace(dp_rank=dp_rank, dp_size=2, device=CPU)
+    mesh = SimpleNamespace(data_rank=dp_rank, data_size=2, device=CPU)
     return BatchReader(source, config.model_copy(update={"data": data}), mesh)
 
 

@@ -13,9 +13,9 @@ import pytest
 from hope_megatron.config import TrackingConfig
 from hope_megatron.testing.tiny import tiny_run_config
 from hope_megatron.training.metrics import MetricsFile
-from hope_megatron.training.mlflow_client import TrackingError, check_tracking, default_uri, open_experiment
+from hope_megatron.training.mlflow_client import TrackingError, default_uri, open_experiment
 from hope_megatron.training.run_directory import RunDirectory
-from hope_megatron.training.tracking import Tracker, log_evaluation, read_tracking
+from hope_megatron.training.tracking import Tracker, check_tracking, log_evaluation, read_tracking
 
 
 def make_run(tmp_path, uri=None):

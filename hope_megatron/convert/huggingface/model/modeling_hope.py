@@ -12,12 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
+
+from hope_megatron.nn.layers import HopeLayer as PlainLayer
+from hope_megatron.nn.layers import RMSNorm, architecture, linear, wide
 
 from .cache_hope import HopeCache
 from .configuration_hope import HopeConfig
 from .generation_hope import HopeGeneration, given_cache
-from .layers_hope import HopeLayer, RMSNorm, architecture, linear, wide
 from .padding_hope import read_aligned, read_rows, spans_of
 
 
@@ -61,6 +64,10 @@ class HopeOutput(ModelOutput):
         return self.cache
 
 
+class HopeLayer(GradientCheckpointingLayer, PlainLayer):
+    """A layer that transformers' gradient checkpointing knows."""
+
+
 class HopePreTrainedModel(PreTrainedModel):
     """What both models share: configuration and initial weights."""
 
@@ -85,7 +92,7 @@ class HopeModel(HopePreTrainedModel):
 
     def __init__(self, config: HopeConfig) -> None:
         super().__init__(config)
-        model = architecture(config)
+        model = architecture(config.resolved())
         mixers = (model.layer_pattern[i % len(model.layer_pattern)] for i in range(model.num_layers))
         self.embedding = nn.Embedding(model.vocab_size, model.hidden_size)
         self.layers = nn.ModuleList(HopeLayer(model, mixer) for mixer in mixers)
@@ -192,7 +199,7 @@ class HopeForCausalLM(HopePreTrainedModel, HopeGeneration, GenerationMixin):
 
     def __init__(self, config: HopeConfig) -> None:
         super().__init__(config)
-        model = architecture(config)
+        model = architecture(config.resolved())
         self.model = HopeModel(config)
         self.lm_head = linear(model.hidden_size, model.vocab_size, model.init_std)
         self.post_init()

@@ -13,13 +13,9 @@ from hope_megatron.ops.memory.rule import MemoryCompute, MemoryRule
 
 
 def autograd_scan(
-    tensors: list[Tensor | None],
-    rule: MemoryRule,
-    groups: tuple[Group, ...],
-    *,
-    compute: MemoryCompute,
-    recompute: bool,
-) -> tuple[Tensor, tuple[Group, ...]]:
+    tensors: list[Tensor | None], rule: MemoryRule, groups: tuple[Group, ...],
+    *, compute: MemoryCompute, recompute: bool,
+) -> tuple[Tensor, tuple[Group, ...]]:  # fmt: skip
     """See `Backend.scan`."""
     B, T, H, _ = tensors[0].shape
     rows = [None if x is None else x.transpose(1, 2).flatten(0, 1) for x in tensors]

@@ -1,10 +1,8 @@
-"""Every backend of the memory operator, best first. An exported model has a list of its own (convert/huggingface/model)."""
+"""The backends of the memory operator that ops/memory_backends.py names, imported. An exported model has a list of its own."""
 
-from hope_megatron.ops.memory.backends.autograd import AUTOGRAD
-from hope_megatron.ops.memory.backends.cpu.scan import CPU
-from hope_megatron.ops.memory.backends.manual.scan import MANUAL
-from hope_megatron.ops.memory.backends.phases.scan import PHASES
+from __future__ import annotations
+
 from hope_megatron.ops.memory.backends.registry import Backend
-from hope_megatron.ops.memory.backends.triton.backend import TRITON
+from hope_megatron.ops.memory_backends import MEMORY_BACKENDS
 
-BACKENDS: tuple[Backend, ...] = (CPU, TRITON, PHASES, MANUAL, AUTOGRAD)
+BACKENDS: tuple[Backend, ...] = tuple(map(MEMORY_BACKENDS.open, MEMORY_BACKENDS))

@@ -1,6 +1,6 @@
 """Which backend computes a layer's memories: chosen once per shape, said once, and kept for the run's record.
 
-A backend is one value: its name, what it cannot take, and its scan. installed.py lists them, best first.
+A backend is one value: its name, what it cannot take, and its scan. ops/memory_backends.py lists them, best first.
 """
 
 from __future__ import annotations

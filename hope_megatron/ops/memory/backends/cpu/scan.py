@@ -46,13 +46,9 @@ def why_not(case: Case) -> str | None:
 
 
 def cpu_scan(
-    tensors: list[Tensor | None],
-    rule: MemoryRule,
-    groups: tuple[Group, ...],
-    *,
-    compute: MemoryCompute,
-    recompute: bool,
-) -> tuple[Tensor, tuple[Group, ...]]:
+    tensors: list[Tensor | None], rule: MemoryRule, groups: tuple[Group, ...],
+    *, compute: MemoryCompute, recompute: bool,
+) -> tuple[Tensor, tuple[Group, ...]]:  # fmt: skip
     """See `Backend.scan`; nothing is transposed. recompute: keep weights every segment, else every 32 tokens or every chunk."""
     (B, T, H, d), (group,) = tensors[0].shape, groups
     segment_chunks, h = max(1, _KEPT_EVERY_TOKENS // rule.chunk_tokens), group.now.w_in.size(1)

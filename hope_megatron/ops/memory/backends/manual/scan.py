@@ -32,13 +32,9 @@ def why_not(case: Case) -> str | None:
 
 
 def manual_scan(
-    tensors: list[Tensor | None],
-    rule: MemoryRule,
-    groups: tuple[Group, ...],
-    *,
-    compute: MemoryCompute,
-    recompute: bool,
-) -> tuple[Tensor, tuple[Group, ...]]:
+    tensors: list[Tensor | None], rule: MemoryRule, groups: tuple[Group, ...],
+    *, compute: MemoryCompute, recompute: bool,
+) -> tuple[Tensor, tuple[Group, ...]]:  # fmt: skip
     """See `Backend.scan`. recompute: keep weights at segment borders only, else everything that backward needs."""
     (B, T, H, _), (group,) = tensors[0].shape, groups
     rows = [x.transpose(1, 2).flatten(0, 1) for x in tensors[:5]]

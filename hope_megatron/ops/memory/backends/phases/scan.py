@@ -59,13 +59,9 @@ both wait for bytes, and at 89 (118) where the phases wait for bytes and the oth
 
 
 def phases_scan(
-    tensors: list[Tensor | None],
-    rule: MemoryRule,
-    groups: tuple[Group, ...],
-    *,
-    compute: MemoryCompute,
-    recompute: bool,
-) -> tuple[Tensor, tuple[Group, ...]]:
+    tensors: list[Tensor | None], rule: MemoryRule, groups: tuple[Group, ...],
+    *, compute: MemoryCompute, recompute: bool,
+) -> tuple[Tensor, tuple[Group, ...]]:  # fmt: skip
     """See `Backend.scan`."""
     B, T, H, _ = tensors[0].shape
     q, k, v, *logits = (None if x is None else x.transpose(1, 2).flatten(0, 1).contiguous() for x in tensors)

@@ -52,6 +52,8 @@ def _why_not_rule(case: Case) -> str | None:
         return text
     if theta:
         return "it has no momentum"
+    if rule.objective not in ("dot", "l2"):
+        return f"it has no objective {rule.objective}"
     if rule.objective == "l2" and rule.num_layers == 2:
         return "with objective l2 it takes matrix memories alone"
     if rule.objective == "l2" and rule.output_uses_dgd:

@@ -1,4 +1,8 @@
-"""The layers of a HOPE model in pure PyTorch, on one device. The memory operator is the one that trained the model."""
+"""The layers of a HOPE model in pure PyTorch, on one device. The memory operator is the one that trained the model.
+
+Parameters have the names and shapes of the Megatron-Core layers. This file travels with an exported model, so it imports nothing
+but PyTorch and the operator; what people construct by hand is in the files beside it.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +13,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hope_megatron.ops.memory.operator import memory_chunked
 from hope_megatron.ops.memory.rule import MemoryRule, pick
 from hope_megatron.ops.memory.types import Bank, MemoryParams, MemoryState, RateLogits, map_params
 from hope_megatron.ops.short_conv import short_conv
 
-from .configuration_hope import HopeConfig
 
-
-def architecture(config: HopeConfig) -> SimpleNamespace:
-    """The architecture as the layers read it."""
-    model = SimpleNamespace(**config.resolved())
+def architecture(values: dict[str, Any]) -> SimpleNamespace:
+    """The architecture as the layers read it. values: a ModelConfig as a dict."""
+    model = SimpleNamespace(**values)
     model.memory, model.attention = SimpleNamespace(**model.memory), SimpleNamespace(**model.attention)
     model.cms = SimpleNamespace(**model.cms)
     model.head_dim = model.head_size or model.hidden_size // model.num_heads
@@ -37,10 +38,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def linear(in_size: int, out_size: int, std: float) -> nn.Linear:
-    """y = x W^T; `std` is that of new weights."""
+def linear(in_size: int, out_size: int, std: float, parts: int = 1) -> nn.Linear:
+    """y = x W^T; `std` is that of new weights. parts: matrices of equal size that stand one above the other in W."""
     layer = nn.Linear(in_size, out_size, bias=False)
     layer.init_std = std
+    layer.optim_fused_parts = (out_size // parts,) * parts if parts > 1 else ()
     return layer
 
 
@@ -75,6 +77,8 @@ class MemoryWeights(nn.Module):
             shapes |= {"scalar_in": (scalar, h, d), "scalar_out": (scalar, 1, h)}
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(heads, *shape)))
+        self.optim_roles = {name: "matrix" if shape[1] > 1 else "vector" for name, shape in shapes.items()}
+        self.optim_no_decay = True
         self.input_std, self.output_std = memory.input_scale / math.sqrt(d), memory.output_scale
 
     def reset(self) -> None:
@@ -106,8 +110,11 @@ class MemoryMixer(nn.Module):
         self.rate_names = tuple(name for name, (kind, _) in self.initial_rates.items() if kind == "data")
         constants = (name for name, (kind, _) in self.initial_rates.items() if kind == "constant")
         self.constants = nn.ParameterDict({name: nn.Parameter(torch.zeros(self.heads)) for name in constants})
-        self.qkv = linear(model.hidden_size, 3 * width, model.hidden_init_std)
+        self.qkv = linear(model.hidden_size, 3 * width, model.hidden_init_std, parts=3)
         self.rates = nn.Linear(model.hidden_size, len(self.rate_names) * self.heads) if self.rate_names else None
+        if self.rates is not None:
+            self.rates.optim_roles = {"weight": "vector"}
+        self.optim_roles = {"conv": "vector"}
         self.conv = nn.Parameter(torch.zeros(3 * width, memory.conv_width)) if memory.conv_width > 1 else None
         self.memories = MemoryWeights(self.heads, self.d, memory.hidden_size or self.d, memory)
         gated = memory.output_gate == "silu"
@@ -259,7 +266,8 @@ class CMSLevel(nn.Module):
         self.activation = model.cms.activation
         blocks = 2 if self.activation == "swiglu" else 1
         self.norm = RMSNorm(model.hidden_size, model.norm_epsilon)
-        self.up = linear(model.hidden_size, blocks * hidden_size, model.hidden_init_std)
+        self.up = linear(model.hidden_size, blocks * hidden_size, model.hidden_init_std, parts=blocks)
+        self.update_period_steps = level.get("update_period_steps", 1)
         self.down = linear(hidden_size, model.hidden_size, model.output_init_std)
         ticks = level.get("inner_chunk_tokens") is not None and level.get("inner_rate", 0.0) > 0
         size = {"constant": 0, "learned": 1, "per_channel": hidden_size}[kind]
@@ -308,7 +316,7 @@ class ContinuumMLP(nn.Module):
         return x
 
 
-class HopeLayer(GradientCheckpointingLayer):
+class HopeLayer(nn.Module):
     """x + Mixer(norm(x)), then the continuum memory system."""
 
     def __init__(self, model: SimpleNamespace, mixer: str) -> None:

@@ -1,0 +1,87 @@
+"""M3 and its peers under FSDP2 and DDP on two processes compute what one process computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hope_megatron.testing.distributed import run_distributed
+
+STEPS = 5
+
+
+def model_and_batches() -> tuple[nn.Module, torch.Tensor]:
+    from hope_megatron import HopeBlock
+
+    torch.manual_seed(0)
+    # 5 rows do not divide by 2; a bias of one row leaves rank 1 without any
+    layers = nn.Sequential(
+        nn.Linear(6, 16), HopeBlock(16, 2, hidden_sizes=(12,)), _First(), nn.Linear(16, 5), nn.Linear(5, 1)
+    )
+    return layers, torch.randn(STEPS, 4, 3, 6, generator=torch.Generator().manual_seed(1))
+
+
+class _First(nn.Module):
+    def forward(self, pair):
+        return pair[0]
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: torch.Tensor) -> None:
+    for x in batches:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def kinds():
+    from hope_megatron.optim import M3, AdaMuon, Muon
+
+    settings = {"lr": 1e-2, "vector_lr": 5e-3}
+    return {
+        "m3": lambda model: M3(model, slow_period_steps=2, **settings),
+        "muon": lambda model: Muon(model, **settings),
+        "adamuon": lambda model: AdaMuon(model, **settings),
+    }
+
+
+def sharded(rank: int, world_size: int) -> dict:
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    found = {}
+    for name, make in kinds().items():
+        for wrapper in ("fsdp", "ddp"):
+            model, batches = model_and_batches()
+            if wrapper == "fsdp":
+                for layer in model:
+                    if list(layer.parameters()):
+                        fully_shard(layer)
+                fully_shard(model)
+            trained = model if wrapper == "fsdp" else DistributedDataParallel(model)
+            optimizer = make(model)
+            train(trained, optimizer, batches[:, rank::world_size])
+            weights = {key: p.full_tensor() if wrapper == "fsdp" else p for key, p in model.named_parameters()}
+            stats = optimizer.last_step_stats()
+            found[f"{name}/{wrapper}"] = (
+                {key: value.detach().numpy() for key, value in weights.items()},
+                stats["optim/newton_schulz_calls"],
+            )
+    return found
+
+
+@pytest.mark.distributed
+def test_two_ranks_equal_one_process() -> None:
+    results = run_distributed(sharded, 2)
+    for name, make in kinds().items():
+        model, batches = model_and_batches()
+        optimizer = make(model)
+        train(model, optimizer, batches)
+        alone = optimizer.last_step_stats()["optim/newton_schulz_calls"]
+        for wrapper in ("fsdp", "ddp"):
+            for rank in results:
+                weights, _ = rank[f"{name}/{wrapper}"]
+                for key, expected in model.named_parameters():
+                    torch.testing.assert_close(torch.from_numpy(weights[key]), expected.detach(), atol=2e-5, rtol=0)
+        calls = [rank[f"{name}/fsdp"][1] for rank in results]
+        assert sum(calls) == alone and min(calls) > 0, "no matrix is orthogonalised twice, and both ranks work"

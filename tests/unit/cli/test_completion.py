@@ -1,0 +1,43 @@
+"""Completion, asked of a real bash."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+
+from hope_megatron.cli.completion import command_words
+from hope_megatron.cli.main import COMMANDS, main
+
+
+def complete(script: str, words: list[str]) -> list[str]:
+    ask = f"{script}\nCOMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _hope; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    words_of = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
+    assert words_of.stderr == ""
+    return words_of.stdout.split()
+
+
+def test_bash_completes_commands_options_and_names(capsys):
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert complete(script, ["hope", "tr"]) == ["train"]
+    assert complete(script, ["hope", "train", "--max"]) == ["--max-restarts"]
+    assert "hope_tiny_cpu" in complete(script, ["hope", "train", "hope_tiny"])
+    assert "one_node" in complete(script, ["hope", "launch", "x", "--cluster", "one"])
+    assert {"lm", "memory", "suite"} <= set(complete(script, ["hope", "eval", "''"]))
+    assert "prepare" in complete(script, ["hope", "data", "pre"])
+
+
+def test_every_command_is_there():
+    assert set(command_words()) == {name.split()[0] for name in COMMANDS}
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_take_their_script(shell, capsys):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "train" in script and "max-restarts" in script
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed: its script was made, not run")
+    subprocess.run([shell, "-n", "/dev/stdin"], input=script, text=True, check=True)

@@ -1,0 +1,50 @@
+"""The export of a model whose data was made with a tokenizer.json carries that file, and transformers gives its ids."""
+
+from __future__ import annotations
+
+import pytest
+
+from data_pipeline import Tokenizer
+from data_pipeline.tokenizer import make_tokenizer
+from hope_megatron.cli.main import main
+from hope_megatron.convert.huggingface.tokenizer_back import read_tokenizer
+from hope_megatron.convert.open_model import open_model
+
+tokenizers = pytest.importorskip("tokenizers")
+
+
+@pytest.fixture
+def bpe(tmp_path) -> Tokenizer:
+    """300 ids, as many as the fixture's model has."""
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    library.train_from_iterator([f"a text of some {i} words and words again\n" for i in range(300)], trainer)
+    library.save(str(tmp_path / "bpe.json"))
+    return Tokenizer.load(tmp_path / "bpe.json")
+
+
+def test_export_generation_and_the_way_back(make_checkpoint, bpe, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    source, out = make_checkpoint(), tmp_path / "out"
+    assert main(["export", "hf", str(source.path), str(out), "--tokenizer", str(tmp_path / "bpe.json")]) == 0
+    assert (out / "tokenizer.json").read_bytes() == bpe.model and not (out / "tokenizer.model").exists()
+    opened = open_model(str(out))
+    assert opened.tokenizer.digest == bpe.digest and opened.tokenizer.eos_id == bpe.eos_id
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    text = "some words <|endoftext|> again\n"
+    assert theirs(text)["input_ids"] == bpe.encode(text).tolist() and theirs.eos_token == "<|endoftext|>"
+    assert "byte for byte" in (out / "README.md").read_text()
+    capsys.readouterr()
+    assert main(["generate", str(out), "--prompt", "some words", "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out.strip()
+    again = tmp_path / "again"
+    theirs.save_pretrained(again)  # as after fine-tuning
+    saved = make_tokenizer(read_tokenizer(again), "again", again / "tokenizer.json")
+    assert saved.encode(text).tolist() == bpe.encode(text).tolist() and saved.special_ids == bpe.special_ids
+    assert main(["import", "hf", str(out), "--tokenizer", str(tmp_path / "back.json")]) == 0
+    assert Tokenizer.load(tmp_path / "back.json").digest == bpe.digest
