@@ -185,6 +185,8 @@ def case_of(rule: MemoryRule, **changes) -> Case:
     [
         (case_of(MemoryRule(), rates=(True, True, True)), "momentum"),
         (case_of(MemoryRule(objective="l2", eta_max=0.1)), "l2"),
+        (case_of(MemoryRule(objective="huber", eta_max=0.1)), "huber"),
+        (case_of(MemoryRule(adaptive_query=True)), "adaptive_query"),
         (case_of(MemoryRule(), d=48), "48"),
         (case_of(MemoryRule(chunk_tokens=256)), "256"),
         (case_of(MemoryRule(), device="cpu"), "interpreter"),

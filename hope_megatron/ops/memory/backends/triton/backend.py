@@ -48,6 +48,8 @@ def why_not_taken(case: Case) -> str | None:
 
 def _why_not_rule(case: Case) -> str | None:
     rule, (eta, alpha, theta) = case.rule, case.rates
+    if (text := rule.differs(objective=("dot", "l2"), adaptive_query=False)) is not None:
+        return text
     if theta:
         return "it has no momentum"
     if rule.objective not in ("dot", "l2"):
