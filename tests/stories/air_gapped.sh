@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # docs/stories.md, "A cluster without a network": the project's wheel, installed without any index, in another directory. The whole
-# wheelhouse holds torch, gigabytes: tools/wheelhouse.sh collects it, and was not run to its end.
+# wheelhouse holds torch, gigabytes: tools/wheelhouse.sh collects it.
 . "$(dirname "$0")/common.sh"
 python="${STORY_PYTHON:-python3}"
 source_tree="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
