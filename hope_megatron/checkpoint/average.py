@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from hope_megatron.checkpoint.errors import ConversionError
-from hope_megatron.checkpoint.unsharded import WholeCheckpoint
+from hope_megatron.checkpoint.unsharded import UnshardedCheckpoint
 
 
-def average(checkpoints: Sequence[WholeCheckpoint], weights: Sequence[float]) -> WholeCheckpoint:
+def average(checkpoints: Sequence[UnshardedCheckpoint], weights: Sequence[float]) -> UnshardedCheckpoint:
     """The weighted mean of the weights, summed in float64, with the progress and data position of the newest checkpoint.
 
     Optimizer states are not carried: a mean of momenta belongs to no trajectory. The probe is not either, for its logits
@@ -29,26 +29,26 @@ def average(checkpoints: Sequence[WholeCheckpoint], weights: Sequence[float]) ->
     total = math.fsum(weights)
     if not all(math.isfinite(weight) for weight in weights) or total <= 0:
         raise ConversionError(f"weights {list(weights)} must be finite, with a positive sum")
-    newest = max(checkpoints, key=lambda whole: whole.description["progress"]["step"])
+    newest = max(checkpoints, key=lambda unsharded: unsharded.description["progress"]["step"])
     shapes = {name: parameter.shape for name, parameter in newest.parameters.items()}
     model = newest.config.model.model_copy(update={"name": ""})
-    for whole in checkpoints:
+    for unsharded in checkpoints:
         if (
-            whole.config.model.model_copy(update={"name": ""}) != model
-            or {name: parameter.shape for name, parameter in whole.parameters.items()} != shapes
+            unsharded.config.model.model_copy(update={"name": ""}) != model
+            or {name: parameter.shape for name, parameter in unsharded.parameters.items()} != shapes
         ):
             raise ConversionError(
-                f"{whole.origin} is another model than {newest.origin}; only one architecture has a mean"
+                f"{unsharded.origin} is another model than {newest.origin}; only one architecture has a mean"
             )
 
     def read(name: str, state: str) -> Tensor:
         mean = torch.zeros(shapes[name], dtype=torch.float64)
-        for whole, weight in zip(checkpoints, weights):
-            mean += whole.read(name, state).double() * (weight / total)
+        for unsharded, weight in zip(checkpoints, weights):
+            mean += unsharded.read(name, state).double() * (weight / total)
         return mean.float()
 
-    parts = [[whole.origin, weight / total] for whole, weight in zip(checkpoints, weights)]
-    origins = ", ".join(whole.origin for whole in checkpoints)
+    parts = [[unsharded.origin, weight / total] for unsharded, weight in zip(checkpoints, weights)]
+    origins = ", ".join(unsharded.origin for unsharded in checkpoints)
     mean = replace(newest.weights_only(), origin=origins, read=read, extra_files=())
     mean.description.pop("heldout_loss", None)
     return replace(mean.with_history("average", parts=parts), origin=f"the average of {len(checkpoints)} checkpoints")

@@ -39,7 +39,7 @@ from hope_megatron.checkpoint.format import (
 from hope_megatron.checkpoint.generators import generator_states, restore_generators
 from hope_megatron.checkpoint.retention import TEMPORARY, Retention, remove_checkpoint, sealed_checkpoints
 from hope_megatron.checkpoint.same_model import check_same_model
-from hope_megatron.checkpoint.shards import group_scalars, live_pieces, load_pieces, parameter_table
+from hope_megatron.checkpoint.shards import group_scalars, live_shards, load_shards, parameter_table
 from hope_megatron.engine.engine import Engine
 from hope_megatron.runtime.failures import TRANSIENT
 from hope_megatron.runtime.files import sync_directory
@@ -219,7 +219,7 @@ class Checkpointer:
         """Host copies of everything this rank saves, and its entry in the table of files."""
         tensors: dict[str, Tensor] = {}
         pieces = []
-        for piece in live_pieces(self.engine):
+        for piece in live_shards(self.engine):
             pieces.append([piece.parameter, piece.offset, piece.numel, list(piece.tensors)])
             for state, view in piece.tensors.items():
                 tensors[f"{state}/{piece.parameter}"] = self._host_copy(f"{state}/{piece.parameter}", view)
@@ -333,7 +333,7 @@ class Checkpointer:
 
     def _load(self, checkpoint: Checkpoint) -> None:
         check_same_model(checkpoint, self.engine.config.model.model_dump(mode="json"))
-        load_pieces(self.engine, checkpoint)
+        load_shards(self.engine, checkpoint)
         if self._rank == 0 and checkpoint.path.resolve().parent == self.directory.resolve():
             self._set_newer_aside(checkpoint_step(checkpoint.path))
         layout, mesh = checkpoint.description["layout"], self.engine.mesh

@@ -55,7 +55,7 @@ class CheckpointDamagedError(CheckpointError):
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShardFile:
     """`numel` elements from `offset` of the flattened shard that `tp_rank` has of a parameter."""
 
     file: str
@@ -213,13 +213,13 @@ class Checkpoint:
             }
 
     @cached_property
-    def _pieces(self) -> dict[tuple[str, int], list[Piece]]:
+    def _shard_files(self) -> dict[tuple[str, int], list[ShardFile]]:
         """Pieces of each (parameter, tp_rank)."""
-        found: dict[tuple[str, int], list[Piece]] = {}
+        found: dict[tuple[str, int], list[ShardFile]] = {}
         with self._well_described():
             for entry in self.description["files"]:
                 for name, offset, numel, states in entry["pieces"]:
-                    piece = Piece(entry["file"], name, entry["tp_rank"], offset, numel, tuple(states))
+                    piece = ShardFile(entry["file"], name, entry["tp_rank"], offset, numel, tuple(states))
                     found.setdefault((name, entry["tp_rank"]), []).append(piece)
         return found
 
@@ -235,7 +235,7 @@ class Checkpoint:
             raise CheckpointDamagedError(
                 f"{self.path / MANIFEST} does not list {min(missing)}, which {DESCRIPTION} names"
             )
-        assert self.parameters is not None and self._pieces is not None  # reading them is the check
+        assert self.parameters is not None and self._shard_files is not None  # reading them is the check
 
     @contextmanager
     def _well_described(self) -> Iterator[None]:
@@ -266,7 +266,7 @@ class Checkpoint:
 
     def states(self, parameter: str) -> tuple[str, ...]:
         """States stored for a parameter: `master` and the optimizer's."""
-        return self._pieces[parameter, 0][0].states
+        return self._shard_files[parameter, 0][0].states
 
     def shard_range(self, parameter: str, state: str, tp_rank: int, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of a flattened shard as it was written.
@@ -276,7 +276,7 @@ class Checkpoint:
         """
         out: Tensor | None = None
         covered = 0
-        for piece in self._pieces[parameter, tp_rank]:
+        for piece in self._shard_files[parameter, tp_rank]:
             low, high = max(start, piece.offset), min(start + numel, piece.offset + piece.numel)
             if low >= high:
                 continue

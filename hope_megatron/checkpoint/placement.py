@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from hope_megatron.checkpoint.unsharded import WholeParameter
+from hope_megatron.checkpoint.unsharded import UnshardedParameter
 from hope_megatron.config.layout import ParallelLayout
-from hope_megatron.optim.geometry import shard_segments
+from hope_megatron.optim.geometry import shard_runs
 from hope_megatron.optim.zero import Run, partition_runs, split_runs
 
 _ALIGNMENT = 2  # DeepSpeed's nccl_start_alignment_factor: partitions of a flat vector are multiples of this
@@ -36,17 +36,17 @@ class FlatVector:
         return sum(run.numel for runs in self.runs.values() for run in runs)
 
 
-def shard_shape(parameter: WholeParameter, tp_size: int) -> tuple[int, ...]:
+def shard_shape(parameter: UnshardedParameter, tp_size: int) -> tuple[int, ...]:
     """Shape of one tensor-parallel shard."""
     shape, dim = list(parameter.shape), parameter.tags.partition_dim
     if dim is not None:
-        segments = shard_segments(shape[dim], parameter.tags, tp_size, 0, parameter.name)
-        shape[dim] = sum(segment.length for segment in segments)
+        runs = shard_runs(shape[dim], parameter.tags, tp_size, 0, parameter.name)
+        shape[dim] = sum(run.length for run in runs)
     return tuple(shape)
 
 
 def place(
-    parameters: Mapping[str, WholeParameter], members: Mapping[str, Sequence[str]], layout: ParallelLayout
+    parameters: Mapping[str, UnshardedParameter], members: Mapping[str, Sequence[str]], layout: ParallelLayout
 ) -> dict[str, tuple[Run, ...]]:
     """Runs of every parameter's flattened shard over the data-parallel ranks.
 
@@ -59,13 +59,13 @@ def place(
 
 
 def flat_vectors(
-    parameters: Mapping[str, WholeParameter], members: Mapping[str, Sequence[str]], layout: ParallelLayout
+    parameters: Mapping[str, UnshardedParameter], members: Mapping[str, Sequence[str]], layout: ParallelLayout
 ) -> list[FlatVector]:
     """The vectors of ZeRO 1, 2 or 3, in the order of the optimizer.
 
     Args:
         parameters: by name.
-        members: names of the parameters of each group (see `Outline`).
+        members: names of the parameters of each group (see `Skeleton`).
         layout: of stage 1 or more.
     """
     split = _equal_partitions if layout.zero_stage == 3 else _one_vector
@@ -76,7 +76,7 @@ def flat_vectors(
     return vectors
 
 
-def _shard_numel(parameter: WholeParameter, layout: ParallelLayout) -> int:
+def _shard_numel(parameter: UnshardedParameter, layout: ParallelLayout) -> int:
     return torch.Size(shard_shape(parameter, layout.tensor_parallel)).numel()
 
 

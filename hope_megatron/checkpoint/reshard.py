@@ -27,8 +27,8 @@ from hope_megatron.checkpoint.format import (
 )
 from hope_megatron.checkpoint.output import fresh_directory
 from hope_megatron.checkpoint.placement import place, shard_shape
-from hope_megatron.checkpoint.skeleton import outline_of
-from hope_megatron.checkpoint.unsharded import WholeCheckpoint, compare_whole, read_whole
+from hope_megatron.checkpoint.skeleton import skeleton_of
+from hope_megatron.checkpoint.unsharded import UnshardedCheckpoint, compare_unsharded, read_unsharded
 from hope_megatron.config import in_layout
 from hope_megatron.config.layout import ParallelLayout
 from hope_megatron.optim import split_shards
@@ -53,18 +53,21 @@ def reshard(source: CheckpointSource, layout: ParallelLayout, out_dir: Path) -> 
         CheckpointDamagedError: a file of the source is missing or differs from its digest.
         ConfigError, ConversionError: as for `write_checkpoint`.
     """
-    whole = read_whole(source)
-    before, after = whole.layout.describe(), layout.describe()
-    return write_checkpoint(whole.with_history("reshard", before=before, after=after), layout, out_dir)
+    unsharded = read_unsharded(source)
+    before, after = unsharded.layout.describe(), layout.describe()
+    return write_checkpoint(unsharded.with_history("reshard", before=before, after=after), layout, out_dir)
 
 
 def write_checkpoint(
-    whole: WholeCheckpoint, layout: ParallelLayout, out_dir: Path, replaceable: Callable[[Path], bool] = lambda _: False
+    unsharded: UnshardedCheckpoint,
+    layout: ParallelLayout,
+    out_dir: Path,
+    replaceable: Callable[[Path], bool] = lambda _: False,
 ) -> Rewritten:
     """Write a checkpoint of ours, as training in `layout` would have, then read it back and compare every tensor.
 
     Args:
-        whole: what to write.
+        unsharded: what to write.
         layout: the ranks that are to find their pieces in their files.
         out_dir: the step directory, made new; `hope train FILE --resume OUT_DIR` starts from it.
         replaceable: whether an existing directory may go.
@@ -73,16 +76,20 @@ def write_checkpoint(
         ConfigError: the layout does not divide the model or the batch.
         ConversionError: `out_dir` is taken or cannot be written, or what was written differs; nothing is left then.
     """
-    config = in_layout(whole.config, layout)
+    config = in_layout(unsharded.config, layout)
     with fresh_directory(out_dir, replaceable) as directory:
-        runs = place(whole.parameters, outline_of(whole).members, layout)
-        digests = _write_ranks(whole, layout, runs, directory)
-        for extra in whole.extra_files:
+        runs = place(unsharded.parameters, skeleton_of(unsharded).members, layout)
+        digests = _write_ranks(unsharded, layout, runs, directory)
+        for extra in unsharded.extra_files:
             digests[extra.name] = _copy(extra, directory / extra.name)
-        description = {**whole.description, "config": config.model_dump(mode="json"), **_describe(whole, layout, runs)}
+        description = {
+            **unsharded.description,
+            "config": config.model_dump(mode="json"),
+            **_describe(unsharded, layout, runs),
+        }
         digests[DESCRIPTION] = write_json(directory / DESCRIPTION, description)
         write_manifest(directory, digests)
-        num_elements = compare_whole(whole, read_whole(CheckpointSource(directory)))
+        num_elements = compare_unsharded(unsharded, read_unsharded(CheckpointSource(directory)))
     return Rewritten(out_dir, layout, len(digests), num_elements)
 
 
@@ -93,17 +100,17 @@ def _ranks(layout: ParallelLayout) -> list[tuple[int, int, int]]:
 
 
 def _write_ranks(
-    whole: WholeCheckpoint, layout: ParallelLayout, runs: dict[str, tuple[Run, ...]], directory: Path
+    unsharded: UnshardedCheckpoint, layout: ParallelLayout, runs: dict[str, tuple[Run, ...]], directory: Path
 ) -> dict[str, FileDigest]:
     """The files of all ranks, filled in one pass over the tensors."""
     files: dict[tuple[int, int], SafetensorsFile] = {}
     with ExitStack() as stack:
         for rank, dp_rank, tp_rank in _ranks(layout):
-            generators = {f"{GENERATOR_PREFIX}{k}": v for k, v in whole.generators(dp_rank, tp_rank).items()}
+            generators = {f"{GENERATOR_PREFIX}{k}": v for k, v in unsharded.generators(dp_rank, tp_rank).items()}
             entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in generators.items()]
             entries += [
                 (f"{state}/{parameter.name}", torch.float32, (run.numel,))
-                for parameter in whole.parameters.values()
+                for parameter in unsharded.parameters.values()
                 for state in parameter.states
                 for run in runs[parameter.name]
                 if run.dp_rank == dp_rank
@@ -112,14 +119,14 @@ def _write_ranks(
             files[dp_rank, tp_rank] = file
             for name, tensor in generators.items():
                 file.append(name, tensor)
-        for parameter in whole.parameters.values():
+        for parameter in unsharded.parameters.values():
             for state in parameter.states:
-                _write_tensor(whole, parameter.name, state, layout.tensor_parallel, runs[parameter.name], files)
+                _write_tensor(unsharded, parameter.name, state, layout.tensor_parallel, runs[parameter.name], files)
         return {rank_file_name(rank): files[dp_rank, tp_rank].close() for rank, dp_rank, tp_rank in _ranks(layout)}
 
 
 def _write_tensor(
-    whole: WholeCheckpoint,
+    unsharded: UnshardedCheckpoint,
     name: str,
     state: str,
     tp_size: int,
@@ -127,10 +134,10 @@ def _write_tensor(
     files: dict[tuple[int, int], SafetensorsFile],
 ) -> None:
     """One state of one parameter into all files that hold a piece of it."""
-    parameter, tensor = whole.parameters[name], whole.read(name, state)
+    parameter, tensor = unsharded.parameters[name], unsharded.read(name, state)
     if tensor.shape != parameter.shape or tensor.dtype != torch.float32:
         raise ConversionError(
-            f"{whole.origin}: {state} of {name} is {tensor.dtype} {list(tensor.shape)}, not float32 {list(parameter.shape)}"
+            f"{unsharded.origin}: {state} of {name} is {tensor.dtype} {list(tensor.shape)}, not float32 {list(parameter.shape)}"
         )
     for tp_rank, shard in enumerate(split_shards(tensor, parameter.tags, tp_size)):
         flat = shard.reshape(-1)
@@ -138,13 +145,15 @@ def _write_tensor(
             files[run.dp_rank, tp_rank].append(f"{state}/{name}", flat.narrow(0, run.shard_start, run.numel))
 
 
-def _describe(whole: WholeCheckpoint, layout: ParallelLayout, runs: dict[str, tuple[Run, ...]]) -> dict[str, Any]:
+def _describe(
+    unsharded: UnshardedCheckpoint, layout: ParallelLayout, runs: dict[str, tuple[Run, ...]]
+) -> dict[str, Any]:
     """The part of checkpoint.json that a layout determines."""
     files = []
     for rank, dp_rank, tp_rank in _ranks(layout):
         pieces = [
             [name, run.shard_start, run.numel, list(parameter.states)]
-            for name, parameter in whole.parameters.items()
+            for name, parameter in unsharded.parameters.items()
             for run in runs[name]
             if run.dp_rank == dp_rank
         ]
@@ -161,7 +170,7 @@ def _describe(whole: WholeCheckpoint, layout: ParallelLayout, runs: dict[str, tu
                 "dtype": parameter.dtype,
                 "tags": parameter.tags.to_dict(),
             }
-            for parameter in whole.parameters.values()
+            for parameter in unsharded.parameters.values()
         ],
         "files": files,
     }

@@ -18,7 +18,7 @@ from hope_megatron.optim.zero import refresh_model_params
 
 
 @dataclass(frozen=True)
-class LivePiece:
+class LiveShard:
     """A piece that this rank owns, as views of the tensors that are being trained."""
 
     parameter: str
@@ -28,7 +28,7 @@ class LivePiece:
     """Flat views by state."""
 
 
-def live_pieces(engine: Engine) -> Iterator[LivePiece]:
+def live_shards(engine: Engine) -> Iterator[LiveShard]:
     """Pieces that this rank writes. At ZeRO stage 0 all data-parallel ranks hold the same, and only the first writes."""
     if engine.config.parallel.zero_stage == 0 and engine.mesh.dp_rank > 0:
         return
@@ -38,7 +38,7 @@ def live_pieces(engine: Engine) -> Iterator[LivePiece]:
             for run in param.runs:
                 if run.dp_rank == bound.dp_rank:
                     views = {state: flat.narrow(0, run.flat_start, run.numel) for state, flat in flats.items()}
-                    yield LivePiece(param.name, run.shard_start, run.numel, views)
+                    yield LiveShard(param.name, run.shard_start, run.numel, views)
 
 
 def group_scalars(engine: Engine) -> dict[str, dict[str, int]]:
@@ -66,7 +66,7 @@ def parameter_table(engine: Engine) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def load_pieces(engine: Engine, checkpoint: Checkpoint) -> None:
+def load_shards(engine: Engine, checkpoint: Checkpoint) -> None:
     """Fill master weights and optimizer state from a checkpoint of any layout, then the model's parameters. Collective.
 
     Raises:

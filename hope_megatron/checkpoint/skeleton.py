@@ -10,7 +10,7 @@ import torch
 from megatron.core import parallel_state
 
 from hope_megatron.checkpoint.errors import ConversionError
-from hope_megatron.checkpoint.unsharded import WholeCheckpoint
+from hope_megatron.checkpoint.unsharded import UnshardedCheckpoint
 from hope_megatron.config import ParallelConfig, RunConfig
 from hope_megatron.engine.build import build_run_optimizer
 from hope_megatron.engine.distributed import init_distributed
@@ -19,7 +19,7 @@ from hope_megatron.model import LanguageModel
 
 
 @dataclass(frozen=True)
-class Outline:
+class Skeleton:
     """A model and its optimizer on the meta device.
 
     Attributes:
@@ -38,20 +38,22 @@ class Outline:
         return {name: group for group, names in self.members.items() for name in names}
 
 
-def outline_of(whole: WholeCheckpoint) -> Outline:
+def skeleton_of(unsharded: UnshardedCheckpoint) -> Skeleton:
     """The outline of the run that a checkpoint belongs to.
 
     Raises:
         ConversionError: the parameters are not those of its configuration.
     """
-    found = outline(whole.config)
-    if found.group_of.keys() != whole.parameters.keys():
-        others = sorted(found.group_of.keys() ^ whole.parameters.keys())
-        raise ConversionError(f"{whole.origin} and the model of its configuration differ in {', '.join(others[:5])}")
+    found = skeleton(unsharded.config)
+    if found.group_of.keys() != unsharded.parameters.keys():
+        others = sorted(found.group_of.keys() ^ unsharded.parameters.keys())
+        raise ConversionError(
+            f"{unsharded.origin} and the model of its configuration differ in {', '.join(others[:5])}"
+        )
     return found
 
 
-def outline(config: RunConfig) -> Outline:
+def skeleton(config: RunConfig) -> Skeleton:
     """The outline of a run; nothing of it depends on the layout."""
     if not parallel_state.model_parallel_is_initialized():
         init_distributed(ParallelConfig(), num_threads=torch.get_num_threads())
@@ -60,7 +62,7 @@ def outline(config: RunConfig) -> Outline:
         model = LanguageModel(megatron_config(config.model, parallel, torch.float32), config.model)
     optimizer = build_run_optimizer(model, config)
     groups = {group["name"]: group for group in optimizer.param_groups}
-    return Outline(
+    return Skeleton(
         tuple(model.state_dict()),
         {name: {key: value for key, value in group.items() if key != "params"} for name, group in groups.items()},
         {name: tuple(param.optim_name for param in group["params"]) for name, group in groups.items()},

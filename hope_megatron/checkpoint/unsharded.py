@@ -26,7 +26,7 @@ CARRIED = ("progress", "data", "config", "provenance", "optimizer", "heldout_los
 
 
 @dataclass(frozen=True)
-class WholeParameter:
+class UnshardedParameter:
     """A parameter as one rank alone would have it."""
 
     name: str
@@ -39,7 +39,7 @@ class WholeParameter:
 
 
 @dataclass(frozen=True)
-class WholeCheckpoint:
+class UnshardedCheckpoint:
     """Tensors, clocks, progress and provenance, independent of ranks.
 
     Attributes:
@@ -54,7 +54,7 @@ class WholeCheckpoint:
     """
 
     origin: str
-    parameters: Mapping[str, WholeParameter]
+    parameters: Mapping[str, UnshardedParameter]
     description: dict[str, Any]
     layout: ParallelLayout
     read: Callable[[str, str], Tensor]
@@ -66,7 +66,7 @@ class WholeCheckpoint:
         """The configuration of the run that trained it."""
         return resolve_run_config(self.description["config"], source=f"the configuration in {self.origin}")
 
-    def weights_only(self) -> WholeCheckpoint:
+    def weights_only(self) -> UnshardedCheckpoint:
         """The same without the optimizer's states: its clocks stand at 0."""
         parameters = {name: replace(parameter, states=(MASTER,)) for name, parameter in self.parameters.items()}
         optimizer = self.description["optimizer"]
@@ -74,13 +74,13 @@ class WholeCheckpoint:
         description = {**self.description, "optimizer": {**optimizer, "groups": clocks}}
         return replace(self, parameters=parameters, description=description)
 
-    def with_history(self, operation: str, **details: Any) -> WholeCheckpoint:
+    def with_history(self, operation: str, **details: Any) -> UnshardedCheckpoint:
         """The same with a line more in its history."""
         history = [*self.description.get("history", ()), {"operation": operation, "source": self.origin, **details}]
         return replace(self, description={**self.description, "history": history})
 
 
-def read_whole(source: CheckpointSource) -> WholeCheckpoint:
+def read_unsharded(source: CheckpointSource) -> UnshardedCheckpoint:
     """A checkpoint of ours, its digests verified first. Of averaged weights: those, without optimizer states.
 
     Raises:
@@ -90,13 +90,13 @@ def read_whole(source: CheckpointSource) -> WholeCheckpoint:
     checkpoint.verify()
     checkpoint.check_description()
     parameters = {
-        name: WholeParameter(
+        name: UnshardedParameter(
             name, record.full_shape(checkpoint.tp_size), record.dtype, record.tags, checkpoint.states(name)
         )
         for name, record in checkpoint.parameters.items()
     }
     description = {key: checkpoint.description[key] for key in CARRIED if key in checkpoint.description}
-    whole = WholeCheckpoint(
+    unsharded = UnshardedCheckpoint(
         str(source.path),
         parameters,
         description,
@@ -106,9 +106,9 @@ def read_whole(source: CheckpointSource) -> WholeCheckpoint:
         (source.path / PROBE_NAME,) if PROBE_NAME in checkpoint.digests else (),
     )
     if not source.averaged:
-        return whole
+        return unsharded
     description.pop("heldout_loss", None)  # of the weights as they were last
-    averaged = replace(whole, read=lambda name, state: checkpoint.full_tensor(name, source.state), extra_files=())
+    averaged = replace(unsharded, read=lambda name, state: checkpoint.full_tensor(name, source.state), extra_files=())
     return averaged.weights_only().with_history("average over steps", decay=checkpoint.config["training"]["ema"])
 
 
@@ -127,7 +127,7 @@ def _generators(checkpoint: Checkpoint, dp_rank: int, tp_rank: int) -> dict[str,
     return fresh_generator_states(checkpoint.config["training"]["seed"], dp_rank)
 
 
-def compare_whole(expected: WholeCheckpoint, found: WholeCheckpoint) -> int:
+def compare_unsharded(expected: UnshardedCheckpoint, found: UnshardedCheckpoint) -> int:
     """Compare every tensor of two checkpoints, bit by bit.
 
     Returns:

@@ -25,7 +25,7 @@ from hope_megatron.config.changes import describe_entry
 if TYPE_CHECKING:
     from hope_megatron.checkpoint.find import CheckpointSource
     from hope_megatron.checkpoint.reshard import Rewritten
-    from hope_megatron.checkpoint.unsharded import WholeCheckpoint
+    from hope_megatron.checkpoint.unsharded import UnshardedCheckpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,11 +54,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def write_in_layout(whole: WholeCheckpoint, args: argparse.Namespace, out: Path) -> None:
+def write_in_layout(unsharded: UnshardedCheckpoint, args: argparse.Namespace, out: Path) -> None:
     """Write a checkpoint in the layout that was asked for, and say what was compared."""
     from hope_megatron.checkpoint.reshard import write_checkpoint
 
-    _print_written(write_checkpoint(whole, changed_layout(args, whole.layout), out), whole.origin)
+    _print_written(write_checkpoint(unsharded, changed_layout(args, unsharded.layout), out), unsharded.origin)
 
 
 def _reshard(args: argparse.Namespace) -> None:
@@ -80,21 +80,21 @@ def _print_written(written: Rewritten, origin: str) -> None:
 
 def _weights(args: argparse.Namespace) -> None:
     from hope_megatron.checkpoint.find import find_checkpoint
-    from hope_megatron.checkpoint.unsharded import read_whole
+    from hope_megatron.checkpoint.unsharded import read_unsharded
 
-    whole = read_whole(find_checkpoint(args.run)).weights_only().with_history("extraction of the weights")
-    write_in_layout(whole, args, args.out)
+    unsharded = read_unsharded(find_checkpoint(args.run)).weights_only().with_history("extraction of the weights")
+    write_in_layout(unsharded, args, args.out)
 
 
 def _average(args: argparse.Namespace) -> None:
     from hope_megatron.checkpoint.average import average
     from hope_megatron.checkpoint.find import find_checkpoint
-    from hope_megatron.checkpoint.unsharded import read_whole
+    from hope_megatron.checkpoint.unsharded import read_unsharded
 
     if len(args.runs) < 2:
         raise ModelReferenceError("hope checkpoint average takes at least two checkpoints, then the new directory")
     weights = _parse_weights(args.weights, len(args.runs))
-    write_in_layout(average([read_whole(find_checkpoint(name)) for name in args.runs], weights), args, args.out)
+    write_in_layout(average([read_unsharded(find_checkpoint(name)) for name in args.runs], weights), args, args.out)
 
 
 def _parse_weights(text: str | None, count: int) -> list[float]:

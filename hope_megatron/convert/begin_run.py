@@ -10,7 +10,7 @@ from hope_megatron.checkpoint.errors import ConversionError
 from hope_megatron.checkpoint.format import MASTER, list_checkpoints, step_directory_name
 from hope_megatron.checkpoint.generators import fresh_generator_states
 from hope_megatron.checkpoint.reshard import write_checkpoint
-from hope_megatron.checkpoint.unsharded import WholeCheckpoint, WholeParameter
+from hope_megatron.checkpoint.unsharded import UnshardedCheckpoint, UnshardedParameter
 from hope_megatron.config import RunConfig
 from hope_megatron.config.layout import ParallelLayout
 from hope_megatron.convert.formats import open_format
@@ -43,22 +43,22 @@ def begin_run(source: Path, format_name: str, config: RunConfig, beginning: Mapp
             f"a run cannot be started from the format {format_name}; `hope list formats` names the others"
         )
     model = load_model(source, config)
-    whole = untrained_checkpoint(model, config, beginning, str(source)).with_history(f"import from {format_name}")
-    return write_checkpoint(whole, whole.layout, checkpoints / step_directory_name(0)).directory
+    unsharded = untrained_checkpoint(model, config, beginning, str(source)).with_history(f"import from {format_name}")
+    return write_checkpoint(unsharded, unsharded.layout, checkpoints / step_directory_name(0)).directory
 
 
 def untrained_checkpoint(
     model: LanguageModel, config: RunConfig, beginning: Mapping[str, Any], origin: str
-) -> WholeCheckpoint:
+) -> UnshardedCheckpoint:
     """The weights of `model`, built on one tensor-parallel rank, and an optimizer that has not made a step."""
     named = dict(model.named_parameters())
     groups = build_run_optimizer(model, config).param_groups
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[config.training.precision]
     parallel = config.parallel
-    return WholeCheckpoint(
+    return UnshardedCheckpoint(
         origin=origin,
         parameters={
-            name: WholeParameter(
+            name: UnshardedParameter(
                 name, tuple(parameter.shape), dtype, read_tags(parameter, name, parameter.shape), (MASTER,)
             )
             for name, parameter in named.items()

@@ -18,33 +18,33 @@ from torch import Tensor
 from hope_megatron.checkpoint.errors import ConversionError
 from hope_megatron.checkpoint.format import DESCRIPTION, MANIFEST, PROBE_NAME, foreign_files, write_json
 from hope_megatron.checkpoint.generators import fresh_generator_states
-from hope_megatron.checkpoint.unsharded import WholeCheckpoint, WholeParameter
+from hope_megatron.checkpoint.unsharded import UnshardedCheckpoint, UnshardedParameter
 from hope_megatron.config.layout import ParallelLayout
 from hope_megatron.optim import ParamTags
 from hope_megatron.runtime.files import file_sha256
 
 log = logging.getLogger(__name__)
 
-Parameters = Mapping[str, WholeParameter]
+Parameters = Mapping[str, UnshardedParameter]
 
 FOLDER = "hope"
 GENERATORS = "generators.safetensors"
 FORMAT = "hope-exchange-v1"
 
 
-def write_sidecar(directory: Path, whole: WholeCheckpoint) -> None:
+def write_extras(directory: Path, unsharded: UnshardedCheckpoint) -> None:
     """Describe an exported checkpoint and seal it; every other file must be there already."""
     folder = directory / FOLDER
     folder.mkdir()
     save_file(
         {
             f"{dp_rank}/{name}": state.contiguous()
-            for dp_rank in range(whole.layout.data_parallel)
-            for name, state in whole.generators(dp_rank, 0).items()
+            for dp_rank in range(unsharded.layout.data_parallel)
+            for name, state in unsharded.generators(dp_rank, 0).items()
         },
         folder / GENERATORS,
     )
-    for extra in whole.extra_files:
+    for extra in unsharded.extra_files:
         shutil.copyfile(extra, folder / extra.name)
     parameters = [
         {
@@ -54,9 +54,14 @@ def write_sidecar(directory: Path, whole: WholeCheckpoint) -> None:
             "tags": p.tags.to_dict(),
             "states": list(p.states),
         }
-        for p in whole.parameters.values()
+        for p in unsharded.parameters.values()
     ]
-    description = {**whole.description, "format": FORMAT, "layout": whole.layout.describe(), "parameters": parameters}
+    description = {
+        **unsharded.description,
+        "format": FORMAT,
+        "layout": unsharded.layout.describe(),
+        "parameters": parameters,
+    }
     write_json(folder / DESCRIPTION, description)
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     write_json(
@@ -65,7 +70,7 @@ def write_sidecar(directory: Path, whole: WholeCheckpoint) -> None:
     )
 
 
-def has_sidecar(directory: Path) -> bool:
+def has_extras(directory: Path) -> bool:
     """Whether an export of ours lies there."""
     return (directory / FOLDER / MANIFEST).is_file()
 
@@ -75,14 +80,16 @@ def refuse_foreign(directory: Path, format_name: str, written_by: str) -> None:
     Raises:
         ConversionError: no export of ours lies there.
     """
-    if not has_sidecar(directory):
+    if not has_extras(directory):
         raise ConversionError(
             f"{directory} was {written_by}: its files do not say what model, clocks and data position they belong to; start a run "
             f"from its weights with `hope import {format_name} DIR CONFIG`"
         )
 
 
-def read_sidecar(directory: Path, open_reader: Callable[[Parameters], Callable[[str, str], Tensor]]) -> WholeCheckpoint:
+def read_extras(
+    directory: Path, open_reader: Callable[[Parameters], Callable[[str, str], Tensor]]
+) -> UnshardedCheckpoint:
     """A checkpoint from an export of ours, whose tensors a format's reader gives.
 
     Args:
@@ -110,14 +117,14 @@ def read_sidecar(directory: Path, open_reader: Callable[[Parameters], Callable[[
         return found or fresh_generator_states(description["config"]["training"]["seed"], dp_rank)
 
     extra_files = (folder / PROBE_NAME,) if f"{FOLDER}/{PROBE_NAME}" in known else ()
-    return WholeCheckpoint(
+    return UnshardedCheckpoint(
         str(directory), parameters, description, layout, open_reader(parameters), generators, extra_files
     )
 
 
-def _parameter(entry: Mapping[str, Any]) -> WholeParameter:
+def _parameter(entry: Mapping[str, Any]) -> UnshardedParameter:
     tags, states = ParamTags.from_dict(entry["tags"]), tuple(entry["states"])
-    return WholeParameter(entry["name"], tuple(entry["full_shape"]), entry["dtype"], tags, states)
+    return UnshardedParameter(entry["name"], tuple(entry["full_shape"]), entry["dtype"], tags, states)
 
 
 def _verify(directory: Path) -> set[str]:

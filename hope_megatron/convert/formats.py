@@ -11,7 +11,7 @@ from hope_megatron.runtime.registry import Entry, Registry
 
 if TYPE_CHECKING:
     from hope_megatron.checkpoint.find import CheckpointSource
-    from hope_megatron.checkpoint.unsharded import WholeCheckpoint
+    from hope_megatron.checkpoint.unsharded import UnshardedCheckpoint
     from hope_megatron.config import ModelConfig, RunConfig
     from hope_megatron.model import LanguageModel
 
@@ -43,7 +43,7 @@ class Format:
 
     export: Callable[[CheckpointSource, Path, ExportOptions], list[str]] | None = None
     takes: frozenset[str] = frozenset()
-    restore: Callable[[Path], WholeCheckpoint] | None = None
+    restore: Callable[[Path], UnshardedCheckpoint] | None = None
     load_model: Callable[[Path, RunConfig], LanguageModel] | None = None
     read_model_config: Callable[[Path], ModelConfig] | None = None
     read_tokenizer: Callable[[Path], bytes] | None = None

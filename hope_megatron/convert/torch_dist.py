@@ -26,9 +26,9 @@ from hope_megatron.checkpoint.find import CheckpointSource
 from hope_megatron.checkpoint.format import MASTER
 from hope_megatron.checkpoint.local_model import build_local_model
 from hope_megatron.checkpoint.output import fresh_directory
-from hope_megatron.checkpoint.unsharded import WholeCheckpoint, compare_whole, read_whole
+from hope_megatron.checkpoint.unsharded import UnshardedCheckpoint, compare_unsharded, read_unsharded
 from hope_megatron.config import RunConfig
-from hope_megatron.convert.extras import Parameters, has_sidecar, read_sidecar, refuse_foreign, write_sidecar
+from hope_megatron.convert.extras import Parameters, has_extras, read_extras, refuse_foreign, write_extras
 from hope_megatron.convert.formats import ExportOptions, Format
 from hope_megatron.model import LanguageModel
 
@@ -46,7 +46,7 @@ def key_of(parameter: str, state: str) -> str:
     return parameter if state == MASTER else f"optimizer.state.{state}.{parameter}"
 
 
-def write_torch_dist(whole: WholeCheckpoint, out_dir: Path) -> int:
+def write_torch_dist(unsharded: UnshardedCheckpoint, out_dir: Path) -> int:
     """Write a checkpoint in this format, one tensor in memory at a time, then read it back and compare every tensor.
 
     Returns:
@@ -55,28 +55,28 @@ def write_torch_dist(whole: WholeCheckpoint, out_dir: Path) -> int:
     Raises:
         ConversionError: `out_dir` is taken or cannot be written, or what was written differs; nothing is left then.
     """
-    names = {key_of(p.name, state): (p.name, state) for p in whole.parameters.values() for state in p.states}
-    shapes = {key: torch.empty(whole.parameters[name].shape, device="meta") for key, (name, _) in names.items()}
-    with fresh_directory(out_dir, has_sidecar) as directory:
+    names = {key_of(p.name, state): (p.name, state) for p in unsharded.parameters.values() for state in p.states}
+    shapes = {key: torch.empty(unsharded.parameters[name].shape, device="meta") for key, (name, _) in names.items()}
+    with fresh_directory(out_dir, has_extras) as directory:
         writer = dcp.FileSystemWriter(directory, sync_files=False)
         with _quiet():
-            dcp.save(shapes, storage_writer=writer, planner=_OneByOne(whole, names), no_dist=True)
+            dcp.save(shapes, storage_writer=writer, planner=_OneByOne(unsharded, names), no_dist=True)
         (directory / "metadata.json").write_text(json.dumps(_BACKEND) + "\n")
         # What Megatron-Core calls the common state: plain numbers that its loader returns beside the tensors.
-        torch.save({"iteration": whole.description["progress"]["step"]}, directory / "common.pt")
-        write_sidecar(directory, whole)
-        return compare_whole(whole, read_torch_dist(directory))
+        torch.save({"iteration": unsharded.description["progress"]["step"]}, directory / "common.pt")
+        write_extras(directory, unsharded)
+        return compare_unsharded(unsharded, read_torch_dist(directory))
 
 
-def read_torch_dist(directory: Path) -> WholeCheckpoint:
-    """A checkpoint that `write_torch_dist` made; see `read_sidecar`."""
+def read_torch_dist(directory: Path) -> UnshardedCheckpoint:
+    """A checkpoint that `write_torch_dist` made; see `read_extras`."""
     refuse_foreign(directory, "torch_dist", "not written by `hope export torch_dist`")
 
     def open_reader(_: Parameters) -> Callable[[str, str], Tensor]:
         reader = _open(directory)
         return lambda parameter, state: _read(reader, key_of(parameter, state))
 
-    return read_sidecar(directory, open_reader)
+    return read_extras(directory, open_reader)
 
 
 def torch_dist_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
@@ -94,12 +94,12 @@ def torch_dist_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
 class _OneByOne(DefaultSavePlanner):
     """Plans with shapes alone; a tensor is read when its turn to be written has come."""
 
-    def __init__(self, whole: WholeCheckpoint, names: dict[str, tuple[str, str]]) -> None:
+    def __init__(self, unsharded: UnshardedCheckpoint, names: dict[str, tuple[str, str]]) -> None:
         super().__init__(flatten_state_dict=False)
-        self._whole, self._names = whole, names
+        self._unsharded, self._names = unsharded, names
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self._whole.read(*self._names[index.fqn]).contiguous()
+        return self._unsharded.read(*self._names[index.fqn]).contiguous()
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -174,9 +174,12 @@ def _quiet() -> Iterator[None]:
 
 
 def _export(source: CheckpointSource, directory: Path, options: ExportOptions) -> list[str]:
-    whole = read_whole(source).with_history("export to torch_dist")
-    num_elements = write_torch_dist(whole, directory)
-    return [f"{directory}: torch_dist, of {whole.origin}", f"checked: {num_elements:,} numbers read back, all equal"]
+    unsharded = read_unsharded(source).with_history("export to torch_dist")
+    num_elements = write_torch_dist(unsharded, directory)
+    return [
+        f"{directory}: torch_dist, of {unsharded.origin}",
+        f"checked: {num_elements:,} numbers read back, all equal",
+    ]
 
 
 def _load_model(directory: Path, config: RunConfig) -> LanguageModel:

@@ -102,8 +102,8 @@ class Job:
 
 
 @dataclass(frozen=True)
-class _Stretch:
-    """`count` equally long pieces of consecutive matrices, side by side in this rank's flat vector."""
+class _EqualRuns:
+    """`count` equally long runs of consecutive matrices, side by side in this rank's flat vector."""
 
     start: int
     count: int
@@ -138,7 +138,7 @@ class MatrixExchange:
         if loads is not None and len(loads) > 1:
             own = owner_loads(self.matrices, self.plan().owners, len(loads), ns.steps)
             loads[:] = [before + more for before, more in zip(loads, own)]
-        self._stretches = list(self._local_stretches())
+        self._equal_runs = list(self._local_equal_runs())
         self._shapes = torch.tensor([matrix.shape for matrix in self.matrices], dtype=torch.float32)
         self.calls = 0
         """Newton-Schulz runs of this rank: matrices, not batches."""
@@ -208,19 +208,19 @@ class MatrixExchange:
             self.calls += count
             self.last_calls += count
 
-    def _local_stretches(self) -> Iterator[_Stretch]:
+    def _local_equal_runs(self) -> Iterator[_EqualRuns]:
         local = sorted(
             (
-                piece.flat_start,
-                piece.numel,
+                run.flat_start,
+                run.numel,
                 index,
                 not matrix.replicated or self.comm.topology.tp_rank(self.comm.rank) == 0,
             )
             for index, matrix in enumerate(self.matrices)
-            for piece in matrix.pieces
-            if piece.rank == self.comm.rank
+            for run in matrix.runs
+            if run.rank == self.comm.rank
         )
-        pending: _Stretch | None = None
+        pending: _EqualRuns | None = None
         for start, length, matrix, counted in local:
             if (
                 pending is not None
@@ -229,22 +229,22 @@ class MatrixExchange:
                 and pending.start + pending.count * length == start
                 and pending.first_matrix + pending.count == matrix
             ):
-                pending = _Stretch(pending.start, pending.count + 1, length, pending.first_matrix, counted)
+                pending = _EqualRuns(pending.start, pending.count + 1, length, pending.first_matrix, counted)
                 continue
             if pending is not None:
                 yield pending
-            pending = _Stretch(start, 1, length, matrix, counted)
+            pending = _EqualRuns(start, 1, length, matrix, counted)
         if pending is not None:
             yield pending
 
-    def _rows(self, values: Tensor, stretch: _Stretch) -> Tensor:
-        return values.narrow(0, stretch.start, stretch.count * stretch.length).view(stretch.count, stretch.length)
+    def _rows(self, values: Tensor, equal: _EqualRuns) -> Tensor:
+        return values.narrow(0, equal.start, equal.count * equal.length).view(equal.count, equal.length)
 
     def _reduce(self, values: Tensor, rows_to_sums: Callable[[Tensor], Tensor]) -> Tensor:
         sums = values.new_zeros(len(self.matrices))
-        for stretch in self._stretches:
-            if stretch.counted:
-                sums.narrow(0, stretch.first_matrix, stretch.count).add_(rows_to_sums(self._rows(values, stretch)))
+        for equal in self._equal_runs:
+            if equal.counted:
+                sums.narrow(0, equal.first_matrix, equal.count).add_(rows_to_sums(self._rows(values, equal)))
         return self.comm.all_reduce_(sums)
 
     def shapes(self, device: torch.device) -> Tensor:
@@ -264,14 +264,14 @@ class MatrixExchange:
 
     def add_(self, values: Tensor, per_matrix: Tensor) -> Tensor:
         """Add to each element the number of its matrix, in place."""
-        for stretch in self._stretches:
-            self._rows(values, stretch).add_(per_matrix.narrow(0, stretch.first_matrix, stretch.count).unsqueeze(1))
+        for equal in self._equal_runs:
+            self._rows(values, equal).add_(per_matrix.narrow(0, equal.first_matrix, equal.count).unsqueeze(1))
         return values
 
     def scale_(self, values: Tensor, per_matrix: Tensor) -> Tensor:
         """Multiply each element by the number of its matrix, in place."""
-        for stretch in self._stretches:
-            self._rows(values, stretch).mul_(per_matrix.narrow(0, stretch.first_matrix, stretch.count).unsqueeze(1))
+        for equal in self._equal_runs:
+            self._rows(values, equal).mul_(per_matrix.narrow(0, equal.first_matrix, equal.count).unsqueeze(1))
         return values
 
     def scale_phase_(self, values: Tensor, factor: float, phase: int) -> Tensor:
@@ -300,12 +300,12 @@ def _unpack(packed: Tensor, target: Tensor, runs: list[tuple[int, int]]) -> None
 
 def _copy_slices(plan: ExchangePlan, work: Tensor, into_matrices: bool) -> None:
     """Between the staging area of column-sliced blocks and their places in the matrices."""
-    for sliced in plan.sliced_blocks:
+    for sliced in plan.staged_blocks:
         block, cols = sliced.block, sliced.matrix_cols
         staged = work.narrow(0, sliced.start, block.numel).view(block.rows, block.cols)
         matrix = work.narrow(0, sliced.matrix_start + block.first_row * cols, block.rows * cols).view(block.rows, cols)
-        for seg in block.columns:
-            inside, outside = matrix.narrow(1, seg.full, seg.length), staged.narrow(1, seg.local, seg.length)
+        for run in block.columns:
+            inside, outside = matrix.narrow(1, run.full, run.length), staged.narrow(1, run.local, run.length)
             if into_matrices:
                 inside.copy_(outside)
             else:

@@ -19,7 +19,7 @@ from hope_megatron.optim.tags import ParamTags
 
 
 @dataclass(frozen=True)
-class Segment:
+class IndexRun:
     """`length` consecutive indices of a dimension: from `local` in the shard, from `full` in the whole."""
 
     local: int
@@ -38,7 +38,7 @@ class Block:
     cols: int
     first_row: int
     """Row of the matrix where the block begins."""
-    columns: tuple[Segment, ...]
+    columns: tuple[IndexRun, ...]
     """Where the columns of the shard lie in the matrix."""
 
     @property
@@ -54,10 +54,8 @@ def full_shape(shape: Sequence[int], tags: ParamTags, tp_size: int) -> tuple[int
     return tuple(full)
 
 
-def shard_segments(
-    full_size: int, tags: ParamTags, tp_size: int, tp_rank: int, name: str = "parameter"
-) -> list[Segment]:
-    """Segments of the sharded dimension on one TP rank.
+def shard_runs(full_size: int, tags: ParamTags, tp_size: int, tp_rank: int, name: str = "parameter") -> list[IndexRun]:
+    """Runs of indices of the sharded dimension on one TP rank.
 
     The dimension is a row of parts, of which every rank holds its 1/tp slice, one after the other: `partition_stride`
     equal parts, or the `optim_fused_parts` if they run along the same dimension and are as many as the stride says.
@@ -70,12 +68,12 @@ def shard_segments(
             f"{name}: size {full_size} in parts {parts} (partition_stride {tags.partition_stride}) does not "
             f"divide over {tp_size} tensor-parallel ranks"
         )
-    segments, local, full = [], 0, 0
+    runs, local, full = [], 0, 0
     for size in parts:
         slice_size = size // tp_size
-        segments.append(Segment(local, full + tp_rank * slice_size, slice_size))
+        runs.append(IndexRun(local, full + tp_rank * slice_size, slice_size))
         local, full = local + slice_size, full + size
-    return segments
+    return runs
 
 
 def matrix_shapes(shape: Sequence[int], tags: ParamTags, tp_size: int) -> list[tuple[int, int]]:
@@ -100,43 +98,43 @@ def matrix_blocks(shape: Sequence[int], tags: ParamTags, tp_size: int, name: str
 def _rank_blocks(
     shape: Sequence[int], full: tuple[int, ...], tags: ParamTags, tp_size: int, tp_rank: int, name: str
 ) -> list[Block]:
-    def segments(dim: int) -> list[Segment]:
+    def runs(dim: int) -> list[IndexRun]:
         if dim == tags.partition_dim:
-            return shard_segments(full[dim], tags, tp_size, tp_rank, name)
-        return [Segment(0, 0, shape[dim])]
+            return shard_runs(full[dim], tags, tp_size, tp_rank, name)
+        return [IndexRun(0, 0, shape[dim])]
 
     lead, cols = len(shape) - 2, shape[-1]
-    columns = tuple(segments(lead + 1))
-    row_segments = _split_at_parts(segments(lead), tags.fused_parts)
+    columns = tuple(runs(lead + 1))
+    row_runs = _split_at_parts(runs(lead), tags.fused_parts)
     matrix_numel = shape[-2] * cols
     blocks = []
-    for index, matrix in enumerate(_stack_indices(shape, full, segments)):
-        for part, first_row, seg in row_segments:
-            start = index * matrix_numel + seg.local * cols
-            blocks.append(Block(matrix + part, tp_rank, start, seg.length, cols, first_row, columns))
+    for index, matrix in enumerate(_stack_indices(shape, full, runs)):
+        for part, first_row, run in row_runs:
+            start = index * matrix_numel + run.local * cols
+            blocks.append(Block(matrix + part, tp_rank, start, run.length, cols, first_row, columns))
     return blocks
 
 
-def _split_at_parts(segments: list[Segment], parts: tuple[int, ...]) -> list[tuple[int, int, Segment]]:
+def _split_at_parts(runs: list[IndexRun], parts: tuple[int, ...]) -> list[tuple[int, int, IndexRun]]:
     """Cut row segments where fused parts meet: (part, first row inside the part, segment)."""
     if not parts:
-        return [(0, seg.full, seg) for seg in segments]
+        return [(0, run.full, run) for run in runs]
     cut = []
-    for seg in segments:
+    for run in runs:
         begin = 0
         for part, size in enumerate(parts):
-            low, high = max(seg.full, begin), min(seg.full + seg.length, begin + size)
+            low, high = max(run.full, begin), min(run.full + run.length, begin + size)
             if low < high:
-                cut.append((part, low - begin, Segment(seg.local + low - seg.full, low, high - low)))
+                cut.append((part, low - begin, IndexRun(run.local + low - run.full, low, high - low)))
             begin += size
     return cut
 
 
-def _stack_indices(shape: Sequence[int], full: tuple[int, ...], segments) -> list[int]:
+def _stack_indices(shape: Sequence[int], full: tuple[int, ...], runs) -> list[int]:
     """Index in the full stack of each matrix of the shard's stack, in row-major order."""
     indices = [0]
     for dim in range(len(shape) - 2):
-        positions = [seg.full + i for seg in segments(dim) for i in range(seg.length)]
+        positions = [run.full + i for run in runs(dim) for i in range(run.length)]
         indices = [i * full[dim] + position for i in indices for position in positions]
     return indices
 
@@ -148,8 +146,8 @@ def merge_shards(shards: Sequence[Tensor], tags: ParamTags) -> Tensor:
     dim = tags.partition_dim
     full = shards[0].new_empty(full_shape(shards[0].shape, tags, len(shards)))
     for rank, shard in enumerate(shards):
-        for seg in shard_segments(full.shape[dim], tags, len(shards), rank):
-            full.narrow(dim, seg.full, seg.length).copy_(shard.narrow(dim, seg.local, seg.length))
+        for run in shard_runs(full.shape[dim], tags, len(shards), rank):
+            full.narrow(dim, run.full, run.length).copy_(shard.narrow(dim, run.local, run.length))
     return full
 
 
@@ -160,7 +158,7 @@ def split_shards(full: Tensor, tags: ParamTags, tp_size: int) -> list[Tensor]:
     dim = tags.partition_dim
     return [
         torch.cat(
-            [full.narrow(dim, seg.full, seg.length) for seg in shard_segments(full.shape[dim], tags, tp_size, rank)],
+            [full.narrow(dim, run.full, run.length) for run in shard_runs(full.shape[dim], tags, tp_size, rank)],
             dim=dim,
         )
         for rank in range(tp_size)

@@ -1,7 +1,7 @@
 """Who orthogonalises which matrix, and what has to travel for it. Pure bookkeeping: no tensors, no process groups.
 
 The ranks of one *exchange group* (data parallel x tensor parallel) hold a flat vector each. Every matrix gets one
-owner; its pieces travel there, Newton-Schulz runs once, and the pieces of the result travel back. The plan is a
+owner; its runs travel there, Newton-Schulz works once, and the runs of the result travel back. The plan is a
 function of the layout alone, so every rank computes the same one without talking, and one process can count the traffic
 of a thousand ranks.
 """
@@ -58,8 +58,8 @@ class ParamLayout:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A stretch of a block that one rank of the exchange group holds."""
+class MatrixRun:
+    """A run of a block that one rank of the exchange group holds."""
 
     rank: int
     block: int
@@ -70,7 +70,7 @@ class Piece:
 
 @dataclass
 class Matrix:
-    """One matrix of a flat vector with all its pieces, ordered by rank."""
+    """One matrix of a flat vector with all its runs, ordered by rank."""
 
     name: str
     shape: tuple[int, int]
@@ -79,7 +79,7 @@ class Matrix:
     blocks: list[Block]
     replicated: bool
     """Every TP rank holds a copy: one is used, the result goes to all."""
-    pieces: list[Piece] = field(default_factory=list)
+    runs: list[MatrixRun] = field(default_factory=list)
 
     @property
     def numel(self) -> int:
@@ -93,9 +93,9 @@ def collect_matrices(params: Sequence[ParamLayout], topology: Topology) -> list[
     for index, param in enumerate(params):
         matrices += _param_matrices(index, param, topology.tp_size, rank_of)
     for matrix in matrices:
-        matrix.pieces.sort(key=lambda piece: (piece.rank, piece.block, piece.block_start))
+        matrix.runs.sort(key=lambda run: (run.rank, run.block, run.block_start))
         copies = topology.tp_size if matrix.replicated else 1
-        held = sum(piece.numel for piece in matrix.pieces)
+        held = sum(run.numel for run in matrix.runs)
         if held != copies * matrix.numel:
             raise OptimError(
                 f"{matrix.name} {matrix.shape}: the ranks hold {held} of its {copies * matrix.numel} elements, so it "
@@ -117,12 +117,12 @@ def _param_matrices(index: int, param: ParamLayout, tp_size: int, rank_of: dict[
             rank = rank_of[run.dp_rank, tp_rank]
             position = max(0, bisect_right(starts, run.shard_start) - 1)
             while position < len(local) and local[position].start < run.shard_start + run.numel:
-                _add_piece(matrices[local[position].matrix], local[position], run, rank)
+                _add_run(matrices[local[position].matrix], local[position], run, rank)
                 position += 1
     return matrices
 
 
-def _add_piece(matrix: Matrix, block: Block, run: Run, rank: int) -> None:
+def _add_run(matrix: Matrix, block: Block, run: Run, rank: int) -> None:
     low = max(block.start, run.shard_start)
     high = min(block.start + block.numel, run.shard_start + run.numel)
     if low >= high:
@@ -130,7 +130,7 @@ def _add_piece(matrix: Matrix, block: Block, run: Run, rank: int) -> None:
     if block not in matrix.blocks:
         matrix.blocks.append(block)
     flat_start = run.flat_start + low - run.shard_start
-    matrix.pieces.append(Piece(rank, matrix.blocks.index(block), low - block.start, flat_start, high - low))
+    matrix.runs.append(MatrixRun(rank, matrix.blocks.index(block), low - block.start, flat_start, high - low))
 
 
 def assign_owners(
@@ -149,8 +149,8 @@ def assign_owners(
     heapq.heapify(heap)
     for i in order:
         held: dict[int, int] = {}
-        for piece in matrices[i].pieces:
-            held[piece.rank] = held.get(piece.rank, 0) + piece.numel
+        for run in matrices[i].runs:
+            held[run.rank] = held.get(run.rank, 0) + run.numel
         fitting = [rank for rank in held if loads[rank] + costs[i] <= cap]
         if fitting:
             owner = min(fitting, key=lambda rank: (-held[rank], loads[rank], rank))
@@ -201,7 +201,7 @@ def owner_loads(matrices: Sequence[Matrix], owners: Sequence[int], num_ranks: in
 
 @dataclass(frozen=True)
 class Transfer:
-    """One uneven all-to-all as one rank sees it: (start, numel) stretches in order of peers, and counts per peer."""
+    """One uneven all-to-all as one rank sees it: (start, numel) runs in order of peers, and counts per peer."""
 
     send_runs: list[tuple[int, int]]
     send_counts: list[int]
@@ -232,7 +232,7 @@ def _merge_runs(lists: list[list[tuple[int, int]]]) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class SlicedBlock:
+class StagedBlock:
     """A block of some columns of its matrix, staged at `start` of the workspace; the matrix lies at `matrix_start`."""
 
     start: int
@@ -258,7 +258,7 @@ class ExchangePlan:
         self.owned.sort(key=lambda i: (self.matrices[i].shape, i))
         self.batches: list[tuple[int, int, tuple[int, int]]] = []
         """(start, number of matrices, shape) of each batch in the workspace."""
-        self.sliced_blocks: list[SlicedBlock] = []
+        self.staged_blocks: list[StagedBlock] = []
         self._block_start: dict[tuple[int, int], int] = {}
         offset, matrix_start = 0, {}
         for i in self.owned:
@@ -277,7 +277,7 @@ class ExchangePlan:
                     self._block_start[i, k] = matrix_start[i] + block.first_row * cols
                 else:
                     self._block_start[i, k] = offset
-                    self.sliced_blocks.append(SlicedBlock(offset, block, matrix_start[i], cols))
+                    self.staged_blocks.append(StagedBlock(offset, block, matrix_start[i], cols))
                     offset += block.numel
         self.workspace_numel = offset
 
@@ -285,16 +285,16 @@ class ExchangePlan:
         """Holders -> owners, or back. Of a replicated matrix the owner's own TP rank sends, and all receive."""
         flat: list[list[tuple[int, int]]] = [[] for _ in range(self.topology.size)]
         work: list[list[tuple[int, int]]] = [[] for _ in range(self.topology.size)]
-        # matrices in index order and pieces in rank order on both sides: sender and receiver agree on the sequence
+        # matrices in index order and runs in rank order on both sides: sender and receiver agree on the sequence
         for i, (matrix, owner) in enumerate(zip(self.matrices, self.owners)):
-            for piece in matrix.pieces:
-                same_tp = self.topology.tp_rank(piece.rank) == self.topology.tp_rank(owner)
+            for run in matrix.runs:
+                same_tp = self.topology.tp_rank(run.rank) == self.topology.tp_rank(owner)
                 if from_holders and matrix.replicated and not same_tp:
                     continue
-                if piece.rank == self.rank:
-                    flat[owner].append((piece.flat_start, piece.numel))
+                if run.rank == self.rank:
+                    flat[owner].append((run.flat_start, run.numel))
                 if owner == self.rank:
-                    work[piece.rank].append((self._block_start[i, piece.block] + piece.block_start, piece.numel))
+                    work[run.rank].append((self._block_start[i, run.block] + run.block_start, run.numel))
         return Transfer.build(flat, work) if from_holders else Transfer.build(work, flat)
 
     def place_of(self, position: int) -> tuple[int, tuple[int, int]]:

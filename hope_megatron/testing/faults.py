@@ -219,10 +219,10 @@ def _flip_parameter(injector: Injector, fault: Fault) -> None:
 
 
 def _flip_optimizer(injector: Injector, fault: Fault) -> None:
-    from hope_megatron.checkpoint.shards import live_pieces
+    from hope_megatron.checkpoint.shards import live_shards
 
     assert injector.engine is not None
-    tensors = [t for piece in live_pieces(injector.engine) for name, t in piece.tensors.items() if name != "master"]
+    tensors = [t for piece in live_shards(injector.engine) for name, t in piece.tensors.items() if name != "master"]
     _flip(max(tensors, key=lambda tensor: tensor.numel()))
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hope_megatron.checkpoint.shards import live_pieces
+from hope_megatron.checkpoint.shards import live_shards
 from hope_megatron.engine.engine import Engine
 from hope_megatron.runtime.failures import TRANSIENT
 
@@ -49,7 +49,7 @@ def replicated_tensors(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Ten
     if mesh.tp_size > 1 and stage < 3:
         shared = {name for name, p in named.items() if not getattr(p, "tensor_model_parallel", False)}
         over_tensor = {name: named[name].data for name in shared}
-        for piece in live_pieces(engine):
+        for piece in live_shards(engine):
             if piece.parameter in shared:
                 over_tensor |= {f"{state} of {piece.parameter}": tensor for state, tensor in piece.tensors.items()}
     if stage == 0:

@@ -12,7 +12,7 @@ from hope_megatron.testing.training import advance, build
 def train(rank, world_size, optimizer):
     import hashlib
 
-    from hope_megatron.checkpoint.shards import live_pieces
+    from hope_megatron.checkpoint.shards import live_shards
     from hope_megatron.training.state import TrainingState
 
     found = {}
@@ -25,7 +25,7 @@ def train(rank, world_size, optimizer):
         engine, state = build(config), TrainingState()
         history = advance(engine, config, state, 8)
         digest = hashlib.sha256()
-        for piece in live_pieces(engine):
+        for piece in live_shards(engine):
             for name, tensor in sorted(piece.tensors.items()):
                 digest.update(f"{name}/{piece.parameter}".encode() + tensor.contiguous().numpy().tobytes())
         found[reduction] = history, digest.hexdigest()

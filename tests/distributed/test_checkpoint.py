@@ -22,11 +22,11 @@ def describe(config, state):
 def local_state(engine):
     """Every tensor this rank owns, as bytes, and every clock."""
     from hope_megatron.checkpoint.generators import generator_states
-    from hope_megatron.checkpoint.shards import group_scalars, live_pieces
+    from hope_megatron.checkpoint.shards import group_scalars, live_shards
 
     found = {
         f"{state}/{piece.parameter}/{piece.offset}": view.contiguous().view(torch.uint8).numpy().tobytes()
-        for piece in live_pieces(engine)
+        for piece in live_shards(engine)
         for state, view in piece.tensors.items()
     }
     found |= {

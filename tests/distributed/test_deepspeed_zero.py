@@ -16,7 +16,7 @@ from hope_megatron.checkpoint.errors import ConversionError
 from hope_megatron.checkpoint.find import CheckpointSource, find_checkpoint
 from hope_megatron.checkpoint.format import Checkpoint, read_full_tensors
 from hope_megatron.checkpoint.reshard import write_checkpoint
-from hope_megatron.checkpoint.unsharded import read_whole
+from hope_megatron.checkpoint.unsharded import read_unsharded
 from hope_megatron.config.layout import ParallelLayout
 from hope_megatron.convert.begin_run import begin_run
 from hope_megatron.convert.deepspeed.native import read_native, write_native
@@ -46,7 +46,7 @@ def run_config(layout: ParallelLayout, settings: dict[str, Any], **more: Any):
 
 def is_that_of(engine, checkpoint) -> bool:
     """Whether this rank holds what a checkpoint of ours holds for it: weights, optimizer states and clocks."""
-    from hope_megatron.checkpoint.shards import group_scalars, live_pieces
+    from hope_megatron.checkpoint.shards import group_scalars, live_shards
 
     mesh = engine.mesh
     return group_scalars(engine) == checkpoint.description["optimizer"]["groups"] and all(
@@ -58,7 +58,7 @@ def is_that_of(engine, checkpoint) -> bool:
             )
             for state, view in piece.tensors.items()
         )
-        for piece in live_pieces(engine)
+        for piece in live_shards(engine)
     )
 
 
@@ -82,7 +82,7 @@ def save_both(rank, world_size, directory):
     for (source, target), layout in LOADS.items():
         config, native = run_config(layout, LAYOUTS[source][1]), base / f"{source}-{target}"
         if rank == 0:
-            write_native(read_whole(CheckpointSource(paths[source])), layout, native)
+            write_native(read_unsharded(CheckpointSource(paths[source])), layout, native)
         engine = build(config)
         engine.control.gather(None)
         path, _ = engine._deepspeed.load_checkpoint(str(native))
@@ -195,7 +195,7 @@ def test_a_universal_checkpoint_of_deepspeeds_own_making_starts_a_run(saved, tmp
 def test_our_files_are_those_of_deepspeed_and_come_back(saved, tmp_path: Path, name: str) -> None:
     theirs = saved[0] / name / "deepspeed/global_step2"
     source = CheckpointSource(saved[0] / name / "ours/step-00000002")
-    write_native(read_whole(source), LAYOUTS[name][0], tmp_path / "native")
+    write_native(read_unsharded(source), LAYOUTS[name][0], tmp_path / "native")
     ours = tmp_path / "native/global_step2"
     assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
     assert (tmp_path / "native/latest").read_text() == (saved[0] / name / "deepspeed/latest").read_text()

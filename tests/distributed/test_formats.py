@@ -15,11 +15,11 @@ from hope_megatron.testing.training import advance, build
 
 def live_state(engine):
     """Every tensor this rank owns, and every clock."""
-    from hope_megatron.checkpoint.shards import group_scalars, live_pieces
+    from hope_megatron.checkpoint.shards import group_scalars, live_shards
 
     pieces = {
         f"{state}/{piece.parameter}/{piece.offset}": view.clone()
-        for piece in live_pieces(engine)
+        for piece in live_shards(engine)
         for state, view in piece.tensors.items()
     }
     return pieces, group_scalars(engine)
@@ -40,7 +40,7 @@ def formats(rank, world_size, directory):
     from hope_megatron.checkpoint.format import read_full_tensors
     from hope_megatron.checkpoint.generators import seed_generators
     from hope_megatron.checkpoint.reshard import write_checkpoint
-    from hope_megatron.checkpoint.unsharded import compare_whole, read_whole
+    from hope_megatron.checkpoint.unsharded import compare_unsharded, read_unsharded
     from hope_megatron.convert.deepspeed.universal import read_universal, write_universal
     from hope_megatron.convert.torch_dist import read_torch_dist, torch_dist_weights, write_torch_dist
     from hope_megatron.training.state import TrainingState
@@ -53,11 +53,11 @@ def formats(rank, world_size, directory):
     description = {"progress": state.to_dict(), "config": config.model_dump(mode="json"), "provenance": {}, "data": {}}
     path = Checkpointer(engine, base / "run").save_now(description)
     if rank == 0:
-        whole = read_whole(CheckpointSource(path))
-        found["numbers"] = write_torch_dist(whole, base / "dist"), write_universal(whole, base / "universal")
+        unsharded = read_unsharded(CheckpointSource(path))
+        found["numbers"] = write_torch_dist(unsharded, base / "dist"), write_universal(unsharded, base / "universal")
         back, also = read_torch_dist(base / "dist"), read_universal(base / "universal")
-        assert compare_whole(back, also) == compare_whole(whole, back)
-        found["clocks and position"] = whole.description == back.description == also.description
+        assert compare_unsharded(back, also) == compare_unsharded(unsharded, back)
+        found["clocks and position"] = unsharded.description == back.description == also.description
         write_checkpoint(back, back.layout, base / "back")
         write_checkpoint(also, also.layout, base / "also")
         pairs = [

@@ -19,7 +19,7 @@ LAYOUTS = {
 def replicas(rank, world_size):
     import torch
 
-    from hope_megatron.checkpoint.shards import live_pieces
+    from hope_megatron.checkpoint.shards import live_shards
     from hope_megatron.testing.faults import _flip
     from hope_megatron.training.batches import micro_batches, rank_samples
     from hope_megatron.training.replicas import Replay, SilentCorruptionError, check_replicas
@@ -76,7 +76,7 @@ def replicas(rank, world_size):
                 bound = next(b for b in engine.optimizer.bound_vectors() if b.params[0].name == "norm.weight")
                 states = engine.optimizer.state[bound.tensor]
                 _flip(next(t for t in states.values() if isinstance(t, torch.Tensor) and t.numel() > 1))
-            pieces = {piece.parameter: piece.tensors for piece in live_pieces(engine)}
+            pieces = {piece.parameter: piece.tensors for piece in live_shards(engine)}
             if rank % 2 == 1 and name != "dp4-zero0" and "norm.weight" in pieces:
                 _flip(next(t for state_name, t in pieces["norm.weight"].items() if state_name != "master"))
             seen[name, "state"] = message(check_replicas, engine)

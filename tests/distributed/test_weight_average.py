@@ -25,7 +25,7 @@ LAYOUTS = [
 ]
 
 
-def whole_states(engine):
+def unsharded_states(engine):
     """Whole tensors of every state by (name, state), put together over all ranks."""
     from hope_megatron.optim import merge_shards
     from hope_megatron.testing.optim_state import export_layout, export_state, layout_tags
@@ -69,11 +69,11 @@ def averages(rank, world_size, directory):
         engine, state, seen = build(config), TrainingState(), []
         for _ in range(STEPS):  # one of two CMS levels is updated every second step only
             advance(engine, config, state, 1)
-            seen.append(whole_states(engine))
+            seen.append(unsharded_states(engine))
         before, raw = compute_weights(engine), engine.evaluate(tokens, tokens)
         with engine.averaged_weights():
-            inside, averaged = whole_states(engine), engine.evaluate(tokens, tokens)
-        after = whole_states(engine)
+            inside, averaged = unsharded_states(engine), engine.evaluate(tokens, tokens)
+        after = unsharded_states(engine)
         path = Path(directory) / f"{tp}-{sp:d}-{zero}-{precision}"
         description = {
             "progress": state.to_dict(), "config": config.model_dump(mode="json"), "provenance": {}, "data": {},
@@ -134,7 +134,7 @@ def test_an_evaluation_of_averaged_weights_leaves_no_trace(layout, results):
 def test_commands_find_the_averaged_weights_of_a_run(layout, results):
     from hope_megatron.checkpoint.errors import ConversionError
     from hope_megatron.checkpoint.find import find_checkpoint
-    from hope_megatron.checkpoint.unsharded import read_whole
+    from hope_megatron.checkpoint.unsharded import read_unsharded
 
     found = results[layout]
     for reference in (f"{found['path']}:ema", f"{found['path']}@{STEPS}:ema"):
@@ -142,7 +142,7 @@ def test_commands_find_the_averaged_weights_of_a_run(layout, results):
         tensors = dict(source.tensors())
         assert source.averaged and source.probe is None
         assert all(torch.equal(tensors[name], average) for name, average in found["average"].items())
-    whole = read_whole(source)
+    whole = read_unsharded(source)
     assert {parameter.states for parameter in whole.parameters.values()} == {("master",)}
     name = next(iter(found["average"]))
     assert torch.equal(whole.read(name, "master"), found["average"][name])

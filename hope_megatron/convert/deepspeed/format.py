@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hope_megatron.checkpoint.find import CheckpointSource
 from hope_megatron.checkpoint.local_model import build_from_shards, build_local_model
-from hope_megatron.checkpoint.unsharded import read_whole
+from hope_megatron.checkpoint.unsharded import read_unsharded
 from hope_megatron.config import RunConfig
 from hope_megatron.convert.deepspeed.native import read_deepspeed, write_native
 from hope_megatron.convert.deepspeed.universal import universal_weights, write_universal
@@ -16,13 +16,13 @@ from hope_megatron.model import LanguageModel
 
 
 def _export(source: CheckpointSource, directory: Path, options: ExportOptions) -> list[str]:
-    whole = read_whole(source).with_history("export to deepspeed")
+    unsharded = read_unsharded(source).with_history("export to deepspeed")
     if options.layout:
-        layout = whole.layout.changed(**options.layout)
-        what, num_elements = f"deepspeed for {layout.in_words()}", write_native(whole, layout, directory)
+        layout = unsharded.layout.changed(**options.layout)
+        what, num_elements = f"deepspeed for {layout.in_words()}", write_native(unsharded, layout, directory)
     else:
-        what, num_elements = "deepspeed, universal", write_universal(whole, directory)
-    return [f"{directory}: {what}, of {whole.origin}", f"checked: {num_elements:,} numbers read back, all equal"]
+        what, num_elements = "deepspeed, universal", write_universal(unsharded, directory)
+    return [f"{directory}: {what}, of {unsharded.origin}", f"checked: {num_elements:,} numbers read back, all equal"]
 
 
 def _load_model(directory: Path, config: RunConfig) -> LanguageModel:

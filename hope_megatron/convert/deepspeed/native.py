@@ -23,20 +23,20 @@ from hope_megatron.checkpoint.errors import ConversionError
 from hope_megatron.checkpoint.format import MASTER
 from hope_megatron.checkpoint.output import fresh_directory
 from hope_megatron.checkpoint.placement import FlatVector, flat_vectors, shard_shape
-from hope_megatron.checkpoint.skeleton import Outline, outline_of
-from hope_megatron.checkpoint.unsharded import WholeCheckpoint, WholeParameter, compare_whole
+from hope_megatron.checkpoint.skeleton import Skeleton, skeleton_of
+from hope_megatron.checkpoint.unsharded import UnshardedCheckpoint, UnshardedParameter, compare_unsharded
 from hope_megatron.config import in_layout
 from hope_megatron.config.layout import ParallelLayout
 from hope_megatron.convert.deepspeed.rank_files import VERSION, Module, Vectors, model_file, optimizer_file
 from hope_megatron.convert.deepspeed.universal import read_universal
 from hope_megatron.convert.deepspeed.zero import LATEST, ZeroDirectory, is_zero_checkpoint
-from hope_megatron.convert.extras import Parameters, has_sidecar, read_sidecar, refuse_foreign, write_sidecar
+from hope_megatron.convert.extras import Parameters, has_extras, read_extras, refuse_foreign, write_extras
 from hope_megatron.optim import merge_shards, split_shards
 
 _SCRATCH = ".scratch"
 
 
-def write_native(whole: WholeCheckpoint, layout: ParallelLayout, out_dir: Path) -> int:
+def write_native(unsharded: UnshardedCheckpoint, layout: ParallelLayout, out_dir: Path) -> int:
     """Write the files of every rank of `layout`, then read them back and compare every tensor.
 
     Vectors are filled in files that stand in for memory, and take the space once more: memory holds one whole tensor and
@@ -52,20 +52,20 @@ def write_native(whole: WholeCheckpoint, layout: ParallelLayout, out_dir: Path) 
     """
     if layout.zero_stage == 0:
         raise ConversionError("without ZeRO DeepSpeed has no files of its own for this; give --zero-stage 1, 2 or 3")
-    config = in_layout(whole.config, layout)
-    description = {**whole.description, "config": config.model_dump(mode="json")}
-    whole = replace(whole, layout=layout, description=description)
-    with fresh_directory(out_dir, has_sidecar) as directory:
+    config = in_layout(unsharded.config, layout)
+    description = {**unsharded.description, "config": config.model_dump(mode="json")}
+    unsharded = replace(unsharded, layout=layout, description=description)
+    with fresh_directory(out_dir, has_extras) as directory:
         folder = directory / f"global_step{description['progress']['step']}"
         (folder / _SCRATCH).mkdir(parents=True)
-        _write_ranks(whole, folder)
+        _write_ranks(unsharded, folder)
         shutil.rmtree(folder / _SCRATCH)
         (directory / LATEST).write_text(folder.name)
-        write_sidecar(directory, whole)
-        return compare_whole(whole, read_native(directory))
+        write_extras(directory, unsharded)
+        return compare_unsharded(unsharded, read_native(directory))
 
 
-def read_deepspeed(directory: Path) -> WholeCheckpoint:
+def read_deepspeed(directory: Path) -> UnshardedCheckpoint:
     """A checkpoint that was exported for DeepSpeed in either form, its digests verified first.
 
     Raises:
@@ -74,15 +74,15 @@ def read_deepspeed(directory: Path) -> WholeCheckpoint:
     return read_native(directory) if is_zero_checkpoint(directory) else read_universal(directory)
 
 
-def read_native(directory: Path) -> WholeCheckpoint:
-    """A checkpoint that `write_native` made; see `read_sidecar`."""
+def read_native(directory: Path) -> UnshardedCheckpoint:
+    """A checkpoint that `write_native` made; see `read_extras`."""
     refuse_foreign(directory, "deepspeed", "saved by DeepSpeed")
 
     def open_reader(parameters: Parameters) -> Callable[[str, str], Tensor]:
         files = ZeroDirectory(directory)
         return lambda name, state: merge_shards(files.shards(name, state), parameters[name].tags)
 
-    return read_sidecar(directory, open_reader)
+    return read_extras(directory, open_reader)
 
 
 def _ranks(layout: ParallelLayout) -> Iterable[tuple[int, int]]:
@@ -90,34 +90,36 @@ def _ranks(layout: ParallelLayout) -> Iterable[tuple[int, int]]:
     return ((dp, tp) for dp in range(layout.data_parallel) for tp in range(layout.tensor_parallel))
 
 
-def _write_ranks(whole: WholeCheckpoint, folder: Path) -> None:
-    layout, outline = whole.layout, outline_of(whole)
-    vectors = flat_vectors(whole.parameters, outline.members, layout)
-    ranks = {rank: _empty_vectors(whole, vectors, folder / _SCRATCH / "{}-{}".format(*rank)) for rank in _ranks(layout)}
+def _write_ranks(unsharded: UnshardedCheckpoint, folder: Path) -> None:
+    layout, skeleton = unsharded.layout, skeleton_of(unsharded)
+    vectors = flat_vectors(unsharded.parameters, skeleton.members, layout)
+    ranks = {
+        rank: _empty_vectors(unsharded, vectors, folder / _SCRATCH / "{}-{}".format(*rank)) for rank in _ranks(layout)
+    }
     modules = [
-        _empty_module(whole, outline, folder / _SCRATCH / f"module-{tp}") for tp in range(layout.tensor_parallel)
+        _empty_module(unsharded, skeleton, folder / _SCRATCH / f"module-{tp}") for tp in range(layout.tensor_parallel)
     ]
-    _fill(whole, vectors, ranks, modules)
-    bf16 = "bf16_" if whole.config.training.precision == "bf16" else ""
+    _fill(unsharded, vectors, ranks, modules)
+    bf16 = "bf16_" if unsharded.config.training.precision == "bf16" else ""
     for (dp, tp), filled in ranks.items():
-        state = optimizer_file(whole, outline, vectors, filled, is_last=dp == layout.data_parallel - 1)
+        state = optimizer_file(unsharded, skeleton, vectors, filled, is_last=dp == layout.data_parallel - 1)
         torch.save(
             {"optimizer_state_dict": state, "ds_version": VERSION},
             folder / f"{bf16}zero_pp_rank_{dp}_mp_rank_{tp:02d}_optim_states.pt",
         )
         if layout.zero_stage == 3 or dp == 0:
             prefix = f"zero_pp_rank_{dp}_" if layout.zero_stage == 3 else ""
-            model = model_file(whole, vectors, modules[tp])
+            model = model_file(unsharded, vectors, modules[tp])
             torch.save(model, folder / f"{prefix}mp_rank_{tp:02d}_model_states.pt")
 
 
-def _empty_vectors(whole: WholeCheckpoint, vectors: list[FlatVector], folder: Path) -> Vectors:
+def _empty_vectors(unsharded: UnshardedCheckpoint, vectors: list[FlatVector], folder: Path) -> Vectors:
     """The flat vectors of one rank, full of zeros, in files."""
     folder.mkdir()
     return [
         {
             state: _in_file(folder / f"{index}-{state}", vector.numel, torch.float32)
-            for state in whole.parameters[next(iter(vector.runs))].states
+            for state in unsharded.parameters[next(iter(vector.runs))].states
         }
         for index, vector in enumerate(vectors)
     ]
@@ -129,30 +131,30 @@ def _in_file(path: Path, numel: int, dtype: torch.dtype) -> Tensor:
     return torch.from_file(str(path), shared=True, size=numel, dtype=dtype)
 
 
-def _empty_module(whole: WholeCheckpoint, outline: Outline, folder: Path) -> Module:
+def _empty_module(unsharded: UnshardedCheckpoint, skeleton: Skeleton, folder: Path) -> Module:
     """The state dict of a tensor-parallel rank's model. At stage 3 the parameters in it are empty."""
     folder.mkdir()
     module: Module = {}
-    for index, key in enumerate(outline.module_keys):
-        parameter = whole.parameters.get(key)
+    for index, key in enumerate(skeleton.module_keys):
+        parameter = unsharded.parameters.get(key)
         if parameter is None:
             module[key] = None  # Megatron-Core's `_extra_state`
-        elif whole.layout.zero_stage == 3:
+        elif unsharded.layout.zero_stage == 3:
             module[key] = torch.empty(0, dtype=_dtype(parameter))
         else:
-            shape = torch.Size(shard_shape(parameter, whole.layout.tensor_parallel))
+            shape = torch.Size(shard_shape(parameter, unsharded.layout.tensor_parallel))
             module[key] = _in_file(folder / str(index), shape.numel(), _dtype(parameter)).view(shape)
     return module
 
 
-def _dtype(parameter: WholeParameter) -> torch.dtype:
+def _dtype(parameter: UnshardedParameter) -> torch.dtype:
     found = getattr(torch, parameter.dtype)
     assert isinstance(found, torch.dtype)
     return found
 
 
 def _fill(
-    whole: WholeCheckpoint,
+    unsharded: UnshardedCheckpoint,
     vectors: list[FlatVector],
     ranks: Mapping[tuple[int, int], Vectors],
     modules: list[Module],
@@ -160,13 +162,13 @@ def _fill(
     """Read every tensor once, and put its pieces where they belong."""
     for index, vector in enumerate(vectors):
         for name, runs in vector.runs.items():
-            parameter = whole.parameters[name]
+            parameter = unsharded.parameters[name]
             for state in parameter.states:
-                shards = split_shards(whole.read(name, state), parameter.tags, whole.layout.tensor_parallel)
+                shards = split_shards(unsharded.read(name, state), parameter.tags, unsharded.layout.tensor_parallel)
                 for tp, shard in enumerate(shards):
                     for run in runs:
                         piece = shard.reshape(-1).narrow(0, run.shard_start, run.numel)
                         ranks[run.dp_rank, tp][index][state].narrow(0, run.flat_start, run.numel).copy_(piece)
                     module = modules[tp][name]
-                    if state == MASTER and whole.layout.zero_stage < 3 and module is not None:
+                    if state == MASTER and unsharded.layout.zero_stage < 3 and module is not None:
                         module.copy_(shard)

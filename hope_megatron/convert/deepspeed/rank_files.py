@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hope_megatron.checkpoint.format import MASTER
 from hope_megatron.checkpoint.placement import FlatVector, shard_shape
-from hope_megatron.checkpoint.skeleton import Outline
-from hope_megatron.checkpoint.unsharded import WholeCheckpoint
+from hope_megatron.checkpoint.skeleton import Skeleton
+from hope_megatron.checkpoint.unsharded import UnshardedCheckpoint
 from hope_megatron.engine.deepspeed_setup import static_loss_scaler
 
 VERSION = "0.19.8"
@@ -24,11 +24,11 @@ Module = dict[str, Tensor | None]
 
 
 def optimizer_file(
-    whole: WholeCheckpoint, outline: Outline, vectors: list[FlatVector], filled: Vectors, is_last: bool
+    unsharded: UnshardedCheckpoint, skeleton: Skeleton, vectors: list[FlatVector], filled: Vectors, is_last: bool
 ) -> dict[str, Any]:
     """What DeepSpeed's wrapper of the optimizer says of itself in this layout."""
-    layout, config = whole.layout, whole.config
-    optimizer, weights = _base_optimizer(whole, outline, vectors, filled), [states[MASTER] for states in filled]
+    layout, config = unsharded.layout, unsharded.config
+    optimizer, weights = _base_optimizer(unsharded, skeleton, vectors, filled), [states[MASTER] for states in filled]
     scaler = {"loss_scaler": static_loss_scaler(), "dynamic_loss_scale": False, "overflow": False}
     if layout.zero_stage == 3:  # stage3.py:3431
         return {
@@ -58,10 +58,10 @@ def optimizer_file(
 
 
 def _base_optimizer(
-    whole: WholeCheckpoint, outline: Outline, vectors: list[FlatVector], filled: Vectors
+    unsharded: UnshardedCheckpoint, skeleton: Skeleton, vectors: list[FlatVector], filled: Vectors
 ) -> dict[str, Any]:
     """The state dict of our optimizer over the flat vectors; learning rates are those before the schedule."""
-    clocks = whole.description["optimizer"]["groups"]
+    clocks = unsharded.description["optimizer"]["groups"]
     states = {
         index: {
             "step": clocks[vector.group]["step"],
@@ -72,20 +72,20 @@ def _base_optimizer(
     }
     groups = [
         {**settings, "params": [i for i, vector in enumerate(vectors) if vector.group == name]}
-        for name, settings in outline.groups.items()
+        for name, settings in skeleton.groups.items()
     ]
     return {"state": states, "param_groups": groups}
 
 
-def model_file(whole: WholeCheckpoint, vectors: list[FlatVector], module: Module) -> dict[str, Any]:
+def model_file(unsharded: UnshardedCheckpoint, vectors: list[FlatVector], module: Module) -> dict[str, Any]:
     """The counters of the engine, and its model (engine.py:5017)."""
-    layout, progress = whole.layout, whole.description["progress"]
+    layout, progress = unsharded.layout, unsharded.description["progress"]
     frozen: dict[str, Tensor] | None = {} if layout.zero_stage > 1 else None  # nothing is, which stage 1 does not say
     return {
         "module": module,
         "buffer_names": [],
         "optimizer": None,
-        "param_shapes": list(_shapes(whole, vectors)),
+        "param_shapes": list(_shapes(unsharded, vectors)),
         "frozen_param_shapes": frozen,
         "shared_params": {},
         "frozen_param_fragments": frozen,
@@ -102,8 +102,8 @@ def model_file(whole: WholeCheckpoint, vectors: list[FlatVector], module: Module
     }
 
 
-def _shapes(whole: WholeCheckpoint, vectors: list[FlatVector]) -> Iterator[dict[str, torch.Size]]:
+def _shapes(unsharded: UnshardedCheckpoint, vectors: list[FlatVector]) -> Iterator[dict[str, torch.Size]]:
     """Shapes of the shards by name, for each vector; their order is that of the vectors' elements."""
-    tp_size = whole.layout.tensor_parallel
+    tp_size = unsharded.layout.tensor_parallel
     for vector in vectors:
-        yield {name: torch.Size(shard_shape(whole.parameters[name], tp_size)) for name in vector.runs}
+        yield {name: torch.Size(shard_shape(unsharded.parameters[name], tp_size)) for name in vector.runs}

@@ -20,10 +20,10 @@ from torch import Tensor
 from hope_megatron.checkpoint.errors import ConversionError
 from hope_megatron.checkpoint.format import MASTER
 from hope_megatron.checkpoint.output import fresh_directory
-from hope_megatron.checkpoint.skeleton import outline_of
-from hope_megatron.checkpoint.unsharded import WholeCheckpoint, compare_whole
+from hope_megatron.checkpoint.skeleton import skeleton_of
+from hope_megatron.checkpoint.unsharded import UnshardedCheckpoint, compare_unsharded
 from hope_megatron.convert.deepspeed.pickles import load_tensors
-from hope_megatron.convert.extras import Parameters, has_sidecar, read_sidecar, refuse_foreign, write_sidecar
+from hope_megatron.convert.extras import Parameters, has_extras, read_extras, refuse_foreign, write_extras
 
 LATEST = "latest_universal"
 FP32 = "fp32"
@@ -31,7 +31,7 @@ _FORMAT_VERSION = "0.17.0"
 """DeepSpeed refuses global state without a version; this is the oldest whose reader was tried."""
 
 
-def write_universal(whole: WholeCheckpoint, out_dir: Path) -> int:
+def write_universal(unsharded: UnshardedCheckpoint, out_dir: Path) -> int:
     """Write a checkpoint in this format, one tensor in memory at a time, then read it back and compare every tensor.
 
     Returns:
@@ -40,17 +40,17 @@ def write_universal(whole: WholeCheckpoint, out_dir: Path) -> int:
     Raises:
         ConversionError: `out_dir` is taken or cannot be written, or what was written differs; nothing is left then.
     """
-    step = whole.description["progress"]["step"]
+    step = unsharded.description["progress"]["step"]
     tag = f"global_step{step}_universal"
-    groups, group_of = whole.description["optimizer"]["groups"], outline_of(whole).group_of
-    with fresh_directory(out_dir, has_sidecar) as directory:
-        for parameter in whole.parameters.values():
+    groups, group_of = unsharded.description["optimizer"]["groups"], skeleton_of(unsharded).group_of
+    with fresh_directory(out_dir, has_extras) as directory:
+        for parameter in unsharded.parameters.values():
             folder = directory / tag / "zero" / parameter.name
             folder.mkdir(parents=True)
             tags = parameter.tags
             cut = {"cat_dim": tags.partition_dim or 0, "param_n_sub_params": tags.partition_stride}
             for state in parameter.states:
-                tensor = whole.read(parameter.name, state).contiguous()
+                tensor = unsharded.read(parameter.name, state).contiguous()
                 torch.save({"param": tensor, **cut}, folder / f"{FP32 if state == MASTER else state}.pt")
             if parameter.states != (MASTER,):
                 torch.save(groups[group_of[parameter.name]]["step"], folder / "step.pt")
@@ -59,29 +59,29 @@ def write_universal(whole: WholeCheckpoint, out_dir: Path) -> int:
         torch.save(global_state, directory / tag / "zero" / "optimizer_state.pt")
         counters = {
             "module": {},
-            "dp_world_size": whole.layout.data_parallel,
+            "dp_world_size": unsharded.layout.data_parallel,
             "mp_world_size": 1,
             "global_steps": step,
-            "global_samples": whole.description["progress"]["samples"],
+            "global_samples": unsharded.description["progress"]["samples"],
             "skipped_steps": 0,
             "lr_scheduler": None,
         }
         for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):  # ZeRO 1 and 2, ZeRO 3
             torch.save(counters, directory / tag / name)
         (directory / LATEST).write_text(tag)
-        write_sidecar(directory, whole)
-        return compare_whole(whole, read_universal(directory))
+        write_extras(directory, unsharded)
+        return compare_unsharded(unsharded, read_universal(directory))
 
 
-def read_universal(directory: Path) -> WholeCheckpoint:
-    """A checkpoint that `write_universal` made; see `read_sidecar`."""
+def read_universal(directory: Path) -> UnshardedCheckpoint:
+    """A checkpoint that `write_universal` made; see `read_extras`."""
     refuse_foreign(directory, "deepspeed", "not written by `hope export deepspeed`")
 
     def open_reader(_: Parameters) -> Callable[[str, str], Tensor]:
         zero = _zero_folder(directory)
         return lambda parameter, state: _read(zero / parameter / f"{FP32 if state == MASTER else state}.pt")
 
-    return read_sidecar(directory, open_reader)
+    return read_extras(directory, open_reader)
 
 
 def universal_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:

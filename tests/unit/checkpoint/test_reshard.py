@@ -13,7 +13,7 @@ from hope_megatron.checkpoint.errors import ConversionError
 from hope_megatron.checkpoint.find import CheckpointSource
 from hope_megatron.checkpoint.format import CheckpointDamagedError
 from hope_megatron.checkpoint.reshard import reshard, write_checkpoint
-from hope_megatron.checkpoint.unsharded import compare_whole, read_whole
+from hope_megatron.checkpoint.unsharded import compare_unsharded, read_unsharded
 from hope_megatron.cli.main import main
 from hope_megatron.config import ConfigError
 from hope_megatron.config.layout import ParallelLayout
@@ -92,21 +92,21 @@ def damage(file: Path) -> None:
 
 
 def test_a_wrong_result_is_found_and_undone(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    whole = read_whole(make_checkpoint())
+    unsharded = read_unsharded(make_checkpoint())
     reads = []
 
     def changing(name: str, state: str) -> torch.Tensor:
         """The second reading of a tensor, for the comparison, differs from the first in one bit."""
         reads.append(name)
-        tensor = whole.read(name, state).clone()
+        tensor = unsharded.read(name, state).clone()
         if reads.count(name) == 2 and name == "norm.weight":
             tensor.view(torch.int32)[0] ^= 1
         return tensor
 
     with pytest.raises(ConversionError, match=r"master of norm\.weight"):
-        write_checkpoint(replace(whole, read=changing), ParallelLayout(), tmp_path / "out")
+        write_checkpoint(replace(unsharded, read=changing), ParallelLayout(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert compare_whole(whole, whole) > 0
+    assert compare_unsharded(unsharded, unsharded) > 0
 
 
 def test_command(make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from hope_megatron.checkpoint.find import find_checkpoint
 from hope_megatron.checkpoint.format import Checkpoint, CheckpointDamagedError
-from hope_megatron.checkpoint.unsharded import read_whole
+from hope_megatron.checkpoint.unsharded import read_unsharded
 from hope_megatron.convert.huggingface.export import export_huggingface, load_huggingface
 from hope_megatron.convert.torch_dist import read_torch_dist, write_torch_dist
 from hope_megatron.generation.decoder import Decoder
@@ -112,7 +112,7 @@ def test_a_damaged_export_is_found(make_checkpoint, tokenizer, tmp_path: Path) -
 
 def test_a_damaged_torch_dist_export_is_found(make_checkpoint, tmp_path: Path) -> None:
     good = tmp_path / "dist"
-    write_torch_dist(read_whole(make_checkpoint()), good)
+    write_torch_dist(read_unsharded(make_checkpoint()), good)
     for path, what in mutations(good, tmp_path / "copy", count=120, seed=4):
         try:
             read_torch_dist(path)

@@ -14,8 +14,8 @@ import torch
 from hope_megatron.checkpoint import placement
 from hope_megatron.checkpoint.errors import ConversionError
 from hope_megatron.checkpoint.find import CheckpointSource
-from hope_megatron.checkpoint.skeleton import outline
-from hope_megatron.checkpoint.unsharded import compare_whole, read_whole
+from hope_megatron.checkpoint.skeleton import skeleton
+from hope_megatron.checkpoint.unsharded import compare_unsharded, read_unsharded
 from hope_megatron.cli.main import main
 from hope_megatron.config.layout import ParallelLayout
 from hope_megatron.convert.deepspeed.native import read_native, write_native
@@ -47,7 +47,7 @@ def test_deepspeeds_own_tool_reads_it(make_checkpoint: MakeCheckpoint, tmp_path:
 
     source = make_checkpoint()
     for stage in (1, 2, 3):
-        write_native(read_whole(source), ParallelLayout(1, 2, stage), tmp_path / str(stage))
+        write_native(read_unsharded(source), ParallelLayout(1, 2, stage), tmp_path / str(stage))
         found, expected = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / str(stage))), dict(source.tensors())
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
@@ -56,27 +56,27 @@ def test_large_groups_are_cut_into_several_vectors(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(placement, "_SUB_GROUP_NUMEL", 2000)
-    whole = read_whole(make_checkpoint())
-    members = outline(whole.config).members
-    vectors = placement.flat_vectors(whole.parameters, members, ParallelLayout(2, 2, 3))
+    unsharded = read_unsharded(make_checkpoint())
+    members = skeleton(unsharded.config).members
+    vectors = placement.flat_vectors(unsharded.parameters, members, ParallelLayout(2, 2, 3))
     assert len(vectors) > len(members)
     assert all(sum(runs[0].numel for runs in list(vector.runs.values())[:-1]) < 2000 for vector in vectors)
-    write_native(whole, ParallelLayout(2, 2, 3), tmp_path / "ds")
-    assert compare_whole(whole, read_native(tmp_path / "ds")) > 0
+    write_native(unsharded, ParallelLayout(2, 2, 3), tmp_path / "ds")
+    assert compare_unsharded(unsharded, read_native(tmp_path / "ds")) > 0
 
 
 def test_groups_are_those_of_training_at_any_width() -> None:
-    found = outline(tiny_run_config(mup_base_width=16))
+    found = skeleton(tiny_run_config(mup_base_width=16))
     assert found.groups["matrix/width"]["lr"] < found.groups["matrix/no_decay"]["lr"]
     assert "layers.0.mixer.qkv.weight" in found.members["matrix/width"]
     assert found.group_of["embedding.weight"] == "vector"
 
 
 def test_damage_and_what_cannot_be(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    whole = read_whole(make_checkpoint())
+    unsharded = read_unsharded(make_checkpoint())
     with pytest.raises(ConversionError, match="--zero-stage 1, 2 or 3"):
-        write_native(whole, ParallelLayout(2, 2, 0), tmp_path / "ds")
-    write_native(whole, ParallelLayout(2, 2, 1), tmp_path / "ds")
+        write_native(unsharded, ParallelLayout(2, 2, 0), tmp_path / "ds")
+    write_native(unsharded, ParallelLayout(2, 2, 1), tmp_path / "ds")
     path = tmp_path / "ds/global_step40/zero_pp_rank_1_mp_rank_00_optim_states.pt"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

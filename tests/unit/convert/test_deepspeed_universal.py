@@ -12,7 +12,7 @@ import torch
 
 from hope_megatron.checkpoint.errors import ConversionError
 from hope_megatron.checkpoint.find import CheckpointSource, find_checkpoint
-from hope_megatron.checkpoint.unsharded import read_whole
+from hope_megatron.checkpoint.unsharded import read_unsharded
 from hope_megatron.cli.main import main
 from hope_megatron.convert.begin_run import begin_run
 from hope_megatron.convert.deepspeed.universal import read_universal, universal_weights, write_universal
@@ -34,7 +34,7 @@ def test_there_and_back_by_the_command(make_checkpoint: MakeCheckpoint, tmp_path
 
 def test_weights_start_a_run(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = make_checkpoint()
-    write_universal(read_whole(source), tmp_path / "ds")
+    write_universal(read_unsharded(source), tmp_path / "ds")
     config = source.config.model_copy(update={"name": "again"})
     begin_run(tmp_path / "ds", "deepspeed", config, BEGINNING)
     expected = dict(source.tensors())
@@ -43,7 +43,7 @@ def test_weights_start_a_run(make_checkpoint: MakeCheckpoint, tmp_path: Path) ->
 
 
 def test_a_changed_file_is_named(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    write_universal(read_whole(make_checkpoint()), tmp_path / "ds")
+    write_universal(read_unsharded(make_checkpoint()), tmp_path / "ds")
     path = tmp_path / "ds/global_step40_universal/zero/norm.weight/fp32.pt"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

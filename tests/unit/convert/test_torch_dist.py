@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 
 from hope_megatron.checkpoint.errors import ConversionError
 from hope_megatron.checkpoint.find import CheckpointSource, find_checkpoint
-from hope_megatron.checkpoint.unsharded import read_whole
+from hope_megatron.checkpoint.unsharded import read_unsharded
 from hope_megatron.cli.main import main
 from hope_megatron.convert.begin_run import begin_run
 from hope_megatron.convert.torch_dist import read_torch_dist, torch_dist_weights, write_torch_dist
@@ -43,7 +43,7 @@ def test_there_and_back_by_the_command(
 def test_pytorch_and_megatron_load_it(make_checkpoint: MakeCheckpoint, tmp_path: Path, model: LanguageModel) -> None:
     from megatron.core import dist_checkpointing
 
-    write_torch_dist(read_whole(make_checkpoint()), tmp_path / "dist")
+    write_torch_dist(read_unsharded(make_checkpoint()), tmp_path / "dist")
     target = {name: torch.full_like(parameter, float("nan")).detach() for name, parameter in model.named_parameters()}
     dcp.load(target, checkpoint_id=tmp_path / "dist", no_dist=True)
     assert all(torch.equal(target[name], parameter) for name, parameter in model.named_parameters())
@@ -69,7 +69,7 @@ def test_weights_written_by_others_start_a_run(
 
 @pytest.mark.parametrize("file", [".metadata", "common.pt", "hope/checkpoint.json", "__0_0.distcp"])
 def test_a_changed_file_is_named(make_checkpoint: MakeCheckpoint, tmp_path: Path, file: str) -> None:
-    write_torch_dist(read_whole(make_checkpoint()), tmp_path / "dist")
+    write_torch_dist(read_unsharded(make_checkpoint()), tmp_path / "dist")
     path = tmp_path / "dist" / file
     data = bytearray(path.read_bytes())
     data[-3] ^= 1

@@ -58,10 +58,10 @@ def test_blocks_assemble_the_matrices(shape, tags, tp_size):
     for block in matrix_blocks(shards[0].shape, tags, tp_size):
         values = shards[block.tp_rank].flatten()[block.start : block.start + block.numel].view(block.rows, block.cols)
         rows = assembled[block.matrix][block.first_row : block.first_row + block.rows]
-        for seg in block.columns:
-            target = rows[:, seg.full : seg.full + seg.length]
+        for run in block.columns:
+            target = rows[:, run.full : run.full + run.length]
             assert target.isnan().all()
-            target.copy_(values[:, seg.local : seg.local + seg.length])
+            target.copy_(values[:, run.local : run.local + run.length])
     assert len(assembled) == len(expected)
     for found, wanted in zip(assembled, expected, strict=True):
         assert torch.equal(found, wanted)

@@ -74,7 +74,7 @@ def test_every_piece_goes_to_the_owner_and_back(zero3, dp_size, tp_size):
         assert sum(plan.gather.receive_counts) == sum(matrices[i].numel for i in plan.owned)
         held = [
             i
-            for p in (p for m in matrices for p in m.pieces if p.rank == plan.rank)
+            for p in (p for m in matrices for p in m.runs if p.rank == plan.rank)
             for i in _elements(p.flat_start, p.numel)
         ]
         returned = [i for start, numel in plan.scatter.receive_runs for i in _elements(start, numel)]
