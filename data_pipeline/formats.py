@@ -17,6 +17,8 @@ COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz", ".lzma")
 TARS = {".tgz": ".gz", ".tzst": ".zst", ".tbz2": ".bz2", ".txz": ".xz"}  # .tar under a compression, in short
 REFUSED = (".zip", ".7z", ".rar", ".lz4", ".lz", ".lzo", ".br", ".sz", ".snappy", ".z")
 """Archives and compressions that are not read. As text they would be nonsense, so they are refused by name."""
+FOREIGN = (".csv", ".tsv", ".ipynb", ".avro", ".orc", ".feather", ".pdf", ".docx", ".odt", ".epub", ".xls", ".xlsx")
+"""Tables, notebooks and documents of other programs. As text each would be one document: its own source, not what it says."""
 
 KNOWN = f"{' '.join(KINDS)}, also with {' '.join(COMPRESSIONS)}"
 
@@ -39,6 +41,16 @@ def split_compression(path: str) -> tuple[str, str]:
         return suffix, ""
     name = urlsplit(path).path if path.startswith(("http://", "https://")) else path
     return suffix_of(name[: -len(suffix)]) or ".txt", suffix
+
+
+def refusal(path: str) -> tuple[str, str] | None:
+    """(suffix, what to do) of a path that is never taken as text; None for any other."""
+    for suffix in (suffix_of(path), split_compression(path)[0]):
+        if suffix in REFUSED:
+            return suffix, "Unpack it"
+        if suffix in FOREIGN:
+            return suffix, "Convert it, for example to JSON lines"
+    return None
 
 
 def kind_of(path: str) -> Kind | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import SourceError
-from data_pipeline.formats import KNOWN, REFUSED, kind_of, split_compression, suffix_of
+from data_pipeline.formats import KNOWN, kind_of, refusal, split_compression
 
 PYTHON_STDLIB = "python-stdlib"
 # Parts of the standard library's directory that are not for reading: installed packages, tests, copies, code tables.
@@ -155,9 +155,10 @@ def _named_file(path: str) -> SourceFile:
 
 
 def refuse_unreadable_kind(path: str) -> None:
-    """Raise SourceError for archives and compressions that are not read; any other unknown kind is taken as text."""
-    if (suffix := suffix_of(path)) in REFUSED:
-        raise SourceError(f"{path}: files of kind {suffix} are not read. Unpack it; these are read: {KNOWN}.")
+    """Raise SourceError for archives, tables and other kinds that are not read; any other unknown kind is taken as text."""
+    if refused := refusal(path):
+        suffix, advice = refused
+        raise SourceError(f"{path}: files of kind {suffix} are not read. {advice}; these are read: {KNOWN}.")
 
 
 def _mode(path: str) -> int | str:
@@ -253,8 +254,8 @@ class _Finder:
             self._leave_out(special, path)
         elif stat.S_ISDIR(mode):
             self._leave_out("directory", path)
-        elif (suffix := suffix_of(path)) in REFUSED:
-            self._leave_out(f"kind {suffix}", path)
+        elif refused := refusal(path):
+            self._leave_out(f"kind {refused[0]}", path)
         else:
             (self._links if os.path.islink(path) else self.files)[path] = real
 

@@ -17,7 +17,7 @@ from hope_megatron.config.changes import Changes, describe_changes, differences,
 from hope_megatron.config.run import RunConfig
 from hope_megatron.runtime.files import write_json
 from hope_megatron.training.metrics import read_metrics
-from hope_megatron.training.run_directory import RunDirectory
+from hope_megatron.training.run_directory import RunDirectory, RunDirectoryError
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +93,24 @@ def outlook(config: RunConfig, directory: RunDirectory) -> list[str]:
 def write_history(file: Path, config: RunConfig, history: History) -> None:
     """Write history.json."""
     write_json(file, {"config": config.model_dump(mode="json"), "history": history})
+
+
+def read_history(directory: RunDirectory) -> History:
+    """What the run went through; empty for a run without history.json.
+
+    Raises:
+        RunDirectoryError: the file is damaged.
+    """
+    file = directory.history
+    if not file.exists():
+        return []
+    try:
+        history: History = json.loads(file.read_text(encoding="utf-8"))["history"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunDirectoryError(
+            f"{file} is damaged ({error!r}): move it away; the next start of the run writes it"
+        ) from None
+    return history
 
 
 def history_tags(history: History) -> dict[str, str]:

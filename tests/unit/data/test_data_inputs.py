@@ -381,12 +381,16 @@ def test_links_of_a_cache_to_its_blobs_are_read_once(tmp_path: Path) -> None:
         ("dangling.txt", "is a broken link"),
         ("self.txt", "is a circular link"),
         ("z.zip", "files of kind .zip are not read. Unpack it"),
+        ("t.csv", "files of kind .csv are not read. Convert it, for example to JSON lines"),
+        ("t.TSV.gz", "files of kind .tsv are not read. Convert it"),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_plain_words(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, message: str
 ) -> None:
     path = make_directory(tmp_path) / name
+    if not os.path.lexists(path):
+        path.write_text("text\na\n")
     assert main(["prepare", str(path), "--tokenizer", "none.model", "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
