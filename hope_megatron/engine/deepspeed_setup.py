@@ -136,8 +136,9 @@ _NUMEL_AT_ONCE = 2**26
 
 
 def accumulate_together(zero: Any) -> None:
-    """Have the bf16 wrapper add gradients to its float32 sums many at a time. It takes two kernels for each parameter and
-    micro-batch otherwise (bf16_optimizer.py:519). The sums are the same, bit for bit.
+    """Have the bf16 wrapper add gradients to its float32 sums many at a time, and drop them then. It takes two kernels for each
+    parameter and micro-batch otherwise (bf16_optimizer.py:519), and a third where autograd adds the next gradient to zeros. The
+    sums are the same, bit for bit.
     """
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
@@ -154,8 +155,8 @@ def accumulate_together(zero: Any) -> None:
                 raised = [torch.empty_like(sums[i]) for i in some]
                 torch._foreach_copy_(raised, [group[i].grad.view(sums[i].shape) for i in some])
                 torch._foreach_add_([sums[i] for i in some], raised)
-            if clear_lp_grads and found:
-                torch._foreach_zero_([group[i].grad for i in found])
+            for i in found:
+                group[i].grad = None
 
     zero.update_hp_grads = update_hp_grads
 
