@@ -87,7 +87,7 @@ def test_resume_is_bitwise_and_state_reshards(name):
 
 
 def test_steps_skipped_for_non_finite_gradients_and_fp16_overflow_touch_no_state():
-    runs = [(name, "float16") for name in ("m3", "muon", "adamuon", "adamw", "sgd")] + [("m3", "float32")]
+    runs = [(name, "float16") for name in ("m3", "muon", "adamuon", "adamw", "sgd", "dmgd")] + [("m3", "float32")]
     cases = [
         Case(f"{name}, stage {stage}, {dtype}", stage, OptimSettings(name=name), dtype=dtype)
         for name, dtype in runs
