@@ -25,8 +25,10 @@ quickstart: $(VENV)/.ready-run ## from text to a pretrained HOPE: about 5 minute
 
 # Unit tests share the cores; the others start several processes each, and go one after another. Exit code 5: none was chosen.
 test: $(VENV)/.ready-test ## unit, distributed and integration tests (ARGS="-k name" for some)
-	TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest tests/unit -n logical --maxprocesses 4 --dist loadfile $(ARGS) || [ $$? -eq 5 ]
-	TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest tests/distributed tests/integration $(ARGS) || [ $$? -eq 5 ]
+	@failed=0; export TORCHDYNAMO_DISABLE=1; \
+	$(BIN)/python -m pytest tests/unit -n logical --maxprocesses 4 --dist loadfile $(ARGS) || [ $$? -eq 5 ] || failed=1; \
+	$(BIN)/python -m pytest tests/distributed tests/integration $(ARGS) || [ $$? -eq 5 ] || failed=1; \
+	exit $$failed
 	@echo "not run: the tests on a real Slurm cluster (make test-slurm) and the soak (make soak)"
 
 test-slurm: $(VENV)/.ready-test ## training that survives a real Slurm cluster, made on this machine (root, tools/install_slurm.sh)

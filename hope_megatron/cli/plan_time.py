@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hope_megatron.cli.rehearse_report import seconds_text
 from hope_megatron.config.base import ConfigError
 from hope_megatron.config.calibration import calibrate, measured_step_s, write_efficiency
 from hope_megatron.config.efficiency import Efficiency
@@ -14,7 +13,7 @@ from hope_megatron.config.load import load_run_config
 from hope_megatron.config.run import RunConfig
 from hope_megatron.config.step_time import step_time, why_not_counted
 from hope_megatron.config.tuning import Choice, best_choices
-from hope_megatron.runtime.formatting import bytes_text, duration_text
+from hope_megatron.runtime.formatting import bytes_text, duration_text, seconds_text
 from hope_megatron.runtime.records import parse_records
 
 

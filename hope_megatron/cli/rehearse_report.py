@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hope_megatron.runtime.formatting import bytes_text, count_text, percent_text
+from hope_megatron.runtime.formatting import bytes_text, count_text, percent_text, seconds_text
 
 _WAITS_SHOWN = 8
 
@@ -71,13 +71,6 @@ def print_comparison(a: dict[str, Any], b: dict[str, Any], console: Console | No
     table.add_row("exposed collectives", bytes_text(x), bytes_text(y), _ratio(x, y))
     console.print(table)
     console.print(f"\ncounted for {a['world_size']} and {b['world_size']} x {a['hardware']}, not measured")
-
-
-def seconds_text(seconds: float) -> str:
-    """'1.23 s', '45.6 ms' or '78 us'."""
-    if seconds >= 1:
-        return f"{seconds:.2f} s"
-    return f"{1e3 * seconds:.1f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.0f} us"
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -33,6 +33,13 @@ def duration_text(seconds: float) -> str:
     return f"{seconds // 86400}d {seconds % 86400 // 3600:02d}h"
 
 
+def seconds_text(seconds: float) -> str:
+    """1.23 -> '1.23 s', '45.6 ms', '78 us'."""
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{1e3 * seconds:.1f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.0f} us"
+
+
 def percent_text(share: float) -> str:
     """0.1234 -> '12.3 %'."""
     return f"{100 * share:.1f} %"
