@@ -22,6 +22,9 @@ Written from the docstrings by `tools/make_api_docs.py`; [library](library.md) s
 """
 
 
+OPTIMIZERS = ("M3", "Muon", "AdaMuon", "AdamW", "SGD", "DGD", "DeltaMomentum", "DMGD")
+
+
 def entries() -> list[tuple[str, Any]]:
     """Where each public name is imported from, and the thing itself."""
     import hope_megatron
@@ -29,7 +32,7 @@ def entries() -> list[tuple[str, Any]]:
 
     found = {f"hope_megatron.{name}": getattr(hope_megatron, name) for name in sorted(hope_megatron.__all__)}
     found |= {f"hope_megatron.nn.{name}": getattr(nn, name) for name in nn.__all__ if name.endswith("State")}
-    found |= {f"hope_megatron.optim.{name}": getattr(optim, name) for name in ("M3", "Muon", "AdaMuon", "AdamW", "SGD")}
+    found |= {f"hope_megatron.optim.{name}": getattr(optim, name) for name in OPTIMIZERS}
     found.pop("hope_megatron.__version__")
     return list(found.items())
 

@@ -32,6 +32,7 @@ import torch  # isort: skip  (after common has set OpenMP's wait policy)
 from quality_tasks import Budget, Digits, LanguageModel
 
 from hope_megatron.config.optim import OptimConfig
+from hope_megatron.config.optimizers import OPTIMIZERS as REGISTRY
 from hope_megatron.config.parallel import ParallelConfig
 from hope_megatron.engine.distributed import init_distributed
 
@@ -255,7 +256,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
+    parser.add_argument("--optimizers", nargs="+", choices=tuple(REGISTRY), default=list(OPTIMIZERS))
     parser.add_argument("--no-variants", action="store_true", help="leave the sweep of M3's settings out")
     parser.add_argument("--quick", action="store_true", help="ten steps per cell: shows that everything runs")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")

@@ -17,7 +17,7 @@ class OptimizerEntry(NamedTuple):
         vector_states: the same for everything else.
         settings: keys of the section `optim` that its constructor takes under the same names.
         scales_with_width: whether muP has learning-rate rules for it.
-        lr: default of optim.lr, the best of a grid on text (docs/records/2026-11-24-optimizers.md).
+        lr: default of optim.lr, for the first five the best of a grid on text (docs/records/2026-11-24-optimizers.md).
     """
 
     target: str
@@ -54,6 +54,30 @@ OPTIMIZERS: Registry[OptimizerEntry] = Registry(
             1,
             1,
             ("momentum", "nesterov"),
+            scales_with_width=False,
+        ),
+        "dgd": OptimizerEntry(
+            "hope_megatron.optim.deep:DGD",
+            "Delta Gradient Descent: weights forget along what they learn",
+            1,
+            2,
+            (*_MUON, "delta", "form"),
+            scales_with_width=False,
+        ),
+        "delta_momentum": OptimizerEntry(
+            "hope_megatron.optim.deep:DeltaMomentum",
+            "momentum written by the delta rule",
+            1,
+            2,
+            (*_ADAM, "momentum", "delta", "form", "momentum_output"),
+            scales_with_width=False,
+        ),
+        "dmgd": OptimizerEntry(
+            "hope_megatron.optim.deep:DMGD",
+            "Deep Momentum Gradient Descent: momentum is an MLP per matrix",
+            2,
+            2,
+            (*_ADAM, "inner_lr", "inner_decay", "inner_objective", "momentum_output"),
             scales_with_width=False,
         ),
     },

@@ -20,14 +20,34 @@ from hope_megatron.config.roofline import Bound, PhaseTime, Transfer, Work, boun
 from hope_megatron.config.run import RunConfig
 
 _COUNTS = Path(__file__).with_name("step_counts.json")
-# Reduction and update: counted for presets of 760M and 1.3B on 8 and 32 ranks, within 10 %; those of Muon and SGD are guesses.
+# Reduction and update: counted for presets of 760M and 1.3B on 8 and 32 ranks, within 10 %; all but M3 and AdamW are guesses.
 _NEWTON_SCHULZ_FLOPS = 35e3
 """Per parameter at matrices of width 2048."""
-_UPDATE_BYTES = {"m3": 200, "muon": 150, "adamuon": 160, "adamw": 88, "sgd": 60}
+_DEEP_FLOPS = {"dgd": 8.2e3, "delta_momentum": 8.2e3, "dmgd": 28.7e3}
+"""The same for products in float32: two, and seven of DMGD, of 2 MN min(M, N) FLOPs."""
+_UPDATE_BYTES = {
+    "m3": 200,
+    "muon": 150,
+    "adamuon": 160,
+    "adamw": 88,
+    "sgd": 60,
+    "dgd": 180,
+    "delta_momentum": 180,
+    "dmgd": 240,
+}
 """Per parameter of a shard."""
 _UPDATE_BYTES_LOCAL = 31
 """Per parameter of a rank: the norm, clipping, clearing, and the gathered weights."""
-_UPDATE_KERNELS = {"m3": 1350, "muon": 1000, "adamuon": 1000, "adamw": 350, "sgd": 300}
+_UPDATE_KERNELS = {
+    "m3": 1350,
+    "muon": 1000,
+    "adamuon": 1000,
+    "adamw": 350,
+    "sgd": 300,
+    "dgd": 1000,
+    "delta_momentum": 1000,
+    "dmgd": 1500,
+}
 _REDUCTION_BYTES, _REDUCTION_BYTES_PER_MICRO_BATCH = 20, 18
 """Per parameter of a rank: flattened, reduced and copied back once a step; bf16 added to float32 for each micro-batch."""
 _REDUCTION_KERNELS = 60
@@ -138,12 +158,13 @@ def step_works(config: RunConfig, world_size: int) -> Works:
     reduced = _REDUCTION_BYTES + _REDUCTION_BYTES_PER_MICRO_BATCH * accumulation
     works["reduction"] = {"pointwise": Work(_REDUCTION_KERNELS * accumulation, local * reduced)}
     shard = local / (dp if config.parallel.zero_stage else 1)
-    flops = {}
-    if config.optim.name in ("m3", "muon", "adamuon"):
-        often = 1 + (1 / config.optim.slow_period_steps if config.optim.name == "m3" else 0)
-        matrices = sum(row.total for row in rows if row.matrix) / world_size
-        flops = {"bfloat16": often * matrices * _NEWTON_SCHULZ_FLOPS * config.model.hidden_size / 2048}
     name = config.optim.name
+    matrices = sum(row.total for row in rows if row.matrix) / world_size * config.model.hidden_size / 2048
+    deep = config.optim.name in _DEEP_FLOPS
+    flops = {"float32": matrices * _DEEP_FLOPS[name]} if deep else {}
+    if name in ("m3", "muon", "adamuon") or (deep and config.optim.orthogonal_output):
+        often = 1 + (1 / config.optim.slow_period_steps if name == "m3" else 0)
+        flops["bfloat16"] = often * matrices * _NEWTON_SCHULZ_FLOPS
     works["update"] = {
         "pointwise": Work(_UPDATE_KERNELS[name], _UPDATE_BYTES_LOCAL * local + _UPDATE_BYTES[name] * shard),
         "products": Work(0, 0.0, flops),

@@ -2,6 +2,7 @@
 
 from hope_megatron.optim.base import BoundOptimizer
 from hope_megatron.optim.build import build_optimizer
+from hope_megatron.optim.deep import DGD, DMGD, DeltaMomentum
 from hope_megatron.optim.elementwise import SGD, AdamW
 from hope_megatron.optim.errors import OptimError, UnboundShardError, ZeroLayoutError
 from hope_megatron.optim.exchange import NewtonSchulz
@@ -13,11 +14,14 @@ from hope_megatron.optim.schedule import apply_lr, lr_at
 from hope_megatron.optim.tags import ParamTags, read_tags
 
 __all__ = [
+    "DGD",
+    "DMGD",
     "M3",
     "SGD",
     "AdaMuon",
     "AdamW",
     "BoundOptimizer",
+    "DeltaMomentum",
     "Muon",
     "NewtonSchulz",
     "OptimError",

@@ -42,6 +42,8 @@ class BoundOptimizer(torch.optim.Optimizer):
 
     orthogonalizes = False
     """Whether matrices go through Newton-Schulz."""
+    whole_matrices = False
+    """Whether updates need whole matrices for something else."""
     matrix_state: tuple[str, ...] = ()
     vector_state: tuple[str, ...] = ("m1", "v")
     grows_with_gradient = False
@@ -156,7 +158,7 @@ class BoundOptimizer(torch.optim.Optimizer):
         loads: list[int] | None = None,
     ) -> BoundVector:
         exchange = None
-        if self.orthogonalizes and group["role"] == "matrix":
+        if (self.orthogonalizes or self.whole_matrices) and group["role"] == "matrix":
             phases = self._group_phases[group["name"]]
             loads = self._loads.setdefault(
                 id(comm), [0] * comm.topology.size
@@ -268,7 +270,7 @@ class BoundOptimizer(torch.optim.Optimizer):
             bound.changes.clear()
         else:
             num_updates = state["step"] // group["update_period_steps"]
-            self._update(bound, flat, UpdateContext(grad, state, group, num_updates, bound.exchange))
+            self._update(bound, flat, UpdateContext(grad, state, group, num_updates, bound.exchange, flat))
         if self.ema_decay:
             update_average(state[EMA], flat, self.ema_decay, state["step"])
         if not local.is_contiguous():

@@ -174,7 +174,7 @@ class MatrixExchange:
         """
         jobs = tuple(job for job in jobs if self.plan(job.phase).matrices)
         plans = [self.plan(job.phase) for job in jobs]
-        works = [self._gather(plan, job.momentum) for plan, job in zip(plans, jobs)]
+        works = [self._gather(plan, job.momentum, self.ns.dtype) for plan, job in zip(plans, jobs)]
         for plan, work in zip(plans, works):
             self._orthogonalize_batches(plan, work)
         if jobs and plans[0].owned:
@@ -183,10 +183,32 @@ class MatrixExchange:
         for plan, work, job in zip(plans, works, jobs):
             self._scatter(plan, work, job.out)
 
-    def _gather(self, plan: ExchangePlan, momentum: Tensor) -> Tensor:
+    @torch.no_grad()
+    def apply(
+        self, function: Callable[..., tuple[Tensor, ...]], sources: Sequence[Tensor], outs: Sequence[Tensor]
+    ) -> None:
+        """Give `function` whole matrices and put what it returns into their places. Collective.
+
+        function: called by owners with a stack [count, rows, cols] for each of `sources`, flat vectors of this rank; returns as
+        many stacks as there are `outs`, at most as many as sources, which may be the same vectors. Everything travels in the
+        precision of its source: unlike a momentum on its way to Newton-Schulz it is state.
+        """
+        plan = self.plan()
+        works = [self._gather(plan, source, source.dtype) for source in sources]
+        max_numel = _max_batch_numel(works[0])
+        for start, count, (rows, cols) in plan.batches:
+            stacks = [work.narrow(0, start, count * rows * cols).view(count, rows, cols) for work in works]
+            for parts in zip(*(stack.split(max(1, max_numel // (rows * cols))) for stack in stacks)):
+                for part, result in zip(parts, function(*parts)):
+                    part.copy_(result)
+        for work, out in zip(works, outs):
+            self._scatter(plan, work, out)
+
+    def _gather(self, plan: ExchangePlan, momentum: Tensor, dtype: torch.dtype) -> Tensor:
         """The workspace with the matrices that this rank owns."""
-        send = _pack(momentum, plan.gather.send_runs, self.comm.device or momentum.device, self.ns.dtype)
+        send = _pack(momentum, plan.gather.send_runs, self.comm.device or momentum.device, dtype)
         received = self.comm.all_to_all(send, plan.gather.receive_counts, plan.gather.send_counts)
+        self.sent_bytes += plan.gather.sent_to_others(self.comm.rank) * dtype.itemsize
         work = received.new_empty(plan.workspace_numel)
         _unpack(received, work, plan.gather.receive_runs)
         _copy_slices(plan, work, into_matrices=True)
@@ -197,10 +219,10 @@ class MatrixExchange:
         send = _pack(work, plan.scatter.send_runs, work.device, work.dtype)
         received = self.comm.all_to_all(send, plan.scatter.receive_counts, plan.scatter.send_counts)
         _unpack(received, out, plan.scatter.receive_runs)
-        self.sent_bytes += plan.sent_elements * work.dtype.itemsize
+        self.sent_bytes += plan.scatter.sent_to_others(self.comm.rank) * work.dtype.itemsize
 
     def _orthogonalize_batches(self, plan: ExchangePlan, work: Tensor) -> None:
-        max_numel = _MAX_BATCH_NUMEL_CPU if work.device.type == "cpu" else _MAX_BATCH_NUMEL
+        max_numel = _max_batch_numel(work)
         for start, count, (rows, cols) in plan.batches:
             batch = work.narrow(0, start, count * rows * cols).view(count, rows, cols)
             for part in batch.split(max(1, max_numel // (rows * cols))):
@@ -283,6 +305,10 @@ class MatrixExchange:
                     if run.dp_rank == dp_rank:
                         values.narrow(0, run.flat_start, run.numel).mul_(factor)
         return values
+
+
+def _max_batch_numel(work: Tensor) -> int:
+    return _MAX_BATCH_NUMEL_CPU if work.device.type == "cpu" else _MAX_BATCH_NUMEL
 
 
 def _pack(source: Tensor, runs: list[tuple[int, int]], device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hope_megatron.ops.newton_schulz import newton_schulz
+from hope_megatron.optim.deep_memory import unit
 from hope_megatron.optim.errors import OptimError
 
 TensorMap = Callable[[Tensor], Tensor]
@@ -21,12 +22,6 @@ TensorMap = Callable[[Tensor], Tensor]
 
 def _as_matrices(tensor: Tensor) -> Tensor:
     return tensor.reshape(1, -1) if tensor.ndim < 2 else tensor
-
-
-def _unit(grad: Tensor) -> Tensor:
-    """Frobenius norm one per matrix, summed in float64, where small squares are not zero; zero stays zero."""
-    norm = torch.linalg.vector_norm(grad, dim=(-2, -1), keepdim=True, dtype=torch.float64).clamp_min(1e-30)
-    return grad / norm.to(grad.dtype)
 
 
 class DeltaMomentum(torch.optim.Optimizer):
@@ -76,7 +71,7 @@ class DeltaMomentum(torch.optim.Optimizer):
         if not state:
             state["memory"] = torch.zeros_like(grad)
         memory = state["memory"]
-        key = grad if group["literal"] else _unit(grad)
+        key = grad if group["literal"] else unit(grad)
         erased = (memory @ key.mT) @ key
         written = self.feature_map(grad) if self.feature_map else grad
         if self.preconditioner:
@@ -132,7 +127,7 @@ class DeepMomentum(torch.optim.Optimizer):
         state, grad = self.state[param], _as_matrices(param.grad.detach())
         if not state:
             self._init_memory(state, grad)
-        keys = _unit(grad) * grad.shape[-2] ** 0.5
+        keys = unit(grad) * grad.shape[-2] ** 0.5
         self._learn(state, keys, group)
         with torch.no_grad():
             update = _read(state, keys)

@@ -25,7 +25,8 @@ class UpdateContext(NamedTuple):
         state: the optimizer's state tensors of this vector.
         group: the parameter group: rates and the optimizer's own settings.
         num_updates: number of this update, from 1.
-        exchange: brings whole matrices together; None where nothing is orthogonalised.
+        exchange: brings whole matrices together; None where nothing needs them.
+        weight: the weights that the update is for, after this update's weight decay; not to be written.
     """
 
     grad: Tensor
@@ -33,12 +34,19 @@ class UpdateContext(NamedTuple):
     group: dict[str, Any]
     num_updates: int
     exchange: MatrixExchange | None = None
+    weight: Tensor | None = None
 
     @property
     def matrices(self) -> MatrixExchange:
-        """The exchange of an optimizer that orthogonalises."""
+        """The exchange of an optimizer that needs whole matrices."""
         assert self.exchange is not None
         return self.exchange
+
+    @property
+    def matrix_weights(self) -> Tensor:
+        """The weights, for an update that depends on them."""
+        assert self.weight is not None
+        return self.weight
 
 
 def adam_update(context: UpdateContext) -> Tensor:

@@ -1,6 +1,8 @@
-"""M3 written down literally for one process: whole matrices in lists, separate buffers, no plans. Slow and obvious."""
+"""M3 and the deep optimizers written down literally for one process: whole matrices in lists, no plans. Slow and obvious."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -80,3 +82,59 @@ class ReferenceM3:
 
     def _orthogonal(self, matrix):
         return newton_schulz(matrix, steps=self.cfg.ns_steps, coefficients=self.cfg.ns_coefficients, form="direct")
+
+
+class ReferenceDeep(ReferenceM3):
+    """DGD, Delta Momentum and DMGD with identities written out and inner gradients by hand; vectors and clocks are the same."""
+
+    def _matrix(self, name, param, grad, t):
+        steps = self.periods[name] if self._grows else 1
+        param -= self.cfg.lr * self.decays[name] * steps * param
+        states = (self.m1, self.m2, self.o2)
+        whole = [param, grad, *(state[name] for state in states)]
+        for p, g, *memories in zip(*(matrices_of(x, self.parts[name]) for x in whole)):
+            p -= self.cfg.lr * getattr(self, "_" + self.cfg.name)(p, g, *memories, steps)
+
+    @property
+    def _grows(self):
+        return self.cfg.form == "paper" and self.cfg.name != "dmgd" and self.cfg.momentum_output == "identity"
+
+    def _dgd(self, p, g, m1, m2, o2, steps):
+        cfg, key = self.cfg, g / g.norm()
+        m1.copy_(cfg.momentum * m1 + (1 - cfg.momentum) * g)
+        s = cfg.momentum * m1 + (1 - cfg.momentum) * g if cfg.nesterov else m1
+        return (s if cfg.form == "paper" else _matched(s)) + cfg.delta * steps * p @ (key.T @ key)
+
+    def _delta_momentum(self, p, g, m1, m2, o2, steps):
+        cfg, paper = self.cfg, self.cfg.form == "paper"
+        key, write = (g, 1.0) if paper else (g / g.norm(), 1 - cfg.momentum)
+        m1.copy_(m1 @ (cfg.momentum * torch.eye(len(g.T)) - cfg.delta * key.T @ key) + write * g)
+        return self._output(m1) if paper else _matched(self._output(m1))
+
+    def _dmgd(self, p, g, m1, m2, o2, steps):
+        if len(g) > len(g.T):
+            return self._dmgd(p.T, g.T, m1.T, m2.T, o2.T, steps).T
+        (rows, cols), cfg, inner, outer = g.shape, self.cfg, m2, o2
+        basis = torch.tensor(
+            [[2**0.5 * math.cos(math.pi / cols * (i + 0.5) * (j + 0.5)) for j in range(cols)] for i in range(rows)]
+        )
+        u = g / g.norm() * rows**0.5
+        z = u @ (basis + inner).T
+        a, slope = z * z.sigmoid(), z.sigmoid() * (1 + z * (1 - z.sigmoid()))
+        norm = a.norm(dim=1, keepdim=True)
+        h = a / norm
+        error = (h @ outer + u if cfg.inner_objective == "l2" else u) / rows
+        dh = error @ outer.T
+        dz = (dh - h * (h * dh).sum(1, keepdim=True)) / norm * slope
+        inner.copy_(cfg.inner_decay * inner - cfg.inner_lr * dz.T @ u)
+        outer.copy_(cfg.inner_decay * outer - cfg.inner_lr * h.T @ error)
+        a = u @ (basis + inner).T
+        a = a * a.sigmoid()
+        return _matched(self._output(-(a / a.norm(dim=1, keepdim=True)) @ outer))
+
+    def _output(self, matrix):
+        return self._orthogonal(matrix) if self.cfg.momentum_output == "newton_schulz" else matrix
+
+
+def _matched(update):
+    return 0.2 * update / update.square().mean().sqrt()

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from optim_zero_worker import Case, continue_from, literal_m3, make_engine
+from optim_zero_worker import Case, continue_from, literal, make_engine
 from torch import Tensor, nn
 
 from hope_megatron.optim import OptimError, ParamTags, build_optimizer, merge_shards, split_shards
@@ -236,13 +236,13 @@ def merge_ranks(results: list[dict[str, Any]], case: str, key: str) -> dict[str,
 
 
 def run_reference(case: Case) -> dict[str, Tensor]:
-    """The same training on full weights in one process: M3 written literally, the others by themselves."""
+    """The same training on full weights in one process: M3 and the deep optimizers written literally, the others by themselves."""
     params = {name: nn.Parameter(value) for name, value in full_weights().items()}
     for n, p in params.items():
         p.optim_role = "vector" if n in ("embedding.weight", "norm") else "matrix"
         p.optim_fused_parts = TAGS[n].fused_parts
     optimizer = build_optimizer(params.items(), case.optim)
-    reference = literal_m3(params, optimizer, case) if case.optim.name == "m3" else optimizer
+    reference = literal(params, optimizer, case)
     for step in range(case.steps):
         for p in params.values():
             p.grad = None

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from optim_reference import ReferenceM3
+from optim_reference import ReferenceDeep, ReferenceM3
 from torch import Tensor, nn
 
 from hope_megatron.optim import build_optimizer
@@ -40,6 +40,11 @@ class OptimSettings:
     ns_dtype: str = "float32"
     momentum: float = 0.95
     nesterov: bool = True
+    delta: float = 0.5
+    inner_lr: float = 0.5
+    inner_decay: float = 0.9
+    inner_objective: str = "l2"
+    momentum_output: str = "identity"
 
 
 @dataclass
@@ -148,7 +153,7 @@ def run_cases(rank: int, world_size: int, cases: list[Case]) -> dict[str, Any]:
 
 
 def run_reference(case: Case, world_size: int) -> dict[str, Tensor]:
-    """The same training in one process: M3 written literally, the others by themselves on whole parameters.
+    """The same training in one process: M3 and the deep optimizers written literally, the others by themselves on whole parameters.
 
     `world_size` only matters to the rounding in bf16."""
     master = TinyModel()
@@ -156,7 +161,7 @@ def run_reference(case: Case, world_size: int) -> dict[str, Tensor]:
         master.to(torch.bfloat16).float()
     params = dict(master.named_parameters())
     optimizer = build_optimizer(params.items(), case.optim)
-    reference = literal_m3(params, optimizer, case) if case.optim.name == "m3" else optimizer
+    reference = literal(params, optimizer, case)
     for step in range(case.steps):
         _reference_gradients(master, params, step, case, world_size)
         if case.clip:
@@ -165,13 +170,18 @@ def run_reference(case: Case, world_size: int) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in params.items()}
 
 
-def literal_m3(params: dict[str, nn.Parameter], optimizer: Any, case: Case) -> ReferenceM3:
-    """The reference, with the phases of the optimizer's slow clocks."""
+DEEP = ("dgd", "delta_momentum", "dmgd")
+
+
+def literal(params: dict[str, nn.Parameter], optimizer: Any, case: Case) -> Any:
+    """The reference, with the phases of the optimizer's slow clocks; the optimizer itself where none is written down."""
+    if case.optim.name not in ("m3", *DEEP):
+        return optimizer
     optimizer.bound_vectors()
     phases = dict.fromkeys(params, 0)
     for by_name in optimizer._group_phases.values():
         phases.update(by_name)
-    return ReferenceM3(
+    return (ReferenceM3 if case.optim.name == "m3" else ReferenceDeep)(
         params,
         {n: getattr(p, "optim_role", "matrix" if p.ndim >= 2 else "vector") for n, p in params.items()},
         {n: getattr(p, "optim_fused_parts", ()) for n, p in params.items()},

@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 from optim_tp_worker import TAGS, continue_tp, merge_ranks, run_reference, run_tp_cases, tags_from_layout
-from optim_zero_worker import Case, OptimSettings
+from optim_zero_worker import DEEP, Case, OptimSettings
 
 from hope_megatron.testing.distributed import run_distributed
 
 pytestmark = pytest.mark.distributed
 
 CASES = [Case(f"stage {stage}", stage) for stage in (1, 2, 3)]
-PEERS = [Case(name, 2, OptimSettings(name=name)) for name in ("muon", "adamuon", "adamw", "sgd")]
+PEERS = [Case(name, 2, OptimSettings(name=name)) for name in ("muon", "adamuon", "adamw", "sgd", *DEEP)]
 # One norm over both axes of the mesh, of which replicated parameters are a part once.
 CLIPPED = Case("accumulation, clipping", 2, accumulation=2, clip=0.05)
 WRONG_BINDINGS = [

@@ -28,13 +28,25 @@ PEERS = [
     for name in ("muon", "adamuon", "adamw", "sgd")
     for stage in (1, 2, 3)
 ]
+# Each deep optimizer once per stage, with another of its settings each time.
+DEEP_CASES = [
+    Case(f"{name}, stage {stage}", stage, OptimSettings(name=name, **changes), clip=clip)
+    for name, settings in {
+        "dgd": ({}, {"form": "paper", "delta": 1.0, "momentum": 0.0, "nesterov": False}, {"nesterov": False}),
+        "delta_momentum": ({}, {"form": "paper", "delta": 1.0, "lr": 1e-2}, {"momentum_output": "newton_schulz"}),
+        "dmgd": ({}, {"inner_objective": "dot", "inner_lr": 0.1}, {"momentum_output": "newton_schulz"}),
+    }.items()
+    for stage, changes, clip in zip((1, 2, 3), settings, (0.0, 1.0, 0.0))
+]
 # Batched and single matrix products differ in the last bit, and 12 steps of Newton-Schulz and division pass it on. In bf16 that bit
 # can turn the rounding of one weight, which moves every gradient of the next step by 1 / 256 of that weight's share.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-4}
 
 
 @pytest.mark.parametrize(
-    ("world_size", "cases"), [(2, STAGES + SETTINGS + PEERS), (3, STAGES), (4, STAGES)], ids=["2", "3", "4"]
+    ("world_size", "cases"),
+    [(2, STAGES + SETTINGS + PEERS + DEEP_CASES), (3, STAGES), (4, STAGES)],
+    ids=["2", "3", "4"],
 )
 def test_trajectory_equals_reference(world_size, cases):
     results = run_distributed(run_cases, world_size, cases)
@@ -54,9 +66,10 @@ def test_trajectory_equals_reference(world_size, cases):
         assert stats["optim/exchange_bytes"] > 0
 
 
-def test_resume_is_bitwise_and_state_reshards():
+@pytest.mark.parametrize("name", ["m3", "dmgd"])
+def test_resume_is_bitwise_and_state_reshards(name):
     """Saved at step 7: inside a slow period of three, and with half a gradient pending in the group of period two."""
-    case = Case("source", 2, steps=12)
+    case = Case("source", 2, OptimSettings(name=name), steps=12)
     results = run_distributed(run_resume, 2, case, 7)
     expected = results[0]["undisturbed"]
     assert any(
@@ -74,7 +87,7 @@ def test_resume_is_bitwise_and_state_reshards():
 
 
 def test_steps_skipped_for_non_finite_gradients_and_fp16_overflow_touch_no_state():
-    runs = [(name, "float16") for name in ("m3", "muon", "adamuon", "adamw", "sgd")] + [("m3", "float32")]
+    runs = [(name, "float16") for name in ("m3", "muon", "adamuon", "adamw", "sgd", "dmgd")] + [("m3", "float32")]
     cases = [
         Case(f"{name}, stage {stage}, {dtype}", stage, OptimSettings(name=name), dtype=dtype)
         for name, dtype in runs

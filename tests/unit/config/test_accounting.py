@@ -217,7 +217,9 @@ def test_footprint_by_hand():
     assert footprint(run_of("transformer_pp_tiny", "parallel.zero_stage=3"), 8).weights == 2 * num_parameters(model) / 8
 
 
-@pytest.mark.parametrize(("name", "states"), [("m3", 16), ("adamw", 8), ("adamuon", 8), ("muon", 4), ("sgd", 4)])
+@pytest.mark.parametrize(
+    ("name", "states"), [("m3", 16), ("adamw", 8), ("adamuon", 8), ("muon", 4), ("sgd", 4), ("dmgd", 8)]
+)
 def test_optimizer_bytes(name, states):
     run = run_of("transformer_pp_tiny", f"optim.name={name}", "training.precision=fp32")
     matrices = sum(row.total for row in weight_table(run.model) if row.matrix)

@@ -232,7 +232,11 @@ def test_run_files_load_and_open_with_what_they_are_for(name):
         ("optim.momentum=1", "optim.momentum must be less than 1, not 1"),
         ("optim.min_lr_ratio=2", "optim.min_lr_ratio must be at most 1, not 2"),
         ("optim.lr=fast", "optim.lr must be a number, not 'fast'"),
-        ("optim.name=m4", "optim.name must be 'm3', 'muon', 'adamuon', 'adamw' or 'sgd', not 'm4'; did you mean m3?"),
+        (
+            "optim.name=m4",
+            "optim.name must be 'm3', 'muon', 'adamuon', 'adamw', 'sgd', 'dgd', 'delta_momentum' or 'dmgd', "
+            "not 'm4'; did you mean m3?",
+        ),
         ("parallel.zero_stage=4", "parallel.zero_stage must be 0, 1, 2 or 3, not 4"),
         ("tracking.mlflow=1", "tracking.mlflow must be true or false, not 1"),
         ("tracking.mlflow=no", "tracking.mlflow must be true or false, not 'no'"),

@@ -118,10 +118,20 @@ def test_titans(qkv, normalize):
     )
 
 
-def _gradient_descent(weights, layers, q, k, v, eta, alpha, theta, chunk, normalize):
+def test_dla(qkv):
+    """M_t = M_{t-1} + eta grad <M(k_t), v_t> (arXiv 2505.23735), gradients by autograd at the chunk's first weights."""
+    q, k, v = normalized(qkv)
+    eta = 0.1 * torch.rand(B, T, H, dtype=torch.float64)
+    weights, keep = [rand(H, h, d), 0.3 * rand(H, d, h)], torch.ones_like(eta)
+    expected = _gradient_descent(weights, 2, q, k, v, eta, keep, 0 * keep, chunk=8, normalize=False, dot=True)
+    rule = replace(DESCENT, objective="dot", dot_target="full")
+    check(qkv, RateLogits((10 * eta).logit()), MemoryParams(Bank(*(w[:, None] for w in weights))), rule, expected)
+
+
+def _gradient_descent(weights, layers, q, k, v, eta, alpha, theta, chunk, normalize, dot=False):
     """Every sequence and head on its own, one token at a time; y_t = f_t(q_t).
 
-    normalize: no step beyond Polyak's, 2 l / |grad l|^2.
+    normalize: no step beyond Polyak's, 2 l / |grad l|^2. dot: the loss is -<f(k), v>.
     """
 
     def f(ws, x):
@@ -135,7 +145,8 @@ def _gradient_descent(weights, layers, q, k, v, eta, alpha, theta, chunk, normal
             for t in range(T):
                 if t % chunk == 0:
                     first = [w.clone().requires_grad_() for w in now]
-                loss = 0.5 * (f(first, k[b, t, head]) - v[b, t, head]).square().sum()
+                answer, value = f(first, k[b, t, head]), v[b, t, head]
+                loss = -answer @ value if dot else 0.5 * (answer - value).square().sum()
                 gradients = torch.autograd.grad(loss, first)
                 if normalize:
                     polyak = 2 * loss / sum(g.square().sum() for g in gradients)

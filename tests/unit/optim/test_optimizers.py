@@ -28,6 +28,7 @@ def config(**changes):
         "name": "m3", "lr": 1e-2, "vector_lr": None, "betas": (0.9, 0.95), "slow_beta": 0.9, "slow_period_steps": 3,
         "slow_weight": 0.5, "denominator_floor": 0.1, "stagger": True, "eps": 1e-8, "weight_decay": 0.1, "form": "ema",
         "ns_steps": 5, "ns_coefficients": "quintic", "ns_dtype": "float32", "momentum": 0.95, "nesterov": True,
+        "delta": 0.1, "inner_lr": 0.5, "inner_decay": 0.99, "inner_objective": "l2", "momentum_output": "identity",
     }  # fmt: skip
     return SimpleNamespace(**{**values, **changes})
 
@@ -97,7 +98,7 @@ def test_vectors_tagged_as_matrices_are_refused():
         build_param_groups([("bias", tagged(4, optim_role="matrix"))], config())
 
 
-@pytest.mark.parametrize("name", ["m3", "muon", "adamuon", "adamw"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "sgd"])
 @pytest.mark.parametrize("scale", [100.0, 0.01])
 def test_scale_of_the_loss_does_not_matter(name, scale):
     expected, scaled = parameters(), parameters()
@@ -108,7 +109,7 @@ def test_scale_of_the_loss_does_not_matter(name, scale):
 
 
 @pytest.mark.parametrize("scale", [1e-35, 1e-28, 1e-25, 1e-21, 1e-18])
-@pytest.mark.parametrize("name", ["m3", "muon", "adamuon"])
+@pytest.mark.parametrize("name", ["m3", "muon", "adamuon", "dgd", "delta_momentum", "dmgd"])
 def test_the_smallest_gradients_leave_finite_parameters(name, scale):
     """Squares of gradients below 1e-19 are zero in float32: a matrix may stand still then, and no more than that."""
     params = parameters()
@@ -165,8 +166,10 @@ def test_update_clock_equals_freezing_and_adding_up(name, form):
                 gradients(frozen, k)
                 total += frozen["w"].grad
             frozen["w"].grad = total
-            for group in other.param_groups:  # SGD decays for the three steps that it makes at once
-                group["weight_decay"] = cfg.weight_decay * (3 if name == "sgd" else 1)
+            for group in other.param_groups:  # SGD decays, and DGD forgets, for the three steps that it makes at once
+                group["weight_decay"] = cfg.weight_decay * (3 if other.grows_with_gradient else 1)
+                if name == "dgd":
+                    group["delta"] = cfg.delta * (3 if other.grows_with_gradient else 1)
             other.step()
             assert torch.equal(clocked["w"], frozen["w"])
 
@@ -174,7 +177,14 @@ def test_update_clock_equals_freezing_and_adding_up(name, form):
 @pytest.mark.parametrize(
     ("name", "form", "factor"),
     [("m3", "ema", 1.0), ("muon", "ema", 1.0), ("adamuon", "ema", 1.0), ("adamw", "ema", 1.0)]
-    + [("sgd", "ema", 4.0), ("m3", "paper", 0.25)],
+    + [
+        ("sgd", "ema", 4.0),
+        ("m3", "paper", 0.25),
+        ("dmgd", "ema", 1.0),
+        ("delta_momentum", "ema", 1.0),
+        ("dgd", "ema", 1.0),
+    ]
+    + [("dgd", "paper", 4.0), ("delta_momentum", "paper", 4.0)],
 )
 def test_an_update_of_a_period_is_as_long_as_documented(name, form, factor):
     """Four equal gradients: the clocked group's one update against that of a group which gets one of them."""
