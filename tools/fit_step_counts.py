@@ -16,22 +16,27 @@ from typing import Any
 import numpy as np
 
 from hope_megatron.cli.plan import load_for_plan
-from hope_megatron.config.features import frame_features, layer_features
+from hope_megatron.config.features import frame_features, layer_features, variant
 from hope_megatron.config.run import RunConfig
 
 OUT = Path(__file__).resolve().parents[1] / "hope_megatron" / "config" / "step_counts.json"
 PHASES = ("forward", "recompute", "backward")
 
 
-def samples(kind: str) -> list[RunConfig]:
-    """Runs whose sizes vary independently."""
-    found = []
-    shapes = itertools.product((2, 4), (1024, 2048))  # a micro-batch of one sequence needs fewer copies
+VARIANTS = ("", "/single", "/single/context")
+
+
+def samples(kind: str, name: str) -> list[RunConfig]:
+    """Runs of a variant whose sizes vary independently."""
+    batches = (1,) if "single" in name else (2, 4)
     widths = [(128, (64,)), (256, (192, 64)), (192, (320,)), (384, (128, 128, 64)), (256, (512,)), (128, (64, 256))]
-    for (batch, length), (D, hidden), vocab in zip(
-        itertools.cycle(shapes), widths * 2, itertools.cycle((1024, 2048, 4096))
-    ):
-        levels = [{"hidden_size": h} for h in hidden]
+    slices = [1] * 12
+    if "context" in name:
+        widths = [(256, (64,)), (512, (192, 64)), (512, (320,)), (768, (128, 128, 64)), (256, (512,)), (384, (64, 256))]
+        slices = [2, 4, 2, 4, 2, 2, 2, 2, 4, 2, 2, 2]  # two heads of a rank at least: one needs fewer copies
+    shapes, found = itertools.cycle(itertools.product(batches, (1024, 2048))), []
+    for i, ((D, hidden), vocab, cp) in enumerate(zip(widths * 2, itertools.cycle((1024, 2048, 4096)), slices)):
+        batch, length = next(shapes)
         found.append(
             load_for_plan(
                 "hope_tiny" if kind == "memory" else "transformer_pp_tiny",
@@ -39,12 +44,13 @@ def samples(kind: str) -> list[RunConfig]:
                     f"model.hidden_size={D}",
                     f"model.num_heads={D // 64}",
                     f"model.vocab_size={vocab}",
-                    f"model.cms.levels={json.dumps(levels)}",
+                    f"model.cms.levels={json.dumps([{'hidden_size': h} for h in hidden])}",
                     "model.num_layers=1",
                     "training.steps=1",
-                    f"training.seq_length={length if len(found) < 6 else 3072 - length}",
+                    f"training.seq_length={length if i < 6 else 3072 - length}",
                     f"training.micro_batch_size={batch}",
                     f"training.global_batch_size={batch}",
+                    f"parallel.context_parallel={cp}",
                     "training.recompute=layer",
                     *(["model.memory.kernel=triton", "model.memory.chunk_tokens=64"] if kind == "memory" else []),
                 ],
@@ -65,7 +71,7 @@ def counted(config: RunConfig, kind: str) -> tuple[dict[str, float], dict[str, f
 
     rehearse._shallow_steps = steps
     rehearse._whole_steps = lambda *_args: [(None, 1.0)]
-    depths, _ = rehearse.rehearse(config, 1)
+    depths, _ = rehearse.rehearse(config, config.parallel.context_parallel)
     one, two = depths.shallow[None][1].passes[0], depths.shallow[kind][1].passes[0]
     return _counts(combined((1, two), (-1, one))), _counts(combined((2, one), (-1, two)))
 
@@ -97,16 +103,19 @@ def fitted(rows: list[dict[str, float]], counts: list[dict[str, float]]) -> dict
 
 
 def main() -> None:
+    """Fit the variants that are named, or all, and write them beside those that are there."""
     warnings.simplefilter("ignore")
-    result: dict[str, Any] = {}
-    for kind in ("attention", "memory"):
-        configs = samples(kind)
-        layers, frames = zip(*(counted(config, kind) for config in configs))
-        result[kind] = fitted([layer_features(config, kind) for config in configs], list(layers))
-        if kind == "attention":
-            result["frame"] = fitted([frame_features(config) for config in configs], list(frames))
-        print(kind, "done", file=sys.stderr, flush=True)
-    OUT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    result: dict[str, Any] = json.loads(OUT.read_text(encoding="utf-8"))
+    for name in sys.argv[1:] or VARIANTS:
+        for kind in ("attention", "memory"):
+            configs = samples(kind, name)
+            assert {variant(config) for config in configs} == {name}
+            layers, frames = zip(*(counted(config, kind) for config in configs))
+            result[kind + name] = fitted([layer_features(config, kind) for config in configs], list(layers))
+            if kind == "attention":
+                result["frame" + name] = fitted([frame_features(config) for config in configs], list(frames))
+            print(kind + name, "done", file=sys.stderr, flush=True)
+    OUT.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

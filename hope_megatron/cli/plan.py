@@ -6,6 +6,7 @@ examples:
   hope plan hope_760m_30b --world 16 --hardware h200   a run file
   hope plan hope_1b3_100b parallel.zero_stage=2 training.micro_batch_size=2 --world 128
   hope plan hope_760m_30b --world 8 --tune --out best.yaml      the five fastest settings that fit; the first one's overrides
+  hope plan hope_760m --world 64 --seq 1048576 --tune           the same for sequences of a million tokens
   hope plan --calibrate runs/mine --world 8 --out mycluster.json                efficiencies that a run reached
   hope plan hope_760m_30b --world 8 --efficiency mycluster.json
   hope plan hope_7b --world 4096 --failures 1/264d-per-node --nodes 512     how much of the time trains; when to save
@@ -46,6 +47,7 @@ from hope_megatron.config.hardware import HARDWARE, Hardware, find_hardware
 from hope_megatron.config.load import read_mapping
 from hope_megatron.config.presets import find_config, split_family
 from hope_megatron.config.step_time import kernel_tape_bytes
+from hope_megatron.config.tuning import sequences_per_step
 from hope_megatron.runtime.formatting import bytes_text, count_text, duration_text, percent_text
 
 _COSTS = {
@@ -77,7 +79,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="share of the peak FLOP/s that is reached (default: the hardware's row)",
     )
-    parser.add_argument("--tune", action="store_true", help="search micro-batch, recomputation, ZeRO, TP and SP")
+    parser.add_argument(
+        "--seq", type=int, metavar="N", help="sequences of N tokens, and as many tokens a step as before"
+    )
+    parser.add_argument("--tune", action="store_true", help="search micro-batch, recomputation, ZeRO, TP, SP and CP")
     parser.add_argument(
         "--calibrate", type=Path, metavar="RUN", help="take efficiencies from a run's metrics; needs --out"
     )
@@ -116,9 +121,14 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("give a run file, a model file, or the name of one")
     config = load_for_plan(args.config, args.overrides)
     world_size = args.world or config.parallel.ranks_per_sequence
+    own, longer = config, []
+    if args.seq is not None:
+        batch = sequences_per_step(config, world_size, args.seq)
+        longer = [f"training.seq_length={args.seq}", f"training.global_batch_size={batch}"]
+        config = load_for_plan(args.config, [*args.overrides, *longer])
     efficiency = DEFAULT if args.efficiency is None else read_efficiency(args.efficiency)
     if args.tune:
-        return _tune(args, config, world_size, efficiency)
+        return _tune(args, config, world_size, efficiency, own, longer)
     plan = {"data": plan_data(config)} | make_plan(config, world_size, args.hardware, args.utilization, efficiency)
     if args.failures is not None:
         faults = Faults(**{name: getattr(args, name) for name in asdict(Faults())})
@@ -132,17 +142,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _tune(args: argparse.Namespace, config: RunConfig, world_size: int, efficiency: Efficiency) -> int:
-    choices = tune(config, world_size, find_hardware(args.hardware), efficiency)
-    data = choices_data(choices, world_size)
+def _tune(
+    args: argparse.Namespace,
+    config: RunConfig,
+    world_size: int,
+    efficiency: Efficiency,
+    own: RunConfig,
+    longer: list[str],
+) -> int:
+    """own, longer: the run at its own length, and what --seq changes of it."""
+    hardware = find_hardware(args.hardware)
+    choices = choices_data(tune(config, world_size, hardware, efficiency), world_size, longer)
     if args.json:
-        print(json.dumps(data, indent=2))
+        print(json.dumps(choices, indent=2))
     else:
-        print_choices(data)
+        short = choices_data(tune(own, world_size, hardware, efficiency)[:1], world_size) if longer else [None]
+        print_choices(choices, short[0], own.training.seq_length)
     if args.out is not None:
-        write_overrides(
-            args.out, choices[0], f"hope plan {args.config} --tune --world {world_size} --hardware {args.hardware}"
-        )
+        title = f"hope plan {args.config} --tune --world {world_size} --hardware {args.hardware}"
+        write_overrides(args.out, choices[0]["overrides"], title + (f" --seq {args.seq}" if args.seq else ""))
     return 0
 
 
@@ -244,6 +262,7 @@ def make_plan(
         "mesh": {
             "world_size": world_size,
             "tensor_parallel": config.parallel.tensor_parallel,
+            "context_parallel": config.parallel.context_parallel,
             "sequence_parallel": config.parallel.sequence_parallel,
             "data_parallel": config.data_parallel(world_size),
             "zero_stage": config.parallel.zero_stage,
@@ -304,6 +323,7 @@ def _print(plan: dict[str, Any]) -> None:
     console = Console(highlight=False)
     mesh, run, estimated = plan["mesh"], plan["run"], plan["estimate"]
     hardware = estimated["hardware"]
+    context = f" x context parallel {mesh['context_parallel']}" if mesh["context_parallel"] > 1 else ""
 
     def table(title: str, *columns: str) -> Table:
         made = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False, box=None)
@@ -354,7 +374,8 @@ def _print(plan: dict[str, Any]) -> None:
         f"{run['optimizer']}, {run['precision']}, recompute {run['recompute']}, "
         f"micro-batch {run['micro_batch_size']} x {mesh['accumulation_steps']} accumulation steps\n"
         f"{mesh['world_size']} x {hardware['name']} = tensor parallel {mesh['tensor_parallel']}"
-        f"{' with sequence parallelism' if mesh['sequence_parallel'] else ''} x data parallel {mesh['data_parallel']}, "
+        f"{' with sequence parallelism' if mesh['sequence_parallel'] else ''}"
+        f"{context} x data parallel {mesh['data_parallel']}, "
         f"ZeRO {mesh['zero_stage']}\n"
         f"{_estimate_text(plan)}"
         f"data: {_data_text(plan['data'])}",

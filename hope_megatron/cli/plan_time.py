@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from hope_megatron.config.calibration import calibrate, measured_step_s, write_e
 from hope_megatron.config.efficiency import Efficiency
 from hope_megatron.config.hardware import Hardware
 from hope_megatron.config.load import load_run_config
+from hope_megatron.config.roofline import BOUND_IN_WORDS
 from hope_megatron.config.run import RunConfig
 from hope_megatron.config.step_time import step_time, why_not_counted
-from hope_megatron.config.tuning import Choice, best_choices
+from hope_megatron.config.tuning import Choice, best_choices, changed_config
 from hope_megatron.runtime.formatting import bytes_text, duration_text, seconds_text
 from hope_megatron.runtime.records import parse_records
 
@@ -62,8 +64,8 @@ def print_time(console: Any, time: dict[str, Any], world_size: int) -> None:
     rate, hours = time["tokens_per_second_per_gpu"], [time["hours"], *time["hours_interval"]]
     expected, low, high = (duration_text(3600 * x) for x in hours)
     console.print(
-        f"step {seconds_text(time['step_s'])}, bound by {time['bound']}: {rate:,.0f} tokens/s per GPU, [bold]{expected}[/bold], "
-        f"between {low} and {high} at the ends of the assumed efficiencies (counted, not measured)",
+        f"step {seconds_text(time['step_s'])}, bound by {BOUND_IN_WORDS[time['bound']]}: {rate:,.0f} tokens/s per GPU, "
+        f"[bold]{expected}[/bold], between {low} and {high} at the ends of the assumed efficiencies (counted, not measured)",
         soft_wrap=True,
     )
 
@@ -74,18 +76,18 @@ def tune(config: RunConfig, world_size: int, hardware: Hardware, efficiency: Eff
     Raises:
         ConfigError: where the closed forms do not hold.
     """
-    if (reason := why_not_counted(config)) is not None:
+    if (reason := why_not_counted(changed_config(config, {"training.micro_batch_size": 1}))) is not None:
         raise ConfigError(
             f"--tune: {reason}; the closed forms do not hold. Compare settings by hope rehearse --against"
         )
     return best_choices(config, world_size, hardware, efficiency)
 
 
-def choices_data(choices: list[Choice], world_size: int) -> list[dict[str, Any]]:
-    """As plain data."""
+def choices_data(choices: list[Choice], world_size: int, beside: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """As plain data. beside: overrides that hold for all."""
     return [
         {
-            "overrides": choice.overrides,
+            "overrides": [*beside, *choice.overrides],
             "step_s": choice.time.seconds,
             "step_s_interval": [choice.time.fastest_s, choice.time.slowest_s],
             "tokens_per_second_per_gpu": choice.time.tokens_per_second / world_size,
@@ -96,21 +98,31 @@ def choices_data(choices: list[Choice], world_size: int) -> list[dict[str, Any]]
     ]
 
 
-def print_choices(choices: list[dict[str, Any]]) -> None:
-    """One line for each, the fastest first."""
+def print_choices(choices: list[dict[str, Any]], own: dict[str, Any] | None, own_length: int) -> None:
+    """One line for each, the fastest first. own: the best one at the run's own length, where another was asked for."""
     for number, choice in enumerate(choices, 1):
-        low, high = choice["step_s_interval"]
+        print(f"{number}. {_choice_text(choice)}\n   {' '.join(choice['overrides'])}")
+    if any("truncate_tokens" in text for text in choices[0]["overrides"]):
         print(
-            f"{number}. {choice['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU, step {seconds_text(choice['step_s'])} "
-            f"({seconds_text(low)} to {seconds_text(high)}, bound by {choice['bound']}), {bytes_text(choice['memory_bytes'])} "
-            f"without temporaries\n   {' '.join(choice['overrides'])}"
+            "nothing fits without windows: gradients reach back training.truncate_tokens only, which changes what is learned"
         )
+    if own is not None:
+        print(f"at {own_length:,} tokens: {_choice_text(own)}\n   {' '.join(own['overrides'])}")
     print("counted, not measured; hope rehearse with these overrides gives the peak of memory")
 
 
-def write_overrides(path: Path, choice: Choice, title: str) -> None:
+def _choice_text(choice: dict[str, Any]) -> str:
+    low, high = choice["step_s_interval"]
+    return (
+        f"{choice['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU, step {seconds_text(choice['step_s'])} "
+        f"({seconds_text(low)} to {seconds_text(high)}, bound by {BOUND_IN_WORDS[choice['bound']]}), "
+        f"{bytes_text(choice['memory_bytes'])} without temporaries"
+    )
+
+
+def write_overrides(path: Path, overrides: list[str], title: str) -> None:
     """The winner's settings, as dotted keys of a run file."""
-    lines = [f"# {title}", *(f"{text.replace('=', ': ', 1)}" for text in choice.overrides)]
+    lines = [f"# {title}", *(f"{text.replace('=', ': ', 1)}" for text in overrides)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

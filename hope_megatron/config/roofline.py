@@ -16,6 +16,14 @@ from hope_megatron.config.hardware import Hardware
 
 Bound = Literal["launch", "memory", "math", "network"]
 
+BOUND_IN_WORDS: dict[Bound, str] = {
+    "launch": "the latency of dependent steps",
+    "memory": "memory",
+    "math": "math",
+    "network": "network",
+}
+"""How a bound is printed. "launch" is that of the host's launches, of many small kernels, and of loops from chunk to chunk."""
+
 GPUS_PER_NODE = 8
 """Of the usual reference systems: ranks of one node are neighbours and talk over its links."""
 

@@ -1,12 +1,14 @@
 """Time of a step from closed forms: what `hope plan` says. The same formula as `hope rehearse` (roofline.py), on counts from sizes.
 
 Counts of forward, recomputation and backward were fitted to rehearsals and agree with them within 2 % (step_counts.json, made by
-tools/fit_step_counts.py). They hold for HOPE's own rule on Triton kernels, which no GPU has run, and for softmax attention.
+tools/fit_step_counts.py). Micro-batches of one sequence have coefficients of their own, and again under context parallelism. They
+hold for HOPE's own rule on Triton kernels, which no GPU has run, and for softmax attention.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from pathlib import Path
 
 from hope_megatron.config.accounting import forward_flops, num_parameters, weight_table
 from hope_megatron.config.efficiency import DEFAULT, Efficiency, End
-from hope_megatron.config.features import frame_features, layer_features
+from hope_megatron.config.features import frame_features, layer_features, slice_tokens, variant
 from hope_megatron.config.hardware import Hardware
 from hope_megatron.config.roofline import Bound, PhaseTime, Transfer, Work, bound_of, phase_times
 from hope_megatron.config.run import RunConfig
@@ -88,10 +90,10 @@ def why_not_counted(config: RunConfig) -> str | None:
             return f"memory.{changed[0]} is not HOPE's own"
         if memory.kernel in ("torch", "phases", "cpu"):
             return f"memory.kernel={memory.kernel}; they are of the Triton kernels"
-    if config.parallel.context_parallel > 1:
-        return "it splits sequences over ranks (parallel.context_parallel)"
-    if config.model.cms.learns_in_context or config.training.truncate_tokens:
-        return "it learns in context, or cuts sequences into windows"
+    if config.model.cms.learns_in_context:
+        return "it learns in context"
+    if config.parallel.context_parallel > 1 and config.training.micro_batch_size > 1:
+        return "with parallel.context_parallel they are of training.micro_batch_size=1"
     return None
 
 
@@ -99,7 +101,7 @@ def kernel_tape_bytes(config: RunConfig) -> float:
     """What the memories' Triton kernels keep while backward is in a layer, on top of `footprint`; 0 where they are not counted."""
     if "memory" not in config.model.mixers or why_not_counted(config) is not None:
         return 0.0
-    tokens = config.training.micro_batch_size * config.training.seq_length
+    tokens = slice_tokens(config)
     return _TAPE_BYTES * tokens * config.model.num_heads * config.model.head_dim / config.parallel.tensor_parallel
 
 
@@ -123,11 +125,12 @@ def step_time(config: RunConfig, world_size: int, hardware: Hardware, efficiency
 
 
 def micro_batch_works(config: RunConfig) -> Works:
-    """Kernels, bytes and FLOPs of a micro-batch on one rank, by phase and family."""
-    counts: Counter[str] = Counter()
+    """Kernels, bytes and FLOPs of a micro-batch on one rank, by phase and family. Windows (training.truncate_tokens) count as that
+    many micro-batches; what carrying their states on costs and saves is left out (up to 7 % in a rehearsal of four windows)."""
+    counts, windows = Counter[str](), num_windows(config)
     for kind, number in Counter(config.model.mixers).items():
-        _add(counts, kind, layer_features(config, kind), number)
-    _add(counts, "frame", frame_features(config), 1)
+        _add(counts, kind + variant(config), layer_features(config, kind), number * windows)
+    _add(counts, "frame" + variant(config), frame_features(config), windows)
     works: Works = {}
     for key, value in counts.items():
         phase, family, what = key.split("/")
@@ -145,9 +148,14 @@ def micro_batch_works(config: RunConfig) -> Works:
     return works
 
 
+def num_windows(config: RunConfig) -> int:
+    """Windows that a sequence is read in."""
+    return config.training.seq_length // (config.training.truncate_tokens or config.training.seq_length)
+
+
 def step_works(config: RunConfig, world_size: int) -> Works:
     """The same of a whole step, with reduction and update."""
-    accumulation, dp = config.accumulation_steps(world_size), config.data_parallel(world_size)
+    accumulation, replicas = config.accumulation_steps(world_size), config.replicas(world_size)
     works = micro_batch_works(config)
     for families in works.values():
         for work in families.values():
@@ -155,9 +163,10 @@ def step_works(config: RunConfig, world_size: int) -> Works:
             work.flops = {dtype: accumulation * flops for dtype, flops in work.flops.items()}
     tp, rows = config.parallel.tensor_parallel, weight_table(config.model)
     local = sum(row.total / (tp if row.sharded else 1) for row in rows)
-    reduced = _REDUCTION_BYTES + _REDUCTION_BYTES_PER_MICRO_BATCH * accumulation
-    works["reduction"] = {"pointwise": Work(_REDUCTION_KERNELS * accumulation, local * reduced)}
-    shard = local / (dp if config.parallel.zero_stage else 1)
+    times = accumulation * num_windows(config)
+    reduced = _REDUCTION_BYTES + _REDUCTION_BYTES_PER_MICRO_BATCH * times
+    works["reduction"] = {"pointwise": Work(_REDUCTION_KERNELS * times, local * reduced)}
+    shard = local / (replicas if config.parallel.zero_stage else 1)
     name = config.optim.name
     matrices = sum(row.total for row in rows if row.matrix) / world_size * config.model.hidden_size / 2048
     deep = config.optim.name in _DEEP_FLOPS
@@ -173,27 +182,47 @@ def step_works(config: RunConfig, world_size: int) -> Works:
 
 
 def step_transfers(config: RunConfig, world_size: int) -> list[Transfer]:
-    """Collectives of a step of rank 0."""
-    tp, dp = config.parallel.tensor_parallel, config.data_parallel(world_size)
-    accumulation, n = (
-        config.accumulation_steps(world_size),
-        config.training.micro_batch_size * config.training.seq_length,
-    )
+    """Collectives of a step of rank 0. Neighbours share a layer, groups of these a sequence; gradients are summed over all ranks
+    with the same part of the layers."""
+    tp, times = config.parallel.tensor_parallel, config.accumulation_steps(world_size) * num_windows(config)
     local = num_parameters(config.model) / tp
-    data_ranks, tensor_ranks = tuple(range(0, world_size, tp)), tuple(range(tp))
     size = 4 if config.parallel.reduce_dtype == "fp32" or config.training.precision == "fp32" else 2
     found = []
-    if dp > 1:
-        found += _over_data_parallel(config.parallel.zero_stage, data_ranks, accumulation, size * local, 2 * local)
+    if config.replicas(world_size) > 1:
+        ranks = tuple(range(0, world_size, tp))
+        found += _over_data_parallel(config.parallel.zero_stage, ranks, times, size * local, 2 * local)
     if tp > 1:
         blocks = config.model.num_layers * (1 + len(config.model.cms.levels))
-        each = 2.0 * n * config.model.hidden_size
-        for phase in ("forward", "backward", *(["recompute"] if config.training.recompute == "layer" else [])):
-            operators = ("allgather", "reduce_scatter") if config.parallel.sequence_parallel else ("allreduce",)
-            for operator in operators:
-                calls = blocks * accumulation
-                found.append(Transfer(phase, operator, "tensor parallel", tensor_ranks, calls, calls * each, False))
-    return found
+        each = 2.0 * slice_tokens(config) * config.model.hidden_size
+        operators = ("allgather", "reduce_scatter") if config.parallel.sequence_parallel else ("allreduce",)
+        for phase, operator in itertools.product(_passes(config), operators):
+            calls, ranks = blocks * times, tuple(range(tp))
+            found.append(Transfer(phase, operator, "tensor parallel", ranks, calls, calls * each, False))
+    return found + _over_context_parallel(config, times)
+
+
+def _passes(config: RunConfig) -> tuple[str, ...]:
+    return ("forward", "backward", *(["recompute"] if config.training.recompute == "layer" else []))
+
+
+def _over_context_parallel(config: RunConfig, times: int) -> list[Transfer]:
+    """Queries, keys, values and outputs of a mixer in all its heads, and the float32 logits of a memory's rates."""
+    model, parallel = config.model, config.parallel
+    if parallel.context_parallel == 1:
+        return []
+    ranks = tuple(range(0, parallel.ranks_per_sequence, parallel.tensor_parallel))
+    n, heads = slice_tokens(config), model.num_heads / parallel.tensor_parallel
+    number = 2 if config.training.precision == "bf16" else 4
+    calls = bytes_ = 0.0
+    for kind in model.mixers:
+        keys = model.num_heads if kind == "memory" else model.attention.num_kv_heads or model.num_heads
+        rates = 2 * 4 if kind == "memory" else 0  # eta and alpha of HOPE's own rule
+        calls += 3 if kind == "memory" else 4
+        bytes_ += n * heads * (number * model.head_dim * (2 + 2 * keys / model.num_heads) + rates)
+    return [
+        Transfer(phase, "alltoall", "context parallel", ranks, times * calls, times * bytes_, False)
+        for phase in _passes(config)
+    ]
 
 
 def _over_data_parallel(
@@ -217,8 +246,9 @@ def _over_data_parallel(
 def _flops(config: RunConfig) -> dict[str, dict[str, float]]:
     """Of a micro-batch on one rank, by phase and family."""
     model, training = config.model, config.training
-    n = training.micro_batch_size * training.seq_length / config.parallel.tensor_parallel
-    forward = forward_flops(model, training.seq_length)
+    window = training.truncate_tokens or training.seq_length
+    n = num_windows(config) * slice_tokens(config) / config.parallel.tensor_parallel
+    forward = forward_flops(model, window)
     head = 2.0 * model.padded_vocab_size * model.hidden_size
     once = {"products": n * forward.outer, "attention": n * forward.attention, "memories": n * forward.memory}
     return {
@@ -233,9 +263,10 @@ def _flops(config: RunConfig) -> dict[str, dict[str, float]]:
 
 
 def _loop_steps(config: RunConfig) -> float:
-    """Chunks that the loop kernels of a micro-batch go through one after the other, in each of its phases."""
+    """Chunks that the loop kernels of a micro-batch go through one after the other, in each of its phases: all of a sequence, for
+    this rank's heads."""
     model, training = config.model, config.training
-    streams = training.micro_batch_size * model.num_heads // config.parallel.tensor_parallel
+    streams = training.micro_batch_size * model.num_heads // config.parallel.ranks_per_sequence
     chunks = training.seq_length // model.memory.chunk_tokens
     return model.mixers.count("memory") * _LOOPS * chunks * -(-streams // PROGRAMS_AT_ONCE)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hope_megatron.config.roofline import BOUND_IN_WORDS
+
 _COLORS = {
     "forward": "#4C78A8",
     "backward": "#E4572E",
@@ -83,6 +85,8 @@ def _draw_time(axes: Any, found: dict[str, Any]) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("seconds of a step")
     axes.set_title(
-        f"bound by {found['bound']}: {found['tokens_per_second']:,.0f} tokens/s per GPU", loc="left", fontsize=10
+        f"bound by {BOUND_IN_WORDS[found['bound']]}: {found['tokens_per_second']:,.0f} tokens/s per GPU",
+        loc="left",
+        fontsize=10,
     )
     axes.legend(frameon=False, fontsize=8, ncols=2)

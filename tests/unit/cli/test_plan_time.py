@@ -9,9 +9,10 @@ import pytest
 from hope_megatron.cli.main import main
 from hope_megatron.cli.plan import load_for_plan
 from hope_megatron.config import dump_config
+from hope_megatron.config.base import ConfigError
 from hope_megatron.config.footprint import footprint
 from hope_megatron.config.hardware import find_hardware
-from hope_megatron.config.step_time import kernel_tape_bytes, step_time
+from hope_megatron.config.step_time import kernel_tape_bytes, step_time, step_works
 from hope_megatron.config.tuning import HEADROOM, best_choices, changed_config
 from hope_megatron.runtime.records import seal
 
@@ -52,6 +53,38 @@ def test_the_best_five_fit_and_are_no_slower_than_what_was_given():
         assert changed.training.tokens_per_step == config.training.tokens_per_step
 
 
+def test_sequences_of_a_million_tokens_are_split_over_ranks_and_cut_where_nothing_fits_whole(capsys):
+    million = ["plan", "hope_760m", "--world", "64", "--seq", "1048576", "--tune"]
+    assert main([*million, "--json"]) == 0
+    for choice in json.loads(capsys.readouterr().out):
+        config = load_for_plan("hope_760m", choice["overrides"])  # refuses what does not go together
+        assert config.training.seq_length == 1048576 and config.parallel.context_parallel > 1
+        assert config.training.global_batch_size == 8, "64 GPUs in groups of 8, with 24 heads"
+        assert config.training.truncate_tokens and choice["memory_bytes"] <= HEADROOM * H100.memory_bytes
+    assert main(million) == 0
+    printed = capsys.readouterr().out
+    assert "bound by the latency of dependent steps" in printed and "nothing fits without windows" in printed
+    assert "at 4,096 tokens: " in printed
+
+
+def test_context_parallelism_divides_tokens_and_shards():
+    whole = load_for_plan("hope_760m", ["training.seq_length=65536", "training.micro_batch_size=1"])
+    split = changed_config(whole, {"parallel.context_parallel": 8})
+    one, eighth = (step_works(config, 64) for config in (whole, split))
+    assert split.accumulation_steps(64) == 8 * whole.accumulation_steps(64)  # as much for a rank, in slices
+    products = [sum(works["forward"]["products"].flops.values()) for works in (one, eighth)]
+    assert products[0] == pytest.approx(products[1])
+    assert one["update"]["pointwise"].bytes == eighth["update"]["pointwise"].bytes, "ZeRO shards over all 64"
+    assert eighth["forward"]["memories"].steps == 8 * one["forward"]["memories"].steps, (
+        "chunks of all tokens, each time"
+    )
+
+
+def test_where_nothing_fits_the_nearest_is_named():
+    with pytest.raises(ConfigError, match=r"nearest is \d+ GB with .*; take more devices, .*training.truncate_tokens"):
+        best_choices(load_for_plan("hope_7b", []), 1, H100)
+
+
 def test_the_winner_is_written_as_keys_of_a_run_file(tmp_path, capsys):
     out = tmp_path / "best.yaml"
     assert main(["plan", "transformer_pp_760m", "--world", "8", "--tune", "--json", "--out", str(out)]) == 0
@@ -79,6 +112,7 @@ def test_a_run_calibrates_the_plan(tmp_path, capsys):
         (["--calibrate", "nowhere", "--out", "x"], "--calibrate RUN wants --world N"),
         (["--calibrate", "nowhere", "--out", "x", "--world", "8"], "it has no config.yaml"),
         (["hope_tiny", "--efficiency", "nowhere.json"], "has no efficiencies"),
+        (["hope_760m", "--tune", "--seq", "0"], "--seq 0: give the length"),
         ([], "give a run file, a model file"),
     ],
 )

@@ -5,23 +5,28 @@ from __future__ import annotations
 import pytest
 
 from hope_megatron.cli.plan import load_for_plan
-from hope_megatron.config.step_time import micro_batch_works
+from hope_megatron.config.step_time import micro_batch_works, step_transfers
 from hope_megatron.rehearse.rehearse import rehearse
 from hope_megatron.rehearse.tally import grouped, total
 
-SMALL = ["training.steps=1", "training.seq_length=1280", "training.micro_batch_size=3", "training.global_batch_size=3"]
+SMALL = ["training.steps=1", "training.seq_length=1280", "model.num_layers=3", "model.vocab_size=3072"]
+SEVERAL = ["training.micro_batch_size=3", "training.global_batch_size=3", "model.hidden_size=320", "model.num_heads=5"]
+SPLIT = ["training.micro_batch_size=1", "training.global_batch_size=1", "model.hidden_size=384", "model.num_heads=6"]
+SPLIT += ["parallel.context_parallel=2"]
+MEMORIES = ["hope_tiny", "model.memory.kernel=triton", "model.memory.chunk_tokens=64", "training.recompute=layer"]
 RUNS = {
-    "memories": ["hope_tiny", "model.memory.kernel=triton", "model.memory.chunk_tokens=64", "training.recompute=layer"],
-    "attention": ["transformer_pp_tiny", "training.recompute=none"],
+    "memories": [*MEMORIES, *SEVERAL],
+    "attention": ["transformer_pp_tiny", "training.recompute=none", *SEVERAL],
+    "one sequence over two ranks": [*MEMORIES, *SPLIT],
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_counts_are_those_of_a_rehearsal(name):
     model, *overrides = RUNS[name]
-    sizes = ["model.num_layers=3", "model.hidden_size=320", "model.num_heads=5", "model.vocab_size=3072"]
-    config = load_for_plan(model, [*overrides, *sizes, *SMALL])
-    tally, works = rehearse(config, 1)[0].micro_batch(), micro_batch_works(config)
+    config = load_for_plan(model, [*overrides, *SMALL])
+    world = config.parallel.context_parallel
+    tally, works = rehearse(config, world)[0].micro_batch(), micro_batch_works(config)
     for phase in ("forward", "backward", *(["recompute"] if config.training.recompute == "layer" else [])):
         for what in ("kernels", "bytes", "steps"):
             planned = sum(getattr(work, what) for work in works[phase].values())
@@ -30,3 +35,16 @@ def test_counts_are_those_of_a_rehearsal(name):
     for dtype, flops in counted.items():
         planned = sum(work.flops.get(dtype, 0) for families in works.values() for work in families.values())
         assert planned == pytest.approx(flops, rel=0.02), dtype
+    exchanged = {phase: x for (phase, operator), x in exchanges(tally).items() if operator == "alltoall"}
+    planned = {t.phase: (t.count, t.bytes) for t in step_transfers(config, world) if t.operator == "alltoall"}
+    assert planned == exchanged
+
+
+def exchanges(tally):
+    """(calls, bytes) of collectives by phase and operator."""
+    found = {}
+    for (what, phase, operator, *_), value in tally.items():
+        if what in ("collective", "collective_bytes"):
+            calls, moved = found.get((phase, operator), (0, 0))
+            found[phase, operator] = (calls + value, moved) if what == "collective" else (calls, moved + value)
+    return found
