@@ -16,7 +16,7 @@ def test_writes_every_figure(tmp_path, capsys):
     command = ["rehearse", "transformer_pp_tiny", *SMALL, "--world", "8", "--json", str(file), "--png", str(picture)]
     assert main(command) == 0
     found = json.loads(file.read_text())
-    assert found["kernels_per_micro_batch"] < found["kernels_per_step"] < 3 * found["kernels_per_micro_batch"]
+    assert found["kernels_per_micro_batch"] < found["kernels_per_step"] < 4 * found["kernels_per_micro_batch"]
     assert found["launch_s"] == pytest.approx(sum(phase["launch_s"] for phase in found["phases"].values()))
     assert set(found["roofline_s_by_phase"]) == set(found["phases"]) >= {"forward", "backward", "reduction", "update"}
     assert sum(found["peak_memory_breakdown"].values()) == found["peak_memory_bytes"]
