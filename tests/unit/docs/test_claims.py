@@ -1,0 +1,28 @@
+"""Claims that a figure once flattered stand beside what belongs to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hope_megatron.config.optim import OptimConfig
+
+ROOT = Path(__file__).parents[3]
+
+
+def text(name: str) -> str:
+    return " ".join((ROOT / name).read_text(encoding="utf-8").split())
+
+
+def test_the_speed_of_the_operator_names_both_comparisons() -> None:
+    (sentence,) = (part for part in text("README.md").split("- ") if "titans-pytorch" in part)
+    assert "3.3 times" in sentence and "1.04 times its default mode" in sentence
+
+
+def test_the_cost_of_m3_says_what_slow_levels_add() -> None:
+    page = text("docs/records/2026-11-24-optimizer-cost.md")
+    assert "1.59" in page and "2.65" in page
+    assert "1.6 to 2.7 times the median" in text("docs/records/README.md")
+
+
+def test_the_default_rate_is_the_one_that_the_records_found_best() -> None:
+    assert OptimConfig().name == "m3" and OptimConfig().lr == 8e-3
