@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,11 +65,6 @@ def run_tokenizer(arguments: argparse.Namespace) -> int:
 
 def run_prepare(arguments: argparse.Namespace) -> int:
     with Progress("preparing") as display:
-
-        def show(report: PrepareReport, part: float | None) -> None:
-            tokens = sum(report.tokens.values())
-            display.update(f"{report.documents_in:,} documents, {tokens / 1e6:,.1f} M tokens", part)
-
         report = prepare(
             arguments.sources,
             arguments.tokenizer,
@@ -85,10 +81,18 @@ def run_prepare(arguments: argparse.Namespace) -> int:
             slice=arguments.slice,
             follow_links=arguments.follow_links,
             overwrite=arguments.overwrite,
-            progress=show,
+            progress=_shown_on(display),
         )
     _print(arguments, dataclasses.asdict(report), report.describe(arguments.text_field))
     return 0
+
+
+def _shown_on(display: Progress) -> Callable[[PrepareReport, float | None], None]:
+    def show(report: PrepareReport, part: float | None) -> None:
+        tokens = sum(report.tokens.values())
+        display.update(f"{report.documents_in:,} documents, {tokens / 1e6:,.1f} M tokens", part)
+
+    return show
 
 
 def run_import(arguments: argparse.Namespace) -> int:
@@ -102,12 +106,6 @@ def run_import(arguments: argparse.Namespace) -> int:
         _print(arguments, value, "\n".join(lines))
         return 0
     with Progress("importing") as display:
-
-        def show(report: PrepareReport, part: float | None) -> None:
-            display.update(
-                f"{report.documents_in:,} documents, {sum(report.tokens.values()) / 1e6:,.1f} M tokens", part
-            )
-
         report = import_indexed(
             arguments.prefixes,
             arguments.tokenizer,
@@ -117,7 +115,7 @@ def run_import(arguments: argparse.Namespace) -> int:
             workers=arguments.workers,
             deduplicate=arguments.deduplicate,
             overwrite=arguments.overwrite,
-            progress=show,
+            progress=_shown_on(display),
         )
     _print(arguments, dataclasses.asdict(report), report.describe())
     return 0

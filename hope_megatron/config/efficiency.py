@@ -47,11 +47,12 @@ class Efficiency:
     )
     """Seconds that any kernel takes on the device, however little it does."""
     chunk_s: Assumption = Assumption(
-        20e-6,
-        10e-6,
-        60e-6,
-        "assumption: instructions and stalls of the compiled loop kernels of the memories, walked for one warp at 1.755 GHz, give "
-        "3 to 30 us a chunk forward and about three times that backward; no GPU has run them",
+        50e-6,
+        15e-6,
+        130e-6,
+        "docs/records/2026-11-27-memory-kernels.md: instructions and guessed stalls of the compiled loops, walked for one warp at "
+        "1.755 GHz, give 30 and 2 us a chunk forward with hope_w1, 78 and 17 with hope (mean 48), and 41 and 2 backward with "
+        "hope_w1; hope's backward is not compiled. Each may be off by a factor of two; no GPU has run them",
     )
     """Seconds that a loop over chunks takes per chunk of 64 tokens."""
     memory: Assumption = Assumption(

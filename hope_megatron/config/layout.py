@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hope_megatron.config.base import ConfigError
@@ -35,7 +35,7 @@ class ParallelLayout:
 
     def describe(self) -> dict[str, Any]:
         """As checkpoint.json says it."""
-        return {"world_size": self.world_size, **{name: asdict(self)[name] for name in _SAVED}}
+        return {"world_size": self.world_size, **{name: getattr(self, name) for name in _SAVED}}
 
     def in_words(self) -> str:
         """For a line of output."""

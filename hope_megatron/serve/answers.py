@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from abc import ABC, abstractmethod
 from typing import Any
 
 from hope_megatron.serve.service import Job
@@ -12,7 +13,7 @@ from hope_megatron.serve.streams import Piece, TokenLogprob
 FINISH = {"stop": "stop", "length": "length", "cancelled": "stop", None: None}
 
 
-class Answer:
+class Answer(ABC):
     """What a request is answered with: whole, or chunk by chunk.
 
     Args:
@@ -65,14 +66,17 @@ class Answer:
     def _text(self, token: int) -> str:
         return self.tokenizer.decode([token])
 
+    @abstractmethod
     def _said(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+        """A whole text as part of a choice."""
 
+    @abstractmethod
     def _added(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+        """A piece of text as part of a chunk's choice."""
 
+    @abstractmethod
     def _logprobs(self, entries: list[TokenLogprob]) -> dict[str, Any]:
-        raise NotImplementedError
+        """Tokens and their log probabilities as OpenAI's interface shows them there."""
 
 
 class CompletionAnswer(Answer):

@@ -267,6 +267,24 @@ def test_a_hanging_rank_is_found_on_a_cluster(reference: Run, workspace: Workspa
     assert run.trajectory() == reference.trajectory() and run.final_state() == reference.final_state()
 
 
+def test_a_slow_node_is_named_and_left_out(reference: Run, workspace: Workspace, slurm: LocalSlurm) -> None:
+    changes = {"env": {"HOPE_FAULTS": "slow@1:1"}, "leave_out_slow_nodes": True}
+    cluster = workspace.write_cluster("slow.yaml", **changes)
+    endless = ["training.steps=100000", "checkpoint.every=100000", "resilience.allow_faults=true"]
+    run = workspace.submit("slow", "--nodes", 2, *endless, cluster=cluster)
+    run.wait_for_step(76)  # three comparisons
+    victim = run.nodes()[1]
+    status = workspace.hope("launch", "status", run.directory)
+    assert "slow        rank 1" in status and "in the last 3 comparisons" in status
+    slurm.run("scancel", "--batch", "--signal=USR1", run.job_id)  # what the time limit sends
+    run.wait_for_log(f"leaving out {victim}, which was slow to the end")
+    run.wait_for_log("all ranks are ready", times=2)
+    assert victim not in run.nodes()
+    assert f"avoids      {victim}" in workspace.hope("launch", "status", run.directory)
+    workspace.hope("launch", "cancel", run.directory, "--now")
+    assert run.wait_for_end() == "CANCELLED"
+
+
 def test_bad_node_and_taken_port_are_left_out(reference: Run, workspace: Workspace, slurm: LocalSlurm) -> None:
     scratch = workspace.directory / "scratch"
     scratch.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from hope_megatron.config.optim import OptimConfig
@@ -26,3 +27,11 @@ def test_the_cost_of_m3_says_what_slow_levels_add() -> None:
 
 def test_the_default_rate_is_the_one_that_the_records_found_best() -> None:
     assert OptimConfig().name == "m3" and OptimConfig().lr == 8e-3
+
+
+def test_the_scripts_that_records_name_are_there() -> None:
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("hope_megatron/**/*.md")]
+    named = {
+        name for page in pages for name in re.findall(r"benchmarks/[\w/]+\.(?:py|sh)", page.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 15 and [name for name in sorted(named) if not (ROOT / name).is_file()] == []
