@@ -1,10 +1,18 @@
-"""Trackers beside MLflow, each read back by its own library's reader, and several at once."""
+"""Trackers, each read back by its own library's reader, and several at once."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
 import struct
+import subprocess
+import sys
 import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -134,6 +142,40 @@ def test_mlflow_variables_and_several_at_once(tmp_path, monkeypatch):
     run = client.search_runs([client.get_experiment_by_name("memory").experiment_id])[0]
     assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "train/loss")] == EXPECTED
     assert len((directory.path / "tracking.jsonl").read_text().splitlines()) == 8
+
+
+@pytest.fixture
+def mlflow_server(tmp_path: Path) -> Iterator[str]:
+    """The address of MLflow's own server, with a database and artifacts of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    store = [f"--backend-store-uri=sqlite:///{tmp_path}/server.db", f"--artifacts-destination={tmp_path}/artifacts"]
+    command = [sys.executable, "-m", "mlflow", "server", "--host=127.0.0.1", f"--port={port}", "--workers=1", *store]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 90
+    try:
+        while True:
+            with suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5):
+                break
+            assert server.poll() is None and time.monotonic() < deadline, "MLflow's server did not start"
+            time.sleep(0.2)
+        yield address
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+@pytest.mark.timeout(180)
+def test_a_real_mlflow_server_has_the_whole_run(tmp_path, mlflow_server):
+    from mlflow.tracking import MlflowClient
+
+    directory = train_and_resume(tmp_path, "mlflow", uri=mlflow_server)
+    client = MlflowClient(tracking_uri=mlflow_server)
+    (run,) = client.search_runs([client.get_experiment_by_name("memory").experiment_id])
+    assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "train/loss")] == EXPECTED
+    assert run.info.status == "FINISHED" and run.data.tags["team"] == "a" and run.data.params["optim.name"] == "m3"
+    assert directory.summary.name in {file.path.split("/")[-1] for file in client.list_artifacts(run.info.run_id)}
 
 
 @pytest.mark.parametrize(
