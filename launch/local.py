@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from hope_megatron.runtime.failures import ATTEMPT_VARIABLE, LAUNCH_DIR_VARIABLE, Failure, first_cause, read_failures
+from hope_megatron.runtime.failures import LAUNCH_DIR_VARIABLE, Failure, first_cause, read_failures
 from hope_megatron.runtime.heartbeat import HEARTBEAT_DIR_VARIABLE, Limits, beat_file, read_beat
 from hope_megatron.runtime.process import (
     LAUNCH_TIME_VARIABLE,
@@ -171,7 +171,7 @@ class LocalRun(Supervisor):
 
     def start_ranks(self) -> LocalRanks:
         number = len(self.history.attempts)
-        variables = {**self._environment, ATTEMPT_VARIABLE: str(number), LAUNCH_TIME_VARIABLE: str(time.time())}
+        variables = {**self._environment, LAUNCH_TIME_VARIABLE: str(time.time())}
         if number > 1 and self.history.is_first_attempt is False:
             self.say(f"attempt {number}, from step {self.step()}")
         self._ranks = LocalRanks(

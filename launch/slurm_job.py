@@ -90,7 +90,7 @@ class SlurmJob(Supervisor):
             "MASTER_PORT": str(port),
             LAUNCH_DIR_VARIABLE: str(self.directory.reports),
             LAUNCH_TIME_VARIABLE: str(launch_began(self.history.attempts, self.began)),
-            ATTEMPT_VARIABLE: str(number),
+            ATTEMPT_VARIABLE: attempt_name(self.job_id, number),
             TOKEN_VARIABLE: secrets.token_hex(32),
             "TMPDIR": self.submission.scratch,
         }
@@ -166,6 +166,11 @@ def own_job_id(environment: Mapping[str, str]) -> str:
     if "SLURM_ARRAY_JOB_ID" in environment:
         return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
     return environment["SLURM_JOB_ID"]
+
+
+def attempt_name(job_id: str, number: int) -> str:
+    """A name that no other attempt bears: job numbers begin again on a new cluster, and a killed attempt leaves its heartbeats."""
+    return f"{job_id}-{number}-{secrets.token_hex(4)}"
 
 
 def launch_began(attempts: Sequence[Attempt], allocated: float) -> float:

@@ -30,8 +30,7 @@ def heartbeat_directory(environment: dict[str, str]) -> Path:
     """Where the ranks of this node and attempt keep their heartbeats: in memory where there is /dev/shm."""
     memory = Path("/dev/shm")
     base = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
-    node = environment.get("SLURMD_NODENAME", "node")
-    return base / f"hope-{os.getuid()}-{environment['SLURM_JOB_ID']}-{environment.get(ATTEMPT_VARIABLE, '0')}-{node}"
+    return base / f"hope-{os.getuid()}-{environment[ATTEMPT_VARIABLE]}-{environment.get('SLURMD_NODENAME', 'node')}"
 
 
 def start_watchdog(beats: Path, environment: dict[str, str]) -> None:

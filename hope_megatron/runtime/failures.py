@@ -18,7 +18,7 @@ from hope_megatron.runtime.records import read_object
 LAUNCH_DIR_VARIABLE = "HOPE_LAUNCH_DIR"
 """Directory through which ranks report their process ids and failures to the supervisor."""
 ATTEMPT_VARIABLE = "HOPE_ATTEMPT"
-"""Number of the attempt that a rank belongs to."""
+"""Name of the attempt that a rank of a Slurm job belongs to."""
 
 USER = "user"
 """A mistake in what was asked for: trying again cannot help."""

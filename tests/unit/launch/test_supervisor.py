@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from datetime import datetime
@@ -13,11 +14,11 @@ from launch.attempts import Attempt
 from launch.errors import LaunchError
 from launch.hangs import Hang
 from launch.slurm import parse_job
-from launch.slurm_job import has_gone_down, launch_began
+from launch.slurm_job import attempt_name, has_gone_down, launch_began
 from launch.step import TaskError, free_port, srun_command
 from launch.submission import Submission
 from launch.supervisor import explain_failure
-from launch.worker import rank_environment
+from launch.worker import heartbeat_directory, rank_environment
 
 NODES = ["node1", "node2"]
 LOST_PEER = Failure(
@@ -122,6 +123,14 @@ def test_rank_variables_come_from_slurm() -> None:
         "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
     }
     assert rank_environment(slurm) == {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+
+
+def test_heartbeats_of_a_killed_attempt_do_not_pass_for_those_of_the_next_job_of_its_number() -> None:
+    """On a new cluster job 33 comes again. A watchdog that finds the dead ranks of the old one leaves at once."""
+    names = {attempt_name("33", 1) for _ in range(10)}
+    assert len(names) == 10
+    found = {heartbeat_directory({"HOPE_ATTEMPT": name, "SLURMD_NODENAME": "node1"}) for name in names}
+    assert len(found) == 10 and all(path.name.startswith(f"hope-{os.getuid()}-33-1-") for path in found)
 
 
 def test_jobs_are_read_from_scontrol() -> None:
