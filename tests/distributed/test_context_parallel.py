@@ -23,7 +23,8 @@ CASES = {
     ),
     "hope_w1": tiny_model(num_heads=4, memory=MemoryConfig(chunk_tokens=8, written_layers="output")),
     "constant_rates": tiny_model(
-        num_heads=4, memory=MemoryConfig(chunk_tokens=8, eta_max=0.5, decay="constant", momentum="constant")
+        num_heads=4,
+        memory=MemoryConfig(chunk_tokens=8, eta_max=0.5, decay="constant", momentum="constant", query_correction=0.5),
     ),
     "retnet": tiny_model(
         num_heads=4, memory=MemoryConfig(num_layers=1, dgd_layers="none", eta="fixed", decay="retnet", **STATIC)
