@@ -23,6 +23,7 @@ from hope_megatron.checkpoint.errors import ModelReferenceError
 from hope_megatron.cli.layout_options import add_layout_arguments, asked_layout
 from hope_megatron.cli.models import prepare_process
 from hope_megatron.convert.formats import FORMATS, Format, open_format
+from hope_megatron.runtime.files import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +88,7 @@ def _write_model_section(source: Format, args: argparse.Namespace) -> None:
     if args.model.exists():
         raise ModelReferenceError(f"{args.model} exists; name another file, or move it away")
     section = dump_config(source.read_model_config(args.directory))
-    args.model.write_text("model:\n" + textwrap.indent(section, "  "), encoding="utf-8")
+    write_text(args.model, "model:\n" + textwrap.indent(section, "  "))
     print(f"{args.model}: the model section of a run file; levels may be added to its cms.levels")
 
 
