@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hope_megatron.checkpoint.format import PROBE_NAME
+from hope_megatron.config.parallel import own_spans
 from hope_megatron.eval.memory_health import cms_figure, measure_memories
 from hope_megatron.runtime.disks import best_effort
 from hope_megatron.runtime.files import write_json
@@ -19,7 +20,7 @@ from hope_megatron.runtime.heartbeat import HEART
 from hope_megatron.runtime.patience import PatientWriter
 from hope_megatron.runtime.process import start_up_text
 from hope_megatron.runtime.records import read_object
-from hope_megatron.training.batches import SampleSource, heldout_batches, micro_batches, rank_samples
+from hope_megatron.training.batches import SampleSource, heldout_batches, mesh_spans, micro_batches, rank_samples
 from hope_megatron.training.epochs import passes_over
 from hope_megatron.training.guard import Judgement
 from hope_megatron.training.ledger import RunLedger
@@ -129,8 +130,15 @@ class HeldoutEvaluation(Callback):
     def _loss(run: Run, source: SampleSource) -> float:
         HEART.enter("evaluate", HEART.limits.evaluation_s)
         training, mesh = run.config.training, run.engine.mesh
+        spans = mesh_spans(run.config, mesh)
         batches = heldout_batches(
-            source, training.eval_sequences, training.micro_batch_size, mesh.data_rank, mesh.data_size, mesh.device
+            source,
+            training.eval_sequences,
+            training.micro_batch_size,
+            mesh.data_rank,
+            mesh.data_size,
+            mesh.device,
+            spans,
         )
         return evaluate(run.engine, batches, source.end_id if run.config.data.reset_at_documents else None)
 
@@ -153,7 +161,9 @@ class MemoryHealth(Callback):
             HEART.enter("measure", HEART.limits.evaluation_s)
             batch_size, mesh = run.config.training.global_batch_size, run.engine.mesh
             first = rank_samples(run.state.samples - batch_size, batch_size, mesh.data_rank, mesh.data_size).start
-            tokens, targets = micro_batches(run.train_source, range(first, first + 1), 1, mesh.device)[0]
+            length = run.config.training.seq_length  # read in one piece: the inner clocks stand still
+            spans = own_spans(length, length, mesh.cp_rank, mesh.cp_size)
+            tokens, targets = micro_batches(run.train_source, range(first, first + 1), 1, mesh.device, spans)[0]
             run.metrics |= measure_memories(run.engine.model, lambda: run.engine.evaluate(tokens, targets, learn=False))
 
     @staticmethod
