@@ -112,6 +112,8 @@ class LocalRanks:
         """Where it was is in its heartbeat, which outlives it."""
         beat = read_beat(beat_file(self._beats, rank))
         where = f" in step {beat.step}, phase {beat.phase}" if beat and beat.step else " before the first step"
+        if beat is None and not self._beats.exists():  # the watchdog was faster: it has seen all ranks leave
+            where = ""
         self.errors.append(TaskError(socket.gethostname(), str(rank), what + where))
 
     def request_stop(self, number: int) -> None:
