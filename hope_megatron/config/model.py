@@ -50,6 +50,9 @@ class MemoryConfig(Section, MemoryCompute, MemoryRule):
     """Initial std of the W1 of M_mem; the other memories start at W1 = 0 (identity)."""
     conv_width: int = Field(default=4, ge=1)
     """Width of the causal depthwise convolution over q, k, v; 1 means none."""
+    query_correction: float | None = None
+    """Take so much of its key from each query, q - d k, with a learned d per head that begins here: Comba's output correction
+    (arXiv 2506.02475). None: queries stay as they are."""
     output_gate: Literal["none", "silu"] = "none"
     """Multiply the output by silu(W x). It kept associative recall from being learnt, hence "none"."""
 

@@ -69,6 +69,12 @@ class RunConfig(Section):
             )
         return self
 
+    def tokens_at_once(self, *, training: bool) -> int:
+        """Tokens of a sequence that the model reads at once: a segment of its inner clocks, a window in training, or all."""
+        if self.model.cms.learns_in_context:
+            return self.model.cms.inner_segment_tokens
+        return (self.training.truncate_tokens if training else None) or self.training.seq_length
+
     def data_parallel(self, world_size: int) -> int:
         """Data-parallel size in a world of `world_size` ranks.
 
@@ -168,7 +174,7 @@ def check_parallel_fits_model(model: ModelConfig, parallel: ParallelConfig, trai
 
 
 def check_context_parallel(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig) -> None:
-    """Refuse to split sequences where heads or tokens do not divide, or what the tokens of a sequence learn together."""
+    """Refuse to split sequences where heads or tokens do not divide."""
     cp, tp = parallel.context_parallel, parallel.tensor_parallel
     if cp == 1:
         return
@@ -187,10 +193,11 @@ def check_context_parallel(model: ModelConfig, parallel: ParallelConfig, trainin
             f"{window} tokens that are read at once (training.seq_length, truncate_tokens) do not divide into {slices} slices "
             f"(parallel.context_parallel{' x tensor_parallel' if slices > cp else ''}); use a multiple of {slices}"
         )
-    if model.cms.learns_in_context:
+    if model.cms.learns_in_context and (model.cms.inner_segment_tokens % slices or window % slices):
         raise ConfigError(
-            f"parallel.context_parallel={cp} does not go with inner clocks in the CMS (inner_chunk_tokens): they learn from all "
-            "tokens of a chunk together; set context_parallel=1"
+            f"the fastest inner_chunk_tokens={model.cms.inner_segment_tokens} does not divide into {slices} slices "
+            f"(parallel.context_parallel{' x tensor_parallel' if slices > cp else ''}), over which each chunk is split; use a "
+            f"multiple of {slices}"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ class Format:
         takes: names of the `ExportOptions` that `export` reads.
         restore: the whole checkpoint that an earlier export holds.
         load_model: the weights of a directory, whoever wrote it, as a model of a run's configuration.
+        load_run: the same with optimizer states and clocks; see `begin_run.go_on`.
         read_model_config: the model section of a run file that fits a directory.
         read_tokenizer: the tokenizer that belongs to a directory, a SentencePiece model or a tokenizer.json.
     """
@@ -45,6 +46,7 @@ class Format:
     takes: frozenset[str] = frozenset()
     restore: Callable[[Path], UnshardedCheckpoint] | None = None
     load_model: Callable[[Path, RunConfig], LanguageModel] | None = None
+    load_run: Callable[[Path, RunConfig, Callable[[int, int], Mapping[str, Any]]], UnshardedCheckpoint] | None = None
     read_model_config: Callable[[Path], ModelConfig] | None = None
     read_tokenizer: Callable[[Path], bytes] | None = None
 

@@ -144,6 +144,8 @@ class MemoryMixer(nn.Module):
         else:
             qkv = F.silu(qkv)
         q, k, v = qkv.view(batch_size, num_tokens, 3, self.heads, self.d).unbind(2)
+        if "correction" in self.constants:
+            q = q - self.constants["correction"][:, None].to(q.dtype) * k
         y, memory = memory_chunked(q, k, v, self._rate_logits(x), self.memories(), self.rule, memory)
         y = self.head_norm(y).flatten(2)
         if self.gate is not None:
@@ -180,13 +182,16 @@ class MemoryMixer(nn.Module):
 
 
 def _initial_rates(memory: SimpleNamespace) -> dict[str, tuple[str, float]]:
-    """Kind (data, constant, or another that has no parameters) and initial logit of each rate."""
+    """Kind (data, constant, or another that has no parameters) and initial logit of each rate; the correction by its value."""
     logit = lambda p: math.log(p / (1 - p))  # noqa: E731
-    return {
+    found = {
         "eta": (memory.eta, logit(memory.eta_init)),
         "alpha": (memory.decay, logit(memory.alpha_init)),
         "theta": (memory.momentum, logit(memory.momentum_init / memory.momentum_max)),
     }
+    if (correction := getattr(memory, "query_correction", None)) is not None:
+        found["correction"] = ("constant", correction)
+    return found
 
 
 class Attention(nn.Module):

@@ -20,7 +20,7 @@ CASES = {
     "hope": tiny_model(memory=MemoryConfig(chunk_tokens=8, self_chunk_tokens=16, momentum="data", output_gate="silu")),
     "hope_untied": tiny_model(tie_embeddings=False),
     "constant_rates": tiny_model(
-        memory=MemoryConfig(chunk_tokens=8, eta_max=0.5, decay="constant", momentum="constant")
+        memory=MemoryConfig(chunk_tokens=8, eta_max=0.5, decay="constant", momentum="constant", query_correction=0.5)
     ),
     "retnet": tiny_model(memory=MemoryConfig(num_layers=1, dgd_layers="none", eta="fixed", decay="retnet", **STATIC)),
     "transformer": tiny_model(layer_pattern=("attention",)),
