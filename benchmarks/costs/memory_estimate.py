@@ -22,17 +22,20 @@ ASSUMED = {
 """Guesses, each good to a factor of two at best. Bytes are left out: fused kernels move a tenth of what HBM could."""
 
 
-def layer_seconds(model: str, rows: list[dict[str, Any]], *, batch: int, T: int, heads: int) -> list[dict[str, Any]]:
+def layer_seconds(
+    model: str, rows: list[dict[str, Any]], *, batch: int, T: int, heads: int, recompute: str = "layer"
+) -> list[dict[str, Any]]:
     """Per kernel of one layer, forward + recomputation + backward: {"kernel", "runs", "seconds", "limit"}.
 
-    rows: of memory_kernels.py for sm_90 and this model.
+    rows: of memory_kernels.py for sm_90 and this model. recompute: as `training.recompute`; "memory": weights at chunk starts are
+    kept, and backward computes all but the loops again.
     """
-    launches = launches_of(MODELS[model], 64, "bf16_ptx")
+    launches = launches_of(MODELS[model], 64, "bf16_ptx", recompute=recompute == "memory")
     by_name = {row["kernel"]: row for row in rows if row["model"] == model and "walk_cycles" in row}
     forward = _names(launches[: _first_backward(launches)], launches)
     found: dict[str, dict[str, Any]] = {}
     grids = {name: launch.grid for name, launch in variants(launches).items()}
-    for name in [*forward, *_names(launches, launches)]:
+    for name in [*(forward if recompute == "layer" else []), *_names(launches, launches)]:
         planes = grids[name][2] if len(grids[name]) == 3 else 1
         seconds, limit = _seconds(by_name[name], name, planes, batch * heads, T // MODELS[model].chunk_tokens)
         row = found.setdefault(name, {"kernel": name, "runs": 0, "seconds": 0.0, "limit": limit})

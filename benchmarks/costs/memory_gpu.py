@@ -59,6 +59,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
     parser.add_argument("--models", nargs="+", default=["hope", "hope_w1"], choices=["hope", "hope_w1"])
     parser.add_argument("--estimate", type=Path, metavar="KERNELS.json")
+    parser.add_argument(
+        "--recompute", default="layer", choices=["layer", "memory"], help="estimate: training.recompute"
+    )
     parser.add_argument("--profile", action="store_true", help="the time of every kernel, too")
     parser.add_argument("--json", metavar="FILE")
     return parser.parse_args()
@@ -76,7 +79,7 @@ def estimated(args: argparse.Namespace) -> list[dict[str, Any]]:
     for model in args.models:
         for batch in args.batches:
             for T in args.lengths:
-                parts = layer_seconds(model, kernels, batch=batch, T=T, heads=HEADS)
+                parts = layer_seconds(model, kernels, batch=batch, T=T, heads=HEADS, recompute=args.recompute)
                 seconds = sum(part["seconds"] for part in parts)
                 rate, goal = batch * T / (LAYERS * seconds), GOALS.get((model, batch), "") if T == 4096 else ""
                 rows.append(

@@ -25,8 +25,13 @@ STATIC = dict(adaptive_key=False, adaptive_value=False, adaptive_eta=False, adap
 MODELS = {
     "hope": MemoryRule(64),
     "hope_w1": MemoryRule(64, written_layers="output"),
+    "titans": MemoryRule(
+        16, objective="l2", dgd_layers="none", decay_to="zero", eta_max=0.06, momentum_max=0.6, read_skip=True, **STATIC
+    ),
     "gated_deltanet": MemoryRule(64, num_layers=1, dgd_layers="input", decay_to="zero", decay_erased=True, **STATIC),
 }
+RATES = {"titans": (True, True, True)}
+"""Which of eta, alpha and theta come from data; others: the first two."""
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 BARS = {"chain": 64, "other": 512}
 """Bytes of spills that a kernel is to stay under."""
@@ -51,7 +56,9 @@ def main() -> int:
         # Neither the other compilers nor the interpreter take NVIDIA's approximate functions.
         precision = "bf16_ptx" if args.precision == "bf16" and target.startswith("sm_") else args.precision
         for model in args.models:
-            for name, launch in variants(launches_of(MODELS[model], args.width, precision)).items():
+            for name, launch in variants(
+                launches_of(MODELS[model], args.width, precision, rates=RATES.get(model, (True, True, False)))
+            ).items():
                 what = who | {
                     "target": target,
                     "model": model,

@@ -6,7 +6,9 @@ are checked against PyTorch (trust.py), and `auto` takes them where they were fo
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 import os
 from importlib.metadata import version
 
@@ -17,6 +19,8 @@ from hope_megatron.ops.memory.backends.registry import Backend, Case
 from hope_megatron.ops.memory.backends.triton.trust import distrust
 from hope_megatron.ops.memory.layout import Group
 from hope_megatron.ops.memory.rule import MemoryCompute, MemoryRule
+
+log = logging.getLogger(__name__)
 
 WIDTHS = (16, 32, 64, 128)
 """Of heads and of memories."""
@@ -124,9 +128,16 @@ def scan(
     """See `Backend.scan`. Weights are kept at every chunk's start: `keep_every` is for others."""
     from hope_megatron.ops.memory.backends.triton.scan import triton_scan
 
+    if compute.keep_every is not None:
+        _say_what_is_kept(compute.keep_every)
     on_gpu = tensors[0].device.type != "cpu"
     precision = _PRECISIONS[compute.precision][on_gpu]
     return triton_scan(tensors, rule, groups, precision=precision, recompute=recompute)
+
+
+@functools.cache
+def _say_what_is_kept(keep_every: int) -> None:
+    log.warning("memory.keep_every=%d is ignored: the Triton kernels keep weights at every chunk's start", keep_every)
 
 
 TRITON = Backend("Triton kernels", "triton", why_not, scan, unwise)

@@ -34,9 +34,16 @@ _BUSY = dict.fromkeys(("LDG", "LDL", "LDS", "LDSM", "STS", "STL", "STSM", "STG",
 
 
 def launches_of(
-    rule: MemoryRule, width: int, precision: str, *, rates: tuple[bool, bool, bool] = (True, True, False)
+    rule: MemoryRule,
+    width: int,
+    precision: str,
+    *,
+    rates: tuple[bool, bool, bool] = (True, True, False),
+    recompute: bool = False,
 ) -> list[Launch]:
-    """Every launch of forward and backward, of two chunks of one head. precision: of language.py."""
+    """Every launch of forward and backward, of two chunks of one head. precision: of language.py.
+
+    recompute: as `memory_chunked`."""
     from hope_megatron.ops.memory.backends.triton.scan import triton_scan
     from hope_megatron.ops.memory.operator import memory_chunked
 
@@ -54,7 +61,9 @@ def launches_of(
     with recorded() as found:
         inputs = [new(1, T, 1, width) for _ in range(3)]
         compute = MemoryCompute(kernel="triton")
-        y, state = memory_chunked(*inputs, logits, params, rule, compute=compute, backends=(backend,))
+        y, state = memory_chunked(
+            *inputs, logits, params, rule, compute=compute, recompute=recompute, backends=(backend,)
+        )
         (y.sum() + sum(w.sum() for b in state.now if b is not None for w in b if w is not None)).backward()
     return found
 

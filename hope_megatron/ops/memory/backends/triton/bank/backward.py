@@ -254,8 +254,8 @@ def bank_chain_backward(
             end_in = now_in + all_in
         drive, lost, ends = unwrite_vectors(
             k, v, keys, phi_v, write, square, write_in, u, target, missed,
-            slope_k, slope_v, key_scale, target_scale, e, u_in, missed_in, curve, states_vector, anchors, now_in, anchors_in, end_in,
-            d_states_vector, d_states_in, d_r_read, d_keys_read, d_r_in_read,
+            slope_k, slope_v, key_scale, target_scale, e, u_in, missed_in, curve, states_vector, anchors, now_in, anchors_in,
+            end_in, d_states_vector, d_states_in, d_r_read, d_keys_read, d_r_in_read,
             d_r, d_target, d_z_k, d_z_v, d_r_in, d_hidden, d_k, d_v,
             of_out, of_in, all_out, all_in, at, plane, HEADS, since, strength, kept,
             C, D, H, NV, ADDED, READ, MOVING, DGD, DGD_IN, OWN, UNIT_TARGET, RESIDUAL, ANCHORED, PRECISION,

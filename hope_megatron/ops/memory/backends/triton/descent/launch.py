@@ -142,7 +142,7 @@ class _Descent(torch.autograd.Function):
             backward.descent_chain_backward, (z.N,), k, *t[:5], t.drive, t.drive_in,
             tables.eta, tables.reach, tables.reach_speed, tables.ends, *starts, *reads, d_v, k.new_empty(z.N, z.C, z.h),
             d.eta, d.reach, d.reach_speed, d.ends, *d_layers, *d_first, d_v if begins is None else begins,
-            *z.counts, **z.tile, RESETS=begins is not None, **s.write | s.read,
+            *z.counts, **z.tile, RESETS=begins is not None, **s.write | s.read, warps=8,  # with 4 it spills
         )  # fmt: skip
         firsts = [x[:, 0] if begins is None else x[:, 0] + more for x, more in zip(d_starts, first)]
         if not s.momentum:  # those of gamma and reach stand for both
