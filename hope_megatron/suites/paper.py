@@ -101,6 +101,7 @@ PUBLISHED: Mapping[str, Published] = {
         "no such test; figure 8, a plot, shows two languages learnt one after the other by pretrained models."
     ),
     "permutations": Published("no such test."),
+    "consolidation": Published("no such test: it names offline consolidation as open."),
     "recall": Published("no such test; table 3 has recall on text, in-context recall of MAD is table 4."),
 }
 

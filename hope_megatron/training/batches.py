@@ -32,7 +32,8 @@ class SampleSource(Protocol):
     """Token that ends every document; used with data.reset_at_documents."""
 
     def sample(self, number: int) -> np.ndarray:
-        """Sample `number`: int64 [seq_length + 1]. Negative ids are no input and no target."""
+        """Sample `number`: int64 [seq_length + 1], or [2, seq_length] where the targets are not the tokens that follow. Negative
+        ids are no input and no target."""
         ...
 
     def state(self, number: int) -> dict[str, Any]:
@@ -155,5 +156,5 @@ def _to_device(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     samples = torch.from_numpy(rows)
     if device.type == "cuda":
         samples = samples.pin_memory().to(device, non_blocking=True)
-    tokens, targets = samples[:, :-1], samples[:, 1:]
+    tokens, targets = samples.unbind(1) if samples.dim() == 3 else (samples[:, :-1], samples[:, 1:])
     return tokens.clamp(min=0), torch.where(targets < 0, IGNORE, targets)
