@@ -38,7 +38,7 @@ _VALUES = ("out", "replay", "reservoir", "priority", "dreams", "general_share", 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     defaults = NightOptions(())
-    files = {"type": Path, "nargs": "+", "default": [], "metavar": "FILE"}
+    files: dict[str, Any] = {"type": Path, "nargs": "+", "default": [], "metavar": "FILE"}
     parser.add_argument("run", metavar="RUN", help="a run directory (its newest checkpoint), RUN@STEP or a checkpoint")
     parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="changes to the configuration of the night"
@@ -161,7 +161,9 @@ def _night(args: argparse.Namespace) -> Night:
     from hope_megatron.consolidation.sleep import plan_night
 
     names = set(_LISTS + _VALUES) - {"out"}
-    given = {name: tuple(value) if name in _LISTS else value for name in names for value in [getattr(args, name)]}
+    given: dict[str, Any] = {
+        name: tuple(value) if name in _LISTS else value for name in names for value in [getattr(args, name)]
+    }
     options = NightOptions(**given)
     return plan_night(args.run, options, args.out, tuple(args.overrides))
 

@@ -42,7 +42,7 @@ class Rows:
         return weights / weights.sum()
 
 
-@dataclass(frozen=True)
+@dataclass
 class NightSource:
     """A `SampleSource` of [2, T] samples: tokens, and for each an answer of its teacher, drawn anew every time.
 
@@ -57,21 +57,16 @@ class NightSource:
     priority: float = 1.0
     seed: int = 0
     end_id: int = 0
+    seq_length: int = field(init=False)
+    num_samples: int = field(init=False)
+    """Rows that there are."""
     _chances: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.seq_length = next(iter(self.rows.values())).inputs.shape[1]
+        self.num_samples = sum(len(rows.inputs) for rows in self.rows.values())
         for kind, rows in self.rows.items():
             self._chances[kind] = rows.chances(self.priority if kind == "replay" else 0.0)
-
-    @property
-    def seq_length(self) -> int:
-        """T."""
-        return next(iter(self.rows.values())).inputs.shape[1]
-
-    @property
-    def num_samples(self) -> int:
-        """Rows that there are."""
-        return sum(len(rows.inputs) for rows in self.rows.values())
 
     def sample(self, number: int) -> np.ndarray:
         """[2, T] int64: tokens and what they are to be answered with, -1 where nothing is asked."""

@@ -37,8 +37,8 @@ def consolidate(
     from hope_megatron.consolidation.sleep import plan_night, read_report, sleep_on_ranks
     from hope_megatron.training.sources import open_sources
 
-    files = {"wake": wake, "unseen": unseen, "general": general}
-    settings = NightOptions(**{name: tuple(map(Path, paths)) for name, paths in files.items()}, **options)
+    read, asked, held = (tuple(map(Path, paths)) for paths in (wake, unseen, general))
+    settings = NightOptions(read, asked, held, **options)
     night = plan_night(run, settings, out, tuple(overrides))
     sleep_on_ranks(night, *open_sources(night.config))
     return read_report(night)
