@@ -146,6 +146,16 @@ def _add_read_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, metavar="DIR", help="gets train/ and heldout/")
+    parser.add_argument(
+        "--held-out", type=float, default=0.01, metavar="PART", help="part of the documents, by hash of the text (0.01)"
+    )
+    parser.add_argument("--shard-tokens", type=int, default=1 << 24, metavar="N", help="tokens per shard (16777216)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (all cores); does not change the result")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+
+
 def _add_tokenizer(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _add(
         subparsers,
@@ -194,14 +204,8 @@ examples:
     )
     parser.add_argument("sources", nargs="+", metavar="SOURCE")
     parser.add_argument("--tokenizer", required=True, metavar="FILE", help="a SentencePiece model, or a tokenizer.json")
-    parser.add_argument("--out", required=True, metavar="DIR", help="gets train/ and heldout/")
-    parser.add_argument(
-        "--held-out", type=float, default=0.01, metavar="PART", help="part of the documents, by hash of the text (0.01)"
-    )
-    parser.add_argument("--shard-tokens", type=int, default=1 << 24, metavar="N", help="tokens per shard (16777216)")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (all cores); does not change the result")
+    _add_output_options(parser)
     parser.add_argument("--slice", type=slice_of, default=(0, 1), metavar="I/N", help="prepare part I of N, from 0")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
     _add_read_options(parser)
     group = parser.add_argument_group("filters (rejected documents are counted by reason)")
     group.add_argument("--min-chars", type=int, default=1, metavar="N", help="shortest document (1)")
@@ -236,14 +240,8 @@ examples:
         "prefixes", nargs="+", metavar="PREFIX", help="path without .bin and .idx, or of one of the two"
     )
     parser.add_argument("--tokenizer", required=True, metavar="FILE", help="the one that the ids are of")
-    parser.add_argument("--out", required=True, metavar="DIR", help="gets train/ and heldout/")
-    parser.add_argument(
-        "--held-out", type=float, default=0.01, metavar="PART", help="part of the documents, by hash of the text (0.01)"
-    )
-    parser.add_argument("--shard-tokens", type=int, default=1 << 24, metavar="N", help="tokens per shard (16777216)")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (all cores); does not change the result")
+    _add_output_options(parser)
     parser.add_argument("--deduplicate", action="store_true", help="leave out documents whose text occurred before")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
     parser.add_argument(
         "--dry-run", action="store_true", help="read the indices, say what they hold, and write nothing"
     )

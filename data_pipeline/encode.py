@@ -62,6 +62,10 @@ class Encoder:
                 reason=str(reason),
                 fields=reason.fields,
             )
+        return self.encoded(document, text, self.tokenizer.encode(text, self.tokenizer.token_dtype))
+
+    def encoded(self, document: Document, text: str, tokens: np.ndarray) -> EncodedDocument:
+        """A document with its text and its ids."""
         data = text.encode("utf-8")
         return EncodedDocument(
             source=document.source,
@@ -69,7 +73,7 @@ class Encoder:
             num_bytes=len(data),
             file_bytes=document.file_bytes,
             sha256=hashlib.sha256(data).digest(),
-            tokens=self.tokenizer.encode(text, self.tokenizer.token_dtype),
+            tokens=tokens,
             signature=minhash(text) if self.with_signature else None,
         )
 

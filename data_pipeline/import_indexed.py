@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,12 +89,4 @@ class IdsEncoder(Encoder):
                 f"document {document.position} of {document.source} holds the id {wrong}, outside the vocabulary of "
                 f"{self.tokenizer.vocab_size}: name the tokenizer that the files were made with."
             )
-        data = self.tokenizer.decode(tokens).encode("utf-8")
-        return EncodedDocument(
-            source=document.source,
-            position=document.position,
-            num_bytes=len(data),
-            file_bytes=document.file_bytes,
-            sha256=hashlib.sha256(data).digest(),
-            tokens=tokens.astype(self.tokenizer.token_dtype),
-        )
+        return self.encoded(document, self.tokenizer.decode(tokens), tokens.astype(self.tokenizer.token_dtype))

@@ -177,9 +177,9 @@ class MixtureStream(SampleStream):
 
     # ---- samples
 
-    def fill(self, number: int, out: np.ndarray) -> None:
+    def fill(self, number: int, out: np.ndarray, first: int = 0) -> None:
         dataset, local = self._locate(number)
-        self._streams[dataset].fill(local, out)
+        self._streams[dataset].fill(local, out, first)
 
     def documents(self, number: int) -> list[DocumentSpan]:
         name, local = self.locate(number)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.errors import DataChangedError
+from data_pipeline.errors import DataChangedError, SamplingError
 from data_pipeline.files import canonical_json
 
 NO_TOKEN = -1
@@ -62,8 +62,8 @@ class SampleStream(ABC):
         """Digest of the tokenizer whose ids the samples hold."""
 
     @abstractmethod
-    def fill(self, number: int, out: np.ndarray) -> None:
-        """Write sample ``number`` into ``out``, int64 [seq_length + 1]."""
+    def fill(self, number: int, out: np.ndarray, first: int = 0) -> None:
+        """Write tokens of sample ``number`` from its token ``first`` on into ``out``, int64 [at most seq_length + 1 - first]."""
 
     @abstractmethod
     def documents(self, number: int) -> list[DocumentSpan]:
@@ -75,10 +75,19 @@ class SampleStream(ABC):
 
     # ---- samples
 
-    def sample(self, number: int) -> np.ndarray:
-        """Sample ``number``, from 0 without end (epochs follow each other): int64 [seq_length + 1]."""
-        out = np.empty(self.seq_length + 1, dtype=np.int64)
-        self.fill(number, out)
+    def sample(self, number: int, first: int = 0, stop: int | None = None) -> np.ndarray:
+        """Sample ``number``, from 0 without end (epochs follow each other): int64 [seq_length + 1].
+
+        Args:
+            number: of the sample.
+            first, stop: only its tokens from ``first`` to before ``stop``. Nothing else is read, nor are its shards opened.
+        """
+        length = self.seq_length + 1
+        stop = length if stop is None else stop
+        if not 0 <= first < stop <= length:
+            raise SamplingError(f"tokens {first} to {stop} of a sample of {length}: there are none.")
+        out = np.empty(stop - first, dtype=np.int64)
+        self.fill(number, out, first)
         return out
 
     # ---- position

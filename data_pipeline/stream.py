@@ -152,9 +152,9 @@ class TokenStream(SampleStream):
 
     # ---- samples
 
-    def fill(self, number: int, out: np.ndarray) -> None:
+    def fill(self, number: int, out: np.ndarray, first: int = 0) -> None:
         order, window = self._locate(number)
-        self._read(order, window * self.seq_length, out)
+        self._read(order, window * self.seq_length + first, out)
 
     def documents(self, number: int) -> list[DocumentSpan]:
         order, window = self._locate(number)

@@ -47,8 +47,8 @@ class TransitionedStream(SampleStream):
             )
         return number - self.start
 
-    def fill(self, number: int, out: np.ndarray) -> None:
-        self.stream.fill(self._local(number), out)
+    def fill(self, number: int, out: np.ndarray, first: int = 0) -> None:
+        self.stream.fill(self._local(number), out, first)
 
     def documents(self, number: int) -> list[DocumentSpan]:
         return self.stream.documents(self._local(number))

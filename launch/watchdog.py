@@ -5,12 +5,13 @@
 It reads the heartbeats in BEATS (node-local). When one is overdue it writes REPORTS/hang-NODE.json with the place and the
 stacks of every rank of the node, waits a moment for the watchdogs of the other nodes, which do the same, and kills the ranks;
 the supervisor names the rank that is behind (launch/hangs.py), and starts again. A process, not a thread: neither a lock on the
-interpreter nor a stopped process hides from it. Standard library only.
+interpreter nor a stopped process hides from it. It also removes what killed attempts left on the node. Standard library only.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -25,6 +26,8 @@ from hope_megatron.runtime.heartbeat import STACKS_SIGNAL, Beat, read_beats, sta
 
 POLL_S = 0.5
 HANG_PREFIX = "hang-"
+OWNER_FILE = "owner"
+"""In a directory of heartbeats; its watchdog holds a lock on it as long as it lives."""
 _ASLEEP_S = 5.0
 """A gap in our own time so long means that the machine stood still, not the ranks."""
 _STACKS_S = 3.0
@@ -153,6 +156,33 @@ def _py_spy(pid: int) -> str:
     return "\npy-spy:\n" + (done.stdout or done.stderr)
 
 
+def own(beats: Path) -> int:
+    """Mark a directory of heartbeats as in use, as long as this process lives. Returns the descriptor that holds the lock."""
+    temporary = beats / f".{OWNER_FILE}"
+    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    os.replace(temporary, beats / OWNER_FILE)  # locked when it appears
+    return descriptor
+
+
+def remove_abandoned(beats: Path) -> list[Path]:
+    """Remove the directories beside `beats` whose watchdog and ranks are gone: a killed attempt, or a killed node, left them.
+
+    One without an owner is left alone: its watchdog may be starting.
+    """
+    removed = []
+    for directory in beats.parent.glob("hope-*"):
+        with contextlib.suppress(OSError):
+            if directory == beats or directory.is_symlink() or directory.stat().st_uid != os.getuid():
+                continue
+            with open(directory / OWNER_FILE, "rb+") as owner:
+                fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not any(is_alive(beat.pid) for beat in read_beats(directory)):
+                    shutil.rmtree(directory, ignore_errors=True)
+                    removed.append(directory)
+    return removed
+
+
 def ask_for_nccl_traces() -> None:
     """Have NCCL's flight recorder write what each rank of this node has in flight, where its pipes are set up."""
     prefix = os.environ.get("TORCH_NCCL_DEBUG_INFO_PIPE_FILE")
@@ -188,6 +218,9 @@ def main() -> int:
     beats, reports, node, ranks, nodes, start_limit_s = sys.argv[1:]
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # it ends when the ranks have ended
+    with contextlib.suppress(OSError):  # a lock that the file system does not have costs the tidying, not the watch
+        own(Path(beats))
+        remove_abandoned(Path(beats))
     return Watchdog(Path(beats), Path(reports), node, int(ranks), int(nodes), float(start_limit_s)).run()
 
 

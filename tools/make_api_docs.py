@@ -12,7 +12,7 @@ import inspect
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, is_typeddict
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/api.md"
 _ANNOTATION = re.compile(r": '([^']*)'")
@@ -22,7 +22,7 @@ Written from the docstrings by `tools/make_api_docs.py`; [library](library.md) s
 """
 
 
-OPTIMIZERS = ("M3", "Muon", "AdaMuon", "AdamW", "SGD", "DGD", "DeltaMomentum", "DMGD")
+OPTIMIZERS = ("SharedSettings", "M3", "Muon", "AdaMuon", "AdamW", "SGD", "DGD", "DeltaMomentum", "DMGD")
 
 
 def entries() -> list[tuple[str, Any]]:
@@ -51,6 +51,9 @@ def section(name: str, thing: Any) -> str:
 
 
 def _signature(name: str, thing: Any) -> str:
+    if is_typeddict(thing):
+        keys = (f"    {key}: {kind.__forward_arg__}," for key, kind in inspect.get_annotations(thing).items())
+        return "\n".join([f"{name}(", *keys, ")"])
     signature = inspect.signature(thing)
     parameters = [p for p in signature.parameters.values() if p.name not in ("self", "args")]
     parts = ["    " + _ANNOTATION.sub(r": \1", str(p)) + "," for p in parameters]  # annotations without their quotes

@@ -26,11 +26,12 @@ run() {
         needles) suite needles --lengths 128 512 2048 8192 65536 "${families[@]}" ;;
         classes) suite classes --steps 800 "${families[@]}" ;;
         domains) suite domains --steps 300 "${families[@]}" ;;
+        families) suite families "${families[@]}" ;;
         ablations) suite ablations --steps 600 "${families[@]}" ;;
-        *) echo "no suite $1; known: languages permutations recall mad needles classes domains ablations" >&2; exit 2 ;;
+        *) echo "no suite $1; known: languages permutations recall mad needles families classes domains ablations" >&2; exit 2 ;;
     esac
 }
 
-for name in "${@:-languages permutations recall mad needles classes domains ablations}"; do
+for name in "${@:-languages permutations recall mad needles families classes domains ablations}"; do
     for one in $name; do run "$one"; done
 done

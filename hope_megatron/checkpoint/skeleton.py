@@ -55,11 +55,7 @@ def skeleton_of(unsharded: UnshardedCheckpoint) -> Skeleton:
 
 def skeleton(config: RunConfig) -> Skeleton:
     """The outline of a run; nothing of it depends on the layout."""
-    if not parallel_state.model_parallel_is_initialized():
-        init_distributed(ParallelConfig(), num_threads=torch.get_num_threads())
-    parallel = ParallelConfig(tensor_parallel=parallel_state.get_tensor_model_parallel_world_size())
-    with torch.device("meta"):
-        model = LanguageModel(megatron_config(config.model, parallel, torch.float32), config.model)
+    model = meta_model(config)
     optimizer = build_run_optimizer(model, config)
     groups = {group["name"]: group for group in optimizer.param_groups}
     return Skeleton(
@@ -67,3 +63,12 @@ def skeleton(config: RunConfig) -> Skeleton:
         {name: {key: value for key, value in group.items() if key != "params"} for name, group in groups.items()},
         {name: tuple(param.optim_name for param in group["params"]) for name, group in groups.items()},
     )
+
+
+def meta_model(config: RunConfig) -> LanguageModel:
+    """The model of a run without its numbers, on the tensor-parallel ranks that there are."""
+    if not parallel_state.model_parallel_is_initialized():
+        init_distributed(ParallelConfig(), num_threads=torch.get_num_threads())
+    parallel = ParallelConfig(tensor_parallel=parallel_state.get_tensor_model_parallel_world_size())
+    with torch.device("meta"):
+        return LanguageModel(megatron_config(config.model, parallel, torch.float32), config.model)

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,13 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN|RECORD",
         help=f"needles: {MODEL_HELP}; default: train small ones here. check: a suite's JSON file",
     )
-    parser.add_argument(
+    several = partial(parser.add_argument, nargs="+")
+    several(
         "--families",
-        nargs="+",
         metavar="NAME",
         help="hope, transformer_pp, or of configs/families; or some of a suite's own rows",
     )
-    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="some of the suite's tasks (default: all)")
+    several("--tasks", metavar="NAME", help="some of the suite's tasks (default: all)")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="tested trainings of each cell (default 5)")
     parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps of each training")
     parser.add_argument(
@@ -79,25 +80,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, metavar="D", help="model width")
     parser.add_argument("--layers", type=int, metavar="N", help="layers (default 2)")
     parser.add_argument("--heads", type=int, metavar="N", help="heads of every layer (default 2)")
-    parser.add_argument(
+    several(
         "--hope",
-        nargs="+",
         default=[],
         metavar="KEY=VALUE",
         help="languages, permutations, recall, mad, needles, classes: settings of HOPE, for example memory.eta_init=0.5",
     )
-    parser.add_argument(
+    several(
         "--lengths",
         type=int,
-        nargs="+",
         metavar="T",
         help="needles: lengths to ask at, the first is trained; languages, permutations, recall, mad: longest trained "
         "length; domains: context",
     )
-    parser.add_argument(
+    several(
         "--data",
         type=Path,
-        nargs="+",
         default=[],
         metavar="PATH",
         help="classes: CLINC, Banking77, DBpedia files; domains: text; needles RUN: text to hide needles in",
@@ -113,10 +111,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="DIR", help="DIR/NAME.json, DIR/NAME.md, DIR/NAME.png and DIR/NAME-steps.png"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep finished cells here, and go on from them")
-    parser.add_argument(
+    several(
         "--merge",
         type=Path,
-        nargs="+",
         default=[],
         metavar="FILE",
         help="other machines' JSON of the same settings (of other --families, say): their cells are not run again",

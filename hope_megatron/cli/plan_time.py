@@ -15,6 +15,7 @@ from hope_megatron.config.roofline import BOUND_IN_WORDS
 from hope_megatron.config.run import RunConfig
 from hope_megatron.config.step_time import step_time, why_not_counted
 from hope_megatron.config.tuning import Choice, best_choices, changed_config
+from hope_megatron.runtime.files import write_text
 from hope_megatron.runtime.formatting import bytes_text, duration_text, seconds_text
 from hope_megatron.runtime.records import parse_records
 
@@ -123,7 +124,7 @@ def _choice_text(choice: dict[str, Any]) -> str:
 def write_overrides(path: Path, overrides: list[str], title: str) -> None:
     """The winner's settings, as dotted keys of a run file."""
     lines = [f"# {title}", *(f"{text.replace('=', ': ', 1)}" for text in overrides)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def calibrate_by(run: Path, world_size: int, hardware: Hardware, out: Path) -> str:

@@ -189,10 +189,11 @@ class Quickstart:
     def _pretrain(self) -> None:
         from hope_megatron.cli.train import PRELOAD
         from hope_megatron.config import dump_config
+        from hope_megatron.runtime.files import write_text
         from launch.local import run_supervised
 
         run_file = self.directory / "run.yaml"
-        run_file.write_text(dump_config(self.config), encoding="utf-8")
+        write_text(run_file, dump_config(self.config))
         parallel, nproc = self.config.parallel, self.config.parallel.tensor_parallel
         sequence = " with sequence parallelism" if parallel.sequence_parallel else ""
         _say(

@@ -25,6 +25,7 @@ from hope_megatron.cli.output_files import check_writable
 from hope_megatron.cli.plan import load_for_plan
 from hope_megatron.config.base import ConfigError
 from hope_megatron.config.hardware import HARDWARE, find_hardware
+from hope_megatron.runtime.files import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         print_comparison(found[0], found[1])
     if args.json is not None:
         content = found[0] if len(found) == 1 else {"this": found[0], "against": found[1]}
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_text(args.json, json.dumps(content, indent=1) + "\n")
     if args.png is not None:
         from hope_megatron.rehearse.picture import draw
 

@@ -14,6 +14,7 @@ from hope_megatron.config.efficiency import DEFAULT, Efficiency, calibrated
 from hope_megatron.config.hardware import Hardware
 from hope_megatron.config.run import RunConfig
 from hope_megatron.config.step_time import step_time
+from hope_megatron.runtime.files import write_text
 
 _NETWORK = ("link", "network", "collective_s")
 _LARGEST_FACTOR = 20.0
@@ -48,7 +49,7 @@ def calibrate(config: RunConfig, world_size: int, hardware: Hardware, step_s: fl
 
 def write_efficiency(path: Path, values: dict[str, float], source: str) -> None:
     """Keep calibrated values for a cluster."""
-    path.write_text(json.dumps({"source": source, "values": values}, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps({"source": source, "values": values}, indent=1) + "\n")
 
 
 def read_efficiency(path: Path) -> Efficiency:

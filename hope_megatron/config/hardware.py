@@ -33,80 +33,50 @@ class Hardware:
     source: str
 
 
+def _device(
+    name: str,
+    bf16: float,
+    fp32: float,
+    tf32: float,
+    memory_gb: float,
+    memory_gb_s: float,
+    link_gb_s: float,
+    network_gb_s: float,
+    utilization: float,
+    source: str,
+) -> Hardware:
+    """A row of the table: rates in TFLOP/s, sizes in GB, bandwidths in GB/s."""
+    return Hardware(
+        name=name,
+        peak_flops=bf16 * TFLOPS,
+        peak_fp32=fp32 * TFLOPS,
+        peak_tf32=tf32 * TFLOPS,
+        memory_bytes=memory_gb * GB,
+        memory_bandwidth=memory_gb_s * GB,
+        link_bandwidth=link_gb_s * GB,
+        network_bandwidth=network_gb_s * GB,
+        utilization=utilization,
+        source=source,
+    )
+
+
+# fmt: off
 HARDWARE = {
-    "h100": Hardware(
-        name="NVIDIA H100 SXM",
-        peak_flops=989.4 * TFLOPS,
-        peak_fp32=66.9 * TFLOPS,
-        peak_tf32=494.7 * TFLOPS,
-        memory_bytes=80 * GB,
-        memory_bandwidth=3350 * GB,
-        link_bandwidth=900 * GB,
-        network_bandwidth=50 * GB,
-        utilization=0.35,
-        source="NVIDIA H100 Tensor Core GPU datasheet (bf16 without sparsity); DGX H100: one 400 Gb/s port per GPU",
-    ),
-    "h200": Hardware(
-        name="NVIDIA H200 SXM",
-        peak_flops=989.4 * TFLOPS,
-        peak_fp32=66.9 * TFLOPS,
-        peak_tf32=494.7 * TFLOPS,
-        memory_bytes=141 * GB,
-        memory_bandwidth=4800 * GB,
-        link_bandwidth=900 * GB,
-        network_bandwidth=50 * GB,
-        utilization=0.35,
-        source="NVIDIA H200 Tensor Core GPU datasheet (bf16 without sparsity); DGX H200: one 400 Gb/s port per GPU",
-    ),
-    "a100": Hardware(
-        name="NVIDIA A100 SXM 80GB",
-        peak_flops=312 * TFLOPS,
-        peak_fp32=19.5 * TFLOPS,
-        peak_tf32=156 * TFLOPS,
-        memory_bytes=80 * GB,
-        memory_bandwidth=2039 * GB,
-        link_bandwidth=600 * GB,
-        network_bandwidth=25 * GB,
-        utilization=0.35,
-        source="NVIDIA A100 80GB datasheet (bf16 without sparsity); DGX A100: one 200 Gb/s port per GPU",
-    ),
-    "l40s": Hardware(
-        name="NVIDIA L40S",
-        peak_flops=362.05 * TFLOPS,
-        peak_fp32=91.6 * TFLOPS,
-        peak_tf32=183 * TFLOPS,
-        memory_bytes=48 * GB,
-        memory_bandwidth=864 * GB,
-        link_bandwidth=64 * GB,
-        network_bandwidth=25 * GB,
-        utilization=0.25,
-        source="NVIDIA L40S datasheet (bf16 without sparsity; PCIe Gen4 x16, no NVLink); 200 Gb/s port per GPU assumed",
-    ),
-    "b200": Hardware(
-        name="NVIDIA B200 SXM",
-        peak_flops=2250 * TFLOPS,
-        peak_fp32=75 * TFLOPS,
-        peak_tf32=1125 * TFLOPS,
-        memory_bytes=180 * GB,
-        memory_bandwidth=8000 * GB,
-        link_bandwidth=1800 * GB,
-        network_bandwidth=50 * GB,
-        utilization=0.35,
-        source="NVIDIA DGX B200 datasheet, an eighth of the system (bf16 without sparsity; one 400 Gb/s port per GPU)",
-    ),
-    "cpu": Hardware(
-        name="CPU core (AVX2)",
-        peak_flops=0.096 * TFLOPS,
-        peak_fp32=0.096 * TFLOPS,
-        peak_tf32=0.096 * TFLOPS,
-        memory_bytes=4 * GB,
-        memory_bandwidth=10 * GB,
-        link_bandwidth=10 * GB,
-        network_bandwidth=1.25 * GB,
-        utilization=0.2,
-        source="two 8-wide fp32 multiply-adds per cycle at 3 GHz; memory, bandwidths and a 10 Gb/s network assumed",
-    ),
+    #                                        TFLOP/s: bf16  fp32    tf32   GB  GB/s: own link node  share
+    "h100": _device( "NVIDIA H100 SXM",         989.4,  66.9,  494.7,  80, 3350,  900,   50, 0.35,
+        "NVIDIA H100 Tensor Core GPU datasheet (bf16 without sparsity); DGX H100: one 400 Gb/s port per GPU"),
+    "h200": _device( "NVIDIA H200 SXM",         989.4,  66.9,  494.7, 141, 4800,  900,   50, 0.35,
+        "NVIDIA H200 Tensor Core GPU datasheet (bf16 without sparsity); DGX H200: one 400 Gb/s port per GPU"),
+    "a100": _device( "NVIDIA A100 SXM 80GB",      312,  19.5,    156,  80, 2039,  600,   25, 0.35,
+        "NVIDIA A100 80GB datasheet (bf16 without sparsity); DGX A100: one 200 Gb/s port per GPU"),
+    "l40s": _device( "NVIDIA L40S",            362.05,  91.6,    183,  48,  864,   64,   25, 0.25,
+        "NVIDIA L40S datasheet (bf16 without sparsity; PCIe Gen4 x16, no NVLink); 200 Gb/s port per GPU assumed"),
+    "b200": _device( "NVIDIA B200 SXM",          2250,    75,   1125, 180, 8000, 1800,   50, 0.35,
+        "NVIDIA DGX B200 datasheet, an eighth of the system (bf16 without sparsity; one 400 Gb/s port per GPU)"),
+    "cpu": _device(  "CPU core (AVX2)",         0.096, 0.096,  0.096,   4,   10,   10, 1.25,  0.2,
+        "two 8-wide fp32 multiply-adds per cycle at 3 GHz; memory, bandwidths and a 10 Gb/s network assumed"),
 }
+# fmt: on
 
 
 def find_hardware(name: str) -> Hardware:

@@ -50,6 +50,9 @@ class MemoryConfig(Section, MemoryCompute, MemoryRule):
     """Initial std of the W1 of M_mem; the other memories start at W1 = 0 (identity)."""
     conv_width: int = Field(default=4, ge=1)
     """Width of the causal depthwise convolution over q, k, v; 1 means none."""
+    query_correction: float | None = None
+    """Take so much of its key from each query, q - d k, with a learned d per head that begins here: Comba's output correction
+    (arXiv 2506.02475). None: queries stay as they are."""
     output_gate: Literal["none", "silu"] = "none"
     """Multiply the output by silu(W x). It kept associative recall from being learnt, hence "none"."""
 
@@ -177,6 +180,10 @@ class AttentionConfig(Section):
     """Base of the rotary position embedding."""
     window_tokens: int | None = Field(default=None, gt=0)
     """Sliding window in tokens; None attends to everything before."""
+    qkv_bias: bool = False
+    """Add a bias to queries, keys and values, as Qwen2 does."""
+    qk_norm: bool = False
+    """RMSNorm over each head's queries and keys before they are rotated, as Qwen3 does."""
 
 
 class CMSLevelConfig(Section):

@@ -47,3 +47,21 @@ class ParallelConfig(Section):
                 "set sequence_parallel=false or tensor_parallel=2"
             )
         return self
+
+
+Spans = tuple[tuple[int, int], ...]
+"""Tokens of a sequence: first and stop of each stretch, in order."""
+
+
+def own_spans(seq_length: int, piece: int, cp_rank: int, cp_size: int) -> Spans:
+    """The tokens of a sequence that a context-parallel rank reads: its slice of every piece that the model reads at once.
+
+    The last piece may be shorter. All pieces divide by the size, which configurations are checked for.
+    """
+    if cp_size == 1:
+        return ((0, seq_length),)
+    spans = []
+    for first in range(0, seq_length, piece):
+        width = min(piece, seq_length - first) // cp_size
+        spans.append((first + cp_rank * width, first + (cp_rank + 1) * width))
+    return tuple(spans)

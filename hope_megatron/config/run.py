@@ -69,6 +69,12 @@ class RunConfig(Section):
             )
         return self
 
+    def tokens_at_once(self, *, training: bool) -> int:
+        """Tokens of a sequence that the model reads at once: a segment of its inner clocks, a window in training, or all."""
+        if self.model.cms.learns_in_context:
+            return self.model.cms.inner_segment_tokens
+        return (self.training.truncate_tokens if training else None) or self.training.seq_length
+
     def data_parallel(self, world_size: int) -> int:
         """Data-parallel size in a world of `world_size` ranks.
 
@@ -121,11 +127,12 @@ class RunConfig(Section):
 def check_canonical(parallel: ParallelConfig, training: TrainingConfig) -> None:
     """Refuse the canonical reduction where its order is not defined."""
     micro_batches = training.global_batch_size / training.micro_batch_size
-    if parallel.zero_stage or parallel.ranks_per_sequence > 1 or not math.log2(micro_batches).is_integer():
+    sharded = parallel.zero_stage and (parallel.zero_stage > 1 or training.precision != "fp32")
+    if sharded or parallel.context_parallel > 1 or not math.log2(micro_batches).is_integer():
         raise ConfigError(
-            f"training.reduction=canonical with zero_stage={parallel.zero_stage}, tensor_parallel={parallel.tensor_parallel}, "
+            f"training.reduction=canonical with zero_stage={parallel.zero_stage}, precision={training.precision}, "
             f"context_parallel={parallel.context_parallel} and {micro_batches:g} micro-batches per step; "
-            "it needs zero_stage=0, tensor_parallel=1, context_parallel=1 and a power of two"
+            "it needs zero_stage=0, or 1 in fp32, context_parallel=1 and a power of two"
         )
 
 
@@ -168,7 +175,7 @@ def check_parallel_fits_model(model: ModelConfig, parallel: ParallelConfig, trai
 
 
 def check_context_parallel(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig) -> None:
-    """Refuse to split sequences where heads or tokens do not divide, or what the tokens of a sequence learn together."""
+    """Refuse to split sequences where heads or tokens do not divide."""
     cp, tp = parallel.context_parallel, parallel.tensor_parallel
     if cp == 1:
         return
@@ -187,10 +194,11 @@ def check_context_parallel(model: ModelConfig, parallel: ParallelConfig, trainin
             f"{window} tokens that are read at once (training.seq_length, truncate_tokens) do not divide into {slices} slices "
             f"(parallel.context_parallel{' x tensor_parallel' if slices > cp else ''}); use a multiple of {slices}"
         )
-    if model.cms.learns_in_context:
+    if model.cms.learns_in_context and (model.cms.inner_segment_tokens % slices or window % slices):
         raise ConfigError(
-            f"parallel.context_parallel={cp} does not go with inner clocks in the CMS (inner_chunk_tokens): they learn from all "
-            "tokens of a chunk together; set context_parallel=1"
+            f"the fastest inner_chunk_tokens={model.cms.inner_segment_tokens} does not divide into {slices} slices "
+            f"(parallel.context_parallel{' x tensor_parallel' if slices > cp else ''}), over which each chunk is split; use a "
+            f"multiple of {slices}"
         )
 
 

@@ -68,8 +68,10 @@ class NightSource:
         for kind, rows in self.rows.items():
             self._chances[kind] = rows.chances(self.priority if kind == "replay" else 0.0)
 
-    def sample(self, number: int) -> np.ndarray:
-        """[2, T] int64: tokens and what they are to be answered with, -1 where nothing is asked."""
+    def sample(self, number: int, first: int = 0, stop: int | None = None) -> np.ndarray:
+        """[2, T] int64: tokens and what they are to be answered with, -1 where nothing is asked. Only whole samples."""
+        if first or stop is not None:
+            raise ConsolidationError("a night reads whole sequences; set parallel.context_parallel=1")
         rng = np.random.default_rng((self.seed, number))
         kinds = list(self.shares)
         kind = kinds[int(rng.choice(len(kinds), p=np.fromiter(self.shares.values(), float)))]

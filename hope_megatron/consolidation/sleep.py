@@ -104,10 +104,12 @@ def plan_night(
     config = night_config(run, out or night_name(run.name), options, len(wake), overrides)
     if config.run_dir.resolve() == base.path.parent.parent.resolve():
         raise ConsolidationError(f"{config.run_dir} is the run itself; give the night another name with --out")
-    if options.dreams and (config.parallel.sequence_parallel or config.parallel.context_parallel > 1):
+    if config.parallel.context_parallel > 1:
+        raise ConsolidationError("a night reads whole sequences; give parallel.context_parallel=1 for it")
+    if options.dreams and config.parallel.sequence_parallel:
         raise ConsolidationError(
-            "--dreams makes up one token after the other, which parallel.sequence_parallel and context_parallel cannot divide; "
-            "give parallel.sequence_parallel=false parallel.context_parallel=1 for the night"
+            "--dreams makes up one token after the other, which sequence parallelism cannot divide; give "
+            "parallel.sequence_parallel=false for the night"
         )
     train, heldout = open_sources(run)
     pairs = {"wake": wake, "unseen": [], "general": [], "heldout": _samples(heldout, _HELDOUT_ROWS) if heldout else []}

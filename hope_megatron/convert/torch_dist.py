@@ -59,7 +59,7 @@ def write_torch_dist(unsharded: UnshardedCheckpoint, out_dir: Path) -> int:
     shapes = {key: torch.empty(unsharded.parameters[name].shape, device="meta") for key, (name, _) in names.items()}
     with fresh_directory(out_dir, has_extras) as directory:
         writer = dcp.FileSystemWriter(directory, sync_files=False)
-        with _quiet():
+        with _quiet(), _plain_errors():
             dcp.save(shapes, storage_writer=writer, planner=_OneByOne(unsharded, names), no_dist=True)
         (directory / "metadata.json").write_text(json.dumps(_BACKEND) + "\n")
         # What Megatron-Core calls the common state: plain numbers that its loader returns beside the tensors.
@@ -163,6 +163,15 @@ def _read(reader: _Reader, key: str) -> Tensor:
     with _quiet():
         dcp.load(target, storage_reader=reader, no_dist=True)
     return target[key]
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """What went wrong, in place of PyTorch's report of it, which is no `Exception` and so goes past everything that tidies up."""
+    try:
+        yield
+    except dcp.api.CheckpointException as report:
+        raise next(iter(report.failures.values()))[0] from None
 
 
 @contextmanager

@@ -46,6 +46,11 @@ class Mesh:
     cp_group: dist.ProcessGroup
 
     @property
+    def cp_rank(self) -> int:
+        """Which slice of its sequences this rank reads."""
+        return self.dp_rank % self.cp_size
+
+    @property
     def data_rank(self) -> int:
         """Which part of the batch this rank's sequences are."""
         return self.dp_rank // self.cp_size

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hope_megatron.config.run import RunConfig
 from hope_megatron.engine.canonical import TreeSum
 from hope_megatron.engine.control import ControlGroup
-from hope_megatron.engine.deepspeed_setup import accumulate_together, ask_before_update, initialize
+from hope_megatron.engine.deepspeed_setup import accumulate_together, ask_before_update, give_gradients, initialize
 from hope_megatron.engine.distributed import Mesh, set_group_timeouts
 from hope_megatron.engine.question import UpdateQuestion
 from hope_megatron.engine.sequence_parallel import (
@@ -21,6 +21,7 @@ from hope_megatron.engine.sequence_parallel import (
     keeps_whole_gradients,
     reduce_sequence_parallel_gradients,
 )
+from hope_megatron.layers.context_parallel import own_tokens
 from hope_megatron.model import IGNORE
 from hope_megatron.optim import BoundOptimizer, apply_lr
 from hope_megatron.optim.average import EMA
@@ -96,7 +97,7 @@ class Engine:
         however the valid tokens are spread.
 
         Args:
-            tokens: [B, T] int64.
+            tokens: [B, T] int64: the sequences, or under context parallelism this rank's slices of them (`own_spans`).
             targets: [B, T] int64; -100 does not count.
             global_valid_tokens: targets other than -100 in the global batch, over all ranks and accumulation steps.
             documents: see `LanguageModel.forward`.
@@ -105,7 +106,7 @@ class Engine:
             Sum of this micro-batch's losses, on the device, detached.
         """
         self._passes += 1
-        window = self.config.training.truncate_tokens or tokens.size(1)
+        window = (self.config.training.truncate_tokens or 0) // self.mesh.cp_size or tokens.size(1)
         windows = list(zip(tokens.split(window, 1), targets.split(window, 1), strict=True))
         if self._tree is not None:
             return self._backward_into_tree(windows, global_valid_tokens, documents)
@@ -156,6 +157,9 @@ class Engine:
         else:
             if self._bucket is not None:
                 self._bucket.reduce()
+            if self._tree is not None:
+                self._take_tree()
+                give_gradients(self.zero, self._gradient_square_sum()[0].sqrt())
             self._deepspeed.step()  # asks self._update
             self.skipped = bool(self.zero.overflow)
         norm = self._update.norm
@@ -255,7 +259,8 @@ class Engine:
         learns in context, as it does in training.
 
         Args:
-            tokens: [B, T] int64, different on each data-parallel rank; all ranks call together.
+            tokens: [B, T] int64, different on each data-parallel rank; all ranks call together. Under context parallelism this
+                rank's slice of them (`own_spans`).
             targets: [B, T] int64; -100 does not count.
             documents: see `LanguageModel.forward`.
             learn: False reads with static levels, in one piece.
@@ -266,8 +271,7 @@ class Engine:
         self.model.eval()
         losses = self.model(tokens, targets, documents=documents, learn=learn and self._learns).losses
         self.model.train()
-        # all ranks of a sequence count its targets; each has the losses of its slice
-        sums = torch.stack([losses.double().sum(), (targets != IGNORE).sum().double() / self.mesh.cp_size])
+        sums = torch.stack([losses.double().sum(), (targets != IGNORE).sum().double()])
         dist.all_reduce(sums, group=self.mesh.dp_group)
         return sums
 
@@ -296,7 +300,7 @@ class Engine:
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits [B, T, vocabulary] fp32 of tokens [B, T], the same on all ranks, which call together."""
         self.model.eval()
-        logits = self.model(tokens).logits
+        logits = self.model(own_tokens(tokens, 1)).logits
         self.model.train()
         return logits
 

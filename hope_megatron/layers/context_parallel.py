@@ -19,8 +19,8 @@ from torch import Tensor
 
 
 def context_parallel_size() -> int:
-    """Ranks that share a sequence."""
-    return parallel_state.get_context_parallel_world_size()
+    """Ranks that share a sequence; 1 where no process groups exist."""
+    return max(1, parallel_state.get_context_parallel_world_size())
 
 
 def own_tokens(x: Tensor, dim: int) -> Tensor:
@@ -54,6 +54,16 @@ def gather_tokens(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x, requires_grad=False) for _ in range(size)]
     dist.all_gather(parts, x.detach().contiguous(), group=parallel_state.get_context_parallel_group())
     return torch.cat(parts)
+
+
+def sum_over_tokens(parts: list[Tensor]) -> list[Tensor]:
+    """Sums over the group of what each rank found in its tokens, in float32 at least, in one all-reduce; without gradient."""
+    if context_parallel_size() == 1:
+        return parts
+    dtype = torch.promote_types(parts[0].dtype, torch.float32)
+    flat = torch.cat([part.detach().to(dtype).flatten() for part in parts])
+    dist.all_reduce(flat, group=parallel_state.get_context_parallel_group())
+    return [x.view_as(part) for x, part in zip(flat.split([part.numel() for part in parts]), parts, strict=True)]
 
 
 class _Exchange(torch.autograd.Function):

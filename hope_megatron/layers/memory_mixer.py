@@ -77,7 +77,7 @@ class MemoryMixer(MegatronModule):
         self.constants = nn.ParameterDict(
             {
                 name: declare(nn.Parameter(torch.empty(self.num_heads, dtype=dtype)), constant(value), shard_dim=0)
-                for name, value in constant_rates(memory).items()
+                for name, value in head_constants(memory).items()
             }
         )
         self.conv = None
@@ -124,6 +124,8 @@ class MemoryMixer(MegatronModule):
         else:
             qkv = F.silu(qkv)
         q, k, v = qkv.view(B, T, 3, heads, self.head_dim).unbind(2)
+        if "correction" in self.constants:
+            q = q - own_heads(self.constants["correction"])[:, None].to(q.dtype) * k
         inputs = (q, k, v, self._rate_logits(x), self._own_memories(), self.rule)
         before = state.memory if state else None
         how: dict[str, Any] = dict(compute=self.compute, recompute=self.recompute_memory)
@@ -177,14 +179,16 @@ def data_rates(memory: MemoryConfig) -> dict[str, float]:
     return rates
 
 
-def constant_rates(memory: MemoryConfig) -> dict[str, float]:
-    """Learned rates, one per head, with their initial logits."""
-    rates = {}
+def head_constants(memory: MemoryConfig) -> dict[str, float]:
+    """What is learned for each head, whatever the token, by its initial value: rates as logits, and the correction."""
+    found = {}
     if memory.decay == "constant":
-        rates["alpha"] = _logit(memory.alpha_init)
+        found["alpha"] = _logit(memory.alpha_init)
     if memory.momentum == "constant":
-        rates["theta"] = _logit(memory.momentum_init / memory.momentum_max)
-    return rates
+        found["theta"] = _logit(memory.momentum_init / memory.momentum_max)
+    if memory.query_correction is not None:
+        found["correction"] = memory.query_correction
+    return found
 
 
 class MemoryWeights(nn.Module):

@@ -5,6 +5,9 @@ of its next-token losses by these weights, with the memories' states at its star
 Every context of the batch has fast weights of its own. Where gradients are wanted, the outer one is taken at the fast
 weights (first order) and flows through the memories' states from segment to segment; inner gradients are constants to it.
 `in_context_reference.py` says the same plainly.
+
+Under context parallelism each segment is split over the ranks of a sequence, so that all read at the same fast weights. Each finds
+what its tokens say of the gradient, and their sum goes to the clocks: the same on all ranks, as are the fast weights.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hope_megatron.config.model import ModelConfig
+from hope_megatron.layers.context_parallel import context_parallel_size, sum_over_tokens
 from hope_megatron.layers.continuum_mlp import FastLevels, FastWeights
 from hope_megatron.layers.inner_update import (
     LevelState,
@@ -110,7 +114,7 @@ def read_and_learn(
     once more, as a whole, and learnt from.
 
     Args:
-        tokens: [B, T] int64.
+        tokens: [B, T] int64. Under context parallelism this rank's slice of each segment, one after the other.
         targets: [B, T] int64, the next tokens, or IGNORE: read, but not learnt from.
         state: where the streams stand; None begins new ones.
         return_state: also return where they stand now, cut from the graph.
@@ -121,12 +125,13 @@ def read_and_learn(
         Losses [B, T], each at the weights before its segment was learnt from; and the state if wanted.
 
     Raises:
-        InContextError: the model has no inner clock.
+        InContextError: the model has no inner clock; or, under context parallelism, the piece ends inside a segment and is to be
+            gone on from.
     """
     inner = state.inner if state is not None else None
     inner = initial_inner_state(model, tokens.size(0)) if inner is None else inner
     mixers: tuple[Any, ...] | None = state.layers if state is not None else None
-    segment, rest = model.model_config.cms.inner_segment_tokens, inner.unlearnt
+    segment, rest = _slice_tokens(model), inner.unlearnt
     num_before = 0 if rest is None else rest.tokens.size(1)
     if rest is not None and num_before + tokens.size(1) < segment and not flush:
         logits, mixers = model.read(tokens, mixers, _adapted(model, inner))
@@ -154,7 +159,12 @@ def _read_segments(
     flush: bool,
 ) -> tuple[list[Tensor], Any, InnerState]:
     """`read_and_learn` of streams that stand at a border of segments: losses by segment, and where they stand now."""
-    outer, segment = torch.is_grad_enabled(), model.model_config.cms.inner_segment_tokens
+    outer, segment = torch.is_grad_enabled(), _slice_tokens(model)
+    if return_state and not flush and tokens.size(1) % segment and context_parallel_size() > 1:
+        raise InContextError(
+            "a piece that ends inside a segment cannot be gone on from under parallel.context_parallel, because the whole segment "
+            f"is cut elsewhere; read multiples of {model.model_config.cms.inner_segment_tokens} tokens"
+        )
     fast, losses = _adapted(model, inner), []
     num_tokens = tokens.size(1)
     for first in range(0, num_tokens, segment):
@@ -175,7 +185,7 @@ def _read_segments(
                 gradients = _gradients(losses[-1], here, keep_graph=False)
         if not outer:
             losses[-1], mixers = losses[-1].detach(), ModelState(mixers).detach().layers
-        position = inner.position + tokens[:, piece].size(1)
+        position = inner.position + tokens[:, piece].size(1) * context_parallel_size()
         if gradients is not None:
             inner, fast = _step(model, inner, fast, gradients, position, flush=not full)
         elif return_state:
@@ -185,6 +195,11 @@ def _read_segments(
         inner = _end_clocks(model, inner, fast, ticked=num_tokens % segment > 0)
         mixers = model.init_state(tokens.size(0)).layers if mixers is None else mixers
     return losses, mixers, inner
+
+
+def _slice_tokens(model: LearningModel) -> int:
+    """Tokens of a segment that this rank reads."""
+    return model.model_config.cms.inner_segment_tokens // context_parallel_size()
 
 
 def _longer(rest: Unlearnt, tokens: Tensor, targets: Tensor) -> Unlearnt:
@@ -213,9 +228,9 @@ def _views(fast: FastModel, needs_grad: bool) -> FastModel:
 
 
 def _gradients(losses: Tensor, fast: FastModel, *, keep_graph: bool) -> FastModel:
-    """Gradient of each context's summed losses by its own fast weights."""
+    """Gradient of each context's summed losses, over all its ranks, by its own fast weights."""
     flat = [w for levels in fast for weights in levels if weights is not None for w in weights]
-    found = iter(torch.autograd.grad(losses.sum(), flat, retain_graph=keep_graph))
+    found = iter(sum_over_tokens(list(torch.autograd.grad(losses.sum(), flat, retain_graph=keep_graph))))
     return tuple(
         tuple(None if weights is None else FastWeights(next(found), next(found)) for weights in levels)
         for levels in fast

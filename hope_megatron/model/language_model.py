@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hope_megatron.config.model import ModelConfig
-from hope_megatron.layers.context_parallel import gather_tokens, own_tokens
+from hope_megatron.layers.context_parallel import gather_tokens
 from hope_megatron.layers.continuum_mlp import FastLevels
 from hope_megatron.layers.linear import column_parallel, enter_parallel_region
 from hope_megatron.layers.memory_mixer import MemoryMixer
@@ -32,10 +32,8 @@ from hope_megatron.ops.precision import wide
 class ModelOutput(NamedTuple):
     """Losses where targets were given, logits where not; the state only when asked for."""
 
-    losses: (
-        Tensor | None
-    )  # [B, T] float32, nats; 0 where the target is IGNORE. Under context parallelism of this rank's slice
-    logits: Tensor | None  # [B, T, vocab_size] float32, whole on every tensor-parallel rank
+    losses: Tensor | None  # [B, T] float32, nats, of the tokens that were given; 0 where the target is IGNORE
+    logits: Tensor | None  # [B, T cp, vocab_size] float32, whole on every tensor- and context-parallel rank
     state: ModelState | None
 
 
@@ -102,18 +100,19 @@ class LanguageModel(MegatronModule):
         """Read a piece of each stream.
 
         Args:
-            tokens: [B, T] int64; the same on every tensor- and context-parallel rank.
+            tokens: [B, T] int64, the same on every tensor-parallel rank. Under context parallelism this rank's slice of the
+                piece: T is 1 / cp of its tokens; with `learn` its slice of each segment (`own_spans`).
             targets: [B, T] int64, the next tokens, or IGNORE. With targets the result holds losses, without them logits.
             state: where the streams stand; None begins new ones.
-            documents: number of the document that each token belongs to, [B, T] integers. Each document is then read as if
-                it stood alone. Neither with `state` nor with `return_state` nor with `learn`.
+            documents: number of the document that each token of the whole piece belongs to, [B, T cp] integers. Each document is
+                then read as if it stood alone. Neither with `state` nor with `return_state` nor with `learn`.
             return_state: also return where they stand now.
             learn: let the inner clocks tick on the way; see `read_and_learn`. Otherwise what the state has learnt is used,
                 and stays as it is.
             flush: with `learn`: the streams end here, so the rest that fills no chunk is learnt from too.
             fast: what `fast_weights` made of the state, for callers that read many pieces at the same weights.
 
-        T must be divisible by the context-parallel size, and under sequence parallelism a slice by the tensor-parallel size.
+        Under sequence parallelism T must be divisible by the tensor-parallel size.
         """
         if documents is not None and (state is not None or return_state or learn):
             raise ValueError(
@@ -126,12 +125,12 @@ class LanguageModel(MegatronModule):
         inner = state.inner.without_rest() if state and state.inner else None
         fast = fast_weights(self, inner) if fast is None else fast
         layers = state.layers if state else None
-        logits, states = self.read(own_tokens(tokens, 1), layers, fast, documents, keep_states=return_state)
+        logits, states = self.read(tokens, layers, fast, documents, keep_states=return_state)
         end = ModelState(states, inner) if return_state else None
         if targets is None:
             logits = gather_tokens(gather_from_tensor_model_parallel_region(wide(logits)))
             return ModelOutput(None, logits[..., : self.model_config.vocab_size].transpose(0, 1), end)
-        return ModelOutput(self.losses(logits, own_tokens(targets, 1)), None, end)
+        return ModelOutput(self.losses(logits, targets), None, end)
 
     def read(
         self,

@@ -1,6 +1,6 @@
 """Optimizers that see whole matrices under ZeRO and tensor parallelism. See README.md in this folder."""
 
-from hope_megatron.optim.base import BoundOptimizer
+from hope_megatron.optim.base import BoundOptimizer, SharedSettings
 from hope_megatron.optim.build import build_optimizer
 from hope_megatron.optim.deep import DGD, DMGD, DeltaMomentum
 from hope_megatron.optim.elementwise import SGD, AdamW
@@ -26,6 +26,7 @@ __all__ = [
     "NewtonSchulz",
     "OptimError",
     "ParamTags",
+    "SharedSettings",
     "UnboundShardError",
     "ZeroLayoutError",
     "apply_lr",

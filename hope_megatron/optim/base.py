@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,19 @@ from hope_megatron.optim.statistics import last_step_stats, relative_updates
 from hope_megatron.optim.tags import read_tags
 from hope_megatron.optim.update import UpdateContext, adam_update
 from hope_megatron.optim.zero import FlatVector, Run, check_wrapper, flat_vectors, shard_shape
+
+
+class SharedSettings(TypedDict, total=False):
+    """What every optimizer takes besides its own settings: `M3(model, lr=2e-2, weight_decay=0.0)`.
+
+    vector_lr: learning rate of embeddings, norms, convolutions and biases; None means lr. weight_decay: decoupled, of matrices and
+    embeddings (0.1). betas, eps: decay of the moments ((0.9, 0.95)), and what is added to the root of the second (1e-8).
+    """
+
+    vector_lr: float | None
+    weight_decay: float
+    betas: tuple[float, float]
+    eps: float
 
 
 class BoundOptimizer(torch.optim.Optimizer):
@@ -56,15 +69,16 @@ class BoundOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         params: Any,
+        lr: float = 2e-3,
         *,
-        lr: float,
-        vector_lr: float | None,
-        weight_decay: float,
+        vector_lr: float | None = None,
+        weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         ns: NewtonSchulz | None = None,
-        **matrix_defaults: Any,
+        own: Mapping[str, Any] | None = None,
     ) -> None:
+        """own: what else `UpdateContext.group` holds for `matrix_update`, under the names of the optimizer's own settings."""
         if not lr >= 0:
             raise OptimError(f"lr is {lr}; it must be 0 or more")
         self._settings: dict[str, Any] = {"lr": lr, "vector_lr": vector_lr, "weight_decay": weight_decay}
@@ -75,7 +89,7 @@ class BoundOptimizer(torch.optim.Optimizer):
         self._loads: dict[int, list[int]] = {}
         self._plain_comm: Communicator | None = None
         self.zero_wrapper: Any = None
-        super().__init__(sorted_groups(params, **self._settings), {"betas": betas, "eps": eps, **matrix_defaults})
+        super().__init__(sorted_groups(params, **self._settings), {"betas": betas, "eps": eps, **(own or {})})
         self._group_phases: dict[str, dict[str, int]] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

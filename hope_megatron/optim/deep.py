@@ -9,12 +9,12 @@ how much of the gradient they carry. Vectors take AdamW.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from hope_megatron.optim.base import BoundOptimizer
+from hope_megatron.optim.base import BoundOptimizer, SharedSettings
 from hope_megatron.optim.deep_memory import OBJECTIVES, learn_and_read, unit
 from hope_megatron.optim.errors import OptimError
 from hope_megatron.optim.exchange import NewtonSchulz
@@ -52,20 +52,16 @@ class DGD(BoundOptimizer):
         params: Any,
         lr: float = 2e-3,
         *,
-        vector_lr: float | None = None,
-        weight_decay: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
         delta: float = 0.1,
         form: str = "ema",
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
+        **shared: Unpack[SharedSettings],
     ) -> None:
         _check_form(form)
         _check_delta(delta, 2.0)
         self.form, self.grows_with_gradient = form, form == "paper"
-        rates: dict[str, Any] = dict(lr=lr, vector_lr=vector_lr, weight_decay=weight_decay, betas=betas, eps=eps)
-        super().__init__(params, **rates, momentum=momentum, nesterov=nesterov, delta=delta)
+        super().__init__(params, lr, own={"momentum": momentum, "nesterov": nesterov, "delta": delta}, **shared)
 
     def matrix_update(self, context: UpdateContext) -> Tensor:
         group, erased = context.group, torch.zeros_like(context.grad)
@@ -99,22 +95,18 @@ class DeltaMomentum(BoundOptimizer):
         params: Any,
         lr: float = 2e-3,
         *,
-        vector_lr: float | None = None,
-        weight_decay: float = 0.1,
         momentum: float = 0.95,
         delta: float = 0.1,
         form: str = "ema",
         momentum_output: str = "identity",
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
         ns: NewtonSchulz | None = None,
+        **shared: Unpack[SharedSettings],
     ) -> None:
         _check_form(form)
         _check_delta(delta, 1 + momentum)
         self.form, self.output = form, _checked_output(momentum_output)
         self.grows_with_gradient = form == "paper" and momentum_output == "identity"
-        rates: dict[str, Any] = dict(lr=lr, vector_lr=vector_lr, weight_decay=weight_decay, betas=betas, eps=eps)
-        super().__init__(params, **rates, ns=ns, momentum=momentum, delta=delta)
+        super().__init__(params, lr, ns=ns, own={"momentum": momentum, "delta": delta}, **shared)
 
     def matrix_update(self, context: UpdateContext) -> Tensor:
         alpha, delta, paper = context.group["momentum"], context.group["delta"], self.form == "paper"
@@ -148,15 +140,12 @@ class DMGD(BoundOptimizer):
         params: Any,
         lr: float = 2e-3,
         *,
-        vector_lr: float | None = None,
-        weight_decay: float = 0.1,
         inner_lr: float = 0.5,
         inner_decay: float = 0.99,
         inner_objective: str = "l2",
         momentum_output: str = "identity",
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
         ns: NewtonSchulz | None = None,
+        **shared: Unpack[SharedSettings],
     ) -> None:
         if inner_objective not in OBJECTIVES:
             raise OptimError(f"inner_objective {inner_objective!r} is unknown; use 'l2' or 'dot'")
@@ -165,8 +154,7 @@ class DMGD(BoundOptimizer):
                 f"DMGD needs inner_decay in [0, 1] and inner_lr in (0, 1], got inner_decay {inner_decay}, inner_lr {inner_lr}"
             )
         self.objective, self.output = inner_objective, _checked_output(momentum_output)
-        rates: dict[str, Any] = dict(lr=lr, vector_lr=vector_lr, weight_decay=weight_decay, betas=betas, eps=eps)
-        super().__init__(params, **rates, ns=ns, inner_lr=inner_lr, inner_decay=inner_decay)
+        super().__init__(params, lr, ns=ns, own={"inner_lr": inner_lr, "inner_decay": inner_decay}, **shared)
 
     def matrix_update(self, context: UpdateContext) -> Tensor:
         group, sigma = context.group, _output_map(self.output, self.ns)

@@ -15,18 +15,6 @@ class AdamW(BoundOptimizer):
 
     matrix_state = ("m1", "v")
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 2e-3,
-        *,
-        vector_lr: float | None = None,
-        weight_decay: float = 0.1,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-    ) -> None:
-        super().__init__(params, lr=lr, vector_lr=vector_lr, weight_decay=weight_decay, betas=betas, eps=eps)
-
     def matrix_update(self, context: UpdateContext) -> Tensor:
         return adam_update(context)
 
@@ -52,8 +40,8 @@ class SGD(BoundOptimizer):
         momentum: float = 0.95,
         nesterov: bool = False,
     ) -> None:
-        rates: dict[str, Any] = dict(lr=lr, vector_lr=vector_lr, weight_decay=weight_decay)
-        super().__init__(params, **rates, momentum=momentum, nesterov=nesterov)
+        own = {"momentum": momentum, "nesterov": nesterov}
+        super().__init__(params, lr, vector_lr=vector_lr, weight_decay=weight_decay, own=own)
 
     def matrix_update(self, context: UpdateContext) -> Tensor:
         return averaged_momentum(context)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from hope_megatron.optim.base import BoundOptimizer
+from hope_megatron.optim.base import BoundOptimizer, SharedSettings
 from hope_megatron.optim.errors import OptimError
 from hope_megatron.optim.exchange import Job, NewtonSchulz
 from hope_megatron.optim.update import TINY, UPDATE_RMS, UpdateContext
@@ -44,17 +44,14 @@ class M3(BoundOptimizer):
         params: Any,
         lr: float = 8e-3,
         *,
-        vector_lr: float | None = None,
-        weight_decay: float = 0.1,
-        betas: tuple[float, float] = (0.9, 0.95),
         slow_beta: float = 0.9,
         slow_period_steps: int = 10,
         slow_weight: float = 0.5,
-        eps: float = 1e-8,
         form: str = "ema",
         denominator_floor: float = 0.1,
         stagger: bool = True,
         ns: NewtonSchulz | None = None,
+        **shared: Unpack[SharedSettings],
     ) -> None:
         if form not in ("ema", "paper"):
             raise OptimError(f"M3 form {form!r} is unknown; use 'ema' or 'paper'")
@@ -63,19 +60,8 @@ class M3(BoundOptimizer):
         if form == "ema" and denominator_floor <= 0:
             raise OptimError(f"denominator_floor is {denominator_floor}; it must be positive")
         self.form, self.stagger = form, stagger and form == "ema"
-        super().__init__(
-            params,
-            lr=lr,
-            vector_lr=vector_lr,
-            weight_decay=weight_decay,
-            betas=betas,
-            eps=eps,
-            ns=ns,
-            slow_beta=slow_beta,
-            slow_period_steps=slow_period_steps,
-            slow_weight=slow_weight,
-            denominator_floor=denominator_floor,
-        )
+        own = {"slow_beta": slow_beta, "slow_period_steps": slow_period_steps, "slow_weight": slow_weight}
+        super().__init__(params, lr, ns=ns, own=own | {"denominator_floor": denominator_floor}, **shared)
 
     def slow_period(self, group: dict[str, Any]) -> int:
         return group["slow_period_steps"] if self.stagger else 1

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from hope_megatron.optim.base import BoundOptimizer
+from hope_megatron.optim.base import BoundOptimizer, SharedSettings
 from hope_megatron.optim.exchange import Job, NewtonSchulz
 from hope_megatron.optim.update import TINY, UPDATE_RMS, UpdateContext, averaged_momentum
 
@@ -24,16 +24,12 @@ class Muon(BoundOptimizer):
         params: Any,
         lr: float = 8e-3,
         *,
-        vector_lr: float | None = None,
-        weight_decay: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
         ns: NewtonSchulz | None = None,
+        **shared: Unpack[SharedSettings],
     ) -> None:
-        rates: dict[str, Any] = dict(lr=lr, vector_lr=vector_lr, weight_decay=weight_decay)
-        super().__init__(params, **rates, betas=betas, eps=eps, ns=ns, momentum=momentum, nesterov=nesterov)
+        super().__init__(params, lr, ns=ns, own={"momentum": momentum, "nesterov": nesterov}, **shared)
 
     def matrix_update(self, context: UpdateContext) -> Tensor:
         exchange = context.matrices

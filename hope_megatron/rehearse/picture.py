@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hope_megatron.config.roofline import BOUND_IN_WORDS
+from hope_megatron.runtime.files import replacing
 
 _COLORS = {
     "forward": "#4C78A8",
@@ -32,7 +33,8 @@ def draw(found: dict[str, Any], out: Path) -> None:
         ha="left",
         fontweight="bold",
     )
-    figure.savefig(out, dpi=120)
+    with replacing(out) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def _draw_memory(axes: Any, found: dict[str, Any]) -> None:

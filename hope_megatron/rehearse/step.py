@@ -86,7 +86,7 @@ class _Reader:
     """Gives batches of any length, on the device at once."""
 
     def __init__(self, lengths: list[int], size: int, mesh: Mesh) -> None:
-        self._shapes, self._device = [(size, length) for length in lengths], mesh.device
+        self._shapes, self._device = [(size, length // mesh.cp_size) for length in lengths], mesh.device
 
     def take(self, first: int, *, is_last: bool = False) -> list[tuple[Tensor, Tensor]]:
         return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from hope_megatron.config.model import ModelConfig
 from hope_megatron.suites.cells import train_and_test
@@ -117,28 +118,35 @@ def family_suite(
     options: SuiteOptions,
     *,
     chunk_tokens: int,
+    token_by_token: tuple[str, ...] = (),
+    families: tuple[str, ...] = FAMILIES,
     width: int | None = None,
     steps: int | None = None,
     starts: tuple[str, ...] = ("own",),
     rates: tuple[tuple[str, float], ...] = BOTH,
     quantity: str = "share of answers that are right",
+    losses: tuple[str, ...] = (),
     notes: str = "",
     test_tokens: int | None = None,
 ) -> Suite:
     """A suite of small models of every family.
 
     Args:
+        token_by_token: tasks whose chunks have one token, whatever chunk_tokens.
+        families: those that are trained where the options name none.
         width, steps: 64 and 1500 by default, with --quick 32 and 150; the options' own come first.
         starts, rates: the grid that every family tries.
+        losses: tasks whose score is a loss.
         test_tokens: most tokens of a test bin, whose names then begin with a length; at least 16 sequences.
     """
     by_name = {task.name: task for task in tasks}
-    families = check_families(options.families or FAMILIES)
+    families = check_families(options.families or families)
     size = ModelSize.of(options, width=width or (32 if options.quick else 64), chunk_tokens=chunk_tokens)
     steps = options.steps or steps or (150 if options.quick else 1500)
 
     def config(task: Task, family: str) -> ModelConfig:
-        return suite_model(family, size.hope(task.vocab_size), options.hope)
+        own = replace(size, chunk_tokens=1) if task.name in token_by_token else size
+        return suite_model(family, own.hope(task.vocab_size), options.hope)
 
     grid: Mapping[str, dict[str, Setting]] = {
         family: {s.name: s for s in settings_of(config(tasks[0], family), options, starts, rates)}
@@ -174,6 +182,8 @@ def family_suite(
         run=run,
         grid={family: tuple(names) for family, names in grid.items()},
         quantity=quantity,
+        less_is_better=losses,
+        unbounded=losses,
         notes=notes,
         **described({family: config(tasks[0], family) for family in families}),
         guessing=guessing_of(by_name),

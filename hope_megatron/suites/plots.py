@@ -80,7 +80,8 @@ def _panel(axes, task: str, figures: Table, suite: Suite) -> None:
 
 
 def plot_trajectories(results: Results, path: Path) -> bool:
-    """A panel per task and subject: the score of the next longer bin over the steps, a line per seed, on the chosen weights.
+    """A row per task and a column per subject, or tasks beside each other for a single subject: the score of the next longer
+    bin over the steps, a line per seed, on the chosen weights.
 
     Read from snapshots after each training, so that it decided nothing.
 
@@ -96,19 +97,27 @@ def plot_trajectories(results: Results, path: Path) -> bool:
     ]
     if not shown:
         return False
-    size = (1.2 + 1.5 * len(suite.subjects), 0.8 + 1.1 * len(shown))
-    figure = Figure(figsize=size, layout="constrained")
+    alone = len(suite.subjects) == 1  # then tasks stand beside each other, as in the tables' picture
+    across = min(_PANELS_ACROSS, len(shown)) if alone else len(suite.subjects)
+    down = math.ceil(len(shown) / across) if alone else len(shown)
+    title = f"{suite.title}: next longer bin over training steps, a line per seed"
+    width = 1.2 + 1.5 * across
+    title = textwrap.fill(title, int(width / _CHARACTER_INCHES / 1.2))
+    figure = Figure(figsize=(width, 0.8 + 1.1 * down + 0.2 * title.count("\n")), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(len(shown), len(suite.subjects), squeeze=False, sharex=True, sharey=True)
-    for row, task in zip(grid, shown):
-        for axes, subject in zip(row, suite.subjects):
-            _lines(axes, results, task, subject)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.tick_params(labelsize=6)
-        row[0].set_ylabel(task, fontsize=7)
-    for axes, subject in zip(grid[0], suite.subjects):
-        axes.set_title(subject, fontsize=7)
-    figure.suptitle(f"{suite.title}: next longer bin over training steps, a line per seed", fontsize=9, color=INK)
+    grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+    for i, (task, subject) in enumerate((task, subject) for task in shown for subject in suite.subjects):
+        axes = grid[i // across][i % across]
+        _lines(axes, results, task, subject)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=6)
+        if alone or i < across:
+            axes.set_title(task if alone else subject, fontsize=7)
+        if i % across == 0 and not alone:
+            axes.set_ylabel(task, fontsize=7)
+    for axes in list(grid.flat)[len(shown) * len(suite.subjects) :]:
+        axes.set_axis_off()
+    figure.suptitle(title, fontsize=9, color=INK, x=0.01, ha="left")
     save_figure(figure, path)
     return True
 

@@ -41,6 +41,9 @@ SUITES: Registry[SuiteEntry] = Registry(
         "needles": SuiteEntry(
             f"{_FAMILIES}:needles", "needles in a haystack by length: models trained here, or RUN", _BY_LENGTH
         ),
+        "families": SuiteEntry(
+            "hope_megatron.suites.tables:build", "every family of the paper's tables on text, recall and languages", _BY_LENGTH
+        ),
         "ablations": SuiteEntry(
             "hope_megatron.suites.ablations:build", "HOPE without one of its parts at a time, on text and on recall"
         ),

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from hope_megatron.runtime.files import replacing
 from hope_megatron.sweep.errors import SweepError
 from hope_megatron.sweep.frontier import Curve
 from hope_megatron.sweep.laws import Array
@@ -154,7 +155,7 @@ def write_csv(observations: Sequence[Observation], path: Path) -> None:
         "batch_tokens",
         "unique_tokens",
     ]
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(columns + axes)
         for observation in observations:

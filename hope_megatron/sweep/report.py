@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hope_megatron.config.load import dump_config
-from hope_megatron.runtime.files import write_json, write_text
+from hope_megatron.runtime.files import replacing, write_json, write_text
 from hope_megatron.sweep import plots
 from hope_megatron.sweep.analysis import SINGLE_EPOCH, FamilyAnalysis
 from hope_megatron.sweep.bootstrap import Estimate
@@ -347,7 +347,7 @@ def _plain(estimate: Estimate) -> dict[str, float | None]:
 
 
 def _write_rows(path: Path, header: Sequence[str], rows: Sequence[tuple[str, str, str, Estimate]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(header)
         table.writerows((*names, estimate.value, estimate.low, estimate.high) for *names, estimate in rows)

@@ -90,12 +90,12 @@ class RepeatingSource:
         self.seed, self.seq_length, self.num_samples = seed, seq_length, num_samples
         self.end_id = 0
 
-    def sample(self, number: int) -> np.ndarray:
-        """int64 [seq_length + 1]."""
+    def sample(self, number: int, first: int = 0, stop: int | None = None) -> np.ndarray:
+        """int64 [seq_length + 1], or part of it."""
         half = self.seq_length // 2
         rng = np.random.default_rng((self.seed, number % self.num_samples))
-        first = rng.integers(0, VOCAB_SIZE, half, dtype=np.int64)
-        return np.concatenate([first, first, first[:1]])
+        said = rng.integers(0, VOCAB_SIZE, half, dtype=np.int64)
+        return np.concatenate([said, said, said[:1]])[first:stop]
 
     def state(self, number: int) -> dict[str, Any]:
         """The position before a sample."""

@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hope_megatron.checkpoint.format import PROBE_NAME
+from hope_megatron.config.parallel import own_spans
 from hope_megatron.eval.memory_health import cms_figure, measure_memories
 from hope_megatron.runtime.disks import best_effort
 from hope_megatron.runtime.files import write_json
 from hope_megatron.runtime.heartbeat import HEART
+from hope_megatron.runtime.patience import PatientWriter
 from hope_megatron.runtime.process import start_up_text
 from hope_megatron.runtime.records import read_object
-from hope_megatron.training.batches import SampleSource, heldout_batches, micro_batches, rank_samples
+from hope_megatron.training.batches import SampleSource, heldout_batches, mesh_spans, micro_batches, rank_samples
 from hope_megatron.training.epochs import passes_over
 from hope_megatron.training.guard import Judgement
 from hope_megatron.training.ledger import RunLedger
@@ -68,8 +71,9 @@ class FirstStep(Callback):
         if run.engine.mesh.rank == 0:
             phases = run.phases.start_up()
             log.info("started in %s", start_up_text(phases))
+            content = {"step": run.state.step, "phases_s": phases}
             with best_effort(run.directory.start_up.name):
-                write_json(run.directory.start_up, {"step": run.state.step, "phases_s": phases})
+                PatientWriter(run.directory.start_up.name)(lambda: write_json(run.directory.start_up, content))
 
     def finish(self, run: Run) -> None:
         run.phases.mark("steps")
@@ -80,7 +84,7 @@ class Judgements(Callback):
 
     def start(self, run: Run) -> None:
         if run.engine.mesh.rank == 0:
-            self._ledger = RunLedger(run.directory.ledger)
+            self._ledger, self._write = RunLedger(run.directory.ledger), PatientWriter(run.directory.ledger.name)
 
     def after_step(self, run: Run, result: StepResult) -> None:
         if result.skipped:
@@ -91,18 +95,22 @@ class Judgements(Callback):
         where = (run.state.step, run.state.samples - batch_size, batch_size)
         norm = result.grad_norm if math.isfinite(result.grad_norm) else None
         if result.skipped:
-            self._ledger.record("skipped step", *where, reason=f"{what} gradient", grad_norm=norm)
+            self._record("skipped step", *where, reason=f"{what} gradient", grad_norm=norm)
             log.warning("step %d skipped on all ranks: %s gradient, twice; nothing changed", run.state.step, what)
         elif result.recomputed:
-            self._ledger.record("recomputed step", *where, reason=f"{what} gradient")
+            self._record("recomputed step", *where, reason=f"{what} gradient")
             log.warning("step %d computed twice: its gradient was %s the first time", run.state.step, what)
         elif result.judgement is Judgement.EXTREME:
             log.warning("step %d: extreme gradient norm %.3g", run.state.step, result.grad_norm)
         if result.spike:
-            self._ledger.record("loss spike", *where, loss=result.loss)
+            self._record("loss spike", *where, loss=result.loss)
             steps = run.config.resilience.spike.steps
             log.warning("step %d: loss %.3f, far above the usual for %d steps", run.state.step, result.loss, steps)
-        self._ledger.flush()
+        if self._ledger.has_unwritten:
+            self._write(self._ledger.flush)
+
+    def _record(self, event: str, *where: int, **more: Any) -> None:
+        self._write(lambda: self._ledger.record(event, *where, **more))
 
 
 class HeldoutEvaluation(Callback):
@@ -122,8 +130,15 @@ class HeldoutEvaluation(Callback):
     def _loss(run: Run, source: SampleSource) -> float:
         HEART.enter("evaluate", HEART.limits.evaluation_s)
         training, mesh = run.config.training, run.engine.mesh
+        spans = mesh_spans(run.config, mesh)
         batches = heldout_batches(
-            source, training.eval_sequences, training.micro_batch_size, mesh.data_rank, mesh.data_size, mesh.device
+            source,
+            training.eval_sequences,
+            training.micro_batch_size,
+            mesh.data_rank,
+            mesh.data_size,
+            mesh.device,
+            spans,
         )
         return evaluate(run.engine, batches, source.end_id if run.config.data.reset_at_documents else None)
 
@@ -146,7 +161,9 @@ class MemoryHealth(Callback):
             HEART.enter("measure", HEART.limits.evaluation_s)
             batch_size, mesh = run.config.training.global_batch_size, run.engine.mesh
             first = rank_samples(run.state.samples - batch_size, batch_size, mesh.data_rank, mesh.data_size).start
-            tokens, targets = micro_batches(run.train_source, range(first, first + 1), 1, mesh.device)[0]
+            length = run.config.training.seq_length  # read in one piece: the inner clocks stand still
+            spans = own_spans(length, length, mesh.cp_rank, mesh.cp_size)
+            tokens, targets = micro_batches(run.train_source, range(first, first + 1), 1, mesh.device, spans)[0]
             run.metrics |= measure_memories(run.engine.model, lambda: run.engine.evaluate(tokens, targets, learn=False))
 
     @staticmethod
@@ -171,7 +188,7 @@ class MetricsRecord(Callback):
         self._last = (run.state.tokens, time.monotonic(), 0.0, HEART.waited_s)
         self._first = True
         if run.engine.mesh.rank == 0:
-            self._file = MetricsFile(run.directory.metrics)
+            self._file, self._write = MetricsFile(run.directory.metrics), PatientWriter(run.directory.metrics.name)
             with best_effort(run.directory.metrics.name):
                 self._file.drop_after(run.state.step)
 
@@ -179,6 +196,7 @@ class MetricsRecord(Callback):
         self._last = (run.state.tokens, time.monotonic(), *self._last[2:])
         if run.engine.mesh.rank == 0:
             with best_effort(run.directory.metrics.name):
+                self._write.flush(HEART.limits.save_s)  # what is on its way there must not come behind
                 self._file.drop_after(run.state.step)
 
     def after_step(self, run: Run, result: StepResult) -> None:
@@ -189,14 +207,18 @@ class MetricsRecord(Callback):
         if run.engine.mesh.rank != 0:
             return
         if record is not None:
-            self._file.append(run.state.step, record)
-            if self.tracker is not None:
-                self.tracker.notify()
+            self._write(partial(self._append, run.state.step, record))
         self.progress.after_step(run.state.step, record, result.loss)
 
     def finish(self, run: Run) -> None:
         if run.engine.mesh.rank == 0:
+            self._write.flush(HEART.limits.save_s)  # the summary and the trackers read it
             self.progress.close()
+
+    def _append(self, step: int, record: dict[str, float]) -> None:
+        self._file.append(step, record)
+        if self.tracker is not None:
+            self.tracker.notify()
 
     def _start_up(self, run: Run) -> dict[str, float]:
         """Seconds of the start-up's phases, in the first record of a process."""

@@ -39,6 +39,11 @@ class RunLedger:
         self._unwritten.append({**entry, "time": time.time()})
         return self.flush()
 
+    @property
+    def has_unwritten(self) -> bool:
+        """Whether entries wait for the disk."""
+        return bool(self._unwritten)
+
     def flush(self) -> bool:
         """Write what could not be written before. Whether everything is on disk now."""
         try:

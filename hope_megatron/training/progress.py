@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from hope_megatron.runtime.formatting import duration_text
+from hope_megatron.runtime.patience import PatientWriter
 
 steps_log = logging.getLogger("hope_megatron.steps")
 """Goes to train.log only: the screen has the line already."""
@@ -19,6 +20,8 @@ _SMOOTHING = 0.95
 """Weight of the steps before in the smoothed loss, about the mean of the last 20 steps."""
 _ERASE_LINE = "\r\x1b[K"
 _REFRESH_S = 0.1
+_CLOSE_S = 10.0
+"""So long the last lines are waited for where the disk hangs."""
 
 
 class Progress:
@@ -39,6 +42,7 @@ class Progress:
         self._smoothed = self._weight = 0.0
         self._shown_at = 0.0
         self._line_is_up = False
+        self._patiently = PatientWriter(None)
 
     def after_step(self, step: int, record: Mapping[str, float] | None, loss: float | None = None) -> None:
         """Show a finished step. `record` is what was measured, on steps that are recorded; `loss` is that of every step."""
@@ -63,6 +67,7 @@ class Progress:
 
     def close(self) -> None:
         """Leave the last state of the live line on the screen."""
+        self._patiently.flush(_CLOSE_S)
         if self._line_is_up:
             self._write("\n")
             self._line_is_up = False
@@ -88,6 +93,12 @@ class Progress:
         return "  ".join(parts)
 
     def _write(self, text: str) -> None:
+        if self.live:
+            self._put(text)
+        else:  # a file perhaps, on a disk that may hang
+            self._patiently(lambda: self._put(text))
+
+    def _put(self, text: str) -> None:
         with contextlib.suppress(OSError):  # where it goes may be a file on a full disk, or a terminal that is gone
             self.stream.write(text)
             self.stream.flush()
@@ -123,11 +134,25 @@ class ProgressHandler(logging.Handler):
 
 
 class _LogFile(logging.FileHandler):
-    """A log whose full disk is nobody's traceback: what cannot be written is on the screen."""
+    """A log on a disk that may be full, or hang: what cannot be written is on the screen, and is nobody's traceback."""
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handleError(record)
+    def __init__(self, file: Path) -> None:
+        super().__init__(file, encoding="utf-8")
+        self._patiently = PatientWriter(None)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record) + self.terminator
+        self._patiently(lambda: self._put(text))
+
+    def close(self) -> None:
+        if self._patiently.flush(_CLOSE_S):
+            super().close()
+
+    def _put(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            if self.stream is not None:  # closed
+                self.stream.write(text)
+                self.stream.flush()
 
 
 def configure_logging(rank: int, log_file: Path, progress: Progress) -> None:
@@ -144,7 +169,7 @@ def configure_logging(rank: int, log_file: Path, progress: Progress) -> None:
     root.addHandler(screen)
     if rank == 0:
         try:
-            to_file = _LogFile(log_file, encoding="utf-8")
+            to_file = _LogFile(log_file)
         except OSError as error:
             root.error("%s cannot be written: %s; the log goes to the screen alone", log_file, error.strerror)
             return

@@ -23,51 +23,18 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.config = path / "config.yaml"
+        self.history = path / "history.json"
+        self.metrics = path / METRICS_FILE
+        self.data_ledger = path / "data_ledger.jsonl"
+        self.ledger = path / "ledger.jsonl"
+        self.log = path / "train.log"
+        self.checkpoints = path / "checkpoints"
+        self.curves = path / "curves.png"
+        self.summary = path / "summary.json"
+        self.start_up = path / "start_up.json"
+        self.tracking = path / "tracking.json"
         self._lock: int | None = None
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def history(self) -> Path:
-        return self.path / "history.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / METRICS_FILE
-
-    @property
-    def data_ledger(self) -> Path:
-        return self.path / "data_ledger.jsonl"
-
-    @property
-    def ledger(self) -> Path:
-        return self.path / "ledger.jsonl"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "train.log"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def curves(self) -> Path:
-        return self.path / "curves.png"
-
-    @property
-    def summary(self) -> Path:
-        return self.path / "summary.json"
-
-    @property
-    def start_up(self) -> Path:
-        return self.path / "start_up.json"
-
-    @property
-    def tracking(self) -> Path:
-        return self.path / "tracking.json"
 
     def tracking_of(self, name: str) -> Path:
         """What a tracker keeps of its run. MLflow's has the name that it had before there were others."""

@@ -69,7 +69,7 @@ def train_step(
 
     # The loss is a mean over the valid tokens of all ranks and micro-batches, so they are counted first.
     valid = torch.stack([(targets != IGNORE).sum() for _, targets in batches]).sum()
-    valid = (engine.sum_over_data_parallel(valid) // mesh.cp_size).clamp(min=1)  # ranks of a sequence count it alike
+    valid = engine.sum_over_data_parallel(valid).clamp(min=1)
 
     multiplier = learning_rate_multiplier(state.step, config)
     judgements: list[Judgement] = []
@@ -136,7 +136,7 @@ def evaluate(engine: Engine, batches, end_id: int | None = None) -> float:
     """
     sums = torch.zeros(2, dtype=torch.float64, device=engine.mesh.device)
     for tokens, targets in batches:
-        documents = None if end_id is None else document_numbers(tokens, end_id)
+        documents = None if end_id is None else document_numbers(tokens, end_id, engine.mesh)
         sums += engine.evaluate(tokens, targets, documents)
     loss_sum, num_tokens = sums.tolist()
     return loss_sum / num_tokens

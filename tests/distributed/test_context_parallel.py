@@ -10,6 +10,7 @@ from hope_megatron.config.model import AttentionConfig, MemoryConfig
 from hope_megatron.config.parallel import ParallelConfig
 from hope_megatron.engine.distributed import init_distributed, shutdown_distributed
 from hope_megatron.engine.sequence_parallel import reduce_sequence_parallel_gradients
+from hope_megatron.layers.context_parallel import own_tokens
 from hope_megatron.model import build_model
 from hope_megatron.testing.distributed import run_distributed
 from hope_megatron.testing.models import random_batch, tiny_model
@@ -23,7 +24,8 @@ CASES = {
     ),
     "hope_w1": tiny_model(num_heads=4, memory=MemoryConfig(chunk_tokens=8, written_layers="output")),
     "constant_rates": tiny_model(
-        num_heads=4, memory=MemoryConfig(chunk_tokens=8, eta_max=0.5, decay="constant", momentum="constant")
+        num_heads=4,
+        memory=MemoryConfig(chunk_tokens=8, eta_max=0.5, decay="constant", momentum="constant", query_correction=0.5),
     ),
     "retnet": tiny_model(
         num_heads=4, memory=MemoryConfig(num_layers=1, dgd_layers="none", eta="fixed", decay="retnet", **STATIC)
@@ -49,11 +51,12 @@ def figures(case, parallel, documents):
     reduce_sequence_parallel_gradients(model, mesh.tp_group)
     tokens, targets = random_batch(config)
     numbers = (torch.arange(tokens.size(1)) * 3 // tokens.size(1)).expand_as(tokens) if documents else None
-    loss = model(tokens, targets, documents=numbers).losses.double().sum()
+    own, own_targets = own_tokens(tokens, 1), own_tokens(targets, 1)
+    loss = model(own, own_targets, documents=numbers).losses.double().sum()
     loss.backward()
     loss = loss.detach()
     dist.all_reduce(loss, group=mesh.dp_group)
-    logits = None if documents else model(tokens).logits.detach().numpy()
+    logits = None if documents else model(own).logits.detach().numpy()
     return loss.item(), logits, {name: whole(p, mesh).numpy() for name, p in model.named_parameters()}
 
 

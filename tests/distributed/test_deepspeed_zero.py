@@ -16,9 +16,10 @@ from hope_megatron.checkpoint.errors import ConversionError
 from hope_megatron.checkpoint.find import CheckpointSource, find_checkpoint
 from hope_megatron.checkpoint.format import Checkpoint, read_full_tensors
 from hope_megatron.checkpoint.reshard import write_checkpoint
-from hope_megatron.checkpoint.unsharded import read_unsharded
+from hope_megatron.checkpoint.unsharded import compare_unsharded, read_unsharded
+from hope_megatron.config import CMSConfig, CMSLevelConfig
 from hope_megatron.config.layout import ParallelLayout
-from hope_megatron.convert.begin_run import begin_run
+from hope_megatron.convert.begin_run import begin_run, go_on
 from hope_megatron.convert.deepspeed.native import read_native, write_native
 from hope_megatron.convert.deepspeed.zero import zero_shards
 from hope_megatron.testing.distributed import run_distributed
@@ -120,16 +121,23 @@ def save_with_adam(directory, fp16: bool):
     }
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=torch.optim.AdamW(model.parameters()),
+        optimizer=torch.optim.AdamW(model.parameters(), weight_decay=0.0),
         config=settings,
         mpu=ModelParallelUnit(),
         dist_init_required=False,
     )
     if not fp16:
-        tokens = torch.arange(16)[None]
-        engine.backward(engine(tokens, tokens).losses.sum())
-        engine.step()
+        adam_step(engine)
     engine.save_checkpoint(str(directory))
+    if not fp16:
+        adam_step(engine)
+        engine.save_checkpoint(f"{directory}-next")
+
+
+def adam_step(engine) -> None:
+    tokens = torch.arange(16)[None]
+    engine.backward(engine(tokens, tokens).losses.sum())
+    engine.step()
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +160,70 @@ def test_weights_start_a_run_bit_for_bit(saved, tmp_path: Path, name: str) -> No
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
     clocks = source.checkpoint.description["optimizer"]["groups"]
     assert ("matrix/width" in clocks) == ("mup" in name)
+
+
+def beginning(step: int, samples: int) -> dict[str, Any]:
+    return {**BEGINNING, "progress": {"step": step, "samples": samples}}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_run_goes_on_with_every_state_and_clock(saved, tmp_path: Path, name: str) -> None:
+    directory, _ = saved
+    config = run_config(ParallelLayout(), LAYOUTS[name][1], output_dir=tmp_path)
+    path = go_on(directory / name / "deepspeed", "deepspeed", config, beginning)
+    found = read_unsharded(CheckpointSource(path))
+    expected = read_unsharded(CheckpointSource(directory / name / "ours/step-00000002"))
+    assert path.name == "step-00000002" and compare_unsharded(expected, found) > 0
+    assert found.description["optimizer"] == expected.description["optimizer"]
+    assert found.description["progress"] == {"step": 2, "samples": 8}
+
+
+def adam_config(tmp_path: Path, name: str):
+    levels = (CMSLevelConfig(hidden_size=32), CMSLevelConfig(hidden_size=16))
+    return tiny_run_config(output_dir=tmp_path, optim={"name": name}, cms=CMSConfig(levels=levels))
+
+
+@pytest.mark.distributed
+def test_our_adamw_goes_on_as_pytorchs_does(saved, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from hope_megatron.engine.distributed import init_distributed
+    from hope_megatron.model import build_model
+    from hope_megatron.optim import AdamW
+
+    source = CheckpointSource(go_on(saved[0] / "adam", "deepspeed", adam_config(tmp_path, "adamw"), beginning))
+    assert "betas was (0.9, 0.999) there and is (0.9, 0.95) in the run file" in caplog.text
+    config, unsharded = source.config, read_unsharded(source)
+    init_distributed(config.parallel)
+    model = build_model(config.model, config.parallel)
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(unsharded.read(name, "master"))
+    optimizer = AdamW(list(model.named_parameters()), lr=1e-3, weight_decay=0.0, betas=(0.9, 0.999))
+    for group in optimizer.param_groups:
+        clock = unsharded.description["optimizer"]["groups"][group["name"]]
+        for parameter in group["params"]:
+            states = {name: unsharded.read(parameter.optim_name, name).view(-1) for name in ("m1", "v")}
+            optimizer.state[parameter] = {**clock, **states}
+    tokens = torch.arange(16)[None]
+    model(tokens, tokens).losses.sum().backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # DeepSpeed's default
+    optimizer.step()
+    expected = dict(zero_shards(saved[0] / "adam-next"))
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.data, expected[name][0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.distributed
+def test_states_of_another_optimizer_are_refused(saved, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConversionError, match=r"keeps exp_avg, exp_avg_sq for .*, the run's m3 m1, m2, o2, v\. Set optim"
+    ):
+        go_on(saved[0] / "adam", "deepspeed", adam_config(tmp_path, "m3"), beginning)
+    with pytest.raises(ConversionError, match="the run's adamw m1, pending_grad, v"):
+        go_on(saved[0] / "adam", "deepspeed", tiny_run_config(output_dir=tmp_path, optim={"name": "adamw"}), beginning)
+    with pytest.raises(ConversionError, match="another model than the run's"):
+        wide = CMSConfig(levels=(CMSLevelConfig(hidden_size=32),))
+        go_on(saved[0] / "adam", "deepspeed", tiny_run_config(output_dir=tmp_path, cms=wide), beginning)
+    assert not list(tmp_path.rglob("step-*"))
 
 
 @pytest.mark.distributed

@@ -7,6 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from hope_megatron.layers.context_parallel import own_tokens
 from hope_megatron.testing.distributed import run_distributed
 from hope_megatron.testing.tiny import RepeatingSource, tiny_run_config
 
@@ -49,12 +50,13 @@ def train(config, mesh):
         tokens, targets = global_batch(step)
         valid = (targets != -100).sum()
         mine = range(mesh.data_rank * 4 // mesh.data_size, (mesh.data_rank + 1) * 4 // mesh.data_size)
-        loss_sum = sum(engine.forward_backward(tokens[i : i + 1], targets[i : i + 1], valid) for i in mine)
+        rows = [(own_tokens(tokens[i : i + 1], 1), own_tokens(targets[i : i + 1], 1)) for i in mine]
+        loss_sum = sum(engine.forward_backward(*row, valid) for row in rows)
         loss = float(engine.sum_over_data_parallel(loss_sum)) / int(valid)
         history.append((loss, engine.step(1.0)))
     tokens, targets = global_batch(99)
     mine = slice(mesh.data_rank * 4 // mesh.data_size, (mesh.data_rank + 1) * 4 // mesh.data_size)
-    return engine, history, engine.evaluate(tokens[mine], targets[mine]).tolist()
+    return engine, history, engine.evaluate(own_tokens(tokens[mine], 1), own_tokens(targets[mine], 1)).tolist()
 
 
 def parameters_of(engine):

@@ -12,6 +12,7 @@ from hope_megatron.config.parallel import ParallelConfig
 from hope_megatron.config.presets import config_names
 from hope_megatron.engine.distributed import init_distributed, shutdown_distributed
 from hope_megatron.engine.sequence_parallel import reduce_sequence_parallel_gradients
+from hope_megatron.layers.context_parallel import own_tokens
 from hope_megatron.model import build_model
 from hope_megatron.optim import build_optimizer
 from hope_megatron.testing.distributed import run_distributed
@@ -47,7 +48,8 @@ def _losses(parallel: ParallelConfig) -> dict[str, list[float]]:
         losses[family] = []
         for step in range(STEPS + 1):
             tokens, targets = random_batch(config, seed=step % STEPS)
-            loss = model(tokens, targets).losses.sum() / tokens.numel()  # of this rank's tokens
+            own, own_targets = own_tokens(tokens, 1), own_tokens(targets, 1)
+            loss = model(own, own_targets).losses.sum() / tokens.numel()
             loss.backward()
             if mesh.cp_size > 1:
                 for tensor in (loss.data, *(p.grad for p in model.parameters() if p.grad is not None)):

@@ -1,12 +1,14 @@
-"""Learning in context computes the same under tensor and sequence parallelism, and under ZeRO."""
+"""Learning in context computes the same under tensor, sequence and context parallelism, and under ZeRO."""
 
 from __future__ import annotations
+
+import functools
 
 import pytest
 import torch
 
 from hope_megatron.config.model import AttentionConfig, CMSConfig, CMSLevelConfig
-from hope_megatron.config.parallel import ParallelConfig
+from hope_megatron.config.parallel import ParallelConfig, own_spans
 from hope_megatron.engine.distributed import init_distributed, shutdown_distributed
 from hope_megatron.engine.sequence_parallel import reduce_sequence_parallel_gradients
 from hope_megatron.model import build_model
@@ -14,9 +16,12 @@ from hope_megatron.model.in_context_reference import learn_reference
 from hope_megatron.testing.distributed import run_distributed
 from hope_megatron.testing.models import random_batch, tiny_model
 from hope_megatron.testing.tiny import RepeatingSource, tiny_run_config
+from hope_megatron.training.batches import mesh_spans
 
 pytestmark = pytest.mark.distributed
 
+SEQ_LENGTH = 36
+"""Four tokens more than whole chunks of the slow level."""
 STEP = dict(inner_momentum=0.5, inner_weight_decay=0.3)
 
 
@@ -46,59 +51,83 @@ MODELS = {
 
 
 def losses_and_gradients(config, parallel, learn):
-    """Losses of every token and the full gradient of every parameter, assembled over tensor parallelism."""
+    """Losses of every token and the full gradient of every parameter, assembled over the mesh; in float64."""
     mesh = init_distributed(parallel)
-    model = build_model(config, parallel)
+    model = build_model(config, parallel, dtype=torch.float64)
     reduce_sequence_parallel_gradients(model, mesh.tp_group)
-    losses = learn(model, *random_batch(config))
-    losses.mean().backward()
+    tokens, targets = random_batch(config, seq_length=SEQ_LENGTH)
+    spans = own_spans(SEQ_LENGTH, config.cms.inner_segment_tokens, mesh.cp_rank, mesh.cp_size)
+    losses = learn(model, cut(tokens, spans), cut(targets, spans))
+    (losses.sum() / tokens.numel()).backward()
+    everywhere = losses.new_zeros(tokens.shape)
+    for span, part in zip(spans, losses.detach().split([stop - first for first, stop in spans], 1), strict=True):
+        everywhere[:, slice(*span)] = part
+    torch.distributed.all_reduce(everywhere, group=mesh.dp_group)
     gradients = {}
     for name, p in model.named_parameters():
-        grad = p.grad
+        grad = p.grad.contiguous()
+        torch.distributed.all_reduce(grad, group=mesh.dp_group)
         if p.tensor_model_parallel and mesh.tp_size > 1:
             parts = [torch.empty_like(grad) for _ in range(mesh.tp_size)]
             torch.distributed.all_gather(parts, grad.contiguous(), group=mesh.tp_group)
             blocks = [part.chunk(p.partition_stride, p.partition_dim) for part in parts]
             grad = torch.cat([block[i] for i in range(p.partition_stride) for block in blocks], p.partition_dim)
         gradients[name] = grad.clone().numpy()
-    return losses.detach().numpy(), gradients
+    return everywhere.numpy(), gradients
 
 
-def tensor_parallel(rank, world_size):
+def cut(tokens, spans):
+    return torch.cat([tokens[:, slice(*span)] for span in spans], 1)
+
+
+MESHES = {
+    "tensor parallel": ParallelConfig(tensor_parallel=2),
+    "sequence parallel": ParallelConfig(tensor_parallel=2, sequence_parallel=True),
+    "context parallel": ParallelConfig(context_parallel=2),
+}
+
+
+def on_two_ranks(rank, world_size):
+    from megatron.core import parallel_state
+
+    learn = lambda model, x, y: model(x, y, learn=True).losses  # noqa: E731
     results = {}
-    for name, config in MODELS.items():
-        for sequence_parallel in (False, True):
-            parallel = ParallelConfig(tensor_parallel=2, sequence_parallel=sequence_parallel)
-            learn = lambda model, x, y: model(x, y, learn=True).losses  # noqa: E731
-            results[name, sequence_parallel] = losses_and_gradients(config, parallel, learn)
+    for mesh, parallel in MESHES.items():
+        for name, config in MODELS.items():
+            results[name, mesh] = losses_and_gradients(config, parallel, learn)
+        if mesh != "tensor parallel":
+            parallel_state.destroy_model_parallel()
     return results
 
 
-def test_losses_and_every_gradient_under_tensor_parallelism():
+def test_losses_and_every_gradient_on_two_ranks():
     """Against the plain reference on one rank."""
     learn = lambda model, x, y: learn_reference(model, x, y)[0]  # noqa: E731
     expected = {name: losses_and_gradients(config, ParallelConfig(), learn) for name, config in MODELS.items()}
     shutdown_distributed()
-    for results in run_distributed(tensor_parallel, 2):
-        for (name, sequence_parallel), (losses, gradients) in results.items():
+    for results in run_distributed(on_two_ranks, 2):
+        for (name, mesh), (losses, gradients) in results.items():
             wanted_losses, wanted = expected[name]
-            torch.testing.assert_close(torch.from_numpy(losses), torch.from_numpy(wanted_losses), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                torch.from_numpy(losses), torch.from_numpy(wanted_losses), rtol=1e-10, atol=1e-10
+            )
             assert gradients.keys() == wanted.keys()
             for parameter, gradient in wanted.items():
                 gradient, found = torch.from_numpy(gradient), torch.from_numpy(gradients[parameter])
                 error = (found - gradient).norm() / gradient.norm().clamp_min(1e-8)
-                assert error < 1e-5, f"{name} sp={sequence_parallel} {parameter}: relative error {error:.1e}"
+                assert error < 1e-10, f"{name} {mesh} {parameter}: relative error {error:.1e}"
 
 
-# (tensor parallel, sequence parallel, ZeRO stage) in a world of two
-LAYOUTS = [(1, False, 1), (1, False, 2), (2, True, 1), (2, True, 2)]
+# (tensor parallel, sequence parallel, ZeRO stage, context parallel) in a world of two
+LAYOUTS = [(1, False, 1, 1), (1, False, 2, 1), (2, True, 1, 1), (2, True, 2, 1), (1, False, 2, 2)]
 STEPS = 2
 
 
-def run_config(tp, sp, zero):
+def run_config(tp, sp, zero, cp=1):
     """Truncated every 16 of 32 tokens, which are four and two chunks of the levels."""
     return tiny_run_config(
         tp=tp,
+        cp=cp,
         sequence_parallel=sp,
         zero_stage=zero,
         cms=cms("sequential", "per_channel", "learned"),
@@ -121,12 +150,14 @@ def train(config):
 
     mesh = init_distributed(config.parallel)
     engine = build_engine(config, mesh)
+    own = functools.partial(cut, spans=mesh_spans(config, mesh, training=True))
     history = []
     for step in range(STEPS):
         tokens, targets = global_batch(step)
         valid = (targets != -100).sum()
-        mine = range(mesh.dp_rank * 4 // mesh.dp_size, (mesh.dp_rank + 1) * 4 // mesh.dp_size)
-        loss_sum = sum(engine.forward_backward(tokens[i : i + 1], targets[i : i + 1], valid) for i in mine)
+        mine = range(mesh.data_rank * 4 // mesh.data_size, (mesh.data_rank + 1) * 4 // mesh.data_size)
+        rows = [(own(tokens[i : i + 1]), own(targets[i : i + 1])) for i in mine]
+        loss_sum = sum(engine.forward_backward(*row, valid) for row in rows)
         history.append((float(engine.sum_over_data_parallel(loss_sum)) / int(valid), engine.step(1.0)))
     rates = {
         name: p.detach().tolist()
@@ -134,8 +165,8 @@ def train(config):
         if name.endswith("levels.1.log_rate")  # replicated over tensor parallelism
     }
     tokens, targets = global_batch(99)
-    mine = slice(mesh.dp_rank * 4 // mesh.dp_size, (mesh.dp_rank + 1) * 4 // mesh.dp_size)
-    return history, rates, engine.evaluate(tokens[mine], targets[mine]).tolist()
+    mine = slice(mesh.data_rank * 4 // mesh.data_size, (mesh.data_rank + 1) * 4 // mesh.data_size)
+    return history, rates, engine.evaluate(own(tokens[mine]), own(targets[mine])).tolist()
 
 
 def run_layouts(rank, world_size):
@@ -168,7 +199,7 @@ def single():
     return history, rates, heldout
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "tp{}-sp{:d}-zero{}".format(*layout))
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "tp{}-sp{:d}-zero{}-cp{}".format(*layout))
 def test_training_equals_a_single_process(layout, ranks, single):
     for results in ranks:
         history, rates, heldout = results[layout]

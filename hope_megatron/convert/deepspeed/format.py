@@ -8,6 +8,7 @@ from hope_megatron.checkpoint.find import CheckpointSource
 from hope_megatron.checkpoint.local_model import build_from_shards, build_local_model
 from hope_megatron.checkpoint.unsharded import read_unsharded
 from hope_megatron.config import RunConfig
+from hope_megatron.convert.deepspeed.go_on import deepspeed_run
 from hope_megatron.convert.deepspeed.native import read_deepspeed, write_native
 from hope_megatron.convert.deepspeed.universal import universal_weights, write_universal
 from hope_megatron.convert.deepspeed.zero import is_zero_checkpoint, zero_shards
@@ -31,4 +32,10 @@ def _load_model(directory: Path, config: RunConfig) -> LanguageModel:
     return build_local_model(config.model, universal_weights(directory), source=str(directory))
 
 
-FORMAT = Format(export=_export, takes=frozenset({"layout"}), restore=read_deepspeed, load_model=_load_model)
+FORMAT = Format(
+    export=_export,
+    takes=frozenset({"layout"}),
+    restore=read_deepspeed,
+    load_model=_load_model,
+    load_run=deepspeed_run,
+)

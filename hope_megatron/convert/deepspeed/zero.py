@@ -86,6 +86,31 @@ class ZeroDirectory:
         except (KeyError, IndexError, RuntimeError) as error:
             raise ConversionError(f"{self.directory}: no {state} of {name} can be put together: {error}") from None
 
+    def optimizer_states(self, name: str) -> tuple[str, ...]:
+        """Names of the tensors that the optimizer keeps for a parameter; () before its first step."""
+        return tuple(sorted(self._ranks[0].state_tensors(name)))
+
+    def optimizer_step(self, name: str) -> int:
+        """Steps that the optimizer has made on a parameter.
+
+        Raises:
+            ConversionError: ranks disagree, or the number is missing.
+        """
+        found = {step for rank in self._ranks for step in rank.steps(name)}
+        if len(found) != 1 or None in found:
+            raise ConversionError(f"{self.directory}: the optimizer's steps of {name} are {found}, not one number")
+        return found.pop()
+
+    @property
+    def optimizer_settings(self) -> list[Mapping[str, Any]]:
+        """The optimizer's parameter groups, without their parameters."""
+        return self._ranks[0].settings
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """(steps, samples) that DeepSpeed's engine has counted."""
+        return self._ranks[0].progress
+
 
 def is_zero_checkpoint(directory: Path) -> bool:
     """Whether files of DeepSpeed's ranks lie there, and nobody made a universal checkpoint of them."""
@@ -121,6 +146,10 @@ class _Rank:
     places: dict[str, _Place]
     equal_partitions: bool
     """Whether every parameter is cut into equal parts (ZeRO 3), and not the vectors."""
+    settings: list[Mapping[str, Any]]
+    """The optimizer's groups without parameters."""
+    progress: tuple[int, int]
+    """Steps and samples."""
 
     def read(self, name: str, state: str) -> Tensor:
         place = self.places[name]
@@ -129,6 +158,17 @@ class _Rank:
             part = -(-numel // len(vectors))
             return torch.cat([_take([vector], place.offset, part) for vector in vectors])[:numel].view(place.shape)
         return _take(vectors, place.offset, numel).view(place.shape)
+
+    def state_tensors(self, name: str) -> set[str]:
+        index = self.places[name].vector
+        vectors = zip(self.states, self.weights, strict=True)
+        of_ranks = [_tensors_like(states.get(index, {}), weights[index]) for states, weights in vectors]
+        return set.intersection(*of_ranks)
+
+    def steps(self, name: str) -> set[int | None]:
+        index = self.places[name].vector
+        found = [states.get(index, {}).get("step") for states in self.states]
+        return {None if step is None else int(step) for step in found}
 
     def _vectors(self, index: int, state: str) -> list[Tensor]:
         if state == MASTER:
@@ -166,16 +206,23 @@ def _open_rank(paths: Sequence[Path], tp_rank: int) -> _Rank:
             f"{paths[0]} is of ZeRO stage {stage} on {saved_by} data-parallel ranks, and {len(paths)} files are there"
         )
     prefix = "zero_pp_rank_0_" if stage == 3 else ""
-    shapes = _section(paths[0].with_name(f"{prefix}mp_rank_{tp_rank:02d}_model_states.pt"), "param_shapes")
+    model_file = paths[0].with_name(f"{prefix}mp_rank_{tp_rank:02d}_model_states.pt")
+    shapes = _section(model_file, "param_shapes")
+    progress = tuple(_counter(model_file, key) for key in ("global_steps", "global_samples"))
     try:
         if stage == 3:
             weights = [rank["fp32_flat_groups"] for rank in saved]
-            states = [rank["optimizer_state_dict"]["state"] for rank in saved]
-            return _Rank(weights, states, _places_in_partitions(weights, shapes), True)
-        weights = [rank["single_partition_of_fp32_groups"] for rank in saved]
-        # elastic checkpoints keep a list of states there, one for each group
-        states = [_as_state(rank["base_optimizer_state"]) for rank in saved]
-        return _Rank(weights, states, _places_in_vectors(weights, shapes, saved[0]), False)
+            optimizers, places = (
+                [rank["optimizer_state_dict"] for rank in saved],
+                _places_in_partitions(weights, shapes),
+            )
+        else:
+            weights = [rank["single_partition_of_fp32_groups"] for rank in saved]
+            optimizers = [rank["base_optimizer_state"] for rank in saved]
+            places = _places_in_vectors(weights, shapes, saved[0])
+        return _Rank(
+            weights, [_as_state(one) for one in optimizers], places, stage == 3, _settings(optimizers[0]), progress
+        )
     except (KeyError, IndexError, ValueError, TypeError) as error:
         raise ConversionError(f"{paths[0].parent}: the files do not fit together: {error}") from None
 
@@ -187,8 +234,31 @@ def _section(path: Path, key: str) -> Any:
     return content[key]
 
 
+def _counter(path: Path, key: str) -> int:
+    value = _section(path, key)
+    if not isinstance(value, int) or value < 0:
+        raise ConversionError(f"{path}: {key} is {value!r}, not a count")
+    return value
+
+
 def _as_state(saved: Any) -> Mapping[int, Mapping[str, Any]]:
+    """States by the vector's number; elastic checkpoints keep a list of them."""
     return saved["state"] if isinstance(saved, dict) else dict(enumerate(saved))
+
+
+def _settings(saved: Any) -> list[Mapping[str, Any]]:
+    if not isinstance(saved, dict):
+        return []
+    return [{key: value for key, value in group.items() if key != "params"} for group in saved["param_groups"]]
+
+
+def _tensors_like(state: Mapping[str, Any], weights: Tensor) -> set[str]:
+    """Names of the state tensors with a number for each weight: as long as these, or longer by what aligns the last rank's."""
+    return {
+        key
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.dim() and value.numel() >= weights.numel()
+    }
 
 
 def _places_in_vectors(

@@ -48,6 +48,10 @@ def run_of(*overrides):
             ],
             "not divisible by parallel.tensor_parallel",
         ),
+        (
+            [*FAST, "cms.levels.0.inner_chunk_tokens=3", "training.seq_length=1536", "parallel.context_parallel=2"],
+            "inner_chunk_tokens=3 does not divide into 2 slices",
+        ),
     ],
 )
 def test_combinations_that_cannot_work_are_refused(overrides, message):

@@ -15,9 +15,11 @@ from data_pipeline.errors import CorruptShardError, DataChangedError, SamplingEr
 from data_pipeline.files import sha256_file
 from data_pipeline.ledger import Ledger
 from data_pipeline.manifest import Manifest, ShardInfo
+from data_pipeline.mixture import MixtureStream
 from data_pipeline.samples import NO_TOKEN
 from data_pipeline.shards import ShardReader, ShardWriter
 from data_pipeline.stream import TokenStream
+from data_pipeline.transition import TransitionedStream
 
 
 def packed(manifest: Manifest, order: list[int] | None = None) -> np.ndarray:
@@ -104,6 +106,21 @@ def test_seed_and_epoch_change_the_order(manifest: Manifest) -> None:
     assert order(0, 1) == order(0, 1)
     plain = TokenStream(manifest, 16, shuffle=False)
     assert np.array_equal(np.concatenate([plain.sample(i)[:-1] for i in range(20)]), packed(manifest)[:320])
+
+
+def test_part_of_a_sample_is_read_alone(tmp_path: Path) -> None:
+    """Also through a mixture and after a transition; shards that hold none of it stay closed."""
+    manifest = numbered_manifest(tmp_path, [[30], [10, 30], [40]])
+    stream = TokenStream(manifest, 50, shuffle=False)
+    history = [{"sample": 0, "fingerprint": "x"}, {"sample": 5, "fingerprint": "y"}]
+    following = TransitionedStream(MixtureStream({"one": stream}, {"one": 1.0}), history)
+    for first, stop in ((0, 51), (0, 26), (25, 51), (49, 50)):
+        assert np.array_equal(following.sample(6, first, stop), following.sample(6)[first:stop])
+    part = TokenStream(manifest, 50, shuffle=False)
+    assert part.sample(1, 30, 51).tolist() == packed(manifest)[80:101].tolist()
+    assert list(part._shards._readers) == [2]
+    with pytest.raises(SamplingError, match="tokens 3 to 3 of a sample of 51"):
+        stream.sample(0, 3, 3)
 
 
 def test_windows_give_every_token_once_in_order(dataset: Path) -> None:

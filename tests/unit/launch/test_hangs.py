@@ -13,7 +13,7 @@ import pytest
 
 from hope_megatron.runtime.heartbeat import Heartbeat, Limits, beat_file, read_beat, read_beats
 from launch.hangs import diagnose, keep_reports, read_hang
-from launch.watchdog import Watchdog
+from launch.watchdog import Watchdog, own, remove_abandoned
 
 
 def rank(number: int, entered: int = 9, collectives: int = 40, *, waiting: bool = True, state: str = "S") -> dict:
@@ -110,3 +110,18 @@ def test_ranks_that_never_come_up_are_reported(tmp_path: Path) -> None:
     assert Watchdog(tmp_path / "beats", tmp_path, "node9", ranks=2, nodes=1, start_limit_s=0.2).run() == 1
     hang = read_hang(tmp_path)
     assert hang is not None and hang.text == "ranks on node9 did not come up within their limit"
+
+
+def test_a_watchdog_removes_what_killed_attempts_left_and_nothing_else(tmp_path: Path) -> None:
+    paths = {name: tmp_path / f"hope-{name}" for name in ("own", "killed", "running", "ranks-live", "starting")}
+    for path in [*paths.values(), tmp_path / "other"]:
+        path.mkdir()
+    owners = {name: own(paths[name]) for name in ("killed", "running", "ranks-live")}
+    (tmp_path / "hope-link").symlink_to(paths["running"])
+    Heartbeat().attach(paths["ranks-live"], 0)
+    for name in ("killed", "ranks-live"):
+        os.close(owners[name])  # as the kernel does when the watchdog dies
+    assert remove_abandoned(paths["own"]) == [paths["killed"]]
+    os.close(owners["running"])
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"hope-own", "hope-running", "hope-ranks-live", "hope-starting", "other", "hope-link"}

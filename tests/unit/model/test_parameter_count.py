@@ -20,7 +20,7 @@ from hope_megatron.testing.models import tiny_model
 STATIC = dict(adaptive_key=False, adaptive_value=False, adaptive_eta=False, adaptive_alpha=False, own_targets=False)
 VARIANTS = {
     "gate": tiny_model(memory=MemoryConfig(output_gate="silu")),
-    "constant_rates": tiny_model(memory=MemoryConfig(decay="constant", momentum="constant")),
+    "constant_rates": tiny_model(memory=MemoryConfig(decay="constant", momentum="constant", query_correction=0.5)),
     "momentum": tiny_model(memory=MemoryConfig(momentum="data", hidden_size=12)),
     "partly_adaptive": tiny_model(memory=MemoryConfig(adaptive_key=False, adaptive_alpha=False)),
     "adaptive_query": tiny_model(memory=MemoryConfig(adaptive_query=True)),
@@ -36,6 +36,9 @@ VARIANTS = {
     ),
     "independent": tiny_model(cms=CMSConfig(levels=(CMSLevelConfig(hidden_size=8),) * 3, connection="independent")),
     "grouped_attention": tiny_model(layer_pattern=("attention", "memory"), attention=AttentionConfig(num_kv_heads=1)),
+    "biased_attention": tiny_model(
+        layer_pattern=("attention",), attention=AttentionConfig(qkv_bias=True, qk_norm=True)
+    ),
 }
 
 

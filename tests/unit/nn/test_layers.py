@@ -21,6 +21,15 @@ STATIC = {f"adaptive_{name}": False for name in ("key", "value", "eta", "alpha")
 MEMORIES: dict[str, dict[str, Any]] = {
     "hope": {"chunk_tokens": 8},
     "momentum, gate": {"chunk_tokens": 8, "momentum": "data", "output_gate": "silu", "conv_width": 1},
+    "comba": {
+        "chunk_tokens": 8,
+        "num_layers": 1,
+        "dgd_layers": "input",
+        "decay_to": "zero",
+        "query_correction": 0.5,
+        "own_targets": False,
+        **STATIC,
+    },
     "retnet": {"chunk_tokens": 8, "num_layers": 1, "decay": "retnet", "own_targets": False, **STATIC},
 }
 
@@ -59,21 +68,45 @@ def test_neural_memory_is_the_megatron_mixer(name: str, dtype: torch.dtype) -> N
     torch.testing.assert_close(again, rest[:1], atol=1e-6, rtol=0)
 
 
+def test_comba_is_its_recurrence() -> None:
+    """Comba (arXiv 2506.02475) as flash-linear-attention computes it, fla/layers/comba.py and the recurrence in fla/ops/comba:
+    S = S (alpha I - beta k k^T) + beta v k^T, read by the unit vector of q - d k. Values are unit vectors here."""
+    torch.manual_seed(0)
+    layer = NeuralMemory(16, 2, **MEMORIES["comba"] | {"conv_width": 1}).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x, unit = numbers(torch.float64, 2, 21, 16), lambda t: torch.nn.functional.normalize(t, dim=-1)
+    q, k, v = torch.nn.functional.silu(layer.qkv(x)).view(2, 21, 3, 2, 8).unbind(2)
+    q, k, v = unit(q - layer.constants["correction"][:, None] * k), unit(k), unit(v)
+    beta, alpha = torch.sigmoid(layer.rates(x)).view(2, 21, 2, 2).unbind(2)
+    state, read = layer.memories.mem_out[:, 0].expand(2, -1, -1, -1), []
+    for t in range(21):
+        a, b, key = alpha[:, t, :, None, None], beta[:, t, :, None, None], k[:, t, :, None, :]
+        state = a * state + b * (v[:, t, :, :, None] - state @ key.mT) @ key
+        read.append((state @ q[:, t, :, :, None])[..., 0])
+    expected = layer.output(layer.head_norm(torch.stack(read, 1)).flatten(2))
+    torch.testing.assert_close(layer(x)[0], expected, atol=1e-10, rtol=1e-10)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("mixer", ["memory", "attention"])
 def test_block_is_the_megatron_layer(mixer: str, dtype: torch.dtype) -> None:
+    attention = {"num_kv_heads": 2, "window_tokens": 5, "qkv_bias": True, "qk_norm": True}
     levels = {"hidden_sizes": (24, 16), "update_periods": (1, 4), "connection": "independent"}
     theirs = megatron_model(
         dtype,
         layer_pattern=(mixer,),
-        attention=AttentionConfig(num_kv_heads=2, window_tokens=5),
+        attention=AttentionConfig(**attention),
         cms=CMSConfig(
             levels=(CMSLevelConfig(hidden_size=24), CMSLevelConfig(hidden_size=16, update_period_steps=4)),
             connection="independent",
         ),
     ).layers[0]
+    for name, parameter in theirs.named_parameters():
+        if name.endswith(("bias", "layernorm.weight")):
+            parameter.data.uniform_(0.5, 1.5)
     ours = HopeBlock(
-        32, 4, mixer=mixer, memory={"chunk_tokens": 8}, attention={"num_kv_heads": 2, "window_tokens": 5}, **levels
+        32, 4, mixer=mixer, memory={"chunk_tokens": 8}, attention=attention, **levels
     ).to(dtype)  # fmt: skip
     ours.load_state_dict(dict(theirs.named_parameters()), strict=True)
     x = numbers(dtype, 2, 13, 32)

@@ -1,4 +1,4 @@
-"""Delta Momentum and Deep Momentum Gradient Descent against their equations."""
+"""Delta Momentum against its equations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from hope_megatron.ops.newton_schulz import newton_schulz
 from hope_megatron.optim import OptimError
-from hope_megatron.optim.research import DeepMomentum, DeltaMomentum
+from hope_megatron.optim.research import DeltaMomentum
 
 
 def weight(*shape: int) -> nn.Parameter:
@@ -74,44 +74,11 @@ def test_the_delta_term_forgets_the_direction_of_the_new_gradient():
     torch.testing.assert_close(optimizer.state[w]["memory"], torch.tensor([[-3.0, -0.5, 0.0]]))
 
 
-def test_first_deep_step_is_normalised_descent_and_later_ones_learn():
-    w = weight(4, 6)
-    optimizer = DeepMomentum([w], lr=0.1, objective="l2")
-    before, g = w.detach().clone(), gradient(w, 0)
-    optimizer.step()
-    # -I already maps every key to its value: nothing to learn, and no gradient
-    torch.testing.assert_close(w.detach(), before - 0.1 * g / g.norm() * 2, rtol=1e-4, atol=1e-6)
-    dot = DeepMomentum([w], lr=0.1, objective="dot")
-    for step in range(4):
-        gradient(w, step)
-        dot.step()
-    assert dot.state[w]["outer"].abs().max() > 0
-
-
-def test_deep_memory_is_trained_by_equation_50():
-    """One inner step of the dot objective on A, by hand: its gradient is u^T u / M."""
-    w = weight(4, 6)
-    optimizer = DeepMomentum([w], lr=0.1, objective="dot", inner_lr=0.3, alpha=1.0)
-    g = gradient(w, 0)
-    optimizer.step()
-    u = g / g.norm() * 2
-    torch.testing.assert_close(optimizer.state[w]["skip"], -torch.eye(6) - 0.3 * u.T @ u / 4)
-
-
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda params: DeltaMomentum(params, lr=0.05),
-        lambda params: DeepMomentum(params, lr=0.05),
-        lambda params: DeepMomentum(params, lr=0.05, objective="dot", inner_lr=0.01, alpha=0.9),
-        lambda params: DeepMomentum(params, lr=0.1, output="newton_schulz"),
-    ],
-)
-def test_least_squares_falls_for_matrices_stacks_and_vectors(build):
+def test_least_squares_falls_for_matrices_stacks_and_vectors():
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(3, 5, 2)), nn.Parameter(torch.randn(7))]
     targets = [torch.randn_like(p) for p in params]
-    optimizer = build(params)
+    optimizer = DeltaMomentum(params, lr=0.05)
     losses = []
     for step in range(150):
         optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * (1 - step / 150)
@@ -126,5 +93,3 @@ def test_least_squares_falls_for_matrices_stacks_and_vectors(build):
 def test_wrong_settings_are_refused():
     with pytest.raises(OptimError, match="alpha 2"):
         DeltaMomentum([weight(2, 2)], lr=0.1, alpha=2.0)
-    with pytest.raises(OptimError, match="'mse'"):
-        DeepMomentum([weight(2, 2)], lr=0.1, objective="mse")

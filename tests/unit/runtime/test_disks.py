@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
-import resource
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,23 +13,11 @@ from hope_megatron.cli import main as cli
 from hope_megatron.runtime.disks import best_effort, disk_error
 from hope_megatron.runtime.files import write_text
 from hope_megatron.runtime.records import append_record, read_records
+from hope_megatron.testing.disks import full_disk
 from hope_megatron.training.ledger import RunLedger
 from hope_megatron.training.metrics import MetricsFile, read_metrics
 from hope_megatron.training.progress import Progress, configure_logging
 from launch.attempts import CRASHED, History
-
-
-@contextlib.contextmanager
-def full_disk(limit: int = 0) -> Iterator[None]:
-    """No file of this process may grow beyond `limit` bytes."""
-    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, previous)
 
 
 def test_metrics_wait_in_memory_and_come_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -352,12 +352,13 @@ def test_cells_of_a_changed_model_are_run_again(tmp_path):
 
 def test_the_papers_figures_stand_beside_ours():
     """Every figure has a row and a task that its suite really has; the paper's row q is worse nowhere but in reasoning."""
-    for name in ("languages", "mad", "ablations"):
+    for name in ("languages", "mad", "families", "ablations"):
         suite = build_suite(name, SuiteOptions())
         assert {task for task, _ in PUBLISHED[name].figures} <= set(suite.tasks)
         assert {subject for _, subject in PUBLISHED[name].figures} <= set(suite.subjects)
     kinds = {task.name for task in needle_tasks((64,))} | {"answers right"}
     assert {task for task, _ in PUBLISHED["needles"].figures} <= kinds
+    assert PUBLISHED["families"].cell("text", "hope") == "ppl 18.68, 14.39"
     found = PUBLISHED["ablations"].cell
     assert found("text", "w/o DGD") == "ppl 13.41 (+1.17, worse), acc 56.5"
     assert found("text", "w/o adaptive q") == "ppl 12.19 (-0.05, better), acc 57.4"

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hope_megatron.config import CMSConfig, CMSLevelConfig
 from hope_megatron.testing.tiny import SEQ_LENGTH, RepeatingSource, tiny_run_config
 from hope_megatron.training.batches import (
     IGNORE,
@@ -20,18 +21,22 @@ from hope_megatron.training.batches import (
 )
 
 CPU = torch.device("cpu")
+INNER = CMSConfig(levels=(CMSLevelConfig(hidden_size=16, inner_chunk_tokens=10, inner_rate=0.1),))
 
 
 class WatchedSource(RepeatingSource):
     """Knows what was read and by which thread; a sample may take its time, be missing, or hold ids that are no tokens."""
 
-    def __init__(self, *, seconds: float = 0.0, missing: int = -1, hole: int = -1) -> None:
-        super().__init__()
+    def __init__(
+        self, seq_length: int = SEQ_LENGTH, *, seconds: float = 0.0, missing: int = -1, hole: int = -1
+    ) -> None:
+        super().__init__(seq_length=seq_length)
         self.seconds, self.missing, self.hole = seconds, missing, hole
         self.read: list[int] = []
         self.threads: set[int] = set()
+        self.tokens_read = 0
 
-    def sample(self, number):
+    def sample(self, number, first=0, stop=None):
         if number == self.missing:
             raise LookupError(f"sample {number} is lost")
         time.sleep(self.seconds)
@@ -40,14 +45,15 @@ class WatchedSource(RepeatingSource):
         sample = super().sample(number)
         if number == self.hole:
             sample[3:6] = -1
-        return sample
+        self.tokens_read += len(sample[first:stop])
+        return sample[first:stop]
 
 
 def reader_of(source, *, prefetch_steps: int = 2, dp_rank: int = 1) -> BatchReader:
     """Of one of two ranks, which takes two of the four samples of a step in micro-batches of one."""
     config = tiny_run_config(training={"micro_batch_size": 1})
     data = config.data.model_copy(update={"prefetch_steps": prefetch_steps})
-    mesh = SimpleNamespace(data_rank=dp_rank, data_size=2, device=CPU)
+    mesh = SimpleNamespace(data_rank=dp_rank, data_size=2, cp_rank=0, cp_size=1, device=CPU)
     return BatchReader(source, config.model_copy(update={"data": data}), mesh)
 
 
@@ -119,6 +125,30 @@ def test_micro_batches_shift_by_one_and_keep_order():
         assert torch.equal(tokens[0], sample[:-1]) and torch.equal(targets[0], sample[1:])
 
 
+@pytest.mark.parametrize(
+    ("changes", "pieces"),
+    [
+        ({}, [16]),
+        ({"training": {"truncate_tokens": 8}}, [8, 8]),
+        ({"cms": INNER, "training": {"seq_length": 24}}, [10, 10, 4]),
+    ],
+    ids=["whole", "windows", "inner clocks"],
+)
+def test_a_context_parallel_rank_reads_its_slice_of_every_piece(changes, pieces):
+    config = tiny_run_config(cp=2, **changes)
+    length = config.training.seq_length
+    whole = micro_batches(WatchedSource(length), range(4), 4, CPU)[0]
+    for rank in range(2):
+        source = WatchedSource(length)
+        mesh = SimpleNamespace(data_rank=0, data_size=1, cp_rank=rank, cp_size=2, device=CPU)
+        with BatchReader(source, config, mesh) as reader:
+            batches = reader.take(0, is_last=True)
+        for found, expected in zip(zip(*batches), whole):
+            wanted = [piece.chunk(2, 1)[rank] for piece in expected.split(pieces, 1)]
+            assert torch.equal(torch.cat(found), torch.cat(wanted, 1))
+        assert source.tokens_read == 4 * (length // 2 + len(pieces))
+
+
 @pytest.mark.parametrize(("num_sequences", "batch_size", "dp_size"), [(8, 2, 2), (7, 2, 2), (1, 4, 2), (5, 1, 3)])
 def test_heldout_sequences_count_once_and_ranks_stay_in_step(num_sequences, batch_size, dp_size):
     source = RepeatingSource()
@@ -141,5 +171,6 @@ def test_documents_end_with_their_mark():
     assert reader_of(RepeatingSource()).documents(tokens) is None
     config = tiny_run_config()
     data = config.data.model_copy(update={"reset_at_documents": True})
-    with BatchReader(RepeatingSource(), config.model_copy(update={"data": data}), None) as reader:
+    mesh = SimpleNamespace(cp_rank=0, cp_size=1)
+    with BatchReader(RepeatingSource(), config.model_copy(update={"data": data}), mesh) as reader:
         assert torch.equal(reader.documents(tokens), document_numbers(tokens, 0))
