@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hope_megatron.library import Run, evaluate, generate, load_model, load_weights
     from hope_megatron.library.causal_lm import HopeConfig, HopeForCausalLM
+    from hope_megatron.library.nights import consolidate
     from hope_megatron.nn import ContinuumMLP, HopeBlock, NeuralMemory
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ _HOMES = {
     "HopeForCausalLM": "hope_megatron.library.causal_lm",
     "NeuralMemory": "hope_megatron.nn",
     "Run": "hope_megatron.library",
+    "consolidate": "hope_megatron.library.nights",
     "evaluate": "hope_megatron.library",
     "generate": "hope_megatron.library",
     "load_model": "hope_megatron.library",
@@ -36,6 +38,7 @@ __all__ = [
     "NeuralMemory",
     "Run",
     "__version__",
+    "consolidate",
     "evaluate",
     "generate",
     "load_model",

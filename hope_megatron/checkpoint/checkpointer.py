@@ -316,6 +316,17 @@ class Checkpointer:
         self._load(checkpoint)
         return checkpoint
 
+    def load_weights(self, path: Path) -> Checkpoint:
+        """Load the weights of another run's checkpoint, after verifying it; optimizer, clocks and generators stay new.
+
+        Raises:
+            as `load`.
+        """
+        checkpoint = self._open_verified(path)
+        check_same_model(checkpoint, self.engine.config.model.model_dump(mode="json"), periods=False)
+        load_shards(self.engine, checkpoint, weights_only=True)
+        return checkpoint
+
     def _open_verified(self, path: Path) -> Checkpoint:
         """Digest the files, each by one rank; the verdict is everybody's."""
         checkpoint, error = None, None

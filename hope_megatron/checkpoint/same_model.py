@@ -12,14 +12,18 @@ from hope_megatron.checkpoint.format import Checkpoint, CheckpointError
 from hope_megatron.config.model import ModelConfig
 
 
-def check_same_model(checkpoint: Checkpoint, model: Mapping[str, Any]) -> None:
+def check_same_model(checkpoint: Checkpoint, model: Mapping[str, Any], *, periods: bool = True) -> None:
     """Refuse a checkpoint of another architecture.
+
+    Args:
+        periods: the update periods of levels have to be the same, too; weights alone do not depend on them.
 
     Raises:
         CheckpointError: listing the keys that differ.
     """
     there, here = _flatten(_completed(checkpoint.config["model"])), _flatten(model)
     keys = [key for key in sorted({*there, *here}) if key != "name" and there.get(key) != here.get(key)]
+    keys = [key for key in keys if periods or not key.endswith("update_period_steps")]
     if keys:
         lines = [f"model.{key}: {there.get(key)!r} in the checkpoint, {here.get(key)!r} in this run" for key in keys]
         raise CheckpointError(

@@ -66,16 +66,19 @@ def parameter_table(engine: Engine) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def load_shards(engine: Engine, checkpoint: Checkpoint) -> None:
+def load_shards(engine: Engine, checkpoint: Checkpoint, *, weights_only: bool = False) -> None:
     """Fill master weights and optimizer state from a checkpoint of any layout, then the model's parameters. Collective.
+
+    Args:
+        weights_only: leave optimizer and clocks as new; they may then be others than the checkpoint's.
 
     Raises:
         CheckpointError: if parameters, shapes or optimizer states are not those of this run; nothing is loaded then.
     """
     bound_vectors = engine.optimizer.bound_vectors()
-    _check_parameters(engine, checkpoint, bound_vectors)
+    _check_parameters(engine, checkpoint, bound_vectors, weights_only)
     for bound in bound_vectors:
-        step = checkpoint.description["optimizer"]["groups"][bound.group_name]["step"]
+        step = 0 if weights_only else checkpoint.description["optimizer"]["groups"][bound.group_name]["step"]
         state = engine.optimizer.state[bound.tensor]
         state.clear()
         if step > 0:
@@ -109,16 +112,18 @@ def _group(engine: Engine, bound: BoundVector) -> dict[str, Any]:
     return next(group for group in engine.optimizer.param_groups if group["name"] == bound.group_name)
 
 
-def _check_parameters(engine: Engine, checkpoint: Checkpoint, bound_vectors: list[BoundVector]) -> None:
+def _check_parameters(
+    engine: Engine, checkpoint: Checkpoint, bound_vectors: list[BoundVector], weights_only: bool
+) -> None:
     problems = []
     groups = checkpoint.description["optimizer"]["groups"]
     for bound in bound_vectors:
-        if bound.group_name not in groups:
+        if bound.group_name not in groups and not weights_only:
             problems.append(
                 f"parameter group {bound.group_name} is not in the checkpoint, which has {', '.join(groups)}"
             )
             continue
-        stepped = groups[bound.group_name]["step"] > 0
+        stepped = not weights_only and groups[bound.group_name]["step"] > 0
         wanted = {MASTER, *(engine.optimizer.state_keys(_group(engine, bound)) if stepped else ())}
         for param in bound.params:
             record = checkpoint.parameters.get(param.name)
@@ -127,7 +132,7 @@ def _check_parameters(engine: Engine, checkpoint: Checkpoint, bound_vectors: lis
                 problems.append(f"{param.name} is not in the checkpoint")
             elif record.full_shape(checkpoint.tp_size) != shape:
                 problems.append(f"{param.name} is {record.full_shape(checkpoint.tp_size)} there, {shape} here")
-            elif set(checkpoint.states(param.name)) != wanted:
+            elif not weights_only and set(checkpoint.states(param.name)) != wanted:
                 found = ", ".join(sorted(checkpoint.states(param.name)))
                 problems.append(f"{param.name} has the states {found} there, {', '.join(sorted(wanted))} here")
     if problems:

@@ -39,6 +39,11 @@ COMMANDS = {
     ),
     "data": Command("hope_megatron.cli.data", "text to tokenizer to token shards; inspect and verify them"),
     "train": Command("hope_megatron.cli.train", "pretrain from a configuration", joins_world=True),
+    "consolidate": Command(
+        "hope_megatron.cli.consolidate",
+        "wake, sleep, wake: what a run's fast memories read moves into its slower weights",
+        joins_world=True,
+    ),
     "launch": Command(
         "hope_megatron.cli.launch", "take a run to a Slurm cluster: submit, follow, cancel, resume; arrays and chains"
     ),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from hope_megatron.config import RunConfig, dump_config, load_run_config
@@ -83,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
             f"or unset {' '.join(REQUIRED)}"
         )
     if world is not None and not args.dry_run:
-        return _work(args, world, launcher)
+        load = lambda: load_run_config(args.config, args.overrides)  # noqa: E731
+        return be_a_rank(world, launcher, load, lambda config: _train(config, args))
     config = load_run_config(args.config, args.overrides)
     nproc = world.world_size if world else args.nproc
     if nproc is None:
@@ -154,8 +156,10 @@ def default_processes(group: int, gpus: int) -> int:
     return max(gpus // group, 1) * group
 
 
-def _work(args: argparse.Namespace, world: World, launcher: str | None) -> int:
-    """Be one process of a world that a launcher has started."""
+def be_a_rank(
+    world: World, launcher: str | None, load: Callable[[], RunConfig], train: Callable[[RunConfig], object]
+) -> int:
+    """Be one process of a world that a launcher has started: read the configuration, then train."""
     from hope_megatron.runtime.failures import report_failure
     from hope_megatron.runtime.heartbeat import attach_heartbeat
     from hope_megatron.runtime.process import apply_process_environment, die_with_parent
@@ -164,9 +168,9 @@ def _work(args: argparse.Namespace, world: World, launcher: str | None) -> int:
     _say_what_is_waited_for(world, launcher)
     try:
         attach_heartbeat(world.rank)
-        config = load_run_config(args.config, args.overrides)
+        config = load()
         apply_process_environment(config.training.num_threads)
-        _train(config, args)
+        train(config)
         return 0
     except Exception as error:
         if report_failure(world.rank, error):

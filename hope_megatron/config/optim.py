@@ -36,6 +36,9 @@ class OptimConfig(Section):
     nesterov: bool = True
     """Nesterov momentum for Muon, SGD and DGD."""
 
+    trainable: tuple[str, ...] = ()
+    """Parameters that change, as patterns of their names: `layers.*.mlp.levels.1.*`. Empty: all. The others stay as they are."""
+
     form: Literal["ema", "paper"] = "ema"
     """M3, DGD, Delta Momentum: moving averages and a scale-free update (practical), or the paper's form to the letter."""
     slow_beta: float = Field(default=0.9, ge=0, le=1)
@@ -88,6 +91,10 @@ class OptimConfig(Section):
         """The default learning rate is that of the optimizer."""
         if "lr" not in self.model_fields_set:
             self.__dict__["lr"] = OPTIMIZERS[self.name].lr  # frozen for others, not yet for this validator
+        if self.trainable and self.name == "dmgd":
+            raise ValueError(
+                "optim.trainable with optim.name=dmgd: its momentum answers gradients of zero too; choose another optimizer"
+            )
         if self.name == "delta_momentum" and self.delta > 1 + self.momentum:
             raise ValueError(
                 f"optim.delta is {self.delta:g}: above 1 + optim.momentum = {1 + self.momentum:g} what Delta Momentum erases grows"

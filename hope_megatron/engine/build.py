@@ -10,6 +10,7 @@ from hope_megatron.config.run import RunConfig
 from hope_megatron.engine.distributed import Mesh
 from hope_megatron.engine.engine import Engine
 from hope_megatron.engine.policy import apply_policy
+from hope_megatron.engine.trainable import hold_still
 from hope_megatron.engine.width import scale_learning_rates
 from hope_megatron.model import build_model
 from hope_megatron.optim import BoundOptimizer, build_optimizer
@@ -44,6 +45,7 @@ def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
 
 def build_run_optimizer(model: nn.Module, config: RunConfig) -> BoundOptimizer:
     """The optimizer of a run with its parameter groups, learning rates scaled for the width."""
+    hold_still(model, config.optim.trainable)
     optimizer = build_optimizer(model.named_parameters(), config.optim)
     optimizer.ema_decay = config.training.ema
     scale_learning_rates(optimizer, config.model.width_multiplier)

@@ -64,10 +64,10 @@ def learn_in_weights(
     for number, group in enumerate(groups):
         rng = np.random.default_rng((seed, _GROUPS + number))
         draw = partial(_single_sentences, shown, labels, group)
-        penalty = partial(_ewc_penalty, anchors, strength) if anchors and strength else None
+        penalty = partial(ewc_penalty, anchors, strength) if anchors and strength else None
         fit(model, lambda step: draw(options.batch_size, rng), options, penalty=penalty)  # noqa: B023 (used at once)
         if strength:
-            anchors += _fisher(model, lambda: draw(1, rng))  # noqa: B023
+            anchors += fisher(model, lambda: draw(1, rng))  # noqa: B023
         stages.append(Stage(list(labels)[: sum(map(len, groups[: number + 1]))], _copies(model)))
     return stages
 
@@ -107,7 +107,7 @@ def repeat_state(model: LanguageModel, state: ModelState, times: int) -> ModelSt
     return ModelState.from_tensors(repeated, like=state)
 
 
-def _fisher(model: LanguageModel, draw: Callable[[], Batch], samples: int = 32) -> list[tuple[Tensor, Tensor, Tensor]]:
+def fisher(model: LanguageModel, draw: Callable[[], Batch], samples: int = 32) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(parameter, where it is, mean squared gradient of single sentences), for every parameter."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     squares = [torch.zeros_like(p) for p in parameters]
@@ -119,6 +119,6 @@ def _fisher(model: LanguageModel, draw: Callable[[], Batch], samples: int = 32) 
     return [(p, p.detach().clone(), square) for p, square in zip(parameters, squares)]
 
 
-def _ewc_penalty(anchors: list[tuple[Tensor, Tensor, Tensor]], strength: float) -> Tensor:
+def ewc_penalty(anchors: list[tuple[Tensor, Tensor, Tensor]], strength: float) -> Tensor:
     """strength / 2 times the sum over groups of F (theta - theta*)^2."""
-    return 0.5 * strength * torch.stack([(fisher * (p - at) ** 2).sum() for p, at, fisher in anchors]).sum()
+    return 0.5 * strength * torch.stack([(needed * (p - at) ** 2).sum() for p, at, needed in anchors]).sum()

@@ -120,6 +120,7 @@ PUBLISHED: Mapping[str, Published] = {
         {("text", family): _perplexities(row) for family, row in _TABLE_2.items()},
     ),
     "permutations": Published("no such test."),
+    "consolidation": Published("no such test: it names offline consolidation as open."),
     "recall": Published("no such test; table 3 has recall on text, in-context recall of MAD is table 4."),
 }
 

@@ -57,6 +57,10 @@ SUITES: Registry[SuiteEntry] = Registry(
             "continual pretraining over domains of text, by number of CMS levels and beside other families",
             ("lengths", "data"),
         ),
+        "consolidation": SuiteEntry(
+            "hope_megatron.suites.consolidation:build",
+            "days of reading and nights of replay: what stays, what is forgotten, against fine-tuning and EWC",
+        ),
     },
 )  # fmt: skip
 

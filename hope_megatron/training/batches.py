@@ -35,7 +35,8 @@ class SampleSource(Protocol):
 
     def sample(self, number: int, first: int = 0, stop: int | None = None) -> np.ndarray:
         """Sample `number`: int64 [seq_length + 1], or its tokens from `first` to before `stop`. Negative ids are no input and no
-        target. Under context parallelism only parts are asked for."""
+        target. Under context parallelism only parts are asked for. Whole samples may be [2, seq_length]: tokens, and targets that
+        are not the tokens that follow."""
         ...
 
     def state(self, number: int) -> dict[str, Any]:
@@ -186,6 +187,9 @@ def _to_device(rows: np.ndarray, spans: Spans, device: torch.device) -> tuple[Te
     samples = torch.from_numpy(rows)
     if device.type == "cuda":
         samples = samples.pin_memory().to(device, non_blocking=True)
-    stretches = samples.split([stop - first + 1 for first, stop in spans], 1)
-    tokens, targets = (torch.cat(part, 1) for part in zip(*((x[:, :-1], x[:, 1:]) for x in stretches)))
+    if samples.dim() == 3:
+        tokens, targets = samples.unbind(1)
+    else:
+        stretches = samples.split([stop - first + 1 for first, stop in spans], 1)
+        tokens, targets = (torch.cat(part, 1) for part in zip(*((x[:, :-1], x[:, 1:]) for x in stretches)))
     return tokens.clamp(min=0), torch.where(targets < 0, IGNORE, targets)

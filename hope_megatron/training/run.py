@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from hope_megatron.training.history import (
     resumed_history,
     write_history,
 )
-from hope_megatron.training.loop import Outcome, Run, read_skipped_samples, train
+from hope_megatron.training.loop import Callback, Outcome, Run, read_skipped_samples, train
 from hope_megatron.training.metrics import read_metrics
 from hope_megatron.training.phases import PhaseClock
 from hope_megatron.training.progress import Progress, configure_logging
@@ -58,6 +58,9 @@ def run_training(
     resume: str = "auto",
     continue_data: ContinueData = same_data,
     phases: PhaseClock | None = None,
+    weights_of: Path | None = None,
+    prepare: Callable[[Run], None] = lambda run: None,
+    callbacks: Sequence[Callback] = (),
 ) -> Run:
     """Train as configured, on all ranks of the world together.
 
@@ -70,6 +73,9 @@ def run_training(
             from it as long as this run has no checkpoint of its own.
         continue_data: takes the data up again at the position of the checkpoint; the same on all ranks.
         phases: times the phases of the start.
+        weights_of: checkpoint whose weights a run begins with that has no checkpoint of its own.
+        prepare: called on all ranks when the weights are there; may give the run its `train_source`.
+        callbacks: beside the default ones, before them.
 
     Returns:
         The finished run.
@@ -99,7 +105,8 @@ def run_training(
     run = Run(config, engine, checkpointer, directory, train_source, heldout_source, provenance(), phases=phases)
     tracker = None
     try:
-        _resume(run, resume, continue_data)
+        _resume(run, resume, continue_data, weights_of)
+        prepare(run)
         run.skipped_samples = read_skipped_samples(run)
         phases.mark("checkpoint")
         if run.is_complete and is_summarized(directory):
@@ -114,7 +121,7 @@ def run_training(
                 tags = {"hope_megatron.commit": str(run.provenance["commit"]), **history_tags(run.history)}
                 tracker = Trackers(config, directory, tags)
         _announce(run)
-        outcome = train(run, default_callbacks(progress, tracker))
+        outcome = train(run, [*callbacks, *default_callbacks(progress, tracker)])
         tracker = None  # its callback has closed it
         _report(run, outcome)
     finally:
@@ -153,8 +160,8 @@ def _acquire(directory: RunDirectory, control: ControlGroup, mesh: Mesh, resume:
     control.raise_together(error)
 
 
-def _resume(run: Run, resume: str, continue_data: ContinueData) -> None:
-    """Load the checkpoint that `resume` means, and take its progress and data position over."""
+def _resume(run: Run, resume: str, continue_data: ContinueData, weights_of: Path | None) -> None:
+    """Load the checkpoint that `resume` means, and take its progress and data position over; or the weights of `weights_of`."""
     if resume == "never":
         return
     start = None if resume == "auto" else Path(resume)
@@ -166,6 +173,9 @@ def _resume(run: Run, resume: str, continue_data: ContinueData) -> None:
         if checkpoint is None and start is not None:
             checkpoint = run.checkpointer.load(start)
     if checkpoint is None:
+        if weights_of is not None:
+            begun = run.checkpointer.load_weights(weights_of)
+            run.history = [*begun.description.get("history", ()), {"operation": "a night", "source": str(weights_of)}]
         return
     run.state.load_dict(checkpoint.description["progress"])
     run.newton_schulz_calls_before = run.state.newton_schulz_calls
