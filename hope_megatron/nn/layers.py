@@ -101,6 +101,7 @@ class MemoryMixer(nn.Module):
 
     def __init__(self, model: SimpleNamespace) -> None:
         super().__init__()
+        self.operator = memory_chunked
         memory = model.memory
         self.heads, self.d = model.num_heads, model.head_dim
         width = self.heads * self.d
@@ -146,7 +147,7 @@ class MemoryMixer(nn.Module):
         q, k, v = qkv.view(batch_size, num_tokens, 3, self.heads, self.d).unbind(2)
         if "correction" in self.constants:
             q = q - self.constants["correction"][:, None].to(q.dtype) * k
-        y, memory = memory_chunked(q, k, v, self._rate_logits(x), self.memories(), self.rule, memory)
+        y, memory = self.operator(q, k, v, self._rate_logits(x), self.memories(), self.rule, memory)
         y = self.head_norm(y).flatten(2)
         if self.gate is not None:
             y = y * F.silu(self.gate(x))

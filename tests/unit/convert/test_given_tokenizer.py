@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
+
 import pytest
+import torch
 
 from data_pipeline import Tokenizer
 from data_pipeline.tokenizer import make_tokenizer
@@ -48,3 +52,24 @@ def test_export_generation_and_the_way_back(make_checkpoint, bpe, tmp_path, caps
     assert saved.encode(text).tolist() == bpe.encode(text).tolist() and saved.special_ids == bpe.special_ids
     assert main(["import", "hf", str(out), "--tokenizer", str(tmp_path / "back.json")]) == 0
     assert Tokenizer.load(tmp_path / "back.json").digest == bpe.digest
+
+
+def test_evaluation_is_what_transformers_makes_of_the_same_ids(make_checkpoint, bpe, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    out, text = tmp_path / "out", "some words again and 17 more, naïve 中\n" * 3
+    command = ["export", "hf", str(make_checkpoint().path), str(out), "--tokenizer", str(tmp_path / "bpe.json")]
+    assert main(command) == 0
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    files = ["--text", str(tmp_path / "text.txt"), "--json", str(tmp_path / "result.json")]
+    assert main(["eval", str(out), *files, "--context", "stream", "--batch-size", "1"]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    model = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    end = tokenizer.eos_token_id
+    ids = torch.tensor([[end, *tokenizer(text)["input_ids"], end]])
+    with torch.no_grad():
+        loss = float(model(ids, labels=ids).loss)
+    score, num_targets = result["scores"]["model"], ids.size(1) - 1
+    assert result["tokens"] == num_targets and score["loss"] == pytest.approx(loss, rel=1e-5)
+    bits = loss * num_targets / math.log(2)
+    assert score["bits_per_byte"] == pytest.approx(bits / len(text.encode()), rel=1e-5)

@@ -341,3 +341,35 @@ def test_a_fresh_model_begins_as_training_does(name: str) -> None:
         assert float(tensor.std()) == pytest.approx(std, rel=0.15, abs=1e-6), key
     ids = torch.randint(1000, (4, 64), generator=torch.Generator().manual_seed(0))
     assert abs(model(ids, labels=ids).loss.item() - math.log(1000)) < 0.2
+
+
+def test_compiled_graphs_do_not_grow_with_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile leaves the memory operator as it is, so that a graph has no part for every chunk; numbers stay."""
+    import torch._dynamo
+    from torch._dynamo.backends.debugging import aot_eager
+
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    sizes: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        sizes.append(len(graph.graph.nodes))
+        return aot_eager(graph, inputs)
+
+    model, largest = make_model().train(), []
+    with torch._dynamo.config.patch(disable=False):
+        for num_tokens in (16, 32):
+            torch._dynamo.reset()
+            sizes.clear()
+            ids = torch.randint(4, VOCAB, (2, num_tokens), generator=torch.Generator().manual_seed(0))
+            expected = model(ids, labels=ids)
+            expected.loss.backward()
+            gradients = [parameter.grad.clone() for parameter in model.parameters()]
+            model.zero_grad()
+            found = torch.compile(model, backend=backend)(ids, labels=ids)
+            found.loss.backward()
+            torch.testing.assert_close(found.logits, expected.logits, rtol=1e-12, atol=1e-12)
+            for parameter, gradient in zip(model.parameters(), gradients):
+                torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12)
+            model.zero_grad()
+            largest.append(max(sizes))
+    assert largest[0] == largest[1]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from hope_megatron.nn.layers import HopeLayer as PlainLayer
-from hope_megatron.nn.layers import RMSNorm, architecture, linear, wide
+from hope_megatron.nn.layers import MemoryMixer, RMSNorm, architecture, linear, wide
+from hope_megatron.ops.memory.operator import memory_chunked
 
 from .cache_hope import HopeCache
 from .configuration_hope import HopeConfig
@@ -64,8 +66,20 @@ class HopeOutput(ModelOutput):
         return self.cache
 
 
+@torch.compiler.disable
+def memory_apart(*args: Any, **kwargs: Any) -> Any:
+    """The memory operator, which torch.compile leaves as it is: traced, every chunk of a text would become a part of the graph, and
+    no compiler would see the end of it."""
+    return memory_chunked(*args, **kwargs)
+
+
 class HopeLayer(GradientCheckpointingLayer, PlainLayer):
     """A layer that transformers' gradient checkpointing knows."""
+
+    def __init__(self, model: SimpleNamespace, mixer: str) -> None:
+        super().__init__(model, mixer)
+        if isinstance(self.mixer, MemoryMixer):
+            self.mixer.operator = memory_apart
 
 
 class HopePreTrainedModel(PreTrainedModel):
