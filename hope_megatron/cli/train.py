@@ -7,7 +7,7 @@
     hope train FILE data.train=data/v2/train --data-transition "more code"   go on with other data, on purpose and recorded
 
 The same command continues a run that was stopped, from its newest good checkpoint. Ctrl-C saves and leaves. A process that dies
-or hangs is started again with all others; the error of the program that comes again at the same step is not.
+or hangs is started again with all others. A Python error that comes back at the same step ends the run.
 """
 
 from __future__ import annotations

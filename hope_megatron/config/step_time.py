@@ -174,8 +174,12 @@ def step_works(config: RunConfig, world_size: int) -> Works:
     if name in ("m3", "muon", "adamuon") or (deep and config.optim.orthogonal_output):
         often = 1 + (1 / config.optim.slow_period_steps if name == "m3" else 0)
         flops["bfloat16"] = often * matrices * _NEWTON_SCHULZ_FLOPS
+    kernels, num_bytes = (
+        _UPDATE_KERNELS.get(name, 1000),
+        _UPDATE_BYTES.get(name, 160),
+    )  # of an optimizer that was added: a guess
     works["update"] = {
-        "pointwise": Work(_UPDATE_KERNELS[name], _UPDATE_BYTES_LOCAL * local + _UPDATE_BYTES[name] * shard),
+        "pointwise": Work(kernels, _UPDATE_BYTES_LOCAL * local + num_bytes * shard),
         "products": Work(0, 0.0, flops),
     }
     return works
