@@ -36,6 +36,7 @@ def tiny_run_config(
     precision: str = "fp32",
     output_dir: Path | str = "runs",
     hidden_size: int = 32,
+    num_heads: int = 2,
     mup_base_width: int | None = None,
     cms: CMSConfig | None = None,
     training: Mapping[str, Any] | None = None,
@@ -51,7 +52,7 @@ def tiny_run_config(
             vocab_multiple=16,
             num_layers=2,
             hidden_size=hidden_size,
-            num_heads=2,
+            num_heads=num_heads,
             memory=MemoryConfig(chunk_tokens=8),  # type: ignore[call-arg]
             mup=MupConfig(base_width=mup_base_width) if mup_base_width else None,
             cms=cms

@@ -107,27 +107,51 @@ def test_loss_logits_and_every_gradient(case, documents, single, on_ranks):
             assert error < 1e-10, f"{name}: relative error {error:.1e}"
 
 
-def train_steps(rank, world_size, cp, changes):
-    """(loss, gradient norm) of three steps, with the state carried over windows, or documents read apart."""
+def train_steps(rank, world_size, changes, layouts):
+    """Of each layout (loss, gradient norm) of three steps of M3, and the tokens; documents are read apart where no windows are."""
+    from megatron.core import parallel_state
+
     from hope_megatron.engine.build import build_engine
     from hope_megatron.testing.tiny import RepeatingSource, tiny_run_config
     from hope_megatron.training.batches import BatchReader
     from hope_megatron.training.state import TrainingState
     from hope_megatron.training.step import train_step
 
-    config = tiny_run_config(cp=cp, zero_stage=2, training=changes)
-    config = config.model_copy(
-        update={"data": config.data.model_copy(update={"reset_at_documents": "truncate_tokens" not in changes})}
-    )
-    engine, state = build_engine(config, init_distributed(config.parallel)), TrainingState()
-    with BatchReader(RepeatingSource(), config, engine.mesh) as reader:
-        results = [train_step(engine, reader, state, config) for _ in range(3)]
-    return [(result.loss, result.grad_norm) for result in results], state.tokens
+    found = []
+    for layout in layouts:
+        config = tiny_run_config(training=changes, num_heads=4, **layout)
+        data = config.data.model_copy(update={"reset_at_documents": "truncate_tokens" not in changes})
+        config = config.model_copy(update={"data": data})
+        engine, state = build_engine(config, init_distributed(config.parallel)), TrainingState()
+        with BatchReader(RepeatingSource(), config, engine.mesh) as reader:
+            results = [train_step(engine, reader, state, config) for _ in range(3)]
+        found.append(([(result.loss, result.grad_norm) for result in results], state.tokens))
+        parallel_state.destroy_model_parallel()
+    return found
 
 
-@pytest.mark.parametrize("changes", [{"truncate_tokens": 8}, {}], ids=["windows", "documents"])
-def test_training_in_windows_and_by_documents(changes):
-    expected, tokens = run_distributed(train_steps, 1, 1, changes)[0]
-    for found, count in run_distributed(train_steps, 2, 2, changes):
-        assert count == tokens
-        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=3e-5, atol=0)
+# of four ranks: TP 2 x CP 2, with and without sequence parallelism, and CP 2 x DP 2, over the stages of ZeRO
+FOUR = [
+    dict(tp=2, cp=2, sequence_parallel=True, zero_stage=1),
+    dict(tp=2, cp=2, zero_stage=2),
+    dict(tp=2, cp=2, sequence_parallel=True, zero_stage=3),
+    dict(cp=2, zero_stage=1),
+    dict(cp=2, zero_stage=2),
+    dict(cp=2, zero_stage=3),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "layouts", "world"),
+    [({"truncate_tokens": 8}, [dict(cp=2, zero_stage=2)], 2), ({}, FOUR, 4)],
+    ids=["windows", "documents on four ranks"],
+)
+def test_training_equals_one_process(changes, layouts, world):
+    expected, tokens = run_distributed(train_steps, 1, changes, [dict(zero_stage=1)])[0][0]
+    for results in run_distributed(train_steps, world, changes, layouts, timeout_s=280):
+        for (found, count), layout in zip(results, layouts, strict=True):
+            assert count == tokens
+            torch.testing.assert_close(
+                torch.tensor(found[0]), torch.tensor(expected[0]), rtol=1e-5, atol=0, msg=str(layout)
+            )
+            torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=3e-4, atol=0, msg=str(layout))
