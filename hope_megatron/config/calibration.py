@@ -15,7 +15,7 @@ from hope_megatron.config.hardware import Hardware
 from hope_megatron.config.run import RunConfig
 from hope_megatron.config.step_time import step_time
 
-_NETWORK = ("link", "network", "collective_s")
+_NETWORK = ("link", "network", "collective_s", "collective_between_s", "host_link")
 _LARGEST_FACTOR = 20.0
 
 

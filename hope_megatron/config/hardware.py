@@ -28,6 +28,8 @@ class Hardware:
     """Bytes per second and device inside a node, both directions together."""
     network_bandwidth: float
     """Bytes per second and device between nodes, one direction, as the usual reference systems are wired."""
+    host_bandwidth: float
+    """Bytes per second between the device and its host, one direction: its PCIe link."""
     utilization: float
     """Share of peak_flops that a run is assumed to reach: a round number of well-tuned Transformers, not measured."""
     source: str
@@ -43,6 +45,7 @@ HARDWARE = {
         memory_bandwidth=3350 * GB,
         link_bandwidth=900 * GB,
         network_bandwidth=50 * GB,
+        host_bandwidth=63 * GB,
         utilization=0.35,
         source="NVIDIA H100 Tensor Core GPU datasheet (bf16 without sparsity); DGX H100: one 400 Gb/s port per GPU",
     ),
@@ -55,6 +58,7 @@ HARDWARE = {
         memory_bandwidth=4800 * GB,
         link_bandwidth=900 * GB,
         network_bandwidth=50 * GB,
+        host_bandwidth=63 * GB,
         utilization=0.35,
         source="NVIDIA H200 Tensor Core GPU datasheet (bf16 without sparsity); DGX H200: one 400 Gb/s port per GPU",
     ),
@@ -67,6 +71,7 @@ HARDWARE = {
         memory_bandwidth=2039 * GB,
         link_bandwidth=600 * GB,
         network_bandwidth=25 * GB,
+        host_bandwidth=31.5 * GB,
         utilization=0.35,
         source="NVIDIA A100 80GB datasheet (bf16 without sparsity); DGX A100: one 200 Gb/s port per GPU",
     ),
@@ -79,6 +84,7 @@ HARDWARE = {
         memory_bandwidth=864 * GB,
         link_bandwidth=64 * GB,
         network_bandwidth=25 * GB,
+        host_bandwidth=31.5 * GB,
         utilization=0.25,
         source="NVIDIA L40S datasheet (bf16 without sparsity; PCIe Gen4 x16, no NVLink); 200 Gb/s port per GPU assumed",
     ),
@@ -91,6 +97,7 @@ HARDWARE = {
         memory_bandwidth=8000 * GB,
         link_bandwidth=1800 * GB,
         network_bandwidth=50 * GB,
+        host_bandwidth=63 * GB,
         utilization=0.35,
         source="NVIDIA DGX B200 datasheet, an eighth of the system (bf16 without sparsity; one 400 Gb/s port per GPU)",
     ),
@@ -103,6 +110,7 @@ HARDWARE = {
         memory_bandwidth=10 * GB,
         link_bandwidth=10 * GB,
         network_bandwidth=1.25 * GB,
+        host_bandwidth=10 * GB,
         utilization=0.2,
         source="two 8-wide fp32 multiply-adds per cycle at 3 GHz; memory, bandwidths and a 10 Gb/s network assumed",
     ),
