@@ -117,14 +117,14 @@ def _kept_for_backward(config: RunConfig, on_gpu: bool) -> tuple[float, float, f
         _layer_bytes(model, mixer, training.seq_length, number, tp, residual, training.recompute, on_gpu)
         for mixer in model.mixers
     ]
-    states, activations, beside = zip(*layers, strict=True)
+    all_states, activations, beside = zip(*layers, strict=True)
     if training.recompute == "layer":
         # the input of every layer, and one layer at a time in full
         on_device = 1 if training.offload_activations else model.num_layers
-        states, kept = max(states), on_device * number * residual
+        states, kept = max(all_states), on_device * number * residual
         inside = max(x + y for x, y in zip(activations, beside))
     else:
-        states, kept, inside = sum(states), sum(activations), max(beside)
+        states, kept, inside = sum(all_states), sum(activations), max(beside)
     # the logits and their gradient, before backward comes to the layers
     around = 2 * number * model.padded_vocab_size / tp * (2 if model.cms.learns_in_context else 1)
     everywhere = kept + max(around, inside) + _norm_bytes(model, number, residual)
