@@ -46,7 +46,6 @@ from hope_megatron.config.goodput import Faults, expected_goodput, parse_failure
 from hope_megatron.config.hardware import HARDWARE, Hardware, find_hardware
 from hope_megatron.config.load import read_mapping
 from hope_megatron.config.presets import find_config, split_family
-from hope_megatron.config.step_time import kernel_tape_bytes
 from hope_megatron.config.tuning import sequences_per_step
 from hope_megatron.runtime.formatting import bytes_text, count_text, duration_text, percent_text
 
@@ -237,8 +236,7 @@ def make_plan(
     hardware = find_hardware(hardware_name)
     forward = forward_flops(model, training.seq_length)
     recompute = recompute_flops(model, training.seq_length, training.recompute)
-    bytes_per_gpu = footprint(config, world_size)
-    tape = 0.0 if hardware_name.lower() == "cpu" else kernel_tape_bytes(config)
+    bytes_per_gpu = footprint(config, world_size, on_gpu=hardware_name.lower() != "cpu")
     return {
         "name": config.name,
         "model": model.name,
@@ -255,8 +253,7 @@ def make_plan(
         },
         "bytes_per_gpu": {
             **asdict(bytes_per_gpu),
-            "memory_kernels": tape,
-            "total": bytes_per_gpu.total + tape,
+            "total": bytes_per_gpu.total,
             "capacity": hardware.memory_bytes,
         },
         "mesh": {

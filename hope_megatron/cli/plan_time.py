@@ -11,7 +11,7 @@ from hope_megatron.config.calibration import calibrate, measured_step_s, write_e
 from hope_megatron.config.efficiency import Efficiency
 from hope_megatron.config.hardware import Hardware
 from hope_megatron.config.load import load_run_config
-from hope_megatron.config.roofline import BOUND_IN_WORDS
+from hope_megatron.config.roofline import LIMIT_IN_WORDS, seconds_by_limit
 from hope_megatron.config.run import RunConfig
 from hope_megatron.config.step_time import step_time, why_not_counted
 from hope_megatron.config.tuning import Choice, best_choices, changed_config
@@ -39,6 +39,8 @@ def plan_time(config: RunConfig, world_size: int, hardware: Hardware, efficiency
     return {
         "phases": phases,
         "bound": found.bound,
+        "limit": found.limit,
+        "seconds_by_limit": seconds_by_limit(found.phases),
         "step_s": found.seconds,
         "step_s_interval": [found.fastest_s, found.slowest_s],
         "tokens_per_second": found.tokens_per_second,
@@ -65,7 +67,7 @@ def print_time(console: Any, time: dict[str, Any], world_size: int) -> None:
     rate, hours = time["tokens_per_second_per_gpu"], [time["hours"], *time["hours_interval"]]
     expected, low, high = (duration_text(3600 * x) for x in hours)
     console.print(
-        f"step {seconds_text(time['step_s'])}, bound by {BOUND_IN_WORDS[time['bound']]}: {rate:,.0f} tokens/s per GPU, "
+        f"step {seconds_text(time['step_s'])}, bound by {LIMIT_IN_WORDS[time['limit']]}: {rate:,.0f} tokens/s per GPU, "
         f"[bold]{expected}[/bold], between {low} and {high} at the ends of the assumed efficiencies (counted, not measured)",
         soft_wrap=True,
     )
@@ -93,6 +95,7 @@ def choices_data(choices: list[Choice], world_size: int, beside: Sequence[str] =
             "step_s_interval": [choice.time.fastest_s, choice.time.slowest_s],
             "tokens_per_second_per_gpu": choice.time.tokens_per_second / world_size,
             "bound": choice.time.bound,
+            "limit": choice.time.limit,
             "memory_bytes": choice.memory_bytes,
         }
         for choice in choices
@@ -116,7 +119,7 @@ def _choice_text(choice: dict[str, Any]) -> str:
     low, high = choice["step_s_interval"]
     return (
         f"{choice['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU, step {seconds_text(choice['step_s'])} "
-        f"({seconds_text(low)} to {seconds_text(high)}, bound by {BOUND_IN_WORDS[choice['bound']]}), "
+        f"({seconds_text(low)} to {seconds_text(high)}, bound by {LIMIT_IN_WORDS[choice['limit']]}), "
         f"{bytes_text(choice['memory_bytes'])} without temporaries"
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hope_megatron.config.roofline import BOUND_IN_WORDS
+from hope_megatron.config.roofline import LIMIT_IN_WORDS
 from hope_megatron.runtime.formatting import bytes_text, count_text, percent_text, seconds_text
 
 _WAITS_SHOWN = 8
@@ -26,7 +26,7 @@ def print_verdict(found: dict[str, Any], console: Console | None = None) -> None
         if table is not None:
             console.print(table, "")
     console.print(
-        f"[bold]Step[/bold] {seconds_text(found['step_s'])}, bound by {BOUND_IN_WORDS[found['bound']]}: "
+        f"[bold]Step[/bold] {seconds_text(found['step_s'])}, bound by {LIMIT_IN_WORDS[found['limit']]}: "
         f"[bold]{found['tokens_per_second']:,.0f} tokens/s per GPU[/bold]\n"
         f"{found['kernels_per_micro_batch']:,} kernels per micro-batch, {found['kernels_per_step']:,} per step "
         f"({seconds_text(found['launch_s'])} to launch); {bytes_text(found['bytes_moved'])} moved; "
@@ -49,7 +49,7 @@ def print_comparison(a: dict[str, Any], b: dict[str, Any], console: Console | No
     rows: list[tuple[str, str, Callable[[Any], str]]] = [
         ("tokens/s per GPU", "tokens_per_second", lambda x: f"{x:,.0f}"),
         ("step", "step_s", seconds_text),
-        ("bound", "bound", BOUND_IN_WORDS.__getitem__),
+        ("bound", "limit", LIMIT_IN_WORDS.__getitem__),
         ("kernels per micro-batch", "kernels_per_micro_batch", lambda x: f"{x:,}"),
         ("kernels per step", "kernels_per_step", lambda x: f"{x:,}"),
         ("launch time", "launch_s", seconds_text),

@@ -16,7 +16,7 @@ from hope_megatron.config.run import RunConfig
 from hope_megatron.config.step_time import step_time
 from hope_megatron.runtime.files import write_text
 
-_NETWORK = ("link", "network", "collective_s")
+_NETWORK = ("link", "network", "collective_s", "collective_between_s", "host_link")
 _LARGEST_FACTOR = 20.0
 
 

@@ -1,8 +1,8 @@
 """Bytes per GPU and hours of a run, from its configuration alone.
 
-Weights, gradients and optimizer states are exact up to buffers. Memory states and activations follow what autograd
-keeps of the layers as they are (the tests hold them to within a quarter of that); fragmentation, communication buffers
-and temporaries come on top.
+Weights, gradients and optimizer states are exact up to buffers. Activations follow what a GPU keeps for backward, and what it needs
+beside that in the backward pass of one layer; tests hold the sum to rehearsals, memories in PyTorch's operators to a quarter of
+what autograd keeps. Fragmentation and the buffers of communication come on top.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ from hope_megatron.config.training import TrainingConfig
 from hope_megatron.ops.memory.rule import why_not_hopes_own
 
 FP32 = 4
+TRITON_KEPT_BYTES, TRITON_STATE_BYTES = 37, 33
+"""What a memory mixer in Triton kernels keeps for backward, per token and channel of its heads; and the weights at chunk starts,
+where memories are as wide as chunks are long. Rehearsed with heads and memories of 64 and 128, at chunks of 64."""
+TRITON_BESIDE_BYTES = 345
+"""What its backward pass needs beside that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,18 +43,22 @@ class Footprint:
     memory_states: float
     """Chunk-start states of the inner memories, kept for the backward pass."""
     activations: float
-    """Everything else that is kept for the backward pass."""
+    """Everything else that is kept for the backward pass, or needed in it."""
+    memory_kernels: float
+    """What the memories' Triton kernels need in the backward pass of a layer."""
     host: float
-    """Bytes in host memory per GPU, under cpu_offload; not part of the total."""
+    """Bytes in host memory per GPU, under cpu_offload and offload_activations; not part of the total."""
 
     @property
     def total(self) -> float:
         """All that lies on the GPU."""
-        return self.weights + self.gradients + self.optimizer + self.memory_states + self.activations
+        return (
+            self.weights + self.gradients + self.optimizer + self.memory_states + self.activations + self.memory_kernels
+        )
 
 
-def footprint(config: RunConfig, world_size: int) -> Footprint:
-    """Bytes per GPU of a run on `world_size` GPUs.
+def footprint(config: RunConfig, world_size: int, *, on_gpu: bool = True) -> Footprint:
+    """Bytes per GPU of a run on `world_size` GPUs; or CPUs, which have no Triton.
 
     Raises:
         ConfigError: if the world does not divide into the mesh and batch.
@@ -58,20 +67,30 @@ def footprint(config: RunConfig, world_size: int) -> Footprint:
     dp = config.replicas(world_size)
     local = sum(w.total / (tp if w.sharded else 1) for w in weight_table(config.model))
     compute = compute_bytes(training)
-    # bf16 gradients are accumulated in fp32; ZeRO steps fp32 master weights also in fp32 runs
-    gradient = compute + (FP32 if training.precision == "bf16" else 0)
+    # bf16 gradients are added up in fp32, and dropped then at stage 1; ZeRO steps fp32 master weights also in fp32 runs
+    gradient = FP32 + (compute if training.precision == "bf16" and stage > 1 else 0)
     optimizer = _optimizer_bytes(config.model, config.optim, tp)
     optimizer += FP32 * local * ((stage >= 1) + (training.ema > 0))  # master weights, averaged weights
     optimizer /= dp if stage >= 1 else 1
-    states, activations = _kept_for_backward(config)
+    states, activations, kernels = _kept_for_backward(config, on_gpu)
     return Footprint(
         weights=local * compute / (dp if stage >= 3 else 1),
         gradients=local * gradient / (dp if stage >= 2 else 1),
         optimizer=0.0 if config.parallel.cpu_offload else optimizer,
         memory_states=states,
         activations=activations,
-        host=optimizer if config.parallel.cpu_offload else 0.0,
+        memory_kernels=kernels,
+        host=(optimizer if config.parallel.cpu_offload else 0.0)
+        + (layer_input_bytes(config) if training.offload_activations else 0.0),
     )
+
+
+def layer_input_bytes(config: RunConfig) -> float:
+    """The inputs of all layers of a micro-batch on one rank, which recomputation keeps."""
+    model, parallel, training = config.model, config.parallel, config.training
+    residual = model.hidden_size / (parallel.tensor_parallel if parallel.sequence_parallel else 1)
+    tokens = training.micro_batch_size * (training.truncate_tokens or training.seq_length) / parallel.context_parallel
+    return tokens * model.num_layers * compute_bytes(training) * residual
 
 
 def compute_bytes(training: TrainingConfig) -> int:
@@ -88,24 +107,29 @@ def _optimizer_bytes(model: ModelConfig, optim: OptimConfig, tp: int) -> float:
     return total
 
 
-def _kept_for_backward(config: RunConfig) -> tuple[float, float]:
-    """(memory states, activations) in bytes per GPU."""
+def _kept_for_backward(config: RunConfig, on_gpu: bool) -> tuple[float, float, float]:
+    """(memory states, activations, what Triton kernels need) in bytes per GPU."""
     model, parallel, training = config.model, config.parallel, config.training
     tp, number = parallel.tensor_parallel, compute_bytes(training)
     tokens = training.micro_batch_size * (training.truncate_tokens or training.seq_length) / parallel.context_parallel
     residual = model.hidden_size / (tp if parallel.sequence_parallel else 1)
     layers = [
-        _layer_numbers(model, mixer, training.seq_length, number, tp, residual, training.recompute)
+        _layer_bytes(model, mixer, training.seq_length, number, tp, residual, training.recompute, on_gpu)
         for mixer in model.mixers
     ]
-    states, activations = [sum(column) for column in zip(*layers, strict=True)]
+    all_states, activations, beside = zip(*layers, strict=True)
     if training.recompute == "layer":
         # the input of every layer, and one layer at a time in full
-        states, activations = (max(column) for column in zip(*layers, strict=True))
-        activations += model.num_layers * number * residual
-    probabilities = FP32 * model.padded_vocab_size / tp * (2 if model.cms.learns_in_context else 1)
-    everywhere = activations + probabilities + _norm_bytes(model, number, residual)
-    return tokens * states, tokens * everywhere + _fast_copies(config) / tp
+        on_device = 1 if training.offload_activations else model.num_layers
+        states, kept = max(all_states), on_device * number * residual
+        inside = max(x + y for x, y in zip(activations, beside))
+    else:
+        states, kept, inside = sum(all_states), sum(activations), max(beside)
+    # the logits and their gradient, before backward comes to the layers
+    around = 2 * number * model.padded_vocab_size / tp * (2 if model.cms.learns_in_context else 1)
+    everywhere = kept + max(around, inside) + _norm_bytes(model, number, residual)
+    kernels = max(beside) if "memory" in model.mixers and on_gpu and runs_in_triton(model) else 0.0
+    return tokens * states, tokens * (everywhere - kernels) + _fast_copies(config) / tp, tokens * kernels
 
 
 def _fast_copies(config: RunConfig) -> float:
@@ -125,27 +149,42 @@ def _fast_copies(config: RunConfig) -> float:
     return training.micro_batch_size * total
 
 
-def _layer_numbers(
-    model: ModelConfig, mixer: str, seq_length: int, number: int, tp: int, residual: float, recompute: str
-) -> tuple[float, float]:
-    """(memory states, activations) of a layer in bytes per token."""
+def _layer_bytes(
+    model: ModelConfig, mixer: str, seq_length: int, number: int, tp: int, residual: float, recompute: str, on_gpu: bool
+) -> tuple[float, float, float]:
+    """Of a layer in bytes per token: memory states, activations, and what its backward pass needs beside them."""
     H, d = model.num_heads / tp, model.head_dim
-    states = 0.0
-    activations = _norm_bytes(model, number, residual) + number * H * d  # the input of the output projection
-    if mixer == "memory":
+    states, widest = 0.0, max(level.hidden_size for level in model.cms.levels) / tp
+    beside = number * (2 * widest * (2 if model.cms.activation == "swiglu" else 1) / 2 + 3 * model.hidden_size)
+    activations = _norm_bytes(model, number, residual)
+    if mixer == "memory" and on_gpu and runs_in_triton(model):
+        activations += (
+            (TRITON_KEPT_BYTES + TRITON_STATE_BYTES * model.memory_hidden / model.memory.chunk_tokens) * H * d
+        )
+        beside = TRITON_BESIDE_BYTES * H * d
+    elif mixer == "memory":
         states, memories = _memory_bytes(model, seq_length)
         if recompute != "none":
             states, memories = _bounded(model, seq_length, states, memories)
         states, memories = H * states, H * memories
         streams = 3 * H * d * number * 3  # q, k, v: before the convolution, before and after its activation
-        activations += memories + streams + FP32 * H * d  # the head norm's input
+        # the input of the output projection, and in float32 that of the head norm
+        activations += memories + streams + (number + FP32) * H * d
     else:
         kv = (model.attention.num_kv_heads or model.num_heads) / tp
-        activations += number * d * ((H + 2 * kv) + (H + kv) + H)  # q, k, v; rotated q and k; the output
+        activations += (
+            number * d * ((H + 2 * kv) + (H + kv) + H) + FP32 * H
+        )  # q, k, v; rotated q and k; the output; its sums
     for level in model.cms.levels:
-        hidden = level.hidden_size / tp * (4 if model.cms.activation == "swiglu" else 2)
+        hidden = level.hidden_size / tp * (3 if model.cms.activation == "swiglu" else 2)
         activations += _norm_bytes(model, number, residual) + number * hidden
-    return states, activations
+    return states, activations, beside
+
+
+def runs_in_triton(model: ModelConfig) -> bool:
+    """Whether GPUs run these memories in Triton kernels whose bytes were rehearsed."""
+    memory = model.memory
+    return _written_out(memory) and memory.kernel in ("auto", "triton") and memory.momentum == "none"
 
 
 def _bounded(model: ModelConfig, seq_length: int, states: float, memories: float) -> tuple[float, float]:
@@ -160,8 +199,8 @@ def _bounded(model: ModelConfig, seq_length: int, states: float, memories: float
 
 
 def _norm_bytes(model: ModelConfig, number: int, residual: float) -> float:
-    """A norm keeps its input in fp32; the linear layer after it keeps the whole output."""
-    return FP32 * residual + number * model.hidden_size
+    """A norm keeps its input, which is the sum before it; the linear layer after it keeps the whole output."""
+    return number * (residual + model.hidden_size)
 
 
 def _memory_bytes(model: ModelConfig, seq_length: int) -> tuple[float, float]:

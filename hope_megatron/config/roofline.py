@@ -15,14 +15,21 @@ from hope_megatron.config.efficiency import DEFAULT, Efficiency, End
 from hope_megatron.config.hardware import Hardware
 
 Bound = Literal["launch", "memory", "math", "network"]
+"""What bounds a step. "launch" takes two together that `Limit` keeps apart."""
 
-BOUND_IN_WORDS: dict[Bound, str] = {
-    "launch": "the latency of dependent steps",
+Limit = Literal["launch", "latency", "memory", "math", "network"]
+
+LIMIT_IN_WORDS: dict[Limit, str] = {
+    "launch": "launches by the host",
+    "latency": "the latency of small kernels and of loops from chunk to chunk",
     "memory": "memory",
     "math": "math",
     "network": "network",
 }
-"""How a bound is printed. "launch" is that of the host's launches, of many small kernels, and of loops from chunk to chunk."""
+"""How a limit is printed."""
+
+HOST_COPY = "copy to or from the host"
+"""Operator of a transfer that is no collective."""
 
 GPUS_PER_NODE = 8
 """Of the usual reference systems: ranks of one node are neighbours and talk over its links."""
@@ -47,7 +54,7 @@ class Transfer:
 
     phase: str
     operator: str
-    """allreduce, allgather, reduce_scatter, alltoall, broadcast."""
+    """allreduce, allgather, reduce_scatter, alltoall, broadcast, or HOST_COPY."""
     group: str
     ranks: tuple[int, ...]
     count: float
@@ -149,21 +156,25 @@ def transfer_seconds(
     transfer: Transfer, hardware: Hardware, efficiency: Efficiency = DEFAULT, end: End = "expected"
 ) -> float:
     """Time of collectives by the bytes that pass through one device (nccl-tests' bus bandwidth)."""
+    if transfer.operator == HOST_COPY:
+        return transfer.bytes / (hardware.host_bandwidth * efficiency.host_link.at(end))
     n = len(transfer.ranks)
     if n < 2:
         return 0.0
     passes = {"allreduce": 2 * (n - 1) / n, "broadcast": 1.0, "reduce": 1.0}.get(transfer.operator, (n - 1) / n)
-    inside = len({rank // GPUS_PER_NODE for rank in transfer.ranks}) == 1
-    if inside:
-        bandwidth = hardware.link_bandwidth / 2 * efficiency.link.at(end)
-    else:
-        bandwidth = hardware.network_bandwidth * efficiency.network.at(end)
-    return transfer.count * efficiency.collective_s.at(end) + passes * transfer.bytes / bandwidth
+    link = hardware.link_bandwidth / 2 * efficiency.link.at(end)
+    nodes = len({rank // GPUS_PER_NODE for rank in transfer.ranks})
+    if nodes == 1:
+        return transfer.count * efficiency.collective_s.at(end) + passes * transfer.bytes / link
+    port = hardware.network_bandwidth * efficiency.network.at(end)
+    # what is reduced or gathered passes a node's border once for all of its ranks, which share their ports
+    shared = 1 if transfer.operator == "alltoall" else max(1, n // nodes)
+    return transfer.count * efficiency.collective_between_s.at(end) + passes * transfer.bytes / min(link, shared * port)
 
 
-def bound_of(times: Mapping[str, PhaseTime]) -> Bound:
-    """What most of the time goes to."""
-    shares: dict[Bound, float] = {"launch": 0.0, "memory": 0.0, "math": 0.0, "network": 0.0}
+def seconds_by_limit(times: Mapping[str, PhaseTime]) -> dict[Limit, float]:
+    """What the time of a step goes to."""
+    shares: dict[Limit, float] = {"launch": 0.0, "latency": 0.0, "memory": 0.0, "math": 0.0, "network": 0.0}
     for time in times.values():
         shares["network"] += time.network
         if time.launch >= time.device:
@@ -171,5 +182,23 @@ def bound_of(times: Mapping[str, PhaseTime]) -> Bound:
         else:
             shares["memory"] += time.memory
             shares["math"] += time.math
-            shares["launch"] += time.latency
-    return max(shares, key=shares.__getitem__)
+            shares["latency"] += time.latency
+    return shares
+
+
+def limit_of(times: Mapping[str, PhaseTime]) -> Limit:
+    """What most of the time goes to; of launches and latency, which `bound_of` takes together, the longer."""
+    shares, bound = seconds_by_limit(times), bound_of(times)
+    return bound if bound != "launch" else max(("launch", "latency"), key=shares.__getitem__)
+
+
+def bound_of(times: Mapping[str, PhaseTime]) -> Bound:
+    """What most of the time goes to, launches and latency taken together."""
+    shares = seconds_by_limit(times)
+    together: dict[Bound, float] = {
+        "launch": shares["launch"] + shares["latency"],
+        "memory": shares["memory"],
+        "math": shares["math"],
+        "network": shares["network"],
+    }
+    return max(together, key=together.__getitem__)

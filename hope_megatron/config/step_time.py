@@ -17,8 +17,19 @@ from pathlib import Path
 from hope_megatron.config.accounting import forward_flops, num_parameters, weight_table
 from hope_megatron.config.efficiency import DEFAULT, Efficiency, End
 from hope_megatron.config.features import frame_features, layer_features, slice_tokens, variant
+from hope_megatron.config.footprint import layer_input_bytes
 from hope_megatron.config.hardware import Hardware
-from hope_megatron.config.roofline import Bound, PhaseTime, Transfer, Work, bound_of, phase_times
+from hope_megatron.config.roofline import (
+    HOST_COPY,
+    Bound,
+    Limit,
+    PhaseTime,
+    Transfer,
+    Work,
+    bound_of,
+    limit_of,
+    phase_times,
+)
 from hope_megatron.config.run import RunConfig
 
 _COUNTS = Path(__file__).with_name("step_counts.json")
@@ -57,8 +68,6 @@ PROGRAMS_AT_ONCE = 264
 """Programs of a loop over chunks that an H100 runs side by side: two on each of 132 multiprocessors."""
 _LOOPS = 2
 """Kernels of a layer and phase that go from chunk to chunk: that of the self-memories and that of the main memory."""
-_TAPE_BYTES = 870
-"""Per token and channel of the heads: rehearsed peaks of hope_760m and hope_1b3, less their footprint, at chunks of 64."""
 _MEMORY_BACKWARD = 3
 """Products of the memories' backward over those of their forward."""
 
@@ -71,6 +80,8 @@ class StepTime:
 
     phases: dict[str, PhaseTime]
     bound: Bound
+    limit: Limit
+    """The bound, with launches and latency apart."""
     seconds: float
     fastest_s: float
     slowest_s: float
@@ -97,14 +108,6 @@ def why_not_counted(config: RunConfig) -> str | None:
     return None
 
 
-def kernel_tape_bytes(config: RunConfig) -> float:
-    """What the memories' Triton kernels keep while backward is in a layer, on top of `footprint`; 0 where they are not counted."""
-    if "memory" not in config.model.mixers or why_not_counted(config) is not None:
-        return 0.0
-    tokens = slice_tokens(config)
-    return _TAPE_BYTES * tokens * config.model.num_heads * config.model.head_dim / config.parallel.tensor_parallel
-
-
 def step_time(config: RunConfig, world_size: int, hardware: Hardware, efficiency: Efficiency = DEFAULT) -> StepTime:
     """Time of a step of a run for which `why_not_counted` has no reason."""
     works, transfers = step_works(config, world_size), step_transfers(config, world_size)
@@ -117,6 +120,7 @@ def step_time(config: RunConfig, world_size: int, hardware: Hardware, efficiency
     return StepTime(
         phases=expected,
         bound=bound_of(expected),
+        limit=limit_of(expected),
         seconds=seconds,
         fastest_s=fastest,
         slowest_s=slowest,
@@ -202,7 +206,15 @@ def step_transfers(config: RunConfig, world_size: int) -> list[Transfer]:
         for phase, operator in itertools.product(_passes(config), operators):
             calls, ranks = blocks * times, tuple(range(tp))
             found.append(Transfer(phase, operator, "tensor parallel", ranks, calls, calls * each, False))
-    return found + _over_context_parallel(config, times)
+    return found + _over_context_parallel(config, times) + _over_the_bus(config, times)
+
+
+def _over_the_bus(config: RunConfig, times: int) -> list[Transfer]:
+    """The inputs of layers, to the host in forward and back in backward."""
+    if not config.training.offload_activations:
+        return []
+    bytes_ = times * layer_input_bytes(config)
+    return [Transfer(phase, HOST_COPY, "host", (0,), times, bytes_, False) for phase in ("forward", "backward")]
 
 
 def _passes(config: RunConfig) -> tuple[str, ...]:

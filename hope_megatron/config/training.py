@@ -60,6 +60,9 @@ class TrainingConfig(Section):
     one training sequence per rank; 0: never."""
     recompute: Literal["none", "memory", "layer"] = "none"
     """What backward recomputes instead of keeping: nothing, the inside of the memories, or that and each whole layer."""
+    offload_activations: bool = False
+    """Keep the inputs of layers, from which backward recomputes, in host memory; with recompute=layer. Costs two copies over the
+    bus for each micro-batch; not run on a GPU."""
     reduction: Literal["fast", "canonical"] = "fast"
     """`canonical` adds the gradients of micro-batches in one fixed order, so that 1, 2 and 4 ranks give the same bits: for checking
     a change of the data-parallel ranks. It needs zero_stage=0, or 1 in fp32, and numbers of ranks and micro-batches that are
@@ -68,6 +71,15 @@ class TrainingConfig(Section):
     """Traces of chosen steps, into the run's directory."""
     num_threads: int = Field(default=1, gt=0)
     """CPU threads per process for torch operators, when there is no GPU."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        if self.offload_activations and self.recompute != "layer":
+            raise ConfigError(
+                "training.offload_activations=true moves what recompute=layer keeps, and training.recompute is "
+                f"{self.recompute}; set it to layer"
+            )
+        return self
 
     @property
     def tokens_per_step(self) -> int:

@@ -12,7 +12,7 @@ from hope_megatron.config.efficiency import DEFAULT, Efficiency
 from hope_megatron.config.footprint import footprint
 from hope_megatron.config.hardware import Hardware
 from hope_megatron.config.run import RunConfig
-from hope_megatron.config.step_time import StepTime, kernel_tape_bytes, step_time
+from hope_megatron.config.step_time import StepTime, step_time
 
 HEADROOM = 0.85
 """Share of the memory that a plan may take: temporaries, fragments and NCCL's buffers are not in it."""
@@ -55,7 +55,7 @@ def best_choices(
         for changes in candidates(config, world_size):
             changes = changes | window
             changed = changed_config(config, changes)
-            memory = footprint(changed, world_size).total + kernel_tape_bytes(changed)
+            memory = footprint(changed, world_size).total
             if nearest is None or memory < nearest[0]:
                 nearest = (memory, changes)
             if memory <= HEADROOM * hardware.memory_bytes:

@@ -31,6 +31,7 @@ def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
         dtype=_DTYPES[config.training.precision],
         seed=config.training.seed,
         recompute=config.training.recompute,
+        offload=config.training.offload_activations,
     ).to(mesh.device)
     optimizer = build_run_optimizer(model, config)
     engine = Engine(model, optimizer, config, mesh)

@@ -18,11 +18,14 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     seed: int = 1234,
     recompute: str = "none",
+    offload: bool = False,
 ) -> LanguageModel:
     """Build this rank's shard, on the CPU; `init_distributed` comes first.
 
     The full model's initial weights depend on `seed` and the configuration alone, not on the tensor-parallel size.
     """
-    model = LanguageModel(megatron_config(config, parallel or ParallelConfig(), dtype), config, recompute=recompute)
+    model = LanguageModel(
+        megatron_config(config, parallel or ParallelConfig(), dtype), config, recompute=recompute, offload=offload
+    )
     initialize_parameters(model, seed)
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from hope_megatron.layers.parameters import declare, normal
 from hope_megatron.layers.specs import layer_spec
 from hope_megatron.model.in_context import FastModel, fast_weights, read_and_learn
 from hope_megatron.model.loss import vocab_parallel_losses
+from hope_megatron.model.offload import kept_on_host
 from hope_megatron.model.sharded_state import sharded_parameters
 from hope_megatron.model.state import ModelState
 from hope_megatron.ops.precision import wide
@@ -40,9 +42,11 @@ class ModelOutput(NamedTuple):
 class LanguageModel(MegatronModule):
     """A decoder over a stream of tokens, sharded by Megatron-Core."""
 
-    def __init__(self, config: TransformerConfig, model: ModelConfig, *, recompute: str = "none"):
+    def __init__(
+        self, config: TransformerConfig, model: ModelConfig, *, recompute: str = "none", offload: bool = False
+    ):
         super().__init__(config)
-        self.model_config, self.recompute = model, recompute
+        self.model_config, self.recompute, self.offload = model, recompute, offload
         self.embedding = VocabParallelEmbedding(
             model.padded_vocab_size,
             model.hidden_size,
@@ -155,13 +159,15 @@ class LanguageModel(MegatronModule):
         nothing: tuple[FastLevels | None, ...] = (None,) * len(self.layers)
         for layer, layer_state, weights in zip(self.layers, states or nothing, fast or nothing, strict=True):
             if self.recompute == "layer" and torch.is_grad_enabled():
-                x, layer_state = checkpoint(
-                    layer, x, layer_state, documents, weights, use_reentrant=False, preserve_rng_state=False
-                )
+                with kept_on_host() if self.offload else contextlib.nullcontext():
+                    x, layer_state = checkpoint(
+                        layer, x, layer_state, documents, weights, use_reentrant=False, preserve_rng_state=False
+                    )
             else:
                 x, layer_state = layer(x, layer_state, documents, weights)
             if keep_states:
                 ends.append(layer_state)
+            del layer_state  # else the last layer's lives on beside the logits
         return self._head(self.norm(x)), tuple(ends)
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:

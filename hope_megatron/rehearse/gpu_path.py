@@ -157,6 +157,7 @@ class _Kernel(torch.autograd.Function):
         with work.watch.hidden():
             output = work.make()
             kept = [] if work.keep is None else [work.keep()]
+        work.make = work.keep = None  # they hold operands, which would live until backward, checkpointed or not
         work.watch.count_kernel(work.name, work.family, list(inputs), [output, *kept], flops=work.flops[0])
         if work.keeps_output:
             kept.append(output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hope_megatron.config.roofline import BOUND_IN_WORDS
+from hope_megatron.config.roofline import LIMIT_IN_WORDS
 from hope_megatron.runtime.files import replacing
 
 _COLORS = {
@@ -87,7 +87,7 @@ def _draw_time(axes: Any, found: dict[str, Any]) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("seconds of a step")
     axes.set_title(
-        f"bound by {BOUND_IN_WORDS[found['bound']]}: {found['tokens_per_second']:,.0f} tokens/s per GPU",
+        f"bound by {LIMIT_IN_WORDS[found['limit']]}: {found['tokens_per_second']:,.0f} tokens/s per GPU",
         loc="left",
         fontsize=10,
     )

@@ -123,6 +123,10 @@ def _mark_modules(stage: Stage, stack: contextlib.ExitStack) -> None:
                 stage._enter("forward", layers[module])
             elif watch.phase == "backward":
                 watch.phase = "recompute"
+        elif (
+            module is model.norm and watch.phase == "forward"
+        ):  # the last layer's state is dropped by now, as every layer's is
+            stage._enter("forward", "head and loss")
         elif module is model and watch.phase == "reduction":  # the next window of the same sequences
             stage._enter("forward", "embedding")
         outer.append(watch.module)
@@ -139,8 +143,6 @@ def _mark_modules(stage: Stage, stack: contextlib.ExitStack) -> None:
             return
         _at_gradient(inputs[0], lambda: stage._enter("backward", "embedding") if module is model.layers[0] else None)
         _at_gradient(outputs[0], lambda: stage._enter("backward", layers[module]))
-        if module is model.layers[-1]:
-            stage._enter("forward", "head and loss")
 
     stack.enter_context(_removed(torch.nn.modules.module.register_module_forward_pre_hook(enter)))
     stack.enter_context(_removed(torch.nn.modules.module.register_module_forward_hook(leave, always_call=True)))

@@ -14,7 +14,9 @@ from hope_megatron.config.roofline import (
     Work,
     bound_of,
     family_seconds,
+    limit_of,
     phase_times,
+    seconds_by_limit,
     transfer_seconds,
 )
 from hope_megatron.config.run import RunConfig
@@ -92,6 +94,8 @@ def verdict(
         "step_s": step_s,
         "tokens_per_second": config.training.tokens_per_step / world_size / step_s,
         "bound": bound_of(times),
+        "limit": limit_of(times),
+        "seconds_by_limit": seconds_by_limit(times),
         "cannot_see": [*BLIND_SPOTS, *_blind_spots_of(config, memory["memory_timeline"])],
     }
 
@@ -217,6 +221,10 @@ def _blind_spots_of(config: RunConfig, timeline: list[Any]) -> list[str]:
     if config.parallel.cpu_offload:
         found.append(
             "parallel.cpu_offload: the update on the host and the copies to and from it; it is priced as on the GPU"
+        )
+    if config.training.offload_activations:
+        found.append(
+            "training.offload_activations: host and GPU are one here, so that what is on the host counts as on the GPU"
         )
     if not timeline:
         found.append(

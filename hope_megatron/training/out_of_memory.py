@@ -8,7 +8,6 @@ import torch
 
 from hope_megatron.config.footprint import footprint
 from hope_megatron.config.run import RunConfig
-from hope_megatron.config.step_time import kernel_tape_bytes
 from hope_megatron.runtime.disks import best_effort
 from hope_megatron.runtime.formatting import bytes_text
 
@@ -30,7 +29,7 @@ def explained(
         world_size, rank: of the process that ran out.
         snapshot: where a snapshot of its memory was written, if it was.
     """
-    planned, tape, peak = footprint(config, world_size), kernel_tape_bytes(config), 0
+    planned, peak = footprint(config, world_size), 0
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
     parts = {
@@ -39,12 +38,12 @@ def explained(
         "optimizer": planned.optimizer,
         "memory states": planned.memory_states,
         "activations": planned.activations,
-        "memory kernels": tape,
+        "memory kernels": planned.memory_kernels,
     }
     largest = sorted(parts, key=parts.__getitem__, reverse=True)[:2]
     lines = [
         f"rank {rank} ran out of GPU memory: {str(error).split('. ')[0]}",
-        f"allocated at most {bytes_text(peak)}; `hope plan` counts {bytes_text(planned.total + tape)} without temporaries, most of "
+        f"allocated at most {bytes_text(peak)}; `hope plan` counts {bytes_text(planned.total)} without temporaries, most of "
         "it " + " and ".join(f"{name} ({bytes_text(parts[name])})" for name in largest),
         f"Change: {'; '.join(advice(config))}",
     ]

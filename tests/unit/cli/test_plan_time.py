@@ -12,7 +12,8 @@ from hope_megatron.config import dump_config
 from hope_megatron.config.base import ConfigError
 from hope_megatron.config.footprint import footprint
 from hope_megatron.config.hardware import find_hardware
-from hope_megatron.config.step_time import kernel_tape_bytes, step_time, step_works
+from hope_megatron.config.roofline import Transfer, seconds_by_limit, transfer_seconds
+from hope_megatron.config.step_time import step_time, step_works
 from hope_megatron.config.tuning import HEADROOM, best_choices, changed_config
 from hope_megatron.runtime.records import seal
 
@@ -25,6 +26,51 @@ def test_a_step_takes_its_phases_and_lies_in_its_interval():
     assert found.seconds == pytest.approx(sum(phase.total for phase in found.phases.values()))
     assert found.fastest_s < found.seconds < found.slowest_s
     assert found.bound in ("launch", "memory", "math", "network")
+
+
+# github.com/mosaicml/llm-foundry, scripts/train/benchmarking/README.md: H100, bf16, dense models of these sizes, FSDP
+PUBLISHED = [
+    ("transformer_pp_760m", 8, 4096, 12, 192, 55_459),
+    ("transformer_pp_1b3", 8, 2048, 14, 112, 45_455),
+    ("transformer_pp_1b3", 64, 2048, 20, 1280, 44_402),
+]
+
+
+@pytest.mark.parametrize(("model", "world", "length", "micro_batch", "batch", "tokens_per_second"), PUBLISHED)
+def test_published_speeds_lie_in_the_interval(model, world, length, micro_batch, batch, tokens_per_second):
+    sizes = [
+        f"training.seq_length={length}",
+        f"training.micro_batch_size={micro_batch}",
+        f"training.global_batch_size={batch}",
+    ]
+    found = step_time(load_for_plan(model, [*sizes, "training.recompute=none"]), world, H100)
+    slowest, fastest = (found.tokens_per_second / world * found.seconds / s for s in (found.slowest_s, found.fastest_s))
+    assert slowest < tokens_per_second < fastest
+    assert fastest < 2 * slowest
+
+
+def test_launches_and_latency_are_told_apart():
+    small = step_time(load_for_plan("hope_760m", ["training.micro_batch_size=1"]), 8, H100)
+    assert (small.bound, small.limit) == ("launch", "latency")  # loops over chunks, not launches
+    shares = seconds_by_limit(small.phases)
+    assert sum(shares.values()) == pytest.approx(small.seconds)
+    assert shares["latency"] == max(shares.values())
+
+
+@pytest.mark.parametrize(
+    ("operator", "ranks", "bandwidth"),
+    [
+        ("allreduce", range(8), 360e9),  # inside a node, of 450
+        ("allreduce", range(16), 340e9),  # eight ports of a node, of 50 each
+        ("allreduce", range(0, 32, 8), 42.5e9),  # one rank of each node
+        ("alltoall", range(16), 42.5e9),  # each rank by its own port
+    ],
+)
+def test_ranks_of_a_node_share_its_ports(operator, ranks, bandwidth):
+    n = len(ranks)
+    share = (2 if operator == "allreduce" else 1) * (n - 1) / n
+    transfer = Transfer("reduction", operator, "data parallel", tuple(ranks), 0, 1e9, False)
+    assert transfer_seconds(transfer, H100) == pytest.approx(share * 1e9 / bandwidth)
 
 
 def test_launches_bind_small_micro_batches():
@@ -48,7 +94,7 @@ def test_the_best_five_fit_and_are_no_slower_than_what_was_given():
     assert seconds == sorted(seconds) and seconds[0] <= step_time(config, 8, H100).seconds
     for choice in choices:
         changed = changed_config(config, choice.changes)
-        planned = footprint(changed, 8).total + kernel_tape_bytes(changed)
+        planned = footprint(changed, 8).total
         assert planned == choice.memory_bytes <= HEADROOM * H100.memory_bytes
         assert changed.training.tokens_per_step == config.training.tokens_per_step
 
@@ -63,8 +109,21 @@ def test_sequences_of_a_million_tokens_are_split_over_ranks_and_cut_where_nothin
         assert config.training.truncate_tokens and choice["memory_bytes"] <= HEADROOM * H100.memory_bytes
     assert main(million) == 0
     printed = capsys.readouterr().out
-    assert "bound by the latency of dependent steps" in printed and "nothing fits without windows" in printed
+    assert "bound by the latency of small kernels" in printed and "nothing fits without windows" in printed
     assert "at 4,096 tokens: " in printed
+
+
+def test_activations_on_the_host_cost_the_bus():
+    plain, offloaded = (
+        load_for_plan("transformer_pp_760m", [f"training.offload_activations={x}", "training.micro_batch_size=8"])
+        for x in ("false", "true")
+    )
+    inputs = 8 * 4096 * 24 * 1536 * 2
+    assert footprint(offloaded, 8).host == inputs
+    assert footprint(plain, 8).total - footprint(offloaded, 8).total == pytest.approx(inputs * 23 / 24)
+    times = [step_time(config, 8, H100) for config in (plain, offloaded)]
+    copies = 2 * offloaded.accumulation_steps(8) * inputs / (0.8 * 63e9)
+    assert times[1].seconds - times[0].seconds == pytest.approx(copies)
 
 
 def test_context_parallelism_divides_tokens_and_shards():

@@ -205,13 +205,14 @@ def _operator_inputs(model: ModelConfig, *, B: int, T: int):
 
 
 def test_footprint_by_hand():
+    # bf16 gradients are dropped once they are added to float32 sums
     keys = ("optim.name=adamw", "training.micro_batch_size=2", "parallel.tensor_parallel=2")
     run, averaging = (run_of("transformer_pp_tiny", *keys, f"training.ema={decay}") for decay in (0.0, 0.99))
     model = run.model
     replicated = 256 * (2 * 4 + 1)
     local = (num_parameters(model) - replicated) / 2 + replicated
     assert footprint(run, 8).weights == 2 * local
-    assert footprint(run, 8).gradients == (2 + 4) * local
+    assert footprint(run, 8).gradients == 4 * local
     assert footprint(run, 8).optimizer == 12 * local / 4
     assert footprint(averaging, 8).optimizer == 16 * local / 4
     assert footprint(run_of("transformer_pp_tiny", "parallel.zero_stage=3"), 8).weights == 2 * num_parameters(model) / 8
@@ -235,7 +236,7 @@ def test_offload_moves_the_optimizer_to_the_host():
 
 
 def test_recompute_trades_activations_for_flops():
-    kept, recomputed = (run_of("hope_tiny", f"training.recompute={x}") for x in ("none", "layer"))
+    kept, recomputed = (run_of("transformer_pp_tiny", f"training.recompute={x}") for x in ("none", "layer"))
     assert footprint(recomputed, 1).activations < footprint(kept, 1).activations / 2
     slower = estimate(recomputed, 1, HARDWARE["h100"])
     assert slower.hours > estimate(kept, 1, HARDWARE["h100"]).hours
@@ -244,7 +245,8 @@ def test_recompute_trades_activations_for_flops():
 
 def test_weights_that_are_kept_less_often_take_less():
     often, seldom = (
-        footprint(run_of("hope_tiny", "training.recompute=memory", f"model.memory.keep_every={n}"), 1) for n in (1, 8)
+        footprint(run_of("hope_tiny", "training.recompute=memory", f"model.memory.keep_every={n}"), 1, on_gpu=False)
+        for n in (1, 8)
     )
     assert often.memory_states == pytest.approx(8 * seldom.memory_states)
     assert often.activations < seldom.activations
@@ -258,17 +260,15 @@ def test_estimate_by_hand():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["hope_tiny", "transformer_pp_tiny"])
-def test_activations_are_near_what_autograd_keeps(name, precision):
-    # what PyTorch's operators keep; the compiled form keeps less
+def test_memories_in_pytorch_keep_what_is_planned(precision):
     settings = [
         "model.memory.kernel=torch",
         "model.num_layers=2",
         "training.seq_length=128",
         "training.micro_batch_size=2",
     ]
-    run = run_of(name, f"training.precision={precision}", *settings)
-    bytes_ = footprint(run, 1)
+    run = run_of("hope_tiny", f"training.precision={precision}", *settings)
+    bytes_ = footprint(run, 1, on_gpu=False)
     assert bytes_.memory_states + bytes_.activations == pytest.approx(_kept_bytes(run), rel=0.25)
 
 

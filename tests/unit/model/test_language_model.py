@@ -9,7 +9,7 @@ import torch
 
 from hope_megatron.config import load_model_config
 from hope_megatron.config.model import AttentionConfig, MemoryConfig
-from hope_megatron.model import ModelState, build_model
+from hope_megatron.model import ModelState, build_model, offload
 from hope_megatron.model.loss import IGNORE
 from hope_megatron.testing.models import random_batch, tiny_model
 
@@ -126,3 +126,21 @@ def test_model_state_is_bounded():
         short = model(tokens[:, :32], return_state=True).state
         long = model(tokens, return_state=True).state
     assert long.num_bytes() == short.num_bytes()
+
+
+@pytest.mark.parametrize("case", ["hope", "transformer"])
+def test_inputs_of_layers_on_the_host_change_nothing(case, monkeypatch):
+    """Bit for bit, with one copy there and one back for each layer."""
+    tokens, targets = random_batch(CASES[case], seq_length=40)
+    there, back, found = [], [], []
+    monkeypatch.setattr(offload, "LARGE", 0)
+    for name, seen in (("_to_host", there), ("_back", back)):
+        plain = getattr(offload, name)
+        monkeypatch.setattr(offload, name, lambda x, plain=plain, seen=seen: seen.append(x) or plain(x))
+    for on_host in (False, True):
+        model = build_model(CASES[case], recompute="layer", offload=on_host)
+        model(tokens, targets).losses.sum().backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    assert len(there) == len(back) == CASES[case].num_layers
+    for plain, offloaded in zip(*found, strict=True):
+        assert torch.equal(plain, offloaded)

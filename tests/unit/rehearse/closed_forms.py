@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 
 from hope_megatron.cli.plan import load_for_plan
+from hope_megatron.config.footprint import footprint
+from hope_megatron.config.hardware import find_hardware
 from hope_megatron.config.step_time import micro_batch_works, step_transfers
 from hope_megatron.rehearse.rehearse import rehearse
 from hope_megatron.rehearse.tally import grouped, total
+from hope_megatron.rehearse.verdict import verdict
 
 SMALL = ["training.steps=1", "training.seq_length=1280", "model.num_layers=3", "model.vocab_size=3072"]
 SEVERAL = ["training.micro_batch_size=3", "training.global_batch_size=3", "model.hidden_size=320", "model.num_heads=5"]
@@ -26,7 +29,8 @@ def test_counts_are_those_of_a_rehearsal(name):
     model, *overrides = RUNS[name]
     config = load_for_plan(model, [*overrides, *SMALL])
     world = config.parallel.context_parallel
-    tally, works = rehearse(config, world)[0].micro_batch(), micro_batch_works(config)
+    depths, watch = rehearse(config, world)
+    tally, works = depths.micro_batch(), micro_batch_works(config)
     for phase in ("forward", "backward", *(["recompute"] if config.training.recompute == "layer" else [])):
         for what in ("kernels", "bytes", "steps"):
             planned = sum(getattr(work, what) for work in works[phase].values())
@@ -38,6 +42,8 @@ def test_counts_are_those_of_a_rehearsal(name):
     exchanged = {phase: x for (phase, operator), x in exchanges(tally).items() if operator == "alltoall"}
     planned = {t.phase: (t.count, t.bytes) for t in step_transfers(config, world) if t.operator == "alltoall"}
     assert planned == exchanged
+    peak = verdict(depths, watch.groups, world, find_hardware("h100"))["peak_memory_bytes"]
+    assert footprint(config, world).total == pytest.approx(peak, rel=0.05)
 
 
 def exchanges(tally):
