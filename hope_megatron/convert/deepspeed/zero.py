@@ -97,9 +97,11 @@ class ZeroDirectory:
             ConversionError: ranks disagree, or the number is missing.
         """
         found = {step for rank in self._ranks for step in rank.steps(name)}
-        if len(found) != 1 or None in found:
-            raise ConversionError(f"{self.directory}: the optimizer's steps of {name} are {found}, not one number")
-        return found.pop()
+        if len(found) != 1 or (step := found.pop()) is None:
+            raise ConversionError(
+                f"{self.directory}: the optimizer's steps of {name} are {found or None}, not one number"
+            )
+        return step
 
     @property
     def optimizer_settings(self) -> list[Mapping[str, Any]]:
@@ -208,7 +210,7 @@ def _open_rank(paths: Sequence[Path], tp_rank: int) -> _Rank:
     prefix = "zero_pp_rank_0_" if stage == 3 else ""
     model_file = paths[0].with_name(f"{prefix}mp_rank_{tp_rank:02d}_model_states.pt")
     shapes = _section(model_file, "param_shapes")
-    progress = tuple(_counter(model_file, key) for key in ("global_steps", "global_samples"))
+    progress = _counter(model_file, "global_steps"), _counter(model_file, "global_samples")
     try:
         if stage == 3:
             weights = [rank["fp32_flat_groups"] for rank in saved]
