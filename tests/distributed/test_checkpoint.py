@@ -66,8 +66,10 @@ def same_layout(rank, world_size, directory):
         "dp2-zero3": {"zero_stage": 3},
         "dp2-zero0": {"zero_stage": 0},
         "cp2-zero1": {"cp": 2, "zero_stage": 1},
+        "dgd-tp2-zero1": {"tp": 2, "zero_stage": 1, "mup_base_width": None, "optim": {"name": "dgd"}},
+        "delta-momentum-dp2-zero2": {"zero_stage": 2, "mup_base_width": None, "optim": {"name": "delta_momentum"}},
     }.items():
-        config = tiny_run_config(mup_base_width=16, training={"ema": 0.8}, **settings)
+        config = tiny_run_config(**{"mup_base_width": 16, "training": {"ema": 0.8}, **settings})
         engine, state = build(config), TrainingState()
         advance(engine, config, state, 4)
         path = Checkpointer(engine, Path(directory) / name).save_now(describe(config, state))
@@ -93,6 +95,8 @@ def test_resume_is_bitwise_on_the_same_layout(tmp_path):
             "dp2-zero3": True,
             "dp2-zero0": True,
             "cp2-zero1": True,
+            "dgd-tp2-zero1": True,
+            "delta-momentum-dp2-zero2": True,
         }
 
 
