@@ -23,7 +23,7 @@ OUT = Path(__file__).resolve().parents[1] / "hope_megatron" / "config" / "step_c
 PHASES = ("forward", "recompute", "backward")
 
 
-VARIANTS = ("", "/single", "/single/context")
+VARIANTS = ("", "/single", "/context", "/single/context")
 
 
 def samples(kind: str, name: str) -> list[RunConfig]:

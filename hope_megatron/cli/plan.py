@@ -152,11 +152,13 @@ def _tune(
     """own, longer: the run at its own length, and what --seq changes of it."""
     hardware = find_hardware(args.hardware)
     choices = choices_data(tune(config, world_size, hardware, efficiency), world_size, longer)
+    short = choices_data(tune(own, world_size, hardware, efficiency)[:1], world_size) if longer else []
     if args.json:
-        print(json.dumps(choices, indent=2))
+        lengths = [config.training.seq_length] * len(choices) + [own.training.seq_length] * len(short)
+        found = [{"seq_length": length, **choice} for length, choice in zip(lengths, [*choices, *short], strict=True)]
+        print(json.dumps(found, indent=2))
     else:
-        short = choices_data(tune(own, world_size, hardware, efficiency)[:1], world_size) if longer else [None]
-        print_choices(choices, short[0], own.training.seq_length)
+        print_choices(choices, short[0] if short else None, own.training.seq_length)
     if args.out is not None:
         title = f"hope plan {args.config} --tune --world {world_size} --hardware {args.hardware}"
         write_overrides(args.out, choices[0]["overrides"], title + (f" --seq {args.seq}" if args.seq else ""))

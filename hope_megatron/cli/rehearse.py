@@ -8,6 +8,7 @@ examples:
   hope rehearse hope_760m_30b --world 8 --png step.png         a run file, with a picture
   hope rehearse hope_7b --world 64 parallel.tensor_parallel=8 parallel.sequence_parallel=true
   hope rehearse hope_760m --world 8 --against transformer_pp_760m
+  hope rehearse hope_760m --world 64 training.seq_length=1048576 training.global_batch_size=1 --pass-states 64
   hope rehearse hope_760m --world 8 --against "hope_760m training.micro_batch_size=8"
 """
 
@@ -25,6 +26,7 @@ from hope_megatron.cli.output_files import check_writable
 from hope_megatron.cli.plan import load_for_plan
 from hope_megatron.config.base import ConfigError
 from hope_megatron.config.hardware import HARDWARE, find_hardware
+from hope_megatron.config.sharing import slice_config
 from hope_megatron.runtime.files import write_text
 
 
@@ -38,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=0, metavar="R", help="whose step (default: %(default)s)")
     parser.add_argument(
         "--hardware", default="h100", metavar="NAME", help=f"one of {', '.join(HARDWARE)} (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--pass-states",
+        type=int,
+        metavar="N",
+        help="what it would cost to share each sequence between N ranks by passing states, where heads do not suffice (not built)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw memory over the step and time by kernel family")
@@ -77,6 +85,9 @@ def run(args: argparse.Namespace) -> int:
 def _rehearse(name: str, overrides: list[str], args: argparse.Namespace) -> dict[str, Any]:
     config, hardware = load_for_plan(name, overrides), find_hardware(args.hardware)
     world = config.parallel.ranks_per_sequence if args.world is None else args.world
+    if args.pass_states is not None:
+        config = slice_config(config, args.pass_states)
+        world = args.pass_states * config.parallel.tensor_parallel if args.world is None else world
     if world < 1:
         raise ConfigError(f"--world {world}: give at least 1")
     if not 0 <= args.rank < world:
@@ -89,4 +100,4 @@ def _rehearse(name: str, overrides: list[str], args: argparse.Namespace) -> dict
         from hope_megatron.rehearse.verdict import verdict
 
         depths, watch = rehearse(config, world, rank=args.rank)
-    return verdict(depths, watch.groups, world, hardware, rank=args.rank)
+    return verdict(depths, watch.groups, world, hardware, rank=args.rank, pass_states=args.pass_states)

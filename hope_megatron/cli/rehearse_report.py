@@ -31,6 +31,7 @@ def print_verdict(found: dict[str, Any], console: Console | None = None) -> None
         f"{found['kernels_per_micro_batch']:,} kernels per micro-batch, {found['kernels_per_step']:,} per step "
         f"({seconds_text(found['launch_s'])} to launch); {bytes_text(found['bytes_moved'])} moved; "
         + ", ".join(f"{count_text(value)}FLOP in {dtype}" for dtype, value in found["flops_by_dtype"].items())
+        + _sharing_text(found)
         + "\n\n[bold]What this cannot see[/bold]\n"
         + "\n".join(f"  {line}" for line in found["cannot_see"]),
         soft_wrap=True,
@@ -40,6 +41,24 @@ def print_verdict(found: dict[str, Any], console: Console | None = None) -> None
             "[bold red]Does not fit[/bold red] with a tenth to spare: lower training.micro_batch_size, set "
             "training.recompute=layer, or raise parallel.tensor_parallel or zero_stage."
         )
+
+
+def _sharing_text(found: dict[str, Any]) -> str:
+    """How ranks share a sequence, or could."""
+    text = ""
+    if (sent := found["sequence_exchange"]) is not None:
+        text += "\na rank sends per token and layer in forward: " + ", ".join(
+            f"{name} {bytes_text(size)}" for name, size in sent.items()
+        )
+    if (passed := found["passing_states"]) is not None:
+        text += (
+            f"\n\n[bold]Passing states over {passed['ranks']} ranks (not built)[/bold]\n"
+            f"the step above is that of a slice of the tokens; {bytes_text(passed['state_bytes'])} of states would go from rank to "
+            f"rank in each pass, {bytes_text(passed['bytes_per_step'])} a step, and ranks would wait for each other "
+            f"{seconds_text(passed['serial_s'])}: step {seconds_text(passed['step_s'])}, "
+            f"{passed['tokens_per_second']:,.0f} tokens/s per GPU"
+        )
+    return text
 
 
 def print_comparison(a: dict[str, Any], b: dict[str, Any], console: Console | None = None) -> None:

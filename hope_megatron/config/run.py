@@ -186,7 +186,8 @@ def check_context_parallel(model: ModelConfig, parallel: ParallelConfig, trainin
         if value % (tp * cp):
             raise ConfigError(
                 f"{name}={value} is not divisible by parallel.tensor_parallel={tp} x context_parallel={cp}: inside a mixer every "
-                "rank has whole sequences of its own heads; lower one of them"
+                "rank has whole sequences of its own heads; lower one of them, or train in windows (training.truncate_tokens). "
+                "hope rehearse --pass-states N says what passing states from rank to rank would cost"
             )
     window, slices = training.truncate_tokens or training.seq_length, cp * (tp if parallel.sequence_parallel else 1)
     if window % slices:

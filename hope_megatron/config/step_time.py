@@ -1,8 +1,8 @@
 """Time of a step from closed forms: what `hope plan` says. The same formula as `hope rehearse` (roofline.py), on counts from sizes.
 
 Counts of forward, recomputation and backward were fitted to rehearsals and agree with them within 2 % (step_counts.json, made by
-tools/fit_step_counts.py). Micro-batches of one sequence have coefficients of their own, and again under context parallelism. They
-hold for HOPE's own rule on Triton kernels, which no GPU has run, and for softmax attention.
+tools/fit_step_counts.py). Micro-batches of one sequence have coefficients of their own, and both again under context parallelism.
+They hold for HOPE's own rule on Triton kernels, which no GPU has run, and for softmax attention.
 """
 
 from __future__ import annotations
@@ -103,8 +103,6 @@ def why_not_counted(config: RunConfig) -> str | None:
             return f"memory.kernel={memory.kernel}; they are of the Triton kernels"
     if config.model.cms.learns_in_context:
         return "it learns in context"
-    if config.parallel.context_parallel > 1 and config.training.micro_batch_size > 1:
-        return "with parallel.context_parallel they are of training.micro_batch_size=1"
     return None
 
 

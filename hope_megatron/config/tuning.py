@@ -98,7 +98,7 @@ def candidates(config: RunConfig, world_size: int) -> Iterator[Changes]:
     for (tp, cp), size, recompute, stage in itertools.product(
         meshes(config, world_size), sizes, ("none", "layer"), stages
     ):
-        if batch % (world_size // (tp * cp) * size) or (cp > 1 and size > 1):  # not counted: see why_not_counted
+        if batch % (world_size // (tp * cp) * size):
             continue
         for sequence in (False, True) if tp > 1 else (False,):
             yield {

@@ -20,6 +20,7 @@ from hope_megatron.config.roofline import (
     transfer_seconds,
 )
 from hope_megatron.config.run import RunConfig
+from hope_megatron.config.sharing import attention_exchanges, passing_states
 from hope_megatron.rehearse.depth import Depths
 from hope_megatron.rehearse.memory import Segment
 from hope_megatron.rehearse.tally import Tally, grouped, phases_of, total
@@ -44,6 +45,7 @@ def verdict(
     efficiency: Efficiency = DEFAULT,
     *,
     rank: int = 0,
+    pass_states: int | None = None,
 ) -> dict[str, Any]:
     """Everything `hope rehearse` says.
 
@@ -54,6 +56,7 @@ def verdict(
         hardware: the device that times are for.
         efficiency: what it is assumed to reach.
         rank: whose step it was.
+        pass_states: ranks that would share a sequence by passing states; the run is that of a slice (`slice_config`).
     """
     config, micro_batch, step = depths.config, depths.micro_batch(), depths.step()
     transfers = transfers_of(step, groups)
@@ -89,6 +92,8 @@ def verdict(
         **memory,
         "fits": memory["peak_memory_bytes"] <= 0.9 * hardware.memory_bytes,
         "collectives": [_collective(t, hardware, efficiency) for t in transfers],
+        "sequence_exchange": _sequence_exchange(config, micro_batch),
+        "passing_states": pass_states and passing_states(config, pass_states, times, hardware, world_size),
         "host_waits_per_step": round(sum(waits.values())),
         "host_waits": {where: round(count) for where, count in sorted(waits.items())},
         "step_s": step_s,
@@ -98,6 +103,17 @@ def verdict(
         "seconds_by_limit": seconds_by_limit(times),
         "cannot_see": [*BLIND_SPOTS, *_blind_spots_of(config, memory["memory_timeline"])],
     }
+
+
+def _sequence_exchange(config: RunConfig, micro_batch: Tally) -> dict[str, float] | None:
+    """Bytes that a rank sends per token of its slice, layer and forward pass: as counted, and of attention shared in other ways."""
+    cp = config.parallel.context_parallel
+    if cp == 1:
+        return None
+    sizes = grouped(micro_batch, "collective_bytes", "phase", "operator")
+    tokens = config.training.micro_batch_size * config.training.seq_length / cp * config.model.num_layers
+    counted = sizes.get(("forward", "alltoall"), 0.0) * (cp - 1) / cp / tokens
+    return {"tokens for heads": counted, **attention_exchanges(config)}
 
 
 def works_of(tally: Tally) -> Phases:

@@ -102,7 +102,10 @@ def test_the_best_five_fit_and_are_no_slower_than_what_was_given():
 def test_sequences_of_a_million_tokens_are_split_over_ranks_and_cut_where_nothing_fits_whole(capsys):
     million = ["plan", "hope_760m", "--world", "64", "--seq", "1048576", "--tune"]
     assert main([*million, "--json"]) == 0
-    for choice in json.loads(capsys.readouterr().out):
+    *choices, short = json.loads(capsys.readouterr().out)
+    assert short["seq_length"] == 4096 and short["tokens_per_second_per_gpu"] > choices[0]["tokens_per_second_per_gpu"]
+    assert short["bound"] and len(choices) == 5
+    for choice in choices:
         config = load_for_plan("hope_760m", choice["overrides"])  # refuses what does not go together
         assert config.training.seq_length == 1048576 and config.parallel.context_parallel > 1
         assert config.training.global_batch_size == 8, "64 GPUs in groups of 8, with 24 heads"

@@ -21,6 +21,12 @@ RUNS = {
     "memories": [*MEMORIES, *SEVERAL],
     "attention": ["transformer_pp_tiny", "training.recompute=none", *SEVERAL],
     "one sequence over two ranks": [*MEMORIES, *SPLIT],
+    "three sequences over two ranks": [
+        *MEMORIES,
+        *SPLIT,
+        "training.micro_batch_size=3",
+        "training.global_batch_size=3",
+    ],
 }
 
 

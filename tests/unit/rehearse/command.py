@@ -62,6 +62,33 @@ def test_counts_launches_of_triton_kernels(tmp_path):
     assert counts[0] == counts[1] < 2000
 
 
+def test_says_what_sharing_a_sequence_sends(tmp_path, capsys):
+    """Attention split over heads is counted as Ulysses' closed form, whatever its key-value heads; no figure without sharing."""
+    file = tmp_path / "found.json"
+    shared = ["model.attention.num_kv_heads=2", "parallel.context_parallel=2", "--world", "2"]
+    assert main(["rehearse", "transformer_pp_tiny", *SMALL, *shared, "--json", str(file)]) == 0
+    sent = json.loads(file.read_text())["sequence_exchange"]
+    assert sent["tokens for heads"] == sent["ulysses"] == 2 * (2 * 256 + 2 * 128) / 2
+    assert sent["ring attention"] == 2 * 2 * 128
+    assert "sends per token and layer in forward: tokens for heads 768 B" in capsys.readouterr().out
+
+
+def test_says_what_passing_states_would_cost(tmp_path, capsys):
+    """More ranks than heads: work of a slice, and a wait of one layer for each rank before."""
+    file = tmp_path / "found.json"
+    long = ["model.num_layers=3", "model.vocab_size=1024", "training.seq_length=4096", "training.global_batch_size=2"]
+    assert main(["rehearse", "hope_tiny", *long, "--world", "16", "--pass-states", "8", "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    passed, phases = found["passing_states"], found["phases"]
+    assert found["seq_length"] == 512 and found["sequence_exchange"] is None
+    each = phases["forward"]["total_s"] + phases["backward"]["total_s"]
+    assert 1 < passed["serial_s"] / (7 / 3 * each) < 1.05, "states travel too"
+    assert passed["step_s"] == pytest.approx(found["step_s"] + passed["serial_s"])
+    assert passed["bytes_per_step"] == 2 * passed["state_bytes"]
+    assert passed["tokens_per_second"] == pytest.approx(2 * 4096 / 16 / passed["step_s"])
+    assert "Passing states over 8 ranks (not built)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -70,6 +97,7 @@ def test_counts_launches_of_triton_kernels(tmp_path):
         (["--world", "2", "--rank", "2"], "the ranks of a world of 2 are 0 to 1"),
         (["--hardware", "abacus"], "no hardware row 'abacus'"),
         (["--json", "/"], "it is a directory"),
+        (["--pass-states", "2"], "this model has attention"),
         (["--against", ""], "--against: give a configuration"),
     ],
 )
