@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export DS_BUILD_OPS ?= 0
 export VENV
 
-.PHONY: help quickstart test test-slurm soak gpu-check sweep-demo lint format typecheck docs site clean
+.PHONY: help quickstart test test-slurm soak gpu-check sweep-demo lint format typecheck audit docs site clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ format: $(VENV)/.ready-dev ## format the code, and mend what can be mended by ma
 
 typecheck: $(VENV)/.ready-dev ## mypy
 	$(BIN)/mypy
+
+audit: $(VENV)/.ready-dev ## known weaknesses of the versions in constraints/; without network it says so (ARGS=--require fails then)
+	$(BIN)/python tools/audit.py $(ARGS)
 
 docs: $(VENV)/.ready-run ## write docs/configuration.md from the schema
 	$(BIN)/python tools/make_config_docs.py

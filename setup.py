@@ -101,7 +101,7 @@ setup(
         "remote": REMOTE,
         "gcs": GCS,
         "test": TEST,
-        "dev": [*TEST, "mypy>=1.13,<3", "pre-commit>=4,<5", "ruff>=0.9,<1", "types-PyYAML"],
+        "dev": [*TEST, "mypy>=1.13,<3", "pip-audit>=2.9,<3", "pre-commit>=4,<5", "ruff>=0.9,<1", "types-PyYAML"],
         "eval": EVAL,
         "hf": HF,
         "serve": SERVE,

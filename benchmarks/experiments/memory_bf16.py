@@ -3,11 +3,13 @@
     python benchmarks/experiments/memory_bf16.py --dry-run               the commands
     python benchmarks/experiments/memory_bf16.py --out runs/bf16         all of them: many hours on two cores
     python benchmarks/experiments/memory_bf16.py --out runs/bf16 --only recall
-    python benchmarks/experiments/memory_bf16.py --out runs/bf16 --table only the comparison of what is there
+    python benchmarks/experiments/memory_bf16.py --out runs/bf16 --short           smaller: an hour on one core
+    python benchmarks/experiments/memory_bf16.py --out runs/bf16 --table           only the comparison of what is there
 
-Three seeds each of the quickstart (held-out loss), associative recall (64 pairs) and a^n b^n (longer strings), by the phases in
-PyTorch, which round as the GPU kernels do. Finished trainings are not run again. The difference is within seed spread if it is
-below the two standard deviations of the mean difference. `hope quickstart` first: its shards are read.
+Three seeds each of the quickstart (held-out loss), associative recall (64 pairs; also the steps until they are recalled) and
+a^n b^n, by the phases in PyTorch, which round as the GPU kernels do. --short: 100 of the quickstart's 500 steps, 8 pairs, one
+optimizer for a^n b^n. Finished trainings are not run again. The difference is within seed spread if it is below the two standard
+deviations of the mean difference. The quickstart's shards are read from --data (`hope quickstart` makes them).
 """
 
 from __future__ import annotations
@@ -31,6 +33,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/bf16"))
     parser.add_argument("--only", choices=TASKS, nargs="+", default=list(TASKS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--data", type=Path, default=Path("runs/quickstart/data"), help="train/, heldout/, tokenizer.model"
+    )
+    parser.add_argument("--short", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
@@ -48,58 +54,66 @@ def main() -> int:
 
 def commands(args: argparse.Namespace) -> list[tuple[list[str], Path]]:
     """Each with the file that is there when it has ended. Suites and recall go on by themselves, so theirs is never there."""
-    found: list[tuple[list[str], Path]] = []
     hope = [sys.executable, "-m", "hope_megatron"]
-    for precision in PRECISIONS:
-        keys = ["memory.kernel=phases", f"memory.precision={precision}"]
-        never = args.out / f"{precision}.never"
-        if "quickstart" in args.only:
-            for seed in range(args.seeds):
-                folder = args.out / f"quickstart-{precision}-{seed}"
-                changes = [f"model.{key}" for key in keys]
-                changes += [f"training.seed={seed}", f"output_dir={folder}", "parallel.tensor_parallel=1"]
-                changes += ["parallel.sequence_parallel=false"]
-                found.append(
-                    ([*hope, "train", "configs/runs/quickstart.yaml", *changes], folder / "hope" / "summary.json")
-                )
-        if "recall" in args.only:
-            script = [sys.executable, str(HERE / "memory_learning.py"), "recall", "--rates", "on", "--until", "64"]
-            rest = ["--seeds", str(args.seeds), "--steps", "4000", "--minutes", "600"]
-            rest += ["--json", str(args.out / f"recall-{precision}.json")]
-            found.append(([*script, *rest, "--set", *(key.removeprefix("memory.") for key in keys)], never))
-        if "languages" in args.only:
+    found: dict[str, list[tuple[list[str], Path]]] = {task: [] for task in TASKS}
+    for seed in range(args.seeds):
+        for precision in PRECISIONS:
+            keys = ["memory.kernel=phases", f"memory.precision={precision}"]
+            never = args.out / f"{precision}.never"
+            folder = args.out / f"quickstart-{precision}-{seed}"
+            changes = [f"model.{key}" for key in keys]
+            changes += [f"training.seed={seed}", f"output_dir={folder}", "parallel.tensor_parallel=1"]
+            changes += ["parallel.sequence_parallel=false", f"data.train={args.data / 'train'}"]
+            changes += [f"data.heldout={args.data / 'heldout'}", f"data.tokenizer={args.data / 'tokenizer.model'}"]
+            changes += ["training.steps=100"] if args.short else []
+            command = [*hope, "train", "configs/runs/quickstart.yaml", *changes]
+            found["quickstart"].append((command, folder / "hope" / "summary.json"))
+
+            script = [sys.executable, str(HERE / "memory_learning.py"), "recall", "--rates", "on"]
+            rest = ["--first-seed", str(seed), "--steps", "4000", "--minutes", "600"]
+            rest += ["--until", "8" if args.short else "64", "--json", str(args.out / f"recall-{precision}.json")]
+            rest += ["--set", *(key.removeprefix("memory.") for key in keys)]
+            found["recall"].append(([*script, *rest], never))
+
             suite = [*hope, "eval", "suite", "languages", "--families", "hope", "--tasks", "a^n b^n"]
             rest = ["--seeds", str(args.seeds), "--json", str(args.out / f"languages-{precision}.json")]
-            found.append(([*suite, *rest, "--hope", *keys], never))
-    return found
+            rest += ["--optimizer", "adamw", "--lr", "0.003"] if args.short else []
+            if seed == 0:
+                found["languages"].append(([*suite, *rest, "--hope", *keys], never))
+    return [both for task in args.only for both in found[task]]
 
 
-def values(task: str, precision: str, args: argparse.Namespace) -> list[float]:
-    """One result per seed: held-out loss, share recalled, share of the longest strings."""
+def values(task: str, precision: str, args: argparse.Namespace) -> dict[str, list[float]]:
+    """One result per seed, by its name."""
     if task == "quickstart":
         paths = [args.out / f"quickstart-{precision}-{seed}" / "hope" / "summary.json" for seed in range(args.seeds)]
-        return [json.loads(path.read_text())["heldout_loss"] for path in paths if path.exists()]
+        losses = [json.loads(path.read_text())["heldout_loss"] for path in paths if path.exists()]
+        return {"held-out loss": losses}
     path = args.out / f"{task}-{precision}.json"
     if not path.exists():
-        return []
+        return {}
     found = json.loads(path.read_text())
     if task == "recall":
-        return [row["recall"] for row in found["rows"] if "recall" in row]
-    cells = [cell["scores"]["raw"] for cell in found["cells"] if cell["scores"]]
-    return [scores[max(scores, key=lambda name: int(name.split("-")[0]))] for scores in cells]
+        rows = [row for row in found["rows"] if "recall" in row]
+        return {name: [float(row[name]) for row in rows] for name in ("recall", "steps")}
+    scores = [cell["scores"]["raw"] for cell in found["cells"] if cell["scores"]]
+    return {name: [each[name] for each in scores] for name in scores[0]} if scores else {}
 
 
 def compared(task: str, args: argparse.Namespace) -> str:
     both = {precision: values(task, precision, args) for precision in PRECISIONS}
-    lines = [f"{task}: " + "; ".join(f"{name} {[round(x, 4) for x in found]}" for name, found in both.items())]
-    if all(len(found) > 1 for found in both.values()):
-        difference = statistics.mean(both["bf16"]) - statistics.mean(both["fp32"])
-        spread = math.sqrt(sum(statistics.variance(found) / len(found) for found in both.values()))
-        verdict = "within" if abs(difference) <= 2 * spread else "OUTSIDE"
-        lines.append(
-            f"  bf16 - fp32 = {difference:+.4f}, {verdict} 2 standard deviations of the mean difference ({2 * spread:.4f})"
-        )
-    return "\n".join(lines)
+    lines = []
+    for name in both["fp32"].keys() & both["bf16"].keys():
+        fp32, bf16 = both["fp32"][name], both["bf16"][name]
+        lines.append(f"{task}, {name}: " + "; ".join(f"{p} {[round(x, 4) for x in both[p][name]]}" for p in PRECISIONS))
+        if min(len(fp32), len(bf16)) > 1:
+            difference = statistics.mean(bf16) - statistics.mean(fp32)
+            twice = 2 * math.sqrt(sum(statistics.variance(found) / len(found) for found in (fp32, bf16)))
+            verdict = "within" if abs(difference) <= twice else "OUTSIDE"
+            lines.append(
+                f"  bf16 - fp32 = {difference:+.4f}, {verdict} 2 standard deviations of the mean difference ({twice:.4f})"
+            )
+    return "\n".join(lines or [f"{task}: nothing yet"])
 
 
 if __name__ == "__main__":

@@ -13,15 +13,15 @@ import shutil
 import socket
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hope_megatron.cli.doctor_fabric import check_fabric
+from hope_megatron.cli.doctor_finding import MISSING, NOTE, OK, WARNING, Finding
 from hope_megatron.config.environment import detect_apex, fused_kernels, installed_versions
 from hope_megatron.config.torch_build import driver_problem
 from hope_megatron.runtime.formatting import bytes_text
-
-OK, NOTE, WARNING, MISSING = "ok", "note", "warning", "missing"
 
 TORCH_PROBE = """
 import json, torch
@@ -40,16 +40,6 @@ print(json.dumps({
 }))
 """
 """Runs in a process of its own, so that a torch that crashes or hangs is reported instead of ending the report."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report."""
-
-    topic: str
-    status: str
-    text: str
-    advice: str = ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
         *([] if "error" in torch else check_memory_kernel()),
         *check_machine(),
         *check_slurm(),
+        *check_fabric(),
     ]
     cuda = bool(torch.get("devices"))
     if args.kernels is not None and "error" not in torch:

@@ -6,7 +6,8 @@ Examples:
     hope import deepspeed DIR RUN_FILE          from the weights of a DeepSpeed checkpoint (or torch_dist), whoever wrote it
     hope import deepspeed DIR RUN_FILE --optimizer-states    go on where DeepSpeed stopped: optimizer states, clocks, steps
     hope import hf DIR --tokenizer FILE         the SentencePiece model, with the tokens that fine-tuning added
-    hope import llama DIR --model model.yaml    write the model section that fits a Llama or Mistral model (hf: a fine-tuned one)
+    hope import llama DIR --model model.yaml    the model section that fits a Llama, Mistral or Qwen model (hf: a fine-tuned one)
+    hope import llama DIR --model model.yaml --split-mlp 4096,1024    its MLP cut into levels side by side; the same logits
     hope import llama DIR RUN_FILE              start a run from it: its MLPs are the levels' initial states
     hope import torch_dist DIR --checkpoint OUT a checkpoint of ours from an earlier export, optimizer states and all
 """
@@ -37,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", type=Path, metavar="FILE", help="write the model section of a run file")
     parser.add_argument(
+        "--split-mlp",
+        metavar="SIZES",
+        type=level_sizes,
+        help="with --model: cut the MLP into levels of these hidden sizes, for example 4096,1024 (llama)",
+    )
+    parser.add_argument(
         "--tokenizer", type=Path, metavar="FILE", help="write the SentencePiece model that belongs to DIR"
     )
     parser.add_argument(
@@ -45,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with RUN_FILE: take optimizer states and counted steps too (deepspeed)",
     )
     add_layout_arguments(parser)
+
+
+def level_sizes(text: str) -> tuple[int, ...]:
+    """Hidden sizes, separated by commas."""
+    return tuple(int(part) for part in text.split(","))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
         raise ModelReferenceError("--tp, --dp, --zero-stage and --sequence-parallel need --checkpoint OUT")
     if args.optimizer_states and args.run_file is None:
         raise ModelReferenceError("--optimizer-states needs RUN_FILE, whose run goes on with them")
+    if args.split_mlp and args.model is None:
+        raise ModelReferenceError("--split-mlp needs --model FILE, the model section with these levels")
     prepare_process()
     source = open_format(args.format)
     if args.checkpoint is not None:
@@ -87,7 +101,14 @@ def _write_model_section(source: Format, args: argparse.Namespace) -> None:
         )
     if args.model.exists():
         raise ModelReferenceError(f"{args.model} exists; name another file, or move it away")
-    section = dump_config(source.read_model_config(args.directory))
+    model = source.read_model_config(args.directory)
+    if args.split_mlp:
+        if source.split_mlp is None:
+            raise ModelReferenceError(
+                f"{args.format} has levels of its own; --split-mlp is for models with one MLP (llama)"
+            )
+        model = source.split_mlp(model, args.split_mlp)
+    section = dump_config(model)
     write_text(args.model, "model:\n" + textwrap.indent(section, "  "))
     print(f"{args.model}: the model section of a run file; levels may be added to its cms.levels")
 

@@ -57,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit", type=int, default=16, metavar="N", help="cells at a time on the cluster (default: %(default)s)"
     )
     run.add_argument("--retry", action="store_true", help="take cells that were set aside up again")
-    status.add_argument("--follow", action="store_true", help="renew the table until nothing runs")
+    status.add_argument(
+        "--follow", action="store_true", help="renew the table until every cell has ended; Ctrl-C leaves"
+    )
     for command in (fit, report):
         command.add_argument(
             "--flops", type=float, metavar="C", help="compute to recommend a run for (default: fit.target_flops)"
@@ -182,8 +184,8 @@ def _queue(args: argparse.Namespace, plan: Plan) -> int:
 def _status(args: argparse.Namespace) -> int:
     from rich.live import Live
 
-    from hope_megatron.sweep.status import status_table, sweep_status
-    from hope_megatron.sweep.store import State, SweepDirectory
+    from hope_megatron.sweep.status import goes_on, status_table, sweep_status
+    from hope_megatron.sweep.store import SweepDirectory
 
     plan = _load(args)
     directory = SweepDirectory(plan.sweep.directory)
@@ -192,7 +194,7 @@ def _status(args: argparse.Namespace) -> int:
         _console().print(status_table(statuses, plan.sweep.name))
         return 0
     with Live(status_table(statuses, plan.sweep.name), auto_refresh=False) as live:
-        while any(status.state is State.RUNNING for status in statuses):
+        while goes_on(statuses):
             time.sleep(_REFRESH_S)
             statuses = sweep_status(plan, directory)
             live.update(status_table(statuses, plan.sweep.name), refresh=True)

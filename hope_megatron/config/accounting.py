@@ -98,10 +98,15 @@ def _attention_weights(model: ModelConfig, layers: int) -> list[Weight]:
         return []
     D, H, d = model.hidden_size, model.num_heads, model.head_dim
     kv = model.attention.num_kv_heads or H
-    return [
+    rows = [
         Weight("projections", "attention qkv", D * (H + 2 * kv) * d, layers),
         Weight("projections", "attention output", H * d * D, layers),
     ]
+    if model.attention.qkv_bias:
+        rows.append(Weight("projections", "attention bias", (H + 2 * kv) * d, layers, matmul=False, matrix=False))
+    if model.attention.qk_norm:
+        rows.append(Weight("norms", "query and key norms", 2 * d, layers, matmul=False, sharded=False, matrix=False))
+    return rows
 
 
 class MemoryBank(NamedTuple):

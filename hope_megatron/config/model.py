@@ -180,6 +180,10 @@ class AttentionConfig(Section):
     """Base of the rotary position embedding."""
     window_tokens: int | None = Field(default=None, gt=0)
     """Sliding window in tokens; None attends to everything before."""
+    qkv_bias: bool = False
+    """Add a bias to queries, keys and values, as Qwen2 does."""
+    qk_norm: bool = False
+    """RMSNorm over each head's queries and keys before they are rotated, as Qwen3 does."""
 
 
 class CMSLevelConfig(Section):

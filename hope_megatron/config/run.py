@@ -127,11 +127,12 @@ class RunConfig(Section):
 def check_canonical(parallel: ParallelConfig, training: TrainingConfig) -> None:
     """Refuse the canonical reduction where its order is not defined."""
     micro_batches = training.global_batch_size / training.micro_batch_size
-    if parallel.zero_stage or parallel.ranks_per_sequence > 1 or not math.log2(micro_batches).is_integer():
+    sharded = parallel.zero_stage and (parallel.zero_stage > 1 or training.precision != "fp32")
+    if sharded or parallel.context_parallel > 1 or not math.log2(micro_batches).is_integer():
         raise ConfigError(
-            f"training.reduction=canonical with zero_stage={parallel.zero_stage}, tensor_parallel={parallel.tensor_parallel}, "
+            f"training.reduction=canonical with zero_stage={parallel.zero_stage}, precision={training.precision}, "
             f"context_parallel={parallel.context_parallel} and {micro_batches:g} micro-batches per step; "
-            "it needs zero_stage=0, tensor_parallel=1, context_parallel=1 and a power of two"
+            "it needs zero_stage=0, or 1 in fp32, context_parallel=1 and a power of two"
         )
 
 

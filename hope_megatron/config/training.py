@@ -62,7 +62,8 @@ class TrainingConfig(Section):
     """What backward recomputes instead of keeping: nothing, the inside of the memories, or that and each whole layer."""
     reduction: Literal["fast", "canonical"] = "fast"
     """`canonical` adds the gradients of micro-batches in one fixed order, so that 1, 2 and 4 ranks give the same bits: for checking
-    a change of ranks. It needs zero_stage=0, tensor_parallel=1 and numbers of ranks and micro-batches that are powers of two."""
+    a change of the data-parallel ranks. It needs zero_stage=0, or 1 in fp32, and numbers of ranks and micro-batches that are
+    powers of two."""
     profile: ProfileConfig = ProfileConfig()
     """Traces of chosen steps, into the run's directory."""
     num_threads: int = Field(default=1, gt=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,7 @@ class Format:
         load_model: the weights of a directory, whoever wrote it, as a model of a run's configuration.
         load_run: the same with optimizer states and clocks; see `begin_run.go_on`.
         read_model_config: the model section of a run file that fits a directory.
+        split_mlp: that section with its MLP cut into levels of these hidden sizes.
         read_tokenizer: the tokenizer that belongs to a directory, a SentencePiece model or a tokenizer.json.
     """
 
@@ -48,6 +49,7 @@ class Format:
     load_model: Callable[[Path, RunConfig], LanguageModel] | None = None
     load_run: Callable[[Path, RunConfig, Callable[[int, int], Mapping[str, Any]]], UnshardedCheckpoint] | None = None
     read_model_config: Callable[[Path], ModelConfig] | None = None
+    split_mlp: Callable[[ModelConfig, Sequence[int]], ModelConfig] | None = None
     read_tokenizer: Callable[[Path], bytes] | None = None
 
 
@@ -64,7 +66,9 @@ FORMATS = Registry(
             "hope_megatron.convert.deepspeed.format:FORMAT",
             "DeepSpeed's universal checkpoint, or with a layout the files of its own save_checkpoint",
         ),
-        "llama": Entry("hope_megatron.convert.llama:FORMAT", "a Llama or Mistral model as Hope-Attention; import only"),
+        "llama": Entry(
+            "hope_megatron.convert.llama:FORMAT", "a Llama, Mistral or Qwen model as Hope-Attention; import only"
+        ),
     },
 )
 

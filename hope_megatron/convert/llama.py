@@ -1,15 +1,17 @@
-"""Llama-family checkpoints as Hope-Attention: attention is kept, each MLP becomes the initial state of a level.
+"""Llama, Mistral and Qwen checkpoints as Hope-Attention: attention is kept, each MLP becomes the initial state of levels.
 
 Both models are the same function of the same numbers: RMSNorm before attention and before the MLP, rotary embeddings that
-turn the two halves of a head, grouped queries, SwiGLU. So a chain of one level computes what the source computes. Further
-levels of the chain start with an output matrix of zeros, which adds nothing until they learn (ad-hoc level stacking,
-"Nested Learning", arXiv 2512.24695, section 7.3).
+turn the two halves of a head, grouped queries, SwiGLU; Qwen2's biases and Qwen3's norms of queries and keys too. So a chain of
+one level computes what the source computes. Further levels of the chain start with an output matrix of zeros, which adds nothing
+until they learn (ad-hoc level stacking, "Nested Learning", arXiv 2512.24695, section 7.3). Or the MLP is cut into levels side by
+side (eq. 74): an MLP is a sum over its hidden channels, so levels that share them out, joined with weights of 1, add up to it.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from hope_megatron.convert.huggingface.weights import read_json, read_weights
 from hope_megatron.engine.distributed import init_distributed
 from hope_megatron.model import LanguageModel, build_model
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 NUM_CHECKED_TOKENS = 64
 
 log = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ def llama_model_config(directory: str | Path) -> ModelConfig:
     values = read_json(path)
     architecture = next(iter(values.get("architectures") or ["nothing"]))
     if architecture not in ARCHITECTURES:
-        raise ConversionError(f"{path} is of {architecture}; {' and '.join(ARCHITECTURES)} can be imported")
+        raise ConversionError(f"{path} is of {architecture}; {', '.join(ARCHITECTURES)} can be imported")
     for name in ("attention_bias", "mlp_bias"):
         if values.get(name):
             raise ConversionError(f"{path}: {name}={values[name]!r}; Hope-Attention has no such biases")
@@ -63,7 +65,9 @@ def llama_model_config(directory: str | Path) -> ModelConfig:
             attention=AttentionConfig(
                 num_kv_heads=num_kv_heads if num_kv_heads != num_heads else None,
                 rope_base=_rope_base(values, path),
-                window_tokens=values.get("sliding_window"),
+                window_tokens=_window(values, path),
+                qkv_bias=architecture.startswith("Qwen2"),
+                qk_norm=architecture.startswith("Qwen3"),
             ),
             cms=CMSConfig(levels=(CMSLevelConfig(hidden_size=values["intermediate_size"]),), activation="swiglu"),
             norm_epsilon=values.get("rms_norm_eps", 1e-6),
@@ -71,6 +75,38 @@ def llama_model_config(directory: str | Path) -> ModelConfig:
         )
     except KeyError as error:
         raise ConversionError(f"{path} lacks {error.args[0]}") from None
+
+
+def _window(values: dict[str, Any], path: Path) -> int | None:
+    """The sliding window, if all layers have it; Qwen's files name one that is switched off."""
+    window, layers = values.get("sliding_window"), values["num_hidden_layers"]
+    if window is None or not values.get("use_sliding_window", not values["model_type"].startswith("qwen")):
+        return None
+    first = values.get("max_window_layers", 0)
+    kinds = set(
+        values.get("layer_types") or ["full_attention"] * min(first, layers) + ["sliding_attention"] * (layers - first)
+    )
+    if len(kinds) > 1:
+        raise ConversionError(
+            f"{path}: some layers have a sliding window and some have none; Hope-Attention has one kind"
+        )
+    return window if kinds == {"sliding_attention"} else None
+
+
+def split_mlp(config: ModelConfig, sizes: Sequence[int]) -> ModelConfig:
+    """The same model with its MLP cut into levels side by side, of these hidden sizes.
+
+    Raises:
+        ConversionError: the sizes do not add up to the MLP's.
+    """
+    (level,) = config.cms.levels
+    if sum(sizes) != level.hidden_size or min(sizes) < 1:
+        raise ConversionError(
+            f"levels of {', '.join(map(str, sizes))} hidden channels add up to {sum(sizes)}; the MLP has {level.hidden_size}"
+        )
+    levels = tuple(CMSLevelConfig(hidden_size=size) for size in sizes)
+    cms = CMSConfig(levels=levels, activation=config.cms.activation, connection="independent")
+    return config.model_copy(update={"cms": cms})
 
 
 def _rope_base(values: dict[str, Any], path: Path) -> float:
@@ -96,7 +132,8 @@ def import_llama(directory: str | Path, config: ModelConfig) -> LanguageModel:
     _check_fits(config, source, directory)
     mesh = init_distributed(ParallelConfig(), num_threads=torch.get_num_threads())
     model = build_model(config, dtype=torch.float32)
-    tensors = _rename(dict(_read(directory)), config, directory) | _further_levels(model)
+    tensors = _rename(dict(_read(directory)), config, directory)
+    tensors |= _neutral_levels(model, tensors)
     load_weights(model, tensors.items(), str(directory))
     return model.to(mesh.device).eval()
 
@@ -142,8 +179,9 @@ def _resolved(config: ModelConfig) -> dict[str, Any]:
         "attention.num_kv_heads": attention.num_kv_heads or config.num_heads,
         "attention.rope_base": attention.rope_base,
         "attention.window_tokens": attention.window_tokens,
+        "attention.qkv_bias": attention.qkv_bias,
+        "attention.qk_norm": attention.qk_norm,
         "cms.activation": config.cms.activation,
-        "cms.levels[0].hidden_size": config.cms.levels[0].hidden_size,
         "norm_epsilon": config.norm_epsilon,
         "tie_embeddings": config.tie_embeddings,
     }
@@ -151,12 +189,21 @@ def _resolved(config: ModelConfig) -> dict[str, Any]:
 
 def _check_fits(wanted: ModelConfig, source: ModelConfig, directory: Path) -> None:
     here, there = _resolved(wanted), _resolved(source)
+    mlp = source.cms.levels[0].hidden_size
+    if not _is_split(wanted, mlp):
+        here["cms.levels[0].hidden_size"], there["cms.levels[0].hidden_size"] = wanted.cms.levels[0].hidden_size, mlp
     lines = [f"\n  model.{key}: {there[key]} there, {here[key]} in the run" for key in there if there[key] != here[key]]
     if lines:
         raise ConversionError(
             f"{directory} is another model than the run's:{''.join(lines)}\n"
             f"`hope import llama {directory} --model FILE` writes the model section that fits"
         )
+
+
+def _is_split(config: ModelConfig, hidden_size: int) -> bool:
+    """Whether levels side by side share out an MLP of that size."""
+    sizes = [level.hidden_size for level in config.cms.levels]
+    return config.cms.connection == "independent" and sizes[0] < hidden_size == sum(sizes)
 
 
 def _read(directory: Path) -> list[tuple[str, Tensor]]:
@@ -190,22 +237,36 @@ def _rename(tensors: dict[str, Tensor], config: ModelConfig, directory: Path) ->
             f"{new}.norm.weight": take(f"{old}.input_layernorm.weight"),
             f"{new}.mixer.attention.linear_qkv.weight": _fuse_qkv(q, k, v, groups),
             f"{new}.mixer.attention.linear_proj.weight": take(f"{old}.self_attn.o_proj.weight"),
-            f"{new}.mlp.levels.0.norm.weight": take(f"{old}.post_attention_layernorm.weight"),
-            f"{new}.mlp.levels.0.up.weight": torch.cat(
-                [take(f"{old}.mlp.{part}_proj.weight") for part in ("gate", "up")]
-            ),
-            f"{new}.mlp.levels.0.down.weight": take(f"{old}.mlp.down_proj.weight"),
         }
+        if config.attention.qkv_bias:
+            q, k, v = (take(f"{old}.self_attn.{part}_proj.bias").unsqueeze(1) for part in "qkv")
+            found[f"{new}.mixer.attention.linear_qkv.bias"] = _fuse_qkv(q, k, v, groups).squeeze(1)
+        if config.attention.qk_norm:
+            for part in "qk":
+                found[f"{new}.mixer.attention.{part}_layernorm.weight"] = take(f"{old}.self_attn.{part}_norm.weight")
+        norm = take(f"{old}.post_attention_layernorm.weight")
+        gate, up, down = (take(f"{old}.mlp.{part}_proj.weight") for part in ("gate", "up", "down"))
+        found |= {f"{new}.mlp.{key}": tensor for key, tensor in _levels(norm, gate, up, down, config)}
     return found | tensors
 
 
-def _further_levels(model: LanguageModel) -> dict[str, Tensor]:
-    """Levels after the first as they were initialised, but with nothing to add yet."""
-    marks = [f".levels.{i}." for i in range(1, len(model.model_config.cms.levels))]
+def _levels(norm: Tensor, gate: Tensor, up: Tensor, down: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """The MLP as the first level of a chain, or its hidden channels [h, D] shared out over levels side by side."""
+    split = _is_split(config, gate.size(0))
+    sizes = [level.hidden_size for level in config.cms.levels] if split else [gate.size(0)]
+    parts = zip(gate.split(sizes), up.split(sizes), down.split(sizes, 1), strict=True)
+    for i, (gate_part, up_part, down_part) in enumerate(parts):
+        yield f"levels.{i}.norm.weight", norm.clone()
+        yield f"levels.{i}.up.weight", torch.cat([gate_part, up_part])
+        yield f"levels.{i}.down.weight", down_part
+
+
+def _neutral_levels(model: LanguageModel, taken: Container[str]) -> dict[str, Tensor]:
+    """Levels that got nothing of the source as they were initialised, but with nothing to add yet; joins of ones."""
     return {
         name: torch.zeros_like(parameter) if name.endswith("down.weight") else parameter.detach().clone()
         for name, parameter in model.named_parameters()
-        if any(mark in name for mark in marks)
+        if name not in taken and (".mlp.levels." in name or name.endswith(".mlp.join"))
     }
 
 
@@ -230,4 +291,4 @@ def _load_model(source: Path, config: RunConfig) -> LanguageModel:
     return model
 
 
-FORMAT = Format(load_model=_load_model, read_model_config=llama_model_config)
+FORMAT = Format(load_model=_load_model, read_model_config=llama_model_config, split_mlp=split_mlp)

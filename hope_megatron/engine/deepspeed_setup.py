@@ -126,9 +126,28 @@ def ask_before_update(zero: Any, stage: int, question: UpdateQuestion) -> None:
         compute_groups = zero._get_norm_groups
         zero._get_norm_groups = lambda: [torch.tensor(answer(combine_grad_norm_groups(compute_groups())))]
     else:
+        zero.global_norm = zero.scaled_global_norm
         zero.check_overflow = lambda *args, **kwargs: None  # a wait for what the norm says too: it is not finite then
-        compute = zero.scaled_global_norm
-        zero.scaled_global_norm = lambda *args, **kwargs: torch.tensor(answer(compute(*args, **kwargs)))
+        zero.scaled_global_norm = lambda *args, **kwargs: torch.tensor(answer(zero.global_norm(*args, **kwargs)))
+
+
+def give_gradients(zero: Any, norm: torch.Tensor) -> None:
+    """Have DeepSpeed's float32 wrapper at stages 1 and 2 step with the gradients in `parameter.grad`, reduced and whole on
+    each rank, as if it had reduced them itself (stage_1_and_2.py:1073). `norm`: theirs; its own depends on the number of ranks.
+    """
+    for group, parameters in enumerate(zero.params_in_partition):
+        zero.all_grad_tensors[group] = [parameter.grad for parameter in parameters]
+        zero.averaged_gradients[group] = zero.get_flat_partition(
+            parameters,
+            zero.first_offset[group],
+            zero.partition_size[group],
+            dtype=zero.gradient_accumulation_dtype,
+            device=norm.device,
+            param_group_idx=group,
+            return_tensor_list=True,
+        )
+        zero.all_grad_tensors[group] = None
+    zero.global_norm = lambda *args, **kwargs: norm
 
 
 _NUMEL_AT_ONCE = 2**26

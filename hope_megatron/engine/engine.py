@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hope_megatron.config.run import RunConfig
 from hope_megatron.engine.canonical import TreeSum
 from hope_megatron.engine.control import ControlGroup
-from hope_megatron.engine.deepspeed_setup import accumulate_together, ask_before_update, initialize
+from hope_megatron.engine.deepspeed_setup import accumulate_together, ask_before_update, give_gradients, initialize
 from hope_megatron.engine.distributed import Mesh, set_group_timeouts
 from hope_megatron.engine.question import UpdateQuestion
 from hope_megatron.engine.sequence_parallel import (
@@ -157,6 +157,9 @@ class Engine:
         else:
             if self._bucket is not None:
                 self._bucket.reduce()
+            if self._tree is not None:
+                self._take_tree()
+                give_gradients(self.zero, self._gradient_square_sum()[0].sqrt())
             self._deepspeed.step()  # asks self._update
             self.skipped = bool(self.zero.overflow)
         norm = self._update.norm

@@ -7,7 +7,7 @@ nothing is ever truncated, whatever the training length. Requests are split over
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
+from hope_megatron.engine.control import ControlGroup
 from hope_megatron.eval.perplexity import IGNORE
 from hope_megatron.eval.task_data import TASK_DATA, HarnessError, definition_folders, opened_tasks
 from hope_megatron.generation.complete import TextTokenizer, new_document
@@ -37,6 +38,7 @@ class HarnessModel(TemplateLM):
         self.window_tokens, self.batch_size = window_tokens, batch_size
         if dist.is_initialized():
             self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+            self._control = ControlGroup()
         self._device = next(model.parameters()).device
 
     @property
@@ -168,14 +170,42 @@ class HarnessModel(TemplateLM):
         return torch.stack(gathered)
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        """Objects of all ranks, on `dst`."""
-        gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, obj)
-        return gathered if self.rank == dst else None
+        """What the harness has counted on all ranks, on `dst`. As typed messages, where the harness's own models send pickles.
+
+        Raises:
+            HarnessError: a task counts in something other than numbers, texts, lists, tuples and mappings.
+        """
+        gathered = self._control.gather(as_plain(obj))
+        return [from_plain(found) for found in gathered] if self.rank == dst else None
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         dist.barrier()
+
+
+def as_plain(value: Any) -> list[Any]:
+    """A value of tuples, mappings with any keys and NumPy's numbers as nested lists, each with its kind in front."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return ["value", value]
+    if isinstance(value, (list, tuple)):
+        return ["tuple" if isinstance(value, tuple) else "list", *map(as_plain, value)]
+    if isinstance(value, Mapping):
+        return ["map", *([as_plain(key), as_plain(item)] for key, item in value.items())]
+    raise HarnessError(
+        f"a task counts in values of {type(value).__name__}, which one process can, and several cannot; use --nproc 1"
+    )
+
+
+def from_plain(plain: list[Any]) -> Any:
+    """The inverse."""
+    kind, *items = plain
+    if kind == "value":
+        return items[0]
+    if kind == "map":
+        return {from_plain(key): from_plain(item) for key, item in items}
+    return tuple(map(from_plain, items)) if kind == "tuple" else list(map(from_plain, items))
 
 
 def evaluate_tasks(

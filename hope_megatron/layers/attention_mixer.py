@@ -17,6 +17,8 @@ from torch import Tensor
 
 from hope_megatron.config.model import ModelConfig
 from hope_megatron.layers.context_parallel import context_parallel_size, heads_to_tokens, tokens_to_heads
+from hope_megatron.layers.linear import zeros
+from hope_megatron.layers.norm import RMSNorm
 from hope_megatron.layers.parameters import declare, normal
 from hope_megatron.ops.rotary import RotaryTable, rotate
 
@@ -79,13 +81,25 @@ class StreamingAttention(MegatronModule):
         return mask, False
 
 
+class HeadNorm(RMSNorm):
+    """RMSNorm over the channels of a head, as Megatron-Core's SelfAttention builds it; all heads share the weight."""
+
+    def __init__(self, hidden_size: int, config: TransformerConfig, eps: float):
+        super().__init__(hidden_size, eps, sum_over_tp=True, dtype=config.params_dtype)
+
+
 class AttentionMixer(MegatronModule):
     """x [T, B, D] (or its sequence shard) -> y of the same shape, and the key-value state of the streams."""
 
     def __init__(self, config: TransformerConfig, model: ModelConfig, layer_number: int):
         super().__init__(config)
+        norm = HeadNorm if model.attention.qk_norm else None
         submodules = SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear, core_attention=StreamingAttention, linear_proj=RowParallelLinear
+            linear_qkv=ColumnParallelLinear,
+            core_attention=StreamingAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=norm,
+            k_layernorm=norm,
         )
         self.attention = SelfAttention(config, submodules, layer_number, attn_mask_type=AttnMaskType.causal)
         self.attention.core_attention.window = model.attention.window_tokens
@@ -95,6 +109,8 @@ class AttentionMixer(MegatronModule):
             (self.attention.linear_proj.weight, output_std, 1),
         ):
             declare(weight, normal(std), shard_dim=dim, role="matrix", weight_decay=True, width_fan_in=True)
+        if model.attention.qkv_bias:
+            declare(self.attention.linear_qkv.bias, zeros, shard_dim=0)
         self.attention.core_attention.rotary = shared_rotary_table(config, model)
         groups = model.attention.num_kv_heads or model.num_heads
         self.num_groups = groups // parallel_state.get_tensor_model_parallel_world_size() // context_parallel_size()

@@ -25,7 +25,7 @@ def megatron_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.d
         layernorm_epsilon=model.norm_epsilon,
         normalization="RMSNorm",
         add_bias_linear=False,
-        add_qkv_bias=False,
+        add_qkv_bias=model.attention.qkv_bias,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_parallel,

@@ -38,9 +38,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def linear(in_size: int, out_size: int, std: float, parts: int = 1) -> nn.Linear:
-    """y = x W^T; `std` is that of new weights. parts: matrices of equal size that stand one above the other in W."""
-    layer = nn.Linear(in_size, out_size, bias=False)
+def linear(in_size: int, out_size: int, std: float, parts: int = 1, bias: bool = False) -> nn.Linear:
+    """y = x W^T + b; `std` is that of new weights. parts: matrices of equal size that stand one above the other in W."""
+    layer = nn.Linear(in_size, out_size, bias=bias)
     layer.init_std = std
     layer.optim_fused_parts = (out_size // parts,) * parts if parts > 1 else ()
     return layer
@@ -202,8 +202,19 @@ class Attention(nn.Module):
         self.heads, self.d, self.window = model.num_heads, model.head_dim, model.attention.window_tokens
         self.groups, self.base = model.attention.num_kv_heads or model.num_heads, model.attention.rope_base
         width = (self.heads + 2 * self.groups) * self.d
-        self.linear_qkv = linear(model.hidden_size, width, model.hidden_init_std)
+        # exports of earlier versions have neither key
+        self.linear_qkv = linear(
+            model.hidden_size, width, model.hidden_init_std, bias=getattr(model.attention, "qkv_bias", False)
+        )
+        has_norms = getattr(model.attention, "qk_norm", False)
+        self.q_layernorm = RMSNorm(self.d, model.norm_epsilon) if has_norms else None
+        self.k_layernorm = RMSNorm(self.d, model.norm_epsilon) if has_norms else None
         self.linear_proj = linear(self.heads * self.d, model.hidden_size, model.output_init_std)
+
+    def reset(self) -> None:
+        """Initial value of the biases."""
+        if self.linear_qkv.bias is not None:
+            nn.init.zeros_(self.linear_qkv.bias)
 
     def forward(
         self, x: Tensor, state: tuple[Tensor, Tensor] | None, position: int | Tensor
@@ -213,6 +224,8 @@ class Attention(nn.Module):
         # Megatron-Core's layout: each group's queries, its key and its value stand together
         qkv = self.linear_qkv(x).unflatten(-1, (self.groups, -1, self.d))  # [B, T, groups, heads / groups + 2, d]
         q, k, v = qkv[..., :-2, :].flatten(2, 3), qkv[..., -2, :], qkv[..., -1, :]
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            q, k = self.q_layernorm(q), self.k_layernorm(k)
         q, k = (self._rotate(heads, position).transpose(1, 2) for heads in (q, k))
         v = v.transpose(1, 2)
         if state is not None:

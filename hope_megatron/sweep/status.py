@@ -50,6 +50,11 @@ def sweep_status(plan: Plan, directory: SweepDirectory) -> list[CellStatus]:
     return [_status(cell, directory) for cell in plan.cells]
 
 
+def goes_on(statuses: Sequence[CellStatus]) -> bool:
+    """Whether a cell runs or will: a sweep that is queued, or between two cells, has not ended."""
+    return any(status.state not in (State.FINISHED, State.SET_ASIDE) for status in statuses)
+
+
 def status_table(statuses: Sequence[CellStatus], title: str) -> Table:
     """The table of `hope sweep status`."""
     counts = Counter(status.state for status in statuses)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hope_megatron.config.model import MemoryConfig, MupConfig
+from hope_megatron.config.model import AttentionConfig, MemoryConfig, MupConfig
 from hope_megatron.config.parallel import ParallelConfig
 from hope_megatron.engine.distributed import init_distributed, shutdown_distributed
 from hope_megatron.engine.sequence_parallel import reduce_sequence_parallel_gradients
@@ -24,6 +24,9 @@ CASES = {
     ),
     "retnet": tiny_model(memory=MemoryConfig(num_layers=1, dgd_layers="none", eta="fixed", decay="retnet", **STATIC)),
     "transformer": tiny_model(layer_pattern=("attention",)),
+    "qwen": tiny_model(
+        layer_pattern=("attention",), attention=AttentionConfig(num_kv_heads=2, qkv_bias=True, qk_norm=True)
+    ),
     "mixed": tiny_model(layer_pattern=("attention", "memory")),
     "mup": tiny_model(layer_pattern=("attention",), mup=MupConfig(base_width=16), tie_embeddings=False),
 }

@@ -18,7 +18,7 @@ from hope_megatron.cli.main import main
 from hope_megatron.config import CMSConfig, CMSLevelConfig, DataConfig, ModelConfig, RunConfig, TrainingConfig
 from hope_megatron.config.load import override_inner_clocks
 from hope_megatron.convert.begin_run import begin_run
-from hope_megatron.convert.llama import check_against_transformers, import_llama, llama_model_config
+from hope_megatron.convert.llama import check_against_transformers, import_llama, llama_model_config, split_mlp
 from hope_megatron.eval.perplexity import score_heldout
 from hope_megatron.model.in_context import set_inner_clocks
 
@@ -42,18 +42,24 @@ VARIANTS = {
         transformers.LlamaConfig,
         {"num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 777.0}},
     ),
+    "qwen2": (transformers.Qwen2Config, {"num_key_value_heads": 2, "sliding_window": 5, "use_sliding_window": False}),
+    "qwen2, window": (
+        transformers.Qwen2Config,
+        {"num_key_value_heads": 2, "sliding_window": 5, "use_sliding_window": True, "max_window_layers": 0},
+    ),
+    "qwen3": (transformers.Qwen3Config, {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}),
     "mistral": (transformers.MistralConfig, {"num_key_value_heads": 2, "sliding_window": 9}),
 }
 BEGINNING = {"progress": {"step": 0}, "data": {"sample": 0}, "provenance": {"commit": None, "versions": {}}}
 
 
 def make_source(directory: Path, name: str = "llama", **changes) -> nn.Module:
-    """A small model of random weights, norms too."""
+    """A small model of random weights, norms and biases too."""
     kind, values = VARIANTS[name]
     torch.manual_seed(5)
     model = transformers.AutoModelForCausalLM.from_config(kind(**{**SIZES, **values, **changes})).eval()
     for parameter_name, parameter in model.named_parameters():
-        if "norm" in parameter_name:
+        if "norm" in parameter_name or "bias" in parameter_name:
             parameter.data.uniform_(0.5, 1.5)
     model.save_pretrained(directory, max_shard_size="100KB")
     return model
@@ -67,7 +73,24 @@ def test_logits_equal_the_sources(tmp_path: Path, name: str) -> None:
     with torch.no_grad():
         expected = source(tokens).logits
         assert expected.std() > 0.1
-        torch.testing.assert_close(model(tokens).logits, expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(model(tokens).logits, expected, atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_an_mlp_cut_into_levels_computes_the_same(tmp_path: Path, name: str) -> None:
+    make_source(tmp_path / "source", name)
+    whole = import_llama(tmp_path / "source", llama_model_config(tmp_path / "source"))
+    command = ["import", "llama", str(tmp_path / "source"), "--model", str(tmp_path / "model.yaml")]
+    assert main([*command, "--split-mlp", "48,24,8"]) == 0
+    text = json.dumps(yaml.safe_load((tmp_path / "model.yaml").read_text())["model"])
+    config = ModelConfig.model_validate_json(text)
+    assert [level.hidden_size for level in config.cms.levels] == [48, 24, 8]
+    model = import_llama(tmp_path / "source", config)
+    tokens = torch.arange(30)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, whole(tokens).logits, atol=1e-5, rtol=1e-6)
+    with pytest.raises(ConversionError, match="48, 24 hidden channels add up to 72; the MLP has 80"):
+        split_mlp(llama_model_config(tmp_path / "source"), (48, 24))
 
 
 def test_levels_added_to_the_chain_are_neutral_at_first_and_learn(tmp_path: Path) -> None:

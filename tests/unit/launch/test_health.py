@@ -73,3 +73,19 @@ def test_scratch_is_written_and_measured(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     assert "free, less than" in scratch_problems(tmp_path, 1e9)[0]
     assert "cannot be written" in scratch_problems(tmp_path / "missing", 0.0)[0]
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"problems": ["the all-reduce gave a wrong sum"], "time": 100.0}, "the all-reduce gave a wrong sum"),
+        ({"problems": ["0.1 GB/s, less than 10"], "time": 100.0}, "0.1 GB/s, less than 10"),
+        ({"problems": [], "time": 109.0}, "clocks differ by 9.0 s"),
+        (None, "the all-reduce did not end"),
+    ],
+)
+def test_each_fault_is_put_down_to_its_node(bad: dict | None, words: str) -> None:
+    pairs = [pair for paired in rounds(names(4)) for pair in paired]
+    answers = {node: [{"problems": [], "time": 100.0}] for node in names(4)} | {"n2": [bad] if bad else []}
+    problems = blame(pairs, judge_pairs(pairs, answers, 1, HEALTH))
+    assert list(problems) == ["n2"] and words in problems["n2"]

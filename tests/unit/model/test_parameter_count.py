@@ -36,6 +36,9 @@ VARIANTS = {
     ),
     "independent": tiny_model(cms=CMSConfig(levels=(CMSLevelConfig(hidden_size=8),) * 3, connection="independent")),
     "grouped_attention": tiny_model(layer_pattern=("attention", "memory"), attention=AttentionConfig(num_kv_heads=1)),
+    "biased_attention": tiny_model(
+        layer_pattern=("attention",), attention=AttentionConfig(qkv_bias=True, qk_norm=True)
+    ),
 }
 
 

@@ -91,18 +91,22 @@ def test_comba_is_its_recurrence() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("mixer", ["memory", "attention"])
 def test_block_is_the_megatron_layer(mixer: str, dtype: torch.dtype) -> None:
+    attention = {"num_kv_heads": 2, "window_tokens": 5, "qkv_bias": True, "qk_norm": True}
     levels = {"hidden_sizes": (24, 16), "update_periods": (1, 4), "connection": "independent"}
     theirs = megatron_model(
         dtype,
         layer_pattern=(mixer,),
-        attention=AttentionConfig(num_kv_heads=2, window_tokens=5),
+        attention=AttentionConfig(**attention),
         cms=CMSConfig(
             levels=(CMSLevelConfig(hidden_size=24), CMSLevelConfig(hidden_size=16, update_period_steps=4)),
             connection="independent",
         ),
     ).layers[0]
+    for name, parameter in theirs.named_parameters():
+        if name.endswith(("bias", "layernorm.weight")):
+            parameter.data.uniform_(0.5, 1.5)
     ours = HopeBlock(
-        32, 4, mixer=mixer, memory={"chunk_tokens": 8}, attention={"num_kv_heads": 2, "window_tokens": 5}, **levels
+        32, 4, mixer=mixer, memory={"chunk_tokens": 8}, attention=attention, **levels
     ).to(dtype)  # fmt: skip
     ours.load_state_dict(dict(theirs.named_parameters()), strict=True)
     x = numbers(dtype, 2, 13, 32)

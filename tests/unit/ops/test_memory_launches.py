@@ -14,16 +14,28 @@ pytest.importorskip("triton", reason="Triton is not installed")
 FORWARD, BACKWARD = 60, 160  # of a layer; backward computes forward again, as activation checkpoints do
 
 
-def launches(rule: MemoryRule, T: int) -> tuple[int, int]:
+DESCENT = MemoryRule(
+    16, objective="l2", dgd_layers="none", decay_to="zero", own_targets=False, eta_max=0.06, read_skip=True,
+    adaptive_key=False, adaptive_value=False, adaptive_eta=False, adaptive_alpha=False,
+)  # fmt: skip
+RULES = {
+    "hope": MemoryRule(64), "hope_w1": MemoryRule(64, written_layers="output"), "titans": DESCENT, "ttt_mlp": DESCENT
+}  # fmt: skip
+RATES = {"titans": 3, "ttt_mlp": 1}
+
+
+def launches(name: str, T: int) -> tuple[int, int]:
     """Of forward, and of forward again and backward, at hope_760m's shape of a head: PyTorch's operators and Triton kernels."""
     from hope_megatron.ops.memory.backends.triton.launching import recorded
 
     new = lambda *shape: torch.zeros(*shape).requires_grad_()  # noqa: E731
     bank = lambda n, outputs: Bank(new(1, n, 64, 64), new(1, n, outputs, 64))  # noqa: E731
-    params, x = MemoryParams(bank(1, 64), bank(2, 64), bank(2, 1)), [new(1, T, 1, 64) for _ in range(3)]
-    logits, counts = RateLogits(new(1, T, 1), new(1, T, 1)), []
+    rule, rates = RULES[name], RATES.get(name, 2)
+    own = (bank(2, 64), bank(2, 1)) if rule.adaptive else (None, None)
+    params, x = MemoryParams(bank(1, 64), *own), [new(1, T, 1, 64) for _ in range(3)]
+    logits, counts = RateLogits(*(new(1, T, 1) if i < rates else None for i in range(3))), []
     taken = TRITON._replace(why_not=lambda case: None)  # nothing runs: `recorded`
-    leaves = [*x, *logits[:2], *(w for b in params for w in b)]
+    leaves = [*x, *logits[:rates], *(w for b in params if b for w in b)]
     for backward in (False, True):
         with CountLaunches() as counted, recorded() as kernels:
             y = memory_chunked(*x, logits, params, rule, backends=(taken,), recompute=True)[0]
@@ -33,10 +45,9 @@ def launches(rule: MemoryRule, T: int) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
-@pytest.mark.parametrize("written", ["output", "all"])
-def test_launches_do_not_depend_on_length(written):
-    rule = MemoryRule(64, written_layers=written)
-    launches(rule, 128)  # constants are made once
-    short, long = launches(rule, 512), launches(rule, 2048)
+@pytest.mark.parametrize("name", RULES)
+def test_launches_do_not_depend_on_length(name):
+    launches(name, 128)  # constants are made once
+    short, long = launches(name, 512), launches(name, 2048)
     assert short == long
     assert long[0] <= FORWARD and long[1] <= BACKWARD, long

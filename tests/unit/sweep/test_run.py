@@ -19,7 +19,7 @@ from hope_megatron.sweep.errors import SweepError
 from hope_megatron.sweep.plan import Plan, make_plan
 from hope_megatron.sweep.run import LocalRunner
 from hope_megatron.sweep.schema import load_sweep
-from hope_megatron.sweep.status import status_table, sweep_status
+from hope_megatron.sweep.status import goes_on, status_table, sweep_status
 from hope_megatron.sweep.store import State, SweepDirectory
 
 PROGRAM = textwrap.dedent("""
@@ -90,7 +90,9 @@ def test_finished_cells_are_not_run_again(sweep: Callable[..., Sweep]) -> None:
 
 def test_failures_are_retried_then_set_aside(sweep: Callable[..., Sweep]) -> None:
     made = sweep(1e-2, 0.5, 0.25, 0.125)
+    assert goes_on(sweep_status(made.plan, made.directory))  # nothing runs, but cells wait
     assert made.run() == 1
+    assert not goes_on(sweep_status(made.plan, made.directory))
     assert made.states() == {1e-2: State.FINISHED, 0.5: State.SET_ASIDE, 0.25: State.FINISHED, 0.125: State.SET_ASIDE}
     assert (made.starts(0.5), made.starts(0.25), made.starts(0.125)) == (1, 2, 2)  # a mistake is not tried again
     reasons = {status.cell.config.optim.lr: status.reason for status in sweep_status(made.plan, made.directory)}
@@ -117,7 +119,7 @@ def test_interrupted_cells_go_on(sweep: Callable[..., Sweep]) -> None:
     started = time.monotonic()
     os.kill(pid, signal.SIGINT)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130 and time.monotonic() - started < 30
-    assert made.states()[0.0625] is State.INTERRUPTED
+    assert made.states()[0.0625] is State.INTERRUPTED and goes_on(sweep_status(made.plan, made.directory))
     assert made.run() == 0 and made.starts(0.0625) == 2
 
 

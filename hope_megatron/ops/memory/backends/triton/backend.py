@@ -50,20 +50,31 @@ def _why_not_rule(case: Case) -> str | None:
     rule, (eta, alpha, theta) = case.rule, case.rates
     if (text := rule.differs(objective=("dot", "l2"), adaptive_query=False)) is not None:
         return text
-    if theta:
-        return "it has no momentum"
-    if rule.objective not in ("dot", "l2"):
-        return f"it has no objective {rule.objective}"
+    if rule.eta_max == 0:
+        return "eta_max=0 writes nothing"
     if rule.objective == "l2" and rule.num_layers == 2:
-        return "with objective l2 it takes matrix memories alone"
+        return _why_not_descending(case)
+    if theta:
+        return "momentum, which it has for objective l2 and two layers"
     if rule.objective == "l2" and rule.output_uses_dgd:
         return "with objective l2 it has no Delta Gradient Descent term"
     if rule.decay_erased and (rule.num_layers == 2 or (alpha and rule.decay_to == "initial")):
         return "it scales what is erased in matrix memories that forget towards zero alone"
     if (rule.adaptive_eta and not eta) or (rule.adaptive_alpha and not alpha):
         return "memories of rates need rates from data"
-    if rule.eta_max == 0:
-        return "eta_max=0 writes nothing"
+    return None
+
+
+def _why_not_descending(case: Case) -> str | None:
+    """Two layers on l2: those of Titans and TTT-MLP."""
+    rule, (_, alpha, _) = case.rule, case.rates
+    taken = dict(written_layers="all", dgd_layers="none", own_targets=False, read="causal")
+    if (text := rule.differs(**taken)) is not None:
+        return f"with objective l2 and two layers, {text}"
+    if rule.adaptive:
+        return "with objective l2 and two layers it has no self-memories"
+    if alpha and rule.decay_to == "initial":
+        return "with objective l2 and two layers it forgets towards zero alone"
     return None
 
 

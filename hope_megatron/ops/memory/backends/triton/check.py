@@ -160,7 +160,8 @@ def _results(
             q, k, v, RateLogits(*logits), MemoryParams(**banks), case.rule, state, compute=compute, backends=(backend,)
         )
         outputs.append(y)
-    ends = [w for bank in state.now if bank is not None for w in bank if w is not None]
+    trees = [tree for tree in (state.now, state.momentum) if tree is not None]
+    ends = [w for tree in trees for bank in tree if bank is not None for w in bank if w is not None]
     found = {"y": torch.cat(outputs, 1), **{f"final weights {i}": w for i, w in enumerate(ends)}}
     generator = torch.Generator().manual_seed(99)
     loss = sum((x * torch.randn(x.shape, generator=generator).to(x)).sum() for x in found.values())

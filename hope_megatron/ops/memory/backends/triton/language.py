@@ -105,6 +105,24 @@ def load_t(base, R: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
+def whole(V_at, A_at, R: tl.constexpr, S: tl.constexpr, ANCHORED: tl.constexpr):
+    """Weights [R, S] of V = W - A and A. Not ANCHORED: W is kept as it is."""
+    W = load(V_at, R, S)
+    if ANCHORED:
+        W += load(A_at, R, S)
+    return W
+
+
+@triton.jit
+def whole_t(V_at, A_at, R: tl.constexpr, S: tl.constexpr, ANCHORED: tl.constexpr):
+    """The transpose of `whole`."""
+    W = load_t(V_at, R, S)
+    if ANCHORED:
+        W += load_t(A_at, R, S)
+    return W
+
+
+@triton.jit
 def store(base, x, R: tl.constexpr, S: tl.constexpr):
     tl.store(base + tl.arange(0, R)[:, None] * S + tl.arange(0, S)[None, :], x)
 

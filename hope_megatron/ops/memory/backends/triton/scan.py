@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hope_megatron.ops.memory.backends.triton.bank import launch as bank
 from hope_megatron.ops.memory.backends.triton.bank.launch import Layers, Made
+from hope_megatron.ops.memory.backends.triton.descent import launch as descent
 from hope_megatron.ops.memory.backends.triton.fixed import launch as fixed
 from hope_megatron.ops.memory.backends.triton.moving_memory import moving_memory
 from hope_megatron.ops.memory.backends.triton.self_memories import self_memories
@@ -35,6 +36,8 @@ def triton_scan(
     """See `Backend.scan`."""
     q, x_k, x_v, eta, alpha, _ = (None if x is None else x.contiguous() for x in tensors)
     begins = begins or {}
+    if descends(rule):
+        return _descend(tensors, rule, groups[0], precision, begins.get(rule.chunk_tokens))
     own, main = _split(groups)
     log_eta = eta if rule.adaptive_eta else _log_rate(eta, x_k, math.log(rule.eta_max))
     log_alpha = alpha if rule.adaptive_alpha else _log_rate(alpha, x_k, 0.0)
@@ -45,6 +48,35 @@ def triton_scan(
     setting = dict(precision=precision, recompute=recompute, begins=begins.get(rule.chunk_tokens))
     y, main = _write_and_read(main, unit(q), made, rule, **setting)
     return y, _join(groups, own, main)
+
+
+def descends(rule: MemoryRule) -> bool:
+    """Whether M_mem is of descent/launch.py."""
+    return rule.objective == "l2" and rule.writes_input
+
+
+def _descend(
+    tensors: list[Tensor | None], rule: MemoryRule, group: Group, precision: str, begins: Tensor | None
+) -> tuple[Tensor, tuple[Group, ...]]:
+    q, x_k, x_v, eta, alpha, theta = tensors
+    T, chunk, rows = q.size(1), rule.chunk_tokens, tile_rows(rule.chunk_tokens)
+    setting = descent.Setting(rows, theta is not None, rule.normalizes_steps, rule.read_skip, precision)
+    tables = descent.tables_of(eta, alpha, theta, rule, rows, q)
+    tokens = (unit(q), unit(x_k), unit(x_v) if rule.normalize_values else x_v)
+    parts = (
+        [group.now.w_vector, group.speed.w_vector, group.now.w_in, group.speed.w_in]
+        if setting.momentum
+        else group.now[1::-1]
+    )
+    first = tuple(w.mT.contiguous() for w in parts)
+    y, ends = descent.descending_memory(
+        setting, *(_padded(x.contiguous(), chunk) for x in tokens), tables, first, begins
+    )
+    found = [w.mT for w in ends]
+    out, inner = found[0], found[2 if setting.momentum else 1]
+    now = Weights(inner, out, None)
+    speed = Weights(found[3], found[1], None) if setting.momentum else group.speed
+    return _cut(y, chunk, T), (group._replace(now=now, start=now, speed=speed),)
 
 
 def _log_rate(logits: Tensor | None, like: Tensor, log_max: float) -> Tensor:

@@ -21,18 +21,9 @@ from hope_megatron.ops.memory.backends.triton.language import (
     store_each,
     store_rows,
     unit_backward,
+    whole_t,
 )
 from hope_megatron.ops.memory.backends.triton.launching import kernel
-
-
-@triton.jit
-def through_unit(y_at, d_at, norm_at, d_raw_at, row, HEADS, C: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr):
-    """d of what y = unit(.) was made of, [C, d]; stored too."""
-    d = rows(d_at, row, C, D)
-    if UNIT:
-        d = unit_backward(d, rows(y_at, row, C, D), each(norm_at, HEADS, C))
-    store_rows(d_raw_at, d, row, C, D)
-    return d
 
 
 @triton.jit
@@ -43,10 +34,7 @@ def unapplied(
     """Gradients of V^T (and V2^T) of a vector memory that was applied to x are added; d_raw [C, d]."""
     store(d_V_at, add_mm(load(d_V_at, H, D), columns(phi_at, row_h, C, H), d_raw, PRECISION), H, D)
     if MOVING:
-        W_t = load_t(V_at, H, D)
-        if ANCHORED:
-            W_t += load_t(A_at, H, D)
-        d_z = mm(d_raw, W_t, PRECISION) * rows(slope_at, row_h, C, H)
+        d_z = mm(d_raw, whole_t(V_at, A_at, H, D, ANCHORED), PRECISION) * rows(slope_at, row_h, C, H)
         store_rows(d_z_at, d_z, row_h, C, H)
         store(d_in_at, add_mm(load(d_in_at, D, H), columns(x_at, row, C, D), d_z, PRECISION), D, H)
 
@@ -71,11 +59,158 @@ def unapplied_scalar(
 
 
 @triton.jit
+def unmake_vector(
+    x_at, y_at, d_at, norm_at, d_raw_at, phi_at, slope_at, d_z_at, V_at, A_at, d_V_at, d_in_at, HEADS,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    ADAPTIVE: tl.constexpr, UNIT: tl.constexpr, MOVING: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """From the gradient of keys or values y to that of what y = unit(.) was made of, stored, and to their memory's weights."""
+    row, row_h = HEADS * D, HEADS * H
+    d = rows(d_at, row, C, D)
+    if UNIT:
+        d = unit_backward(d, rows(y_at, row, C, D), each(norm_at, HEADS, C))
+    store_rows(d_raw_at, d, row, C, D)
+    if ADAPTIVE:
+        unapplied(
+            x_at, d, phi_at, slope_at, d_z_at, V_at, A_at, d_V_at, d_in_at, row, row_h, C, D, H, MOVING, ANCHORED, PRECISION
+        )  # fmt: skip
+
+
+@triton.jit
+def unmake_rate(
+    x_at, d_rate, log_rate, phi_at, slope_at, d_z_at, V_at, A_at, d_V_at, d_A_at, d_in_at, d_logit_at, HEADS,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    ADAPTIVE: tl.constexpr, MOVING: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """From the gradient of log rates [C] to that of logits, stored, and to their memory's weights. log_rate: log sigmoid."""
+    if ADAPTIVE:
+        d_rate = d_rate * one_minus_exp(log_rate)
+        unapplied_scalar(
+            x_at, d_rate, phi_at, slope_at, d_z_at, V_at, A_at, d_V_at, d_A_at, d_in_at, HEADS * D, HEADS * H,
+            C, D, H, MOVING, ANCHORED, PRECISION,
+        )  # fmt: skip
+    store_each(d_logit_at, d_rate, HEADS, C)
+
+
+@triton.jit
 def restart(d_state, d_first, R: tl.constexpr, S: tl.constexpr):
     """A stream starts anew here: what came back belongs to the first state, and nothing goes further."""
     d = load(d_state, R, S)
     store(d_first, load(d_first, R, S) + d, R, S)
     store(d_state, d * 0.0, R, S)
+
+
+@triton.jit
+def restart_all(d_states, d_firsts, N: tl.constexpr, R: tl.constexpr, S: tl.constexpr):
+    """`restart` of N memories."""
+    for m in tl.range(0, N):
+        restart(d_states + m * R * S, d_firsts + m * R * S, R, S)
+
+
+@triton.jit
+def degenerate(
+    x_k, x_v, k, v, d_k, d_v, key_norm, value_norm, d_raw_k, d_raw_v, d_logit_eta, d_logit_alpha,  # this chunk's
+    phi_x, slope_x, d_z_x,  # all
+    states, anchors, d_states, scalars, anchors_s, d_scalars, d_anchors_s, d_states_in,  # weights at its start, and their gradients
+    d_rate, log_rate, d_step, step,  # [C]: gradients of log eta and log alpha, and log sigmoids
+    at, plane, HEADS,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, ETA: tl.constexpr, ALPHA: tl.constexpr, UNIT_VALUE: tl.constexpr, NV: tl.constexpr,
+    MOVING: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The backward of `generate` of forward.py."""
+    wide, memory = (KEY * plane + at) * H, KEY * D * H
+    unmake_vector(
+        x_k, k, d_k, key_norm, d_raw_k, phi_x + wide, slope_x + wide, d_z_x + wide,
+        states + memory, anchors + memory, d_states + memory, d_states_in + memory,
+        HEADS, C, D, H, KEY >= 0, True, MOVING, ANCHORED, PRECISION,
+    )  # fmt: skip
+    wide, memory = (VALUE * plane + at) * H, VALUE * D * H
+    unmake_vector(
+        x_v, v, d_v, value_norm, d_raw_v, phi_x + wide, slope_x + wide, d_z_x + wide,
+        states + memory, anchors + memory, d_states + memory, d_states_in + memory,
+        HEADS, C, D, H, VALUE >= 0, UNIT_VALUE, MOVING, ANCHORED, PRECISION,
+    )  # fmt: skip
+    wide, memory = (ETA * plane + at) * H, (ETA - NV) * H
+    unmake_rate(
+        x_k, d_rate, log_rate, phi_x + wide, slope_x + wide, d_z_x + wide, scalars + memory, anchors_s + memory,
+        d_scalars + memory, d_anchors_s + memory, d_states_in + ETA * H * D, d_logit_eta,
+        HEADS, C, D, H, ETA >= 0, MOVING, ANCHORED, PRECISION,
+    )  # fmt: skip
+    wide, memory = (ALPHA * plane + at) * H, (ALPHA - NV) * H
+    unmake_rate(
+        x_k, d_step, step, phi_x + wide, slope_x + wide, d_z_x + wide, scalars + memory, anchors_s + memory,
+        d_scalars + memory, d_anchors_s + memory, d_states_in + ALPHA * H * D, d_logit_alpha,
+        HEADS, C, D, H, ALPHA >= 0, MOVING, ANCHORED, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def unwrite_vectors(
+    k, v, keys, phi_v, write, square, write_in, u, target, missed, slope_k, slope_v, key_scale, target_scale, e,
+    u_in, missed_in, curve, states_vector, anchors, now_in, anchors_in, end_in, d_states_vector, d_states_in,
+    d_r_read, d_keys_read, d_r_in_read,
+    d_r, d_target, d_z_k, d_z_v, d_r_in, d_hidden, d_k, d_v,
+    of_out, of_in, all_out, all_in, at, plane, HEADS, since, strength, kept,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    NV: tl.constexpr, ADDED: tl.constexpr, READ: tl.constexpr, MOVING: tl.constexpr, DGD: tl.constexpr,
+    DGD_IN: tl.constexpr, OWN: tl.constexpr, UNIT_TARGET: tl.constexpr, RESIDUAL: tl.constexpr,
+    ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`unwrite_vector` of all of them. Returns drive, lost and ends, summed."""
+    drive, lost, ends = since * 0.0, since * 0.0, kept * 0.0
+    for m in tl.range(0, NV, disable_licm=True):
+        token, memory, memory_in = m * plane + at, m * D * H, m * H * D
+        wide, narrow, layer = token * H, token * D, of_out + memory
+        drive_m, lost_m, ends_m = unwrite_vector(
+            k + at * D, v + at * D, keys + wide, phi_v + wide, write + wide, square, write_in + at * D,
+            u + narrow, target + narrow, missed + narrow, slope_k + wide, slope_v + wide,
+            key_scale + token, target_scale + token, e + narrow, u_in + wide, missed_in + wide, curve + wide,
+            states_vector + layer, anchors + memory, now_in + memory_in, anchors_in + memory_in,
+            states_vector + layer + all_out, end_in + memory_in,
+            d_states_vector + layer + all_out, d_states_in + of_in + all_in + memory_in,
+            d_states_vector + layer, d_states_in + of_in + memory_in,
+            d_r_read + at * D, d_keys_read + at * H, d_r_in_read + at * H,
+            d_r + narrow, d_target + narrow, d_z_k + wide, d_z_v + wide, d_r_in + wide, d_hidden + wide,
+            d_k + at * D, d_v + at * D,
+            HEADS, since, strength, kept, C, D, H,
+            ADDED, READ, MOVING, DGD, DGD_IN, OWN, UNIT_TARGET, RESIDUAL, ANCHORED, PRECISION,
+        )  # fmt: skip
+        drive, lost, ends = drive + drive_m, lost + lost_m, ends + ends_m
+        tl.debug_barrier()  # sums over memories stand in memory
+    return drive, lost, ends
+
+
+@triton.jit
+def unwrite_scalars(
+    k, v, keys, phi_v, write, square, write_in, u_scalar, target_scalar, missed_scalar, slope_k, slope_v, key_scale, e_scalar,
+    u_in, missed_in, curve, states_scalar, anchors_s, now_in, anchors_in, end_in, d_states_scalar, d_states_in, d_anchors_s,
+    d_z_k, d_z_v, d_r_in, d_k, d_v,
+    of_scalar, of_in, all_scalar, all_in, at, plane, HEADS, since, strength, kept,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    NV: tl.constexpr, NS: tl.constexpr, ADDED: tl.constexpr, MOVING: tl.constexpr, DGD: tl.constexpr,
+    DGD_IN: tl.constexpr, UNIT_TARGET: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same of scalar memories."""
+    drive, lost, ends = since * 0.0, since * 0.0, kept * 0.0
+    for m in tl.range(0, NS, disable_licm=True):
+        token, memory, memory_in = m * plane + at, m * H, (NV + m) * H * D
+        wide, layer = (token + NV * plane) * H, of_scalar + memory
+        drive_m, lost_m, ends_m = unwrite_scalar(
+            k + at * D, v + at * D, keys + wide, phi_v + wide, write + wide, square, write_in + at * D,
+            u_scalar + token, target_scalar + token, missed_scalar + token, slope_k + wide, slope_v + wide,
+            key_scale + token + NV * plane, e_scalar + token, u_in + wide, missed_in + wide, curve + wide,
+            states_scalar + layer, anchors_s + memory, now_in + memory_in, anchors_in + memory_in,
+            states_scalar + layer + all_scalar, end_in + memory_in,
+            d_states_scalar + layer + all_scalar, d_states_in + of_in + all_in + memory_in,
+            d_states_scalar + layer, d_states_in + of_in + memory_in, d_anchors_s + memory,
+            d_z_k + wide, d_z_v + wide, d_r_in + wide, d_k + at * D, d_v + at * D,
+            HEADS, since, strength, kept, C, D, H,
+            ADDED, MOVING, DGD, DGD_IN, UNIT_TARGET, ANCHORED, PRECISION,
+        )  # fmt: skip
+        drive, lost, ends = drive + drive_m, lost + lost_m, ends + ends_m
+        tl.debug_barrier()
+    return drive, lost, ends
 
 
 @kernel
@@ -101,14 +236,9 @@ def bank_chain_backward(
     RESIDUAL: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
-    row, row_h = HEADS * D, HEADS * H
     all_in, all_out, all_scalar = (NV + NS) * H * D, NV * D * H, NS * H
-    first_out, first_scalar, first_in = (
-        n * (chunks + 1) * all_out,
-        n * (chunks + 1) * all_scalar,
-        n * (chunks + 1) * all_in,
-    )
-    anchors_in = anchor_in + n * all_in
+    begin = n * (chunks + 1)
+    anchors_in, d_anchors_s = anchor_in + n * all_in, d_anchor_scalar + n * all_scalar
     anchors, anchors_s = anchor_vector + n * all_out, anchor_scalar + n * all_scalar
     for back in tl.range(0, chunks, disable_licm=True):
         i = chunks - 1 - back
@@ -117,104 +247,48 @@ def bank_chain_backward(
         total, end = tl.cumsum(step, 0), tl.sum(step, 0)
         since, kept = exp(total - step, PRECISION), exp(end, PRECISION)
         strength = exp(rate + end - total, PRECISION)
-        of_out, of_scalar, of_in = first_out + i * all_out, first_scalar + i * all_scalar, first_in + i * all_in
+        of_out, of_scalar, of_in = (begin + i) * all_out, (begin + i) * all_scalar, (begin + i) * all_in
         now_in, end_in = w_in + n * all_in, w_in
         if MOVING:
             now_in = w_in + of_in
             end_in = now_in + all_in
-        drive, lost = total * 0.0, total * 0.0
-        ends = end * 0.0
-        for m in tl.range(0, NV, disable_licm=True):
-            token, memory, memory_in = m * plane + at, m * D * H, m * H * D
-            wide, narrow, layer = token * H, token * D, of_out + memory
-            drive_m, lost_m, ends_m = unwrite_vector(
-                k + at * D, v + at * D, keys + wide, phi_v + wide, write + wide, square, write_in + at * D,
-                u + narrow, target + narrow, missed + narrow, slope_k + wide, slope_v + wide,
-                key_scale + token, target_scale + token, e + narrow, u_in + wide, missed_in + wide, curve + wide,
-                states_vector + layer, anchors + memory, now_in + memory_in, anchors_in + memory_in,
-                states_vector + layer + all_out, end_in + memory_in,
-                d_states_vector + layer + all_out, d_states_in + of_in + all_in + memory_in,
-                d_states_vector + layer, d_states_in + of_in + memory_in,
-                d_r_read + at * D, d_keys_read + at * H, d_r_in_read + at * H,
-                d_r + narrow, d_target + narrow, d_z_k + wide, d_z_v + wide, d_r_in + wide, d_hidden + wide,
-                d_k + at * D, d_v + at * D,
-                HEADS, since, strength, kept, C, D, H,
-                ADDED, READ, MOVING, DGD, DGD_IN, OWN, UNIT_TARGET, RESIDUAL, ANCHORED, PRECISION,
-            )  # fmt: skip
-            drive, lost, ends = drive + drive_m, lost + lost_m, ends + ends_m
-            tl.debug_barrier()  # sums over memories stand in memory
-        for m in tl.range(0, NS, disable_licm=True):
-            token, memory, memory_in = m * plane + at, m * H, (NV + m) * H * D
-            wide, layer = (token + NV * plane) * H, of_scalar + memory
-            drive_m, lost_m, ends_m = unwrite_scalar(
-                k + at * D, v + at * D, keys + wide, phi_v + wide, write + wide, square, write_in + at * D,
-                u_scalar + token, target_scalar + token, missed_scalar + token, slope_k + wide, slope_v + wide,
-                key_scale + token + NV * plane, e_scalar + token, u_in + wide, missed_in + wide, curve + wide,
-                states_scalar + layer, anchors_s + memory, now_in + memory_in, anchors_in + memory_in,
-                states_scalar + layer + all_scalar, end_in + memory_in,
-                d_states_scalar + layer + all_scalar, d_states_in + of_in + all_in + memory_in,
-                d_states_scalar + layer, d_states_in + of_in + memory_in, d_anchor_scalar + n * all_scalar + memory,
-                d_z_k + wide, d_z_v + wide, d_r_in + wide, d_k + at * D, d_v + at * D,
-                HEADS, since, strength, kept, C, D, H,
-                ADDED, MOVING, DGD, DGD_IN, UNIT_TARGET, ANCHORED, PRECISION,
-            )  # fmt: skip
-            drive, lost, ends = drive + drive_m, lost + lost_m, ends + ends_m
-            tl.debug_barrier()
-
+        drive, lost, ends = unwrite_vectors(
+            k, v, keys, phi_v, write, square, write_in, u, target, missed,
+            slope_k, slope_v, key_scale, target_scale, e, u_in, missed_in, curve, states_vector, anchors, now_in, anchors_in, end_in,
+            d_states_vector, d_states_in, d_r_read, d_keys_read, d_r_in_read,
+            d_r, d_target, d_z_k, d_z_v, d_r_in, d_hidden, d_k, d_v,
+            of_out, of_in, all_out, all_in, at, plane, HEADS, since, strength, kept,
+            C, D, H, NV, ADDED, READ, MOVING, DGD, DGD_IN, OWN, UNIT_TARGET, RESIDUAL, ANCHORED, PRECISION,
+        )  # fmt: skip
+        drive_s, lost_s, ends_s = unwrite_scalars(
+            k, v, keys, phi_v, write, square, write_in, u_scalar, target_scalar, missed_scalar, slope_k, slope_v, key_scale,
+            e_scalar, u_in, missed_in, curve, states_scalar, anchors_s, now_in, anchors_in, end_in, d_states_scalar, d_states_in,
+            d_anchors_s,
+            d_z_k, d_z_v, d_r_in, d_k, d_v,
+            of_scalar, of_in, all_scalar, all_in, at, plane, HEADS, since, strength, kept,
+            C, D, H, NV, NS, ADDED, MOVING, DGD, DGD_IN, UNIT_TARGET, ANCHORED, PRECISION,
+        )  # fmt: skip
+        drive, lost, ends = drive + drive_s, lost + lost_s, ends + ends_s
         d_rate = each(d_log_eta + at, HEADS, C) + drive
         d_step = each(d_log_alpha + at, HEADS, C) + tl.cumsum(lost - drive, 0, reverse=True) - lost + ends
         if SELF:
-            d_raw = through_unit(k + at * D, d_k + at * D, key_norm + at, d_raw_k + at * D, row, HEADS, C, D, True)
-            if KEY >= 0:
-                wide = (KEY * plane + at) * H
-                unapplied(
-                    x_k + at * D, d_raw, phi_x + wide, slope_x + wide, d_z_x + wide,
-                    states_vector + of_out + KEY * D * H, anchors + KEY * D * H, d_states_vector + of_out + KEY * D * H,
-                    d_states_in + of_in + KEY * H * D, row, row_h, C, D, H, MOVING, ANCHORED, PRECISION,
-                )  # fmt: skip
-            d_raw = through_unit(
-                v + at * D, d_v + at * D, value_norm + at, d_raw_v + at * D, row, HEADS, C, D, UNIT_VALUE
-            )
-            if VALUE >= 0:
-                wide = (VALUE * plane + at) * H
-                unapplied(
-                    x_v + at * D, d_raw, phi_x + wide, slope_x + wide, d_z_x + wide,
-                    states_vector + of_out + VALUE * D * H, anchors + VALUE * D * H, d_states_vector + of_out + VALUE * D * H,
-                    d_states_in + of_in + VALUE * H * D, row, row_h, C, D, H, MOVING, ANCHORED, PRECISION,
-                )  # fmt: skip
-            if ETA >= 0:
-                d_rate = d_rate * one_minus_exp(rate - log_eta_max)
-                wide, memory = (ETA * plane + at) * H, (ETA - NV) * H
-                unapplied_scalar(
-                    x_k + at * D, d_rate, phi_x + wide, slope_x + wide, d_z_x + wide,
-                    states_scalar + of_scalar + memory, anchors_s + memory, d_states_scalar + of_scalar + memory,
-                    d_anchor_scalar + n * all_scalar + memory, d_states_in + of_in + ETA * H * D,
-                    row, row_h, C, D, H, MOVING, ANCHORED, PRECISION,
-                )  # fmt: skip
-            store_each(d_logit_eta + at, d_rate, HEADS, C)
-            if ALPHA >= 0:
-                d_step = d_step * one_minus_exp(step)
-                wide, memory = (ALPHA * plane + at) * H, (ALPHA - NV) * H
-                unapplied_scalar(
-                    x_k + at * D, d_step, phi_x + wide, slope_x + wide, d_z_x + wide,
-                    states_scalar + of_scalar + memory, anchors_s + memory, d_states_scalar + of_scalar + memory,
-                    d_anchor_scalar + n * all_scalar + memory, d_states_in + of_in + ALPHA * H * D,
-                    row, row_h, C, D, H, MOVING, ANCHORED, PRECISION,
-                )  # fmt: skip
-            store_each(d_logit_alpha + at, d_step, HEADS, C)
+            degenerate(
+                x_k + at * D, x_v + at * D, k + at * D, v + at * D, d_k + at * D, d_v + at * D, key_norm + at, value_norm + at,
+                d_raw_k + at * D, d_raw_v + at * D, d_logit_eta + at, d_logit_alpha + at, phi_x, slope_x, d_z_x,
+                states_vector + of_out, anchors, d_states_vector + of_out, states_scalar + of_scalar, anchors_s,
+                d_states_scalar + of_scalar, d_anchors_s, d_states_in + of_in, d_rate, rate - log_eta_max, d_step, step,
+                at, plane, HEADS, C, D, H, KEY, VALUE, ETA, ALPHA, UNIT_VALUE, NV, MOVING, ANCHORED, PRECISION,
+            )  # fmt: skip
         else:
             store_each(d_log_eta + at, d_rate, HEADS, C)
             store_each(d_log_alpha + at, d_step, HEADS, C)
         tl.debug_barrier()
         if RESETS:  # noqa: SIM102 (decided when compiling, the next one when running)
-            if tl.load(begins + n * (chunks + 1) + i) != 0:
-                for m in tl.range(0, NV):
-                    restart(d_states_vector + of_out + m * D * H, d_first_vector + n * all_out + m * D * H, H, D)
-                for m in tl.range(0, NS):
-                    restart(d_states_scalar + of_scalar + m * H, d_first_scalar + n * all_scalar + m * H, 1, H)
+            if tl.load(begins + begin + i) != 0:
+                restart_all(d_states_vector + of_out, d_first_vector + n * all_out, NV, H, D)
+                restart_all(d_states_scalar + of_scalar, d_first_scalar + n * all_scalar, NS, 1, H)
                 if MOVING:
-                    for m in tl.range(0, NV + NS):
-                        restart(d_states_in + of_in + m * H * D, d_first_in + n * all_in + m * H * D, D, H)
+                    restart_all(d_states_in + of_in, d_first_in + n * all_in, NV + NS, D, H)
                 tl.debug_barrier()
 
 

@@ -29,6 +29,7 @@ from hope_megatron.ops.memory.backends.triton.language import (
     store,
     store_each,
     store_rows,
+    whole,
 )
 from hope_megatron.ops.memory.backends.triton.launching import kernel
 from hope_megatron.ops.memory.backends.triton.system import decay, unit_lower_inverse
@@ -137,9 +138,7 @@ def applied(
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, MOVING: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x + W silu(W2 x) of a vector memory, [C, d]."""
-    W = load(V_at, H, D)
-    if ANCHORED:
-        W += load(A_at, H, D)
+    W = whole(V_at, A_at, H, D, ANCHORED)
     phi = features_of_inputs(x_at, phi_at, w_in, anchor_in, row, row_h, C, D, H, MOVING, ANCHORED, PRECISION)
     return add_mm(rows(x_at, row, C, D).to(tl.float32), phi, W, PRECISION)
 
@@ -155,6 +154,78 @@ def applied_scalar(
         w += tl.load(A_at + tl.arange(0, H))
     phi = features_of_inputs(x_at, phi_at, w_in, anchor_in, row, row_h, C, D, H, MOVING, ANCHORED, PRECISION)
     return tl.sum(phi * w[None, :], 1)
+
+
+@triton.jit
+def make_vector(
+    x_at, phi_at, w_in, anchor_in, V_at, A_at, out_at, norm_at, HEADS,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    ADAPTIVE: tl.constexpr, UNIT: tl.constexpr, MOVING: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Keys or values of x [C, d], by their memory if ADAPTIVE: stored, and with UNIT 1 / norm."""
+    row, row_h = HEADS * D, HEADS * H
+    made = rows(x_at, row, C, D).to(tl.float32)
+    if ADAPTIVE:
+        made = applied(
+            x_at, phi_at, w_in, anchor_in, V_at, A_at, row, row_h, C, D, H, MOVING, ANCHORED, PRECISION
+        )  # fmt: skip
+    if UNIT:
+        norm = inverse_norm(made, PRECISION)
+        store_each(norm_at, norm, HEADS, C)
+        made = made * norm[:, None]
+    store_rows(out_at, made, row, C, D)
+
+
+@triton.jit
+def make_rate(
+    x_at, phi_at, w_in, anchor_in, V_at, A_at, given_at, out_at, log_most, HEADS,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    ADAPTIVE: tl.constexpr, MOVING: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Log rates [C], stored too: of logits and their memory if ADAPTIVE, else as they are given."""
+    rate = each(given_at, HEADS, C).to(tl.float32)
+    if ADAPTIVE:
+        rate += applied_scalar(
+            x_at, phi_at, w_in, anchor_in, V_at, A_at, HEADS * D, HEADS * H, C, D, H, MOVING, ANCHORED, PRECISION
+        )
+        rate = log_most + log_sigmoid(rate)
+    store_each(out_at, rate, HEADS, C)
+    return rate
+
+
+@triton.jit
+def generate(
+    x_k, x_v, phi_x, eta_in, alpha_in, k, v, log_eta, log_alpha, key_norm, value_norm, square,  # this chunk's; phi_x: all
+    now_in, anchors_in, now, anchors, now_s, anchors_s,  # weights at its start
+    at, plane, log_eta_max, HEADS,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, ETA: tl.constexpr, ALPHA: tl.constexpr, UNIT_VALUE: tl.constexpr, NV: tl.constexpr,
+    TABLE: tl.constexpr, MOVING: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Keys, values and rates of a chunk, by the memories at its start; TABLE: and its decay table."""
+    make_vector(
+        x_k, phi_x + (KEY * plane + at) * H, now_in + KEY * H * D, anchors_in + KEY * H * D,
+        now + KEY * D * H, anchors + KEY * D * H, k, key_norm, HEADS,
+        C, D, H, KEY >= 0, True, MOVING, ANCHORED, PRECISION,
+    )  # fmt: skip
+    make_vector(
+        x_v, phi_x + (VALUE * plane + at) * H, now_in + VALUE * H * D, anchors_in + VALUE * H * D,
+        now + VALUE * D * H, anchors + VALUE * D * H, v, value_norm, HEADS,
+        C, D, H, VALUE >= 0, UNIT_VALUE, MOVING, ANCHORED, PRECISION,
+    )  # fmt: skip
+    rate = make_rate(
+        x_k, phi_x + (ETA * plane + at) * H, now_in + ETA * H * D, anchors_in + ETA * H * D,
+        now_s + (ETA - NV) * H, anchors_s + (ETA - NV) * H, eta_in, log_eta, log_eta_max, HEADS,
+        C, D, H, ETA >= 0, MOVING, ANCHORED, PRECISION,
+    )  # fmt: skip
+    step = make_rate(
+        x_k, phi_x + (ALPHA * plane + at) * H, now_in + ALPHA * H * D, anchors_in + ALPHA * H * D,
+        now_s + (ALPHA - NV) * H, anchors_s + (ALPHA - NV) * H, alpha_in, log_alpha, 0.0, HEADS,
+        C, D, H, ALPHA >= 0, MOVING, ANCHORED, PRECISION,
+    )  # fmt: skip
+    total = tl.cumsum(step, 0)
+    if TABLE:
+        store(square, decay(total - step, total, True, PRECISION, C) * exp(rate, PRECISION)[None, :], C, C)
 
 
 @kernel
@@ -177,7 +248,7 @@ def bank_chain(
     RESIDUAL: tl.constexpr, ANCHORED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
-    row, row_h = HEADS * D, HEADS * H
+    row = HEADS * D
     all_in, all_out, all_scalar = (NV + NS) * H * D, NV * D * H, NS * H
     matrices_in, anchors_in = w_in + n * all_in, anchor_in + n * all_in
     if MOVING:
@@ -192,45 +263,12 @@ def bank_chain(
         now, now_s = matrices + i * all_out, vectors + i * all_scalar
         square = table + (n if SELF else n * chunks + i) * C * C
         if SELF:
-            made = rows(x_k + at * D, row, C, D).to(tl.float32)
-            if KEY >= 0:
-                made = applied(
-                    x_k + at * D, phi_x + (KEY * plane + at) * H, now_in + KEY * H * D, anchors_in + KEY * H * D,
-                    now + KEY * D * H, anchors + KEY * D * H, row, row_h, C, D, H, MOVING, ANCHORED, PRECISION,
-                )  # fmt: skip
-            norm = inverse_norm(made, PRECISION)
-            store_each(key_norm + at, norm, HEADS, C)
-            store_rows(k + at * D, made * norm[:, None], row, C, D)
-            made = rows(x_v + at * D, row, C, D).to(tl.float32)
-            if VALUE >= 0:
-                made = applied(
-                    x_v + at * D, phi_x + (VALUE * plane + at) * H, now_in + VALUE * H * D, anchors_in + VALUE * H * D,
-                    now + VALUE * D * H, anchors + VALUE * D * H, row, row_h, C, D, H, MOVING, ANCHORED, PRECISION,
-                )  # fmt: skip
-            if UNIT_VALUE:
-                norm = inverse_norm(made, PRECISION)
-                store_each(value_norm + at, norm, HEADS, C)
-                made = made * norm[:, None]
-            store_rows(v + at * D, made, row, C, D)
-            rate = each(eta_in + at, HEADS, C).to(tl.float32)
-            if ETA >= 0:
-                rate += applied_scalar(
-                    x_k + at * D, phi_x + (ETA * plane + at) * H, now_in + ETA * H * D, anchors_in + ETA * H * D,
-                    now_s + (ETA - NV) * H, anchors_s + (ETA - NV) * H, row, row_h, C, D, H, MOVING, ANCHORED, PRECISION,
-                )  # fmt: skip
-                rate = log_eta_max + log_sigmoid(rate)
-            store_each(log_eta + at, rate, HEADS, C)
-            step = each(alpha_in + at, HEADS, C).to(tl.float32)
-            if ALPHA >= 0:
-                step += applied_scalar(
-                    x_k + at * D, phi_x + (ALPHA * plane + at) * H, now_in + ALPHA * H * D, anchors_in + ALPHA * H * D,
-                    now_s + (ALPHA - NV) * H, anchors_s + (ALPHA - NV) * H, row, row_h, C, D, H, MOVING, ANCHORED, PRECISION,
-                )  # fmt: skip
-                step = log_sigmoid(step)
-            store_each(log_alpha + at, step, HEADS, C)
-            total = tl.cumsum(step, 0)
-            if DGD or DGD_IN:
-                store(square, decay(total - step, total, True, PRECISION, C) * exp(rate, PRECISION)[None, :], C, C)
+            generate(
+                x_k + at * D, x_v + at * D, phi_x, eta_in + at, alpha_in + at, k + at * D, v + at * D, log_eta + at, log_alpha + at,
+                key_norm + at, value_norm + at, square, now_in, anchors_in, now, anchors, now_s, anchors_s,
+                at, plane, log_eta_max, HEADS,
+                C, D, H, KEY, VALUE, ETA, ALPHA, UNIT_VALUE, NV, DGD or DGD_IN, MOVING, ANCHORED, PRECISION,
+            )  # fmt: skip
             tl.debug_barrier()  # what follows reads what other threads stored
         rate, step = each(log_eta + at, HEADS, C), each(log_alpha + at, HEADS, C)
         total, end = tl.cumsum(step, 0), tl.sum(step, 0)
@@ -238,18 +276,8 @@ def bank_chain(
         strength = exp(rate + end - total, PRECISION)
         if MOVING and SELF:
             input_system_of(
-                k + at * D,
-                square,
-                write_in + at * D,
-                inverse_in + n * C * C,
-                row,
-                strength,
-                C,
-                D,
-                DGD_IN,
-                EXACT,
-                PRECISION,
-            )
+                k + at * D, square, write_in + at * D, inverse_in + n * C * C, row, strength, C, D, DGD_IN, EXACT, PRECISION
+            )  # fmt: skip
         anew = False
         if RESETS:
             anew = tl.load(begins + n * (chunks + 1) + i + 1) != 0

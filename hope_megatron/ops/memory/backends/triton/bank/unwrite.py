@@ -20,6 +20,8 @@ from hope_megatron.ops.memory.backends.triton.language import (
     store,
     store_rows,
     unit_backward,
+    whole,
+    whole_t,
 )
 
 
@@ -88,6 +90,40 @@ def input_layer(
 
 
 @triton.jit
+def keys_of_vector(
+    keys_at, u_at, table_at, V_at, A_at, d_V_at, d_keys_read_at, d_r_at, row, row_h, since, strength,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    READ: tl.constexpr, DGD: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the keys of a vector memory's output layer, [C, h]."""
+    d_keys = mm(rows(u_at, row, C, D) * -strength[:, None], load_t(d_V_at, H, D), PRECISION)
+    if READ:
+        d_keys += rows(d_keys_read_at, row_h, C, H)
+    if DGD:
+        d_keys = add_mm(d_keys, rows(d_r_at, row, C, D) * since[:, None], load_t(V_at, H, D), PRECISION)
+        if ANCHORED:
+            d_keys = add_mm(d_keys, rows(d_r_at, row, C, D), load_t(A_at, H, D), PRECISION)
+        d_gram = gram_gradient(d_r_at, u_at, row, table_at, C, D, PRECISION)
+        d_keys = add_mm(d_keys, -d_gram, rows(keys_at, row_h, C, H), PRECISION)
+    return d_keys
+
+
+@triton.jit
+def values_of_vector(
+    d_target, d_v_at, slope_v_at, d_z_v_at, V_at, A_at, w_in_at, anchor_in_at, row, row_h,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    MOVING: tl.constexpr, OWN: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the target gives to values: added; and d_z of their features, stored."""
+    d_v = rows(d_v_at, row, C, D) + d_target
+    if OWN:
+        d_z_v = mm(d_target, whole_t(V_at, A_at, H, D, ANCHORED), PRECISION) * rows(slope_v_at, row_h, C, H)
+        store_rows(d_z_v_at, d_z_v, row_h, C, H)
+        d_v = add_mm(d_v, d_z_v, input_weights_t(w_in_at, anchor_in_at, D, H, MOVING, ANCHORED), PRECISION)
+    store_rows(d_v_at, d_v, row, C, D)
+
+
+@triton.jit
 def unwrite_vector(
     k_at, v_at, keys_at, phi_v_at, write_at, table_at, write_in_at,
     u_at, target_at, missed_at, slope_k_at, slope_v_at, key_scale_at, target_scale_at,
@@ -124,10 +160,7 @@ def unwrite_vector(
         drive, lost, ends = drive + drive_in, lost + lost_in, ends + ends_in
         d_hidden = d_r_in * rows(slope_k_at, row_h, C, H)
         store_rows(d_hidden_at, d_hidden, row_h, C, H)
-        W = load(V_at, H, D)
-        if ANCHORED:
-            W += load(A_at, H, D)
-        d_target = add_mm(d_target, -d_hidden, W, PRECISION)
+        d_target = add_mm(d_target, -d_hidden, whole(V_at, A_at, H, D, ANCHORED), PRECISION)
     d_k = rows(d_k_at, row, C, D)
     if RESIDUAL:
         d_k -= d_target
@@ -142,15 +175,10 @@ def unwrite_vector(
             d_target = unit_backward(d_target, rows(target_at, row, C, D), each(target_scale_at, HEADS, C))
         store_rows(d_target_at, d_target, row, C, D)
         d_V = add_mm(d_V, columns(phi_v_at, row_h, C, H), d_target, PRECISION)
-    d_v = rows(d_v_at, row, C, D) + d_target
-    if OWN:
-        W_t = load_t(V_at, H, D)
-        if ANCHORED:
-            W_t += load_t(A_at, H, D)
-        d_z_v = mm(d_target, W_t, PRECISION) * rows(slope_v_at, row_h, C, H)
-        store_rows(d_z_v_at, d_z_v, row_h, C, H)
-        d_v = add_mm(d_v, d_z_v, input_weights_t(w_in_at, anchor_in_at, D, H, MOVING, ANCHORED), PRECISION)
-    store_rows(d_v_at, d_v, row, C, D)
+    values_of_vector(
+        d_target, d_v_at, slope_v_at, d_z_v_at, V_at, A_at, w_in_at, anchor_in_at, row, row_h,
+        C, D, H, MOVING, OWN, ANCHORED, PRECISION,
+    )  # fmt: skip
     tl.debug_barrier()  # d_r, d_r_in and d_hidden, stored as rows, are read as columns
     if MOVING:
         d_V = add_mm(d_V, columns(d_hidden_at, row_h, C, H), rows(e_at, row, C, D), PRECISION)
@@ -158,16 +186,10 @@ def unwrite_vector(
         d_V = add_mm(d_V, columns(keys_at, row_h, C, H), rows(d_r_at, row, C, D) * since[:, None], PRECISION)
     store(d_new, d_V, H, D)
 
-    # keys
-    d_keys = mm(rows(u_at, row, C, D) * -strength[:, None], load_t(d_V_at, H, D), PRECISION)
-    if READ:
-        d_keys += rows(d_keys_read_at, row_h, C, H)
-    if DGD:
-        d_keys = add_mm(d_keys, rows(d_r_at, row, C, D) * since[:, None], load_t(V_at, H, D), PRECISION)
-        if ANCHORED:
-            d_keys = add_mm(d_keys, rows(d_r_at, row, C, D), load_t(A_at, H, D), PRECISION)
-        d_gram = gram_gradient(d_r_at, u_at, row, table_at, C, D, PRECISION)
-        d_keys = add_mm(d_keys, -d_gram, rows(keys_at, row_h, C, H), PRECISION)
+    d_keys = keys_of_vector(
+        keys_at, u_at, table_at, V_at, A_at, d_V_at, d_keys_read_at, d_r_at, row, row_h, since, strength,
+        C, D, H, READ, DGD, ANCHORED, PRECISION,
+    )  # fmt: skip
     d_z_k = through_features(d_keys, keys_at, slope_k_at, key_scale_at, HEADS, C, H, DGD)
     if MOVING:
         d_z_k += rows(d_r_in_at, row_h, C, H).to(tl.float32) * rows(curve_at, row_h, C, H)
@@ -189,10 +211,7 @@ def input_weights_t(
     w_in_at, anchor_in_at, D: tl.constexpr, H: tl.constexpr, MOVING: tl.constexpr, ANCHORED: tl.constexpr
 ):
     """W2 [h, d]."""
-    W = load_t(w_in_at, D, H)
-    if MOVING and ANCHORED:
-        W += load_t(anchor_in_at, D, H)
-    return W
+    return whole_t(w_in_at, anchor_in_at, D, H, MOVING and ANCHORED)
 
 
 @triton.jit

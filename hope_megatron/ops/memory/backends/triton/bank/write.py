@@ -30,6 +30,8 @@ from hope_megatron.ops.memory.backends.triton.language import (
     store_each,
     store_rows,
     tanh,
+    whole,
+    whole_t,
 )
 from hope_megatron.ops.memory.backends.triton.system import unit_lower_inverse
 
@@ -40,10 +42,7 @@ def input_weights(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """W2^T [d, h]."""
-    W = load(w_in_at, D, H)
-    if MOVING and ANCHORED:
-        W += load(anchor_in_at, D, H)
-    return operand(W, PRECISION)
+    return operand(whole(w_in_at, anchor_in_at, D, H, MOVING and ANCHORED), PRECISION)
 
 
 @triton.jit
@@ -69,6 +68,27 @@ def features_of_keys(
     keys = operand_if(keys, EXACT, PRECISION)
     store_rows(keys_at, keys, row_h, C, H)
     return z, scale, keys, held
+
+
+@triton.jit
+def solved(
+    keys, keys_at, table_at, inverse_at, write_at, row_h, strength,
+    C: tl.constexpr, H: tl.constexpr, TAPE: tl.constexpr, DGD: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The inverse of the system of keys [C, h], which stand in memory too (without DGD: anything). TAPE: it and Y^T (strength keys)
+    are stored."""
+    inverse = keys
+    if DGD:
+        gram = mm_if(keys, columns(keys_at, row_h, C, H), EXACT, PRECISION)
+        inverse = unit_lower_inverse(gram * load(table_at, C, C), EXACT, PRECISION, C)
+        if TAPE:
+            store(inverse_at, inverse, C, C)
+            tl.debug_barrier()
+            written = rows(keys_at, row_h, C, H) * strength[:, None]
+            store_rows(write_at, mm_if(load_t(inverse_at, C, C), written, EXACT, PRECISION), row_h, C, H)
+    elif TAPE:
+        store_rows(write_at, keys * strength[:, None], row_h, C, H)
+    return inverse
 
 
 @triton.jit
@@ -99,10 +119,7 @@ def write_vector(
     if OWN:
         z_v = mm(e, input_weights(w_in_at, anchor_in_at, D, H, MOVING, ANCHORED, PRECISION), PRECISION)
         phi_v = operand_if(silu(z_v, PRECISION), EXACT, PRECISION)
-        W = load(V_at, H, D)
-        if ANCHORED:
-            W += load(A_at, H, D)
-        e += mm_if(phi_v, W, EXACT, PRECISION)
+        e += mm_if(phi_v, whole(V_at, A_at, H, D, ANCHORED), EXACT, PRECISION)
         if UNIT_TARGET:
             target_scale = inverse_norm(e, PRECISION)
             e = e * target_scale[:, None]
@@ -123,17 +140,9 @@ def write_vector(
             store_rows(missed_at, -r, row, C, D)
         r = add_mm(r, keys * since[:, None], load(V_at, H, D), PRECISION)
     tl.debug_barrier()  # keys, stored as rows, are read as columns
+    inverse = solved(keys, keys_at, table_at, inverse_at, write_at, row_h, strength, C, H, TAPE, DGD, EXACT, PRECISION)
     if DGD:
-        gram = mm_if(keys, columns(keys_at, row_h, C, H), EXACT, PRECISION)
-        inverse = operand_if(unit_lower_inverse(gram * load(table_at, C, C), EXACT, PRECISION, C), EXACT, PRECISION)
-        if TAPE:
-            store(inverse_at, inverse, C, C)
-            tl.debug_barrier()
-            written = rows(keys_at, row_h, C, H) * strength[:, None]
-            store_rows(write_at, mm_if(load_t(inverse_at, C, C), written, EXACT, PRECISION), row_h, C, H)
         r = mm_if(inverse, r, EXACT, PRECISION)
-    elif TAPE:
-        store_rows(write_at, keys * strength[:, None], row_h, C, H)
     if TAPE:
         store_rows(u_at, r, row, C, D)
     else:
@@ -143,10 +152,7 @@ def write_vector(
             new = load(first_V, H, D)
         store(next_V, new, H, D)
     if MOVING:
-        W_t = load_t(V_at, H, D)
-        if ANCHORED:
-            W_t += load_t(A_at, H, D)
-        hidden = mm(e, W_t, PRECISION)
+        hidden = mm(e, whole_t(V_at, A_at, H, D, ANCHORED), PRECISION)
         if TAPE:
             store_rows(e_at, e, row, C, D)
             store_rows(curve_at, hidden * d2silu(z, PRECISION), row_h, C, H)
@@ -229,17 +235,9 @@ def write_scalar(
             store_each(missed_at, -r, HEADS, C)
         r += tl.sum(keys * V[None, :], 1) * since
     tl.debug_barrier()
+    inverse = solved(keys, keys_at, table_at, inverse_at, write_at, row_h, strength, C, H, TAPE, DGD, EXACT, PRECISION)
     if DGD:
-        gram = mm_if(keys, columns(keys_at, row_h, C, H), EXACT, PRECISION)
-        inverse = unit_lower_inverse(gram * load(table_at, C, C), EXACT, PRECISION, C)
-        if TAPE:
-            store(inverse_at, inverse, C, C)
-            tl.debug_barrier()
-            written = rows(keys_at, row_h, C, H) * strength[:, None]
-            store_rows(write_at, mm_if(load_t(inverse_at, C, C), written, EXACT, PRECISION), row_h, C, H)
         r = tl.sum(inverse * r[None, :], 1)
-    elif TAPE:
-        store_rows(write_at, keys * strength[:, None], row_h, C, H)
     if TAPE:
         store_each(u_at, r, HEADS, C)
     else:
