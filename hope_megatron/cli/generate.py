@@ -49,13 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-p", type=float, default=0.95, metavar="P", help="keep the likeliest tokens that hold P (default 0.95)"
     )
-    parser.add_argument(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="above 1: less of what the text already has (default 1: no change)",
-    )
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1: none (default)")
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="the same seed draws the same text (default 0)"
     )

@@ -165,7 +165,6 @@ def unwrite_vector(
     if RESIDUAL:
         d_k -= d_target
     store_rows(d_k_at, d_k, row, C, D)
-
     # the target, and the gradient of V
     d_V = load(d_V_at, H, D) * kept
     if ADDED:
