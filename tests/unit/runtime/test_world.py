@@ -77,7 +77,7 @@ def test_nproc_beside_a_launcher_is_refused(command, shell, capsys):
 
 def test_commands_of_one_process_forget_the_launcher(shell, capsys):
     """Nothing below reads the variables, and no child inherits them."""
-    assert {name for name, command in COMMANDS.items() if command.joins_world} == {"train", "eval lm"}
+    assert {name for name, command in COMMANDS.items() if command.joins_world} == {"train", "eval lm", "consolidate"}
     for environment in (
         {"RANK": "0"},
         {"RANK": "", "WORLD_SIZE": "x"},

@@ -223,10 +223,10 @@ def test_ewc_holds_what_an_earlier_group_needs():
     left = {}
     for strength in (0.0, 1e4):
         model, rng = small_model(config, 0), np.random.default_rng(0)
-        anchors = methods._fisher(
+        anchors = methods.fisher(
             model, lambda rng=rng: methods._single_sentences(labelled.train, labels, first, 1, rng)
         )
-        penalty = partial(methods._ewc_penalty, anchors, strength)
+        penalty = partial(methods.ewc_penalty, anchors, strength)
         draw = partial(methods._single_sentences, labelled.train, labels, second, 4)
         fit(
             model,
@@ -234,7 +234,7 @@ def test_ewc_holds_what_an_earlier_group_needs():
             FitOptions(steps=12, lr=3e-3),
             penalty=penalty,
         )
-        left[strength] = methods._ewc_penalty(anchors, 2.0).item()
+        left[strength] = methods.ewc_penalty(anchors, 2.0).item()
     assert 0 < left[1e4] < 0.5 * left[0.0]
 
 
@@ -244,7 +244,7 @@ def test_fisher_of_one_sentence_is_its_squared_gradient():
     batch = methods._single_sentences(
         {"class 000": labelled.train["class 000"][:1]}, {"class 000": 0}, ["class 000"], 1, np.random.default_rng(0)
     )
-    anchors = methods._fisher(model, lambda: batch, samples=2)
+    anchors = methods.fisher(model, lambda: batch, samples=2)
     batch_loss(model, batch).backward()
     assert len(anchors) == len(list(model.parameters()))
     for parameter, _, square in anchors:
