@@ -202,7 +202,7 @@ examples:
   hope data merge data/corpus
 """,
     )
-    parser.add_argument("sources", nargs="+", metavar="SOURCE")
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="text: see the list below")
     parser.add_argument("--tokenizer", required=True, metavar="FILE", help="a SentencePiece model, or a tokenizer.json")
     _add_output_options(parser)
     parser.add_argument("--slice", type=slice_of, default=(0, 1), metavar="I/N", help="prepare part I of N, from 0")

@@ -6,6 +6,7 @@ Examples:
     hope eval suite mad --families hope titans deltanet     some of the families
     hope eval suite needles RUN --lengths 1024 16384 65536  a trained run, streamed in constant memory
     hope eval suite needles RUN --data novels/              needles and bAbI's facts hidden in your text
+    hope eval suite families                                every family of the paper's tables on text, recall and languages
     hope eval suite ablations                               HOPE without one part at a time
     hope eval suite classes --data banking77 data_full.json your copies of the published files
     hope eval suite domains --data laws/ novels/ code/      your text, one domain after the other

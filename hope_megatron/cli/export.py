@@ -30,8 +30,8 @@ _OPTIONS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.epilog = f"formats:\n{FORMATS.table()}"
-    parser.add_argument("format", metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
-    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("format", metavar="FORMAT", help="a format of the list below")
+    parser.add_argument("run", metavar="RUN", help="the checkpoint, see above")
     parser.add_argument("directory", type=Path, metavar="DIR", help="made new; an earlier export is replaced")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: the one the run was trained with")
     parser.add_argument("--max-shard-gib", type=float, metavar="N", help="size of a weight file (default 4)")
