@@ -85,27 +85,40 @@ MESHES = {
     "sequence parallel": ParallelConfig(tensor_parallel=2, sequence_parallel=True),
     "context parallel": ParallelConfig(context_parallel=2),
 }
+MESHES_OF_FOUR = {
+    "tensor, sequence and context parallel": ParallelConfig(
+        tensor_parallel=2, sequence_parallel=True, context_parallel=2
+    ),
+}
 
 
-def on_two_ranks(rank, world_size):
+def on_ranks(rank, world_size, meshes, names):
     from megatron.core import parallel_state
 
     learn = lambda model, x, y: model(x, y, learn=True).losses  # noqa: E731
     results = {}
-    for mesh, parallel in MESHES.items():
-        for name, config in MODELS.items():
-            results[name, mesh] = losses_and_gradients(config, parallel, learn)
+    for mesh, parallel in meshes.items():
+        for name in names:
+            results[name, mesh] = losses_and_gradients(MODELS[name], parallel, learn)
         if mesh != "tensor parallel":
             parallel_state.destroy_model_parallel()
     return results
 
 
-def test_losses_and_every_gradient_on_two_ranks():
+@pytest.mark.parametrize(
+    ("world_size", "meshes", "names"),
+    [
+        (2, MESHES, tuple(MODELS)),
+        (4, MESHES_OF_FOUR, ("sequential", "nested")),
+    ],  # a key-value head cannot be halved twice
+    ids=["two ranks", "four ranks"],
+)
+def test_losses_and_every_gradient(world_size, meshes, names):
     """Against the plain reference on one rank."""
     learn = lambda model, x, y: learn_reference(model, x, y)[0]  # noqa: E731
-    expected = {name: losses_and_gradients(config, ParallelConfig(), learn) for name, config in MODELS.items()}
+    expected = {name: losses_and_gradients(MODELS[name], ParallelConfig(), learn) for name in names}
     shutdown_distributed()
-    for results in run_distributed(on_two_ranks, 2):
+    for results in run_distributed(on_ranks, world_size, meshes, names):
         for (name, mesh), (losses, gradients) in results.items():
             wanted_losses, wanted = expected[name]
             torch.testing.assert_close(
