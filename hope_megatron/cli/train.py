@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         from hope_megatron.runtime.process import apply_process_environment
 
         if nproc > 1:
-            raise LaunchError(f"--in-process is for one rank, not for {nproc}; leave it away, or give --nproc 1")
+            raise LaunchError(f"--in-process is for one rank, not for {nproc}; leave it out, or give --nproc 1")
         apply_process_environment(config.training.num_threads)
         return _train(config, args)
     from launch.local import run_supervised

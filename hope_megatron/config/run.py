@@ -132,7 +132,7 @@ def check_canonical(parallel: ParallelConfig, training: TrainingConfig) -> None:
         raise ConfigError(
             f"training.reduction=canonical with zero_stage={parallel.zero_stage}, precision={training.precision}, "
             f"context_parallel={parallel.context_parallel} and {micro_batches:g} micro-batches per step; "
-            "it needs zero_stage=0, or 1 in fp32, context_parallel=1 and a power of two"
+            "it needs zero_stage=0 (or 1 in fp32), context_parallel=1, and a number of micro-batches that is a power of two"
         )
 
 
