@@ -23,11 +23,11 @@ help: ## this list
 quickstart: $(VENV)/.ready-run ## from text to a pretrained HOPE: about 5 minutes on 2 cores (ARGS="--text FILE" for your text)
 	$(BIN)/hope quickstart $(ARGS)
 
-# Unit tests share the cores; the others start several processes each, and go one after another. Exit code 5: none was chosen.
+# Unit tests share the cores. The others start several processes each, which mostly wait: two at a time. Exit code 5: none was chosen.
 test: $(VENV)/.ready-test ## unit, distributed and integration tests (ARGS="-k name" for some)
 	@failed=0; export TORCHDYNAMO_DISABLE=1; \
 	$(BIN)/python -m pytest tests/unit -n logical --maxprocesses 4 --dist loadfile $(ARGS) || [ $$? -eq 5 ] || failed=1; \
-	$(BIN)/python -m pytest tests/distributed tests/integration $(ARGS) || [ $$? -eq 5 ] || failed=1; \
+	$(BIN)/python -m pytest tests/distributed tests/integration -n 2 --dist loadfile $(ARGS) || [ $$? -eq 5 ] || failed=1; \
 	exit $$failed
 	@echo "not run: the tests on a real Slurm cluster (make test-slurm) and the soak (make soak)"
 

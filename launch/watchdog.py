@@ -11,6 +11,7 @@ interpreter nor a stopped process hides from it. It also removes what killed att
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import shutil
@@ -127,7 +128,7 @@ def collect_stacks(directory: Path, beats: list[Beat]) -> dict[int, str]:
     before = {beat.rank: _size(stack_file(directory, beat.rank)) for beat in beats}
     for beat in beats:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(beat.pid, STACKS_SIGNAL)
+            signal_main_thread(beat.pid, STACKS_SIGNAL)
             os.kill(beat.pid, signal.SIGCONT)  # a stopped process writes nothing
     deadline = time.monotonic() + _STACKS_S
     while time.monotonic() < deadline and any(
@@ -145,6 +146,20 @@ def collect_stacks(directory: Path, beats: list[Beat]) -> dict[int, str]:
         for beat in beats:
             stacks[beat.rank] = stacks.get(beat.rank, "") + _py_spy(beat.pid)
     return stacks
+
+
+def signal_main_thread(pid: int, number: int) -> None:
+    """A signal to a process's main thread. One to the process may be taken by any thread of a stopped one when it goes on, while
+    its main thread leaves the place where it stood.
+
+    Raises:
+        ProcessLookupError: there is none.
+    """
+    tgkill = getattr(ctypes.CDLL(None, use_errno=True), "tgkill", None)  # glibc 2.30
+    if tgkill is None:
+        os.kill(pid, number)
+    elif tgkill(pid, pid, number):
+        raise ProcessLookupError(ctypes.get_errno(), f"process {pid}")
 
 
 def _py_spy(pid: int) -> str:

@@ -13,7 +13,7 @@ import pytest
 
 from hope_megatron.runtime.heartbeat import Heartbeat, Limits, beat_file, read_beat, read_beats
 from launch.hangs import diagnose, keep_reports, read_hang
-from launch.watchdog import Watchdog, own, remove_abandoned
+from launch.watchdog import Watchdog, collect_stacks, own, process_state, remove_abandoned
 
 
 def rank(number: int, entered: int = 9, collectives: int = 40, *, waiting: bool = True, state: str = "S") -> dict:
@@ -103,6 +103,38 @@ def test_a_watchdog_finds_a_stopped_process_and_keeps_its_stack(tmp_path: Path) 
     assert hang is not None and hang.rank == 1 and "stopped by a signal, in phase forward" in hang.text
     keep_reports(reports, tmp_path / "kept")
     assert "most recent call first" in (tmp_path / "kept" / "stack-rank-00001.txt").read_text()
+
+
+STOPS_ITSELF = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from hope_megatron.runtime.heartbeat import HEART
+HEART.attach(Path(sys.argv[1]), 0)
+def be_awake():
+    while True:
+        time.sleep(0.0005)
+for _ in range(24):
+    threading.Thread(target=be_awake, daemon=True).start()
+def it_stood_here():
+    os.kill(os.getpid(), signal.SIGSTOP)
+while True:
+    it_stood_here()
+    time.sleep(0.05)
+"""
+
+
+def test_the_stack_of_a_stopped_process_is_of_where_it_stood(tmp_path: Path) -> None:
+    """Not of where it goes on to, whichever of its threads wakes first."""
+    process = subprocess.Popen([sys.executable, "-c", STOPS_ITSELF, str(tmp_path)])
+    try:
+        for _ in range(10):
+            deadline = time.monotonic() + 30
+            while process_state(process.pid) != "T" and time.monotonic() < deadline:
+                time.sleep(0.01)
+            stack = collect_stacks(tmp_path, read_beats(tmp_path))[0]
+            assert "it_stood_here" in stack.rpartition("most recent call first")[2]
+    finally:
+        process.kill()
 
 
 def test_ranks_that_never_come_up_are_reported(tmp_path: Path) -> None:
