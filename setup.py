@@ -60,7 +60,7 @@ TEST = [
     "pytest-timeout>=2.3,<3",
     "pytest-xdist>=3.6,<4",
     "transformers>=4.53,<6",
-    "trl>=0.20,<2",
+    "trl>=0.20,!=1.15.*,<2",
 ]
 
 setup(

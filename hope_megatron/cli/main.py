@@ -80,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     _print_in_any_locale()
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        sys.stdout.flush()  # what is short is written only now
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -7,6 +7,7 @@ either library's loader cuts what a rank needs. What these files have no place f
 
 from __future__ import annotations
 
+import enum
 import json
 import pickle
 import warnings
@@ -110,7 +111,16 @@ class _MetadataUnpickler(pickle.Unpickler):
             return _DESCRIBING[module, name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
+        if (module, name) == ("builtins", "getattr"):  # how Python 3.11.0 to 3.11.3 write a member of an enumeration
+            return _enum_member
         raise pickle.UnpicklingError(f"it names {module}.{name}, which describes no tensor")
+
+
+def _enum_member(kind: Any, name: Any) -> Any:
+    """A member of an enumeration, and no attribute of anything else."""
+    if not (isinstance(kind, enum.EnumMeta) and name in kind.__members__):
+        raise pickle.UnpicklingError(f"it takes {name!r} of {kind!r}, which is no member of an enumeration")
+    return kind[name]
 
 
 _DESCRIBING: dict[tuple[str, str], Any] = {

@@ -114,8 +114,10 @@ def test_options_may_stand_between_overrides(capsys):
     assert '"tokens_per_step": 128' in capsys.readouterr().out
 
 
-def test_reader_that_leaves_early_is_no_error():
-    code = "import sys; from hope_megatron.cli.main import main; sys.exit(main(['plan', 'hope_tiny', '--json']))"
+@pytest.mark.parametrize("command", [["plan", "hope_tiny", "--json"], ["list", "formats"]], ids=["long", "short"])
+def test_reader_that_leaves_early_is_no_error(command):
+    """Output that fills no buffer is written at the very end."""
+    code = f"import sys; from hope_megatron.cli.main import main; sys.exit(main({command}))"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()

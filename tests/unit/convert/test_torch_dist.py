@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from hope_megatron.checkpoint.find import CheckpointSource, find_checkpoint
 from hope_megatron.checkpoint.unsharded import read_unsharded
 from hope_megatron.cli.main import main
 from hope_megatron.convert.begin_run import begin_run
-from hope_megatron.convert.torch_dist import read_torch_dist, torch_dist_weights, write_torch_dist
+from hope_megatron.convert.torch_dist import _MetadataUnpickler, read_torch_dist, torch_dist_weights, write_torch_dist
 from hope_megatron.model import LanguageModel
 
 MakeCheckpoint = Callable[..., CheckpointSource]
@@ -95,3 +96,19 @@ def test_a_pickle_that_acts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match=r"refused, nothing was executed: it names posix\.mkdir"):
         list(torch_dist_weights(tmp_path / "dist"))
     assert not (tmp_path / "boom").exists()
+
+
+def test_members_of_enumerations_are_read_as_old_pythons_write_them() -> None:
+    """Python 3.11.0 to 3.11.3 write `getattr(WriteItemType, "TENSOR")`. Nothing else is taken by getattr."""
+
+    def loaded(kind: str, name: str):
+        return _MetadataUnpickler(io.BytesIO(f"cbuiltins\ngetattr\n(c{kind}\nS'{name}'\ntR.".encode())).load()
+
+    assert loaded("torch.distributed.checkpoint.planner\nWriteItemType", "TENSOR") is dcp.planner.WriteItemType.TENSOR
+    for kind, name in (
+        ("torch.distributed.checkpoint.planner\nWriteItemType", "__class__"),
+        ("torch.distributed.checkpoint.planner\nSavePlan", "__init__"),
+        ("torch\nfloat32", "itemsize"),
+    ):
+        with pytest.raises(pickle.UnpicklingError, match="no member of an enumeration"):
+            loaded(kind, name)
