@@ -216,6 +216,7 @@ def main() -> int:
         if args.work is None:
             shutil.rmtree(work, ignore_errors=True)
     if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps({name: value for name, value in report.items() if name != "each"}, indent=1))
     worst = max((item["recovered_s"] or 0.0) for item in report["each"]) if report["each"] else 0.0
