@@ -29,8 +29,14 @@ def load_tensors(path: Path, stand_ins: Sequence[tuple[Callable[..., Any], str]]
     except OSError as error:
         raise ConversionError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:  # a pickle can fail in any way
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it names {named[1]}" if named else str(error).partition("\n")[0]
         raise ConversionError(
-            f"{path} is refused, nothing was executed: only tensors and plain containers are unpickled: {reason}"
+            f"{path} is refused, nothing was executed: only tensors and plain containers are unpickled: {_reason(str(error))}"
         ) from None
+
+
+def _reason(text: str) -> str:
+    """What is wrong, without PyTorch's advice to unpickle it all the same."""
+    if named := re.search(r"GLOBAL (\S+)", text):
+        return f"it names {named[1]}"
+    inner = re.search(r"WeightsUnpickler error:\s*(.+)", text)
+    return inner[1] if inner else text.partition("\n")[0]

@@ -10,6 +10,7 @@ imported: its classes in these files become harmless ones of ours. Tensors stay 
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,8 +41,19 @@ class _IgnoredToo(_Ignored):
     """PyTorch's allow-list wants one class for each name."""
 
 
+_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
+
+
+def _stage(kind: Any, name: Any) -> int:
+    """A member of ZeroStageEnum as Python 3.11.0 to 3.11.3 write it, getattr(class, name); no attribute of anything else."""
+    if kind is not int or name not in _STAGES:
+        raise pickle.UnpicklingError(f"it takes {name!r} of {kind!r}")
+    return _STAGES[name]
+
+
 _STAND_INS = (
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_stage, "builtins.getattr"),
     (_Ignored, "deepspeed.utils.tensor_fragment.fragment_address"),
     (_AlsoIgnored, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_IgnoredToo, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
