@@ -1,6 +1,7 @@
 """Many random faults on one run: does it end in the bits of the undisturbed run, without a person?
 
     make soak FAULTS=200 SEED=1            or: python tools/soak.py --faults 200 --seed 1 --out runs/soak.json
+    python tools/soak.py --orders kill@1:12,stop@1:20    these faults instead
 
 One real run on 2 to 4 ranks under its own supervisor (`hope train --nproc N`) meets faults of every kind that
 hope_megatron/testing/faults.py knows to survive, at seeded kinds, ranks, steps and phases. What a batch system does (start the
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hope_megatron.runtime.records import read_records
 from hope_megatron.testing.drill import Drill, final_state
+from hope_megatron.testing.faults import parse_faults
 from launch.attempts import History, last_record
 
 WEIGHTS = {
@@ -94,6 +96,8 @@ class Soak:
         rng = random.Random(args.seed)
         self.ranks, tp, zero_stage = args.layout or rng.choice([layout for layout in LAYOUTS if layout[0] != 3])
         self.orders, steps = plan(args.faults, args.seed, self.ranks, args.every)
+        if args.orders:
+            self.orders, steps = args.orders, max(fault.step for fault in parse_faults(args.orders)) + 5
         layout = {"ranks": self.ranks, "tp": tp, "zero_stage": zero_stage}
         self.drill = Drill(work, **layout, steps=steps, every=args.every, hang_s=args.hang_s)
         self.steps, self.layout = steps, layout
@@ -202,6 +206,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=40)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--orders", metavar="FAULTS", help="these instead of random ones, as in HOPE_FAULTS: kill@1:12,stop@1:20"
+    )
     parser.add_argument("--every", type=int, default=10, help="steps between checkpoints")
     parser.add_argument("--hang-s", type=float, default=4.0, help="limit of a phase of a step (default: %(default)s)")
     parser.add_argument("--layout", type=int, nargs=3, metavar=("RANKS", "TP", "ZERO"), help="default: by the seed")

@@ -31,73 +31,44 @@ if TYPE_CHECKING:
     from hope_megatron.consolidation.sleep import Night
 
 
-_LISTS = ("wake", "unseen", "general", "levels")
-_VALUES = ("out", "replay", "reservoir", "priority", "dreams", "general_share", "draws", "steps", "seed")
+_LISTS: dict[str, tuple[str, str]] = {
+    "wake": ("FILE", "UTF-8 text that is read by day"),
+    "unseen": ("FILE", "text of the kind that is only asked about, before and after"),
+    "general": ("FILE", "text whose answers shall not change (default: the run's training data)"),
+    "levels": (
+        "LEVEL[:PERIOD]",
+        "CMS levels that learn, 1 the fastest (default: the next slower than what adapts in a context)",
+    ),
+}
+_VALUES: dict[str, tuple[type, str, str]] = {
+    "out": (str, "NAME", "name of the night's run (default: NAME-night-1, then -2)"),
+    "replay": (int, "N", "rows kept at most"),
+    "reservoir": (float, "SHARE", "of them for a uniform sample of the less surprising"),
+    "priority": (float, "POWER", "replay in proportion to surprise to this power; 0: without surprise"),
+    "dreams": (int, "N", "rows that the adapted model makes up"),
+    "general_share": (float, "SHARE", "of general text in a batch"),
+    "draws": (int, "N", "answers kept for every token"),
+    "steps": (int, "N", "of the night (default: every row about 8 times)"),
+    "seed": (int, "N", "of draws, dreams and order"),
+}
+"""Type, what stands for the value, and help; the defaults are those of `NightOptions`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    defaults = NightOptions(())
-    files: dict[str, Any] = {"type": Path, "nargs": "+", "default": [], "metavar": "FILE"}
     parser.add_argument("run", metavar="RUN", help="a run directory (its newest checkpoint), RUN@STEP or a checkpoint")
     parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="changes to the configuration of the night"
     )
-    parser.add_argument("--wake", **files, help="UTF-8 text that is read by day")
-    parser.add_argument("--unseen", **files, help="text of the kind that is only asked about, before and after")
-    parser.add_argument(
-        "--general", **files, help="text whose answers shall not change (default: the run's training data)"
-    )
-    parser.add_argument("--out", metavar="NAME", help="name of the night's run (default: NAME-night-1, then -2)")
-    parser.add_argument(
-        "--replay", type=int, default=defaults.replay, metavar="N", help="rows kept at most (default %(default)s)"
-    )
-    parser.add_argument(
-        "--reservoir",
-        type=float,
-        default=defaults.reservoir,
-        metavar="SHARE",
-        help="of them for a uniform sample of the less surprising (default %(default)s)",
-    )
-    parser.add_argument(
-        "--priority",
-        type=float,
-        default=defaults.priority,
-        metavar="POWER",
-        help="replay in proportion to surprise to this power; 0: without surprise (default %(default)s)",
-    )
-    parser.add_argument(
-        "--dreams",
-        type=int,
-        default=defaults.dreams,
-        metavar="N",
-        help="rows that the adapted model makes up (default %(default)s)",
-    )
-    parser.add_argument(
-        "--general-share",
-        type=float,
-        default=defaults.general_share,
-        metavar="SHARE",
-        help="of general text in a batch (default %(default)s)",
-    )
-    parser.add_argument(
-        "--draws",
-        type=int,
-        default=defaults.draws,
-        metavar="N",
-        help="answers kept for every token (default %(default)s)",
-    )
-    parser.add_argument(
-        "--levels",
-        nargs="+",
-        default=[],
-        metavar="LEVEL[:PERIOD]",
-        help="CMS levels that learn, 1 the fastest (default: the next slower than what adapts in a context)",
-    )
-    parser.add_argument("--steps", type=int, metavar="N", help="of the night (default: every row about 8 times)")
-    parser.add_argument(
-        "--seed", type=int, default=defaults.seed, metavar="N", help="of draws, dreams and order (default %(default)s)"
-    )
+    for name, (metavar, text) in _LISTS.items():
+        kind = Path if metavar == "FILE" else str
+        parser.add_argument(f"--{name}", type=kind, nargs="+", default=[], metavar=metavar, help=text)
+    defaults = NightOptions(())
+    for name, (value_type, metavar, text) in _VALUES.items():
+        default = getattr(defaults, name, None)
+        shown = "" if default is None else f" (default {default})"
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=value_type, default=default, metavar=metavar, help=text + shown)
     parser.add_argument("--nproc", type=int, metavar="N", help="processes on this machine (default as for hope train)")
     parser.add_argument(
         "--max-restarts", type=int, default=3, metavar="N", help="as for hope train (default %(default)s)"
@@ -160,7 +131,7 @@ def _argv(args: argparse.Namespace) -> list[str]:
 def _night(args: argparse.Namespace) -> Night:
     from hope_megatron.consolidation.sleep import plan_night
 
-    names = set(_LISTS + _VALUES) - {"out"}
+    names = {*_LISTS, *_VALUES} - {"out"}
     given: dict[str, Any] = {
         name: tuple(value) if name in _LISTS else value for name in names for value in [getattr(args, name)]
     }

@@ -26,7 +26,6 @@ from hope_megatron.runtime.heartbeat import HEART
 from hope_megatron.training.batches import SampleSource
 from hope_megatron.training.loop import Callback, Run
 from hope_megatron.training.run import run_training
-from hope_megatron.training.run_directory import RunDirectory
 from hope_megatron.training.sources import open_sources
 from hope_megatron.training.step import StepResult
 
@@ -145,9 +144,7 @@ def sleep_on_ranks(night: Night, source: SampleSource, heldout: SampleSource | N
         control.raise_together(error)
         if day is None:
             if run.state.step:
-                raise ConsolidationError(
-                    f"{night.config.run_dir} has checkpoints but no replay; remove it, or give another --out"
-                )
+                raise _no_replay(night)
             rows, figures = live(run.engine.model, night.options, night.pairs, night.begin, speaks=mesh.rank == 0)
             day = Day(rows, night.origin, figures)
             if mesh.rank == 0:
@@ -158,9 +155,7 @@ def sleep_on_ranks(night: Night, source: SampleSource, heldout: SampleSource | N
     def continued(_: SampleSource, state: Mapping[str, Any]) -> SampleSource:
         day = read_day(night.config.run_dir, night.origin)
         if day is None:
-            raise ConsolidationError(
-                f"{night.config.run_dir} has checkpoints but no replay; remove it, or give another --out"
-            )
+            raise _no_replay(night)
         begun: NightSource = day.source()
         begun.check_state(state)
         return begun
@@ -174,6 +169,10 @@ def sleep_on_ranks(night: Night, source: SampleSource, heldout: SampleSource | N
         prepare=prepare,
         callbacks=[Morning(night)],
     )
+
+
+def _no_replay(night: Night) -> ConsolidationError:
+    return ConsolidationError(f"{night.config.run_dir} has checkpoints but no replay; remove it, or give another --out")
 
 
 class Morning(Callback):
@@ -211,12 +210,6 @@ def read_report(night: Night) -> dict[str, Any]:
     """What the morning found."""
     report: dict[str, Any] = json.loads(night.report.read_text(encoding="utf-8"))
     return report
-
-
-def is_begun(night: Night) -> bool:
-    """Whether the night's run has a directory with something in it."""
-    directory = RunDirectory(night.config.run_dir)
-    return directory.checkpoints.is_dir() or directory.metrics.exists()
 
 
 def _samples(stream: SampleSource, count: int) -> Pairs:

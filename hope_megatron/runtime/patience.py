@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 PATIENCE_S = 1.0
 """How long the first write that hangs is waited for; none is, until those before it are done."""
 MAX_WAITING = 10_000
-"""Writes that wait for a disk; later ones are dropped."""
+"""Writes that wait for a disk; later ones are dropped, which is said once it answers."""
 
 
 class PatientWriter:
@@ -36,6 +36,7 @@ class PatientWriter:
         self._last = threading.Event()
         self._last.set()
         self._error: BaseException | None = None
+        self._dropped = 0
 
     def __call__(self, write: Callable[[], object]) -> bool:
         """Write, or leave it to the thread where the disk hangs. Returns whether it is done.
@@ -48,10 +49,13 @@ class PatientWriter:
             self._thread.start()
         if self.is_late and self._last.is_set():
             self.is_late = False
-            self._say("%s is written again")
+            lost, self._dropped = self._dropped, 0
+            self._say("%s is written again" + (f"; {lost} writes were dropped" if lost else ""))
         if self._tasks.qsize() < MAX_WAITING:
             self._last = threading.Event()
             self._tasks.put((write, self._last))
+        else:
+            self._dropped += 1
         return self.flush(0.0 if self.is_late else self.patience_s)
 
     def flush(self, timeout_s: float) -> bool:

@@ -175,7 +175,10 @@ def _resume(run: Run, resume: str, continue_data: ContinueData, weights_of: Path
     if checkpoint is None:
         if weights_of is not None:
             begun = run.checkpointer.load_weights(weights_of)
-            run.history = [*begun.description.get("history", ()), {"operation": "a night", "source": str(weights_of)}]
+            run.history = [
+                *begun.description.get("history", ()),
+                {"operation": "begun with weights", "source": str(weights_of)},
+            ]
         return
     run.state.load_dict(checkpoint.description["progress"])
     run.newton_schulz_calls_before = run.state.newton_schulz_calls

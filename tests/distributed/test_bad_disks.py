@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +22,14 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, in a file."""
     image, mounted = tmp_path / "image", tmp_path / "disk"
     mounted.mkdir()
-    make = f"truncate -s 24M {image} && mkfs.ext4 -q -F -N 300 {image} && mount -o loop {image} {mounted}"
-    done = subprocess.run(make, shell=True, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"this process may not make and mount a file system: {done.stderr.strip()}")
+    for command in (
+        ["truncate", "-s", "24M", image],
+        ["mkfs.ext4", "-q", "-F", "-N", "300", image],
+        ["mount", "-o", "loop", image, mounted],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"this process may not make and mount a file system: {done.stderr.strip()}")
     yield mounted
     subprocess.run(["fsfreeze", "--unfreeze", mounted], capture_output=True)
     subprocess.run(["umount", mounted], check=True)
@@ -37,7 +42,9 @@ def spoil(kind: str, disk: Path) -> None:
         subprocess.run(["dd", "if=/dev/zero", f"of={disk / 'filler'}", "bs=64k"], stderr=subprocess.DEVNULL)
     elif kind == "no inodes":
         (disk / "filler").mkdir()
-        subprocess.run(f"touch {disk}/filler/{{1..400}}", shell=True, executable="bash", stderr=subprocess.DEVNULL)
+        with contextlib.suppress(OSError):  # there is none left
+            for number in range(400):
+                (disk / "filler" / str(number)).touch()
     else:
         subprocess.run(["mount", "-o", "remount,abort", disk], check=True)
 

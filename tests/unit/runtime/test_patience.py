@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from hope_megatron.runtime import patience
 from hope_megatron.runtime.patience import PatientWriter
 
 
@@ -24,6 +25,18 @@ def test_a_write_that_hangs_is_waited_for_once_and_all_come_in_order(caplog: pyt
         "cannot be written: t",
         "is written again",
     ]
+
+
+def test_writes_that_are_dropped_are_counted(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "MAX_WAITING", 2)
+    disk, written = threading.Event(), []
+    write = PatientWriter("metrics.jsonl", patience_s=0.05)
+    for number in range(6):  # the thread has taken the first one
+        write(lambda number=number: disk.wait() and written.append(number))
+    disk.set()
+    assert write.flush(10.0) and written == [0, 1, 2]
+    assert write(lambda: written.append(6)) and written[-1] == 6
+    assert caplog.messages[-1] == "metrics.jsonl is written again; 3 writes were dropped"
 
 
 def test_what_a_write_raises_reaches_the_caller() -> None:
