@@ -62,16 +62,19 @@ _NO_DATA = "no-data"
 """Stands for the data of a bare model preset."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `hope plan`."""
-    parser.add_argument("config", metavar="CONFIG", nargs="?", help="run file, model file, or the name of one")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="changes, for example training.seq_length=8192"
-    )
+def add_planned(parser: argparse.ArgumentParser, example: str, **config: Any) -> None:
+    """What is planned, or rehearsed, and for how many GPUs of which kind. example: of an override."""
+    parser.add_argument("config", metavar="CONFIG", help="run file, model file, or the name of one", **config)
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help=f"changes, for example {example}")
     parser.add_argument("--world", type=int, metavar="N", help="number of GPUs (default: one tensor-parallel group)")
     parser.add_argument(
         "--hardware", default="h100", metavar="NAME", help=f"one of {', '.join(HARDWARE)} (default: %(default)s)"
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `hope plan`."""
+    add_planned(parser, "training.seq_length=8192", nargs="?")
     parser.add_argument(
         "--utilization",
         type=float,

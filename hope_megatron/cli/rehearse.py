@@ -23,24 +23,17 @@ from pathlib import Path
 from typing import Any
 
 from hope_megatron.cli.output_files import check_writable
-from hope_megatron.cli.plan import load_for_plan
+from hope_megatron.cli.plan import add_planned, load_for_plan
 from hope_megatron.config.base import ConfigError
-from hope_megatron.config.hardware import HARDWARE, find_hardware
+from hope_megatron.config.hardware import find_hardware
 from hope_megatron.config.sharing import slice_config
 from hope_megatron.runtime.files import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `hope rehearse`."""
-    parser.add_argument("config", metavar="CONFIG", help="run file, model file, or the name of one")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="changes, for example training.micro_batch_size=8"
-    )
-    parser.add_argument("--world", type=int, metavar="N", help="number of GPUs (default: one tensor-parallel group)")
+    add_planned(parser, "training.micro_batch_size=8")
     parser.add_argument("--rank", type=int, default=0, metavar="R", help="whose step (default: %(default)s)")
-    parser.add_argument(
-        "--hardware", default="h100", metavar="NAME", help=f"one of {', '.join(HARDWARE)} (default: %(default)s)"
-    )
     parser.add_argument(
         "--pass-states",
         type=int,
