@@ -77,7 +77,14 @@ def _cause(error: Exception) -> Exception:
     return cause if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and from_web else error
 
 
+def _is_garbled(error: Exception) -> bool:
+    """An answer that is no HTTP, as from a connection that broke in the middle. aiohttp calls it status 400; no server said so."""
+    return any(kind.__name__ == "HttpProcessingError" for kind in type(error.__cause__).__mro__)
+
+
 def _is_lasting(error: Exception) -> bool:
+    if _is_garbled(error):
+        return False
     status = getattr(error, "status", None)
     if isinstance(status, int) and 400 <= status < 500:
         return status not in _TEMPORARY_STATUS
@@ -85,6 +92,8 @@ def _is_lasting(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
+    if _is_garbled(error):
+        return "the answer is no HTTP"
     status, message = getattr(error, "status", None), getattr(error, "message", None)
     if isinstance(status, int):
         return " ".join(f"the server answers {status} {message or ''}".split())

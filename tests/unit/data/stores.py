@@ -80,6 +80,10 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.isdigit():
             self._send(int(fault), b"later", {"Retry-After": "0.01"} if fault == "429" else {}, "", with_body)
             return
+        if fault == "garbled":
+            self.wfile.write(b'{"text": "in the middle of another answer"}\r\n\r\n')
+            self.close_connection = True
+            return
         status, body, headers = self._upstream() if server.upstream else self._file(asked)
         if not with_body and server.announced is not None:
             headers["Content-Length"] = str(server.announced)

@@ -97,7 +97,7 @@ READS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "text by file": ("a.txt", {"text_unit": "file"}, [PLAIN.decode()]),
     "byte order mark": ("bom.txt", {}, ["alpha"]),
 }
-FAULTS = ["", "503", "429", "500", "cut", "reset", "short", "slow", "stall"]
+FAULTS = ["", "503", "429", "500", "cut", "reset", "short", "slow", "stall", "garbled"]
 
 
 def read(source: str, **options: Any) -> list[str]:
@@ -234,7 +234,7 @@ def test_faults_of_an_object_store_cost_time_and_no_data(s3: FaultyServer, fault
     assert not s3.faults
 
 
-@pytest.mark.parametrize("fault", ["503", "429", "reset"])
+@pytest.mark.parametrize("fault", ["503", "429", "reset", "garbled"])
 def test_the_first_questions_are_asked_again_too(web: FaultyServer, fault: str) -> None:
     web.heads, web.faults = True, [fault] * 4
     assert read(f"{web.url}/a.jsonl") == TEXTS
