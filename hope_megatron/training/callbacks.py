@@ -109,6 +109,10 @@ class Judgements(Callback):
         if self._ledger.has_unwritten:
             self._write(self._ledger.flush)
 
+    def finish(self, run: Run) -> None:
+        if run.engine.mesh.rank == 0 and self._ledger.has_unwritten:
+            self._write(self._ledger.flush)
+
     def _record(self, event: str, *where: int, **more: Any) -> None:
         self._write(lambda: self._ledger.record(event, *where, **more))
 
@@ -212,6 +216,7 @@ class MetricsRecord(Callback):
 
     def finish(self, run: Run) -> None:
         if run.engine.mesh.rank == 0:
+            self._write(self._file.flush)  # what has waited for a full disk; the last save may have found room
             self._write.flush(HEART.limits.save_s)  # the summary and the trackers read it
             self.progress.close()
 

@@ -53,6 +53,10 @@ class MetricsFile:
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add the record of a step, behind those that wait."""
         self._waiting.append(seal({"step": step, **metrics}) + "\n")
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what waits, if the disk takes it."""
         try:
             while self._waiting:
                 append_whole(self.path, self._waiting[0].encode())

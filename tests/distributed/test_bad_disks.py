@@ -39,7 +39,11 @@ def spoil(kind: str, disk: Path) -> None:
     if kind == "hangs":
         subprocess.run(["fsfreeze", "--freeze", disk], check=True)
     elif kind == "full":
-        subprocess.run(["dd", "if=/dev/zero", f"of={disk / 'filler'}", "bs=64k"], stderr=subprocess.DEVNULL)
+        (disk / "filler").mkdir()
+        for size in ("64k", "1k"):  # to the last block
+            command = ["dd", "if=/dev/zero", f"of={disk / 'filler' / size}", f"bs={size}"]
+            subprocess.run(command, stderr=subprocess.DEVNULL)
+        subprocess.run(["sync", "-f", disk])  # what is written later takes blocks of its own
     elif kind == "no inodes":
         (disk / "filler").mkdir()
         with contextlib.suppress(OSError):  # there is none left
@@ -56,7 +60,7 @@ def mend(kind: str, disk: Path) -> None:
         subprocess.run(["rm", "-rf", disk / "filler"], check=True)
 
 
-def train(rank, world_size, disk, kind, every, bad_s, until=0):
+def train(rank, world_size, disk, kind, every, bad_s, until=0, at="after step"):
     """The state at the end, what was logged, and how many steps were done while the disk was bad."""
     import logging
     import threading
@@ -79,8 +83,8 @@ def train(rank, world_size, disk, kind, every, bad_s, until=0):
             timer.start() if bad_s else None
         if phase == "after step" and step >= BAD_STEP and not mended.is_set():
             done_meanwhile.append(step)
-            if step == until:
-                later()
+        if phase == at and step == until:
+            later()
 
     watch.engine = None
     HEART.listeners[:] = [watch]
@@ -120,6 +124,13 @@ def test_metrics_and_logs_on_a_disk_that_hangs_do_not_stop_training(disk: Path, 
     assert meanwhile == list(range(BAD_STEP, STEPS)), "only then the disk came back"
     assert "metrics.jsonl cannot be written: the disk does not answer" in log
     assert "step 40/40" in (disk / "tiny" / "train.log").read_text()
+
+
+def test_metrics_that_wait_come_when_the_last_save_finds_room(disk: Path, undisturbed: dict[str, str]) -> None:
+    """The disk is full until after the last record has been made."""
+    ((state, error, _, log),) = run_distributed(train, 1, disk, "full", 100, 100.0, STEPS, "save")
+    assert not error, error
+    assert "records wait in memory" in log and state == undisturbed
 
 
 @pytest.mark.parametrize("kind", ["hangs", "full", "no inodes"])
