@@ -116,18 +116,32 @@ class Step:
                 self.errors.append(TaskError(**match.groupdict()))
 
 
+_EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_QUIET_PORTS = 10_000
+
+
+def _quiet_ports() -> tuple[int, int]:
+    """Ports below those that the system gives to connections: between our look and the rendezvous nobody is given one of them.
+    (0, 0), the system's choice, where there are none."""
+    try:
+        low = int(_EPHEMERAL.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0, 0
+    return (low - _QUIET_PORTS, low - 1) if low - _QUIET_PORTS >= 1024 else (0, 0)
+
+
 def free_port(allowed: Sequence[int] | None, job_id: int, address: str = "") -> int:
     """A free port of this node for a rendezvous.
 
     Args:
-        allowed: first and last port to choose from; None leaves the choice to the system.
+        allowed: first and last port to choose from; None takes one that the system gives to nobody by itself.
         job_id: decides where in the range to begin, so that jobs that start side by side do not pick the same port.
         address: of the interface; empty means all of them.
 
     Raises:
         LaunchError: if all ports of the range are taken.
     """
-    first, last = allowed or (0, 0)
+    first, last = allowed or _quiet_ports()
     count = last - first + 1
     for i in range(count):
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
