@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import shutil
 import statistics
@@ -31,12 +32,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hope_megatron.runtime.records import read_records
 from hope_megatron.testing.drill import Drill, final_state
 from hope_megatron.testing.faults import parse_faults
-from launch.attempts import History, last_record
+from launch.attempts import Attempt, History, last_record
 
 WEIGHTS = {
     "kill": 6, "segv": 2, "stop": 2, "hang": 2, "gil": 2, "collective": 2, "io": 2, "network": 2, "nan": 3, "inf": 2,
     "disk": 2, "damage": 3, "litter": 2, "save": 3, "start": 3, "slow": 1, "node": 1, "term": 1,
 }  # fmt: skip
+PASSING = ("nan", "inf", "huge", "disk", "slow")
+"""Kinds that end no attempt."""
 STEP_PHASES = ("before-step", "data", "forward", "backward", "agree", "step", "after-step")
 START_PHASES = ("data", "imports", "rendezvous", "model", "checkpoint", "first_step")
 LAYOUTS = ((2, 2, 1), (2, 1, 2), (3, 1, 1), (4, 2, 1))
@@ -128,7 +131,7 @@ class Soak:
             "different": different,
             "human_actions": self.human,
             "requeues": self.requeues,
-            "attempts": len(History(self.run_dir / "launch" / "attempts.jsonl").attempts),
+            "attempts": len(self._attempts()),
             "reference_s": round(reference_s, 1),
             "disturbed_s": round(time.monotonic() - began, 1),
             "by_kind": self._by_kind(),
@@ -171,19 +174,23 @@ class Soak:
         waiting = [item for item in self.injected.values() if item.recovered_s is None]
         if waiting:
             record = last_record(self.run_dir)
-            for item in waiting:
-                if record.get("step", 0) >= item.step and record.get("time/unix_s", 0) > item.time:
+            beyond = [item for item in waiting if record.get("step", 0) >= item.step]
+            began = max((attempt.started for attempt in self._attempts()), default=0.0) if beyond else 0.0
+            for item in beyond:
+                # A rank that stood still is woken for its stack, and may make a step before it is ended.
+                since = item.time if item.kind in PASSING else max(item.time, began if began > item.time else math.inf)
+                if record.get("time/unix_s", 0) > since:
                     item.recovered_s = round(record["time/unix_s"] - item.time, 2)
+
+    def _attempts(self) -> list[Attempt]:
+        return History(self.run_dir / "launch" / "attempts.jsonl").attempts
 
     def _measure_detection(self) -> None:
         """A fault that ended an attempt was detected when the supervisor saw that end."""
-        ends = sorted(
-            a.detected or a.ended or 0.0 for a in History(self.run_dir / "launch" / "attempts.jsonl").attempts
-        )
-        passing = ("nan", "inf", "huge", "disk", "slow")
+        ends = sorted(a.detected or a.ended or 0.0 for a in self._attempts())
         for item in self.injected.values():
             after = next((end for end in ends if end >= item.time), None)
-            if item.kind not in passing and after is not None and after - item.time < (item.recovered_s or 1e9):
+            if item.kind not in PASSING and after is not None and after - item.time < (item.recovered_s or 1e9):
                 item.detected_s = round(after - item.time, 2)
 
     def _by_kind(self) -> dict[str, Any]:
