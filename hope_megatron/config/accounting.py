@@ -70,6 +70,7 @@ def _memory_weights(model: ModelConfig, layers: int) -> list[Weight]:
         return []
     memory, D, H, d, h = model.memory, model.hidden_size, model.num_heads, model.head_dim, model.memory_hidden
     rates = (memory.eta == "data") + (memory.decay == "data") + (memory.momentum == "data")
+    rates *= d if memory.rates_of == "channel" else 1
     constants = (memory.decay == "constant") + (memory.momentum == "constant") + (memory.query_correction is not None)
     rows = [
         Weight("projections", "qkv", D * 3 * H * d, layers),

@@ -14,7 +14,7 @@ from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 from hope_megatron.config.base import ConfigError, Section
 from hope_megatron.config.descent import largest_stable_step
-from hope_megatron.ops.memory.rule import MemoryCompute, MemoryRule, pick
+from hope_megatron.ops.memory.rule import MemoryCompute, MemoryRule, channel_share, pick
 
 Mixer = Literal["memory", "attention"]
 
@@ -65,6 +65,12 @@ class MemoryConfig(Section, MemoryCompute, MemoryRule):
     def compute(self) -> MemoryCompute:
         """How the operator is asked to compute it."""
         return pick(MemoryCompute, self)
+
+    @property
+    def alpha_logit(self) -> float:
+        """Initial logit of the retention."""
+        share = channel_share(self.alpha_init) if self.rates_of == "channel" else self.alpha_init
+        return math.log(share / (1 - share))
 
     @property
     def keeps_initial(self) -> bool:
@@ -137,6 +143,8 @@ class MemoryConfig(Section, MemoryCompute, MemoryRule):
     def _check(self) -> MemoryConfig:
         if (text := self.conflict("memory.")) is not None:
             raise ConfigError(text)
+        if self.rates_of == "channel":
+            self._check_channels()
         if self.adaptive_eta and self.eta == "fixed":
             raise ConfigError(
                 "memory.adaptive_eta=true adds to a learned rate, and memory.eta=fixed has none; "
@@ -169,6 +177,23 @@ class MemoryConfig(Section, MemoryCompute, MemoryRule):
                 f"momentum={self.momentum}: {self._why_limited}; set eta_max to at most {limit:g}, or leave it out"
             )
         return self
+
+    def _check_channels(self) -> None:
+        for name, value, wanted in (
+            ("eta", self.eta, "data"),
+            ("decay", self.decay, "data"),
+            ("momentum", self.momentum, "none"),
+        ):
+            if value != wanted:
+                raise ConfigError(
+                    f"memory.rates_of=channel takes its rates from the token and has no momentum, found memory.{name}={value}; "
+                    f"set {name}={wanted}, or rates_of=head"
+                )
+        if not 0 < channel_share(self.alpha_init) < 1:
+            raise ConfigError(
+                f"memory.alpha_init={self.alpha_init:g} with rates_of=channel: a channel keeps at least exp(-e^(-1/2)) = 0.545; "
+                "raise it"
+            )
 
 
 class AttentionConfig(Section):

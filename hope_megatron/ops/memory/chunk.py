@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hope_megatron.ops.memory.channels import channel_chunk
 from hope_megatron.ops.memory.inner import dsilu, loss_gradient, squared_norm, step_scale, unit
 from hope_megatron.ops.memory.layout import Group, Weights
 from hope_megatron.ops.memory.rule import MemoryRule
 from hope_megatron.ops.memory.tables import ChunkTables, chunk_tables, delta_inverse, gram
+from hope_megatron.ops.memory.types import RateLogits
 
 
 def chunk_scan(tensors, rule: MemoryRule, groups: tuple[Group, ...], position: int) -> tuple[Tensor, tuple[Group, ...]]:
@@ -67,6 +69,9 @@ def _period(q, x_k, x_v, eta, alpha, theta, rule: MemoryRule, groups: tuple[Grou
     """Write and read along (the rest of) one period, the longer of the two chunk lengths. Returns y [N, C, d] and the groups."""
     if len(groups) == 1:
         group = groups[0].at(position, rule.chunk_tokens)
+        if rule.rates_of == "channel":
+            y, group = channel_chunk(q, x_k, x_v, RateLogits(eta, alpha), rule, group)
+            return y, (group,)
         inputs = _generate(x_k, x_v, eta, alpha, theta, rule, group)
         write = _Write(inputs, rule, group)
         return write.read(_query(q, rule, group)), (write.end(),)

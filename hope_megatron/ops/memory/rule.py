@@ -6,11 +6,25 @@ Nothing here imports torch, so that configuration can use it on a login node.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 Kernel = Literal["auto", "torch", "phases", "cpu", "triton"]
+
+LONGEST_CHANNEL_CHUNK = 64
+"""Tokens of a chunk with rates of channels: exp(64 e^(-1/2)) = 7e16 is what their retention may take away and give back."""
+
+
+def channel_share(alpha: float) -> float:
+    """sigmoid(x) of a channel's retention alpha = exp(-e^(-1/2) sigmoid(x))."""
+    return -math.log(alpha) * math.exp(0.5)
+
+
+_CHANNEL_RATES: Mapping[str, Any] = dict(
+    num_layers=1, objective="dot", dgd_layers=("input", "all"), decay_to="zero", decay_erased=False, read="causal"
+)
 
 
 class MemoryRuleError(ValueError):
@@ -111,6 +125,9 @@ class MemoryRule:
     "all": the output layer too, keyed by its unit features."""
     decay_erased: bool = False
     """Retention also scales what that term erases, W alpha (I - eta k k^T): the gated delta rule."""
+    rates_of: Literal["head", "channel"] = "head"
+    """Whether a learning rate and a retention are numbers of a head, or of every channel of its keys, as in RWKV-7
+    (arXiv 2503.14456): W (diag(alpha) - k (eta k)^T) + v (eta k)^T, alpha = exp(-e^(-1/2) sigmoid(x)) (matrix memories)."""
     decay_to: Literal["zero", "initial"] = "initial"
     """What retention forgets towards: the learned initial state, W_0 + (W - W_0) alpha, or nothing, W alpha (eq. 88 literally),
     which fades W_0 too, so that contexts longer than the trained ones are read with memories that were never trained."""
@@ -210,6 +227,19 @@ class MemoryRule:
                 f"{section}num_layers=1 (a matrix memory) has static projections and external targets; set "
                 "adaptive_key, adaptive_value, adaptive_query, adaptive_eta, adaptive_alpha and own_targets to false, "
                 "or num_layers=2"
+            )
+        if self.rates_of == "channel":
+            return self._channel_conflict(section)
+        return None
+
+    def _channel_conflict(self, section: str) -> str | None:
+        """Rates of channels belong to one recurrence, that of RWKV-7."""
+        if (text := self.differs(**_CHANNEL_RATES)) is not None:
+            return f"{section}rates_of=channel is the delta rule of a matrix memory: {text}; set that, or rates_of=head"
+        if self.chunk_tokens > LONGEST_CHANNEL_CHUNK:
+            return (
+                f"{section}chunk_tokens={self.chunk_tokens} with rates_of=channel: beyond {LONGEST_CHANNEL_CHUNK} tokens a chunk's "
+                f"retention leaves the range of float32; set chunk_tokens to at most {LONGEST_CHANNEL_CHUNK}"
             )
         return None
 

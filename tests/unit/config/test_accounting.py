@@ -142,6 +142,7 @@ def test_recompute_is_the_memories_or_a_forward_without_the_head():
         STATIC,
         ["num_layers=1", "decay=none", *STATIC],
         ["num_layers=1", "momentum=constant", *STATIC],
+        ["num_layers=1", "dgd_layers=input", "rates_of=channel", "decay_to=zero", *STATIC],
     ],
     ids=" ".join,
 )
@@ -200,7 +201,10 @@ def _operator_inputs(model: ModelConfig, *, B: int, T: int):
         bank(memory.num_vector, d),
         bank(memory.num_scalar, 1),
     )
-    rates = [random(B, T, H) if there else None for there in (True, memory.decay != "none", memory.momentum != "none")]
+    each = (d,) if memory.rates_of == "channel" else ()
+    rates = [
+        random(B, T, H, *each) if there else None for there in (True, memory.decay != "none", memory.momentum != "none")
+    ]
     return *(random(B, T, H, d) for _ in range(3)), RateLogits(*rates), params, memory.rule
 
 
