@@ -288,6 +288,8 @@ def _causal_read_macs(model: ModelConfig, C: int) -> float:
         layers = [(d, d, memory.dgd_layers != "none")]
     elif memory.written_layers == "output":
         layers, macs = layers[1:], d * h
+    if memory.weights == "softmax":  # every token's weights are built
+        return sum((C + 1) * fan_in * fan_out for fan_in, fan_out, _ in layers)
     for fan_in, fan_out, dgd in layers:
         passes = 1 + (momentum and dgd)
         macs += fan_in * fan_out * (1 + momentum + memory.keeps_initial) + C * fan_in + passes * C * fan_out

@@ -18,7 +18,7 @@ from hope_megatron.ops.memory.rule import MemoryCompute, MemoryRule, channel_sha
 
 Mixer = Literal["memory", "attention"]
 
-_ETA_FACTORS = {"objective", "dgd_layers", "num_layers", "lp_power"}
+_ETA_FACTORS = {"objective", "dgd_layers", "num_layers", "lp_power", "weights", "row_sum"}
 
 
 class MemoryConfig(Section, MemoryCompute, MemoryRule):
@@ -91,7 +91,8 @@ class MemoryConfig(Section, MemoryCompute, MemoryRule):
 
         The gradients of a chunk are all taken at its start and added up, so that with parallel keys a chunk is one step of
         descent, as long as descent.py says it may be, on a curvature of |k|^2 = 1 (a matrix), of at most 1 (`normalize_steps`),
-        or of |silu(W2 k)|^2 and |W1|^2 (two layers without it, together at least 2). Huber's loss bends no more than l2's.
+        or of |silu(W2 k)|^2 and |W1|^2 (two layers without it, together at least 2). Huber's loss bends no more than l2's. With
+        weights c softmax(A) a step in A moves W by c (diag(p) - p p^T), whose norm is at most c / 2.
         """
         if self.objective == "dot" and self.output_uses_dgd:
             return 2.0
@@ -104,6 +105,8 @@ class MemoryConfig(Section, MemoryCompute, MemoryRule):
             self.objective == "lp" and self.lp_power > 2
         ):  # its second derivative (p - 1) |r|^(p - 2) at |r| = 2: unit values apart
             curvature *= (self.lp_power - 1) * 2 ** (self.lp_power - 2)
+        if self.weights == "softmax":  # a row's step in its weights is that of its logarithms times at most c / 2
+            curvature *= self.row_sum / 2
         carried = self.momentum_max if self.predicts and self.momentum != "none" else 0.0
         return largest_stable_step(self.chunk_tokens, carried) / curvature
 

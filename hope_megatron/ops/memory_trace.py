@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hope_megatron.ops.memory import Bank, MemoryParams, MemoryRule, MemoryState, RateLogits, memory_chunked
 from hope_megatron.ops.memory.channels import channel_rates
-from hope_megatron.ops.memory.inner import apply_memory, features, has_skip, output_error, unit
+from hope_megatron.ops.memory.inner import apply_memory, features, has_skip, output_error, seen, unit
 from hope_megatron.ops.memory.types import initial_state
 
 
@@ -116,7 +116,7 @@ def _surprise(k: Tensor, v: Tensor, rule: MemoryRule, start: MemoryParams) -> Te
         bank: Bank | None = getattr(start, name)
         if bank is None:
             continue
-        scalar = name == "scalar"
+        bank, scalar = seen(bank, rule), name == "scalar"
         error = output_error(
             bank, k, v, features(bank, k)[0], replace(rule, objective="l2", rates_of="head"), scalar=scalar
         )

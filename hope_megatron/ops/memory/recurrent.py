@@ -16,6 +16,7 @@ from hope_megatron.ops.memory.inner import (
     has_skip,
     output_error,
     output_key,
+    seen,
     squared_norm,
     step_scale,
     unit,
@@ -81,12 +82,13 @@ def _token(
         if bank is None:
             new.append(None), new_momentum.append(None)
             continue
+        first = seen(first, rule)
         anchor = getattr(initial, name) if rule.decay_to == "initial" else None
         bank, speed = _write(bank, first, speed, anchor, k, v, eta, alpha, theta, rule, scalar=name == "scalar")
         new.append(bank), new_momentum.append(speed)
     now = MemoryParams(*new)
 
-    memory = now.mem if rule.read == "causal" else start.mem
+    memory = seen(now.mem if rule.read == "causal" else start.mem, rule)
     y = apply_memory(memory, q, skip=rule.read_skip and has_skip(memory, scalar=False))
     start = _start(start, now, rule, position + 1)
     return y, MemoryState(now, start, momentum and MemoryParams(*new_momentum), position + 1)

@@ -33,6 +33,11 @@ class MemoryRuleError(ValueError):
     is_user_error = True
 
 
+_SOFTMAX_WEIGHTS: Mapping[str, Any] = dict(
+    objective=("l2", "huber", "lp"), dgd_layers="none", written_layers="all", own_targets=False, normalize_steps=True
+)
+
+
 @dataclass(frozen=True)
 class Bound:
     """Bounds of a number. The rule checks them itself; pydantic finds them through the hook that it looks for."""
@@ -131,6 +136,11 @@ class MemoryRule:
     decay_to: Literal["zero", "initial"] = "initial"
     """What retention forgets towards: the learned initial state, W_0 + (W - W_0) alpha, or nothing, W alpha (eq. 88 literally),
     which fades W_0 too, so that contexts longer than the trained ones are read with memories that were never trained."""
+    weights: Literal["sum", "softmax"] = "sum"
+    """What a memory answers with: what its writes add up to; or row_sum times the softmax of each row of that sum, which retention
+    by KL divergence makes of them (Memora, arXiv 2504.13173): W = c softmax(alpha log W - eta grad)."""
+    row_sum: Annotated[float, Bound(gt=0.0)] = 8.0
+    """Weights softmax: c, what every row of a matrix sums to."""
     own_targets: bool = True
     """Each memory writes its own target M(v) (self-modification). False: the target is v, as in Titans. The two scalar
     memories always write their own."""
@@ -230,7 +240,17 @@ class MemoryRule:
             )
         if self.rates_of == "channel":
             return self._channel_conflict(section)
+        if (
+            self.weights == "softmax"
+            and (text := self.differs(**_SOFTMAX_WEIGHTS) or self._of_self_memories()) is not None
+        ):
+            return (
+                f"{section}weights=softmax is descent in the logarithm of the weights: {text}; set that, or weights=sum"
+            )
         return None
+
+    def _of_self_memories(self) -> str | None:
+        return "it has adaptive_* memories, it takes none" if self.adaptive else None
 
     def _channel_conflict(self, section: str) -> str | None:
         """Rates of channels belong to one recurrence, that of RWKV-7."""
