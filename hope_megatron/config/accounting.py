@@ -70,6 +70,7 @@ def _memory_weights(model: ModelConfig, layers: int) -> list[Weight]:
         return []
     memory, D, H, d, h = model.memory, model.hidden_size, model.num_heads, model.head_dim, model.memory_hidden
     rates = (memory.eta == "data") + (memory.decay == "data") + (memory.momentum == "data")
+    rates *= d if memory.rates_of == "channel" else 1
     constants = (memory.decay == "constant") + (memory.momentum == "constant") + (memory.query_correction is not None)
     rows = [
         Weight("projections", "qkv", D * 3 * H * d, layers),
@@ -287,6 +288,8 @@ def _causal_read_macs(model: ModelConfig, C: int) -> float:
         layers = [(d, d, memory.dgd_layers != "none")]
     elif memory.written_layers == "output":
         layers, macs = layers[1:], d * h
+    if memory.weights == "softmax":  # every token's weights are built
+        return sum((C + 1) * fan_in * fan_out for fan_in, fan_out, _ in layers)
     for fan_in, fan_out, dgd in layers:
         passes = 1 + (momentum and dgd)
         macs += fan_in * fan_out * (1 + momentum + memory.keeps_initial) + C * fan_in + passes * C * fan_out

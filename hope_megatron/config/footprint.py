@@ -225,6 +225,8 @@ def _memory_bytes(model: ModelConfig, seq_length: int) -> tuple[float, float]:
     numbers = d + 12 * d * vector_memories + 7 * C * (1 + memory.adaptive)
     if deep:
         numbers += 17 * h * vector_memories + 20 * h * (memories - vector_memories) + 6 * C * memories
+    if memory.weights == "softmax" and memory.read == "causal":  # every token's writes and weights
+        numbers += 3 * (2 * d * h if deep else d * d)
     return FP32 * speeds * states, FP32 * numbers * (1.4 if speeds == 2 else 1.0)
 
 

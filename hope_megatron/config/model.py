@@ -14,11 +14,11 @@ from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 from hope_megatron.config.base import ConfigError, Section
 from hope_megatron.config.descent import largest_stable_step
-from hope_megatron.ops.memory.rule import MemoryCompute, MemoryRule, pick
+from hope_megatron.ops.memory.rule import MemoryCompute, MemoryRule, channel_share, pick
 
 Mixer = Literal["memory", "attention"]
 
-_ETA_FACTORS = {"objective", "dgd_layers", "num_layers", "lp_power"}
+_ETA_FACTORS = {"objective", "dgd_layers", "num_layers", "lp_power", "weights", "row_sum"}
 
 
 class MemoryConfig(Section, MemoryCompute, MemoryRule):
@@ -67,6 +67,12 @@ class MemoryConfig(Section, MemoryCompute, MemoryRule):
         return pick(MemoryCompute, self)
 
     @property
+    def alpha_logit(self) -> float:
+        """Initial logit of the retention."""
+        share = channel_share(self.alpha_init) if self.rates_of == "channel" else self.alpha_init
+        return math.log(share / (1 - share))
+
+    @property
     def keeps_initial(self) -> bool:
         """Whether there is a retention and it spares the learned initial state."""
         return self.decay != "none" and self.decay_to == "initial"
@@ -85,7 +91,8 @@ class MemoryConfig(Section, MemoryCompute, MemoryRule):
 
         The gradients of a chunk are all taken at its start and added up, so that with parallel keys a chunk is one step of
         descent, as long as descent.py says it may be, on a curvature of |k|^2 = 1 (a matrix), of at most 1 (`normalize_steps`),
-        or of |silu(W2 k)|^2 and |W1|^2 (two layers without it, together at least 2). Huber's loss bends no more than l2's.
+        or of |silu(W2 k)|^2 and |W1|^2 (two layers without it, together at least 2). Huber's loss bends no more than l2's. With
+        weights c softmax(A) a step in A moves W by c (diag(p) - p p^T), whose norm is at most c / 2.
         """
         if self.objective == "dot" and self.output_uses_dgd:
             return 2.0
@@ -98,6 +105,8 @@ class MemoryConfig(Section, MemoryCompute, MemoryRule):
             self.objective == "lp" and self.lp_power > 2
         ):  # its second derivative (p - 1) |r|^(p - 2) at |r| = 2: unit values apart
             curvature *= (self.lp_power - 1) * 2 ** (self.lp_power - 2)
+        if self.weights == "softmax":  # a row's step in its weights is that of its logarithms times at most c / 2
+            curvature *= self.row_sum / 2
         carried = self.momentum_max if self.predicts and self.momentum != "none" else 0.0
         return largest_stable_step(self.chunk_tokens, carried) / curvature
 
@@ -137,6 +146,8 @@ class MemoryConfig(Section, MemoryCompute, MemoryRule):
     def _check(self) -> MemoryConfig:
         if (text := self.conflict("memory.")) is not None:
             raise ConfigError(text)
+        if self.rates_of == "channel":
+            self._check_channels()
         if self.adaptive_eta and self.eta == "fixed":
             raise ConfigError(
                 "memory.adaptive_eta=true adds to a learned rate, and memory.eta=fixed has none; "
@@ -169,6 +180,23 @@ class MemoryConfig(Section, MemoryCompute, MemoryRule):
                 f"momentum={self.momentum}: {self._why_limited}; set eta_max to at most {limit:g}, or leave it out"
             )
         return self
+
+    def _check_channels(self) -> None:
+        for name, value, wanted in (
+            ("eta", self.eta, "data"),
+            ("decay", self.decay, "data"),
+            ("momentum", self.momentum, "none"),
+        ):
+            if value != wanted:
+                raise ConfigError(
+                    f"memory.rates_of=channel takes its rates from the token and has no momentum, found memory.{name}={value}; "
+                    f"set {name}={wanted}, or rates_of=head"
+                )
+        if not 0 < channel_share(self.alpha_init) < 1:
+            raise ConfigError(
+                f"memory.alpha_init={self.alpha_init:g} with rates_of=channel: a channel keeps at least exp(-e^(-1/2)) = 0.545; "
+                "raise it"
+            )
 
 
 class AttentionConfig(Section):
