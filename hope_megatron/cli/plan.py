@@ -9,7 +9,7 @@ examples:
   hope plan hope_760m --world 64 --seq 1048576 --tune           the same for sequences of a million tokens
   hope plan --calibrate runs/mine --world 8 --out mycluster.json                efficiencies that a run reached
   hope plan hope_760m_30b --world 8 --efficiency mycluster.json
-  hope plan hope_7b --world 4096 --failures 1/264d-per-node --nodes 512     how much of the time trains; when to save
+  hope plan hope_7b training.global_batch_size=4096 --world 4096 --failures 1/264d-per-node --nodes 512   goodput, and when to save
 """
 
 from __future__ import annotations
