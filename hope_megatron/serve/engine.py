@@ -148,25 +148,30 @@ class Engine:
         group = [stream for stream in self._reading if not stream.ready and _position(stream) == place]
         if group:
             self._read_together(group)
-        self._begin([stream for stream in self._reading if stream.ready])
+        self._begin([stream for stream in self._reading if stream.ready or stream.finished])
         self._reading.rotate(-1)  # prompts take turns
 
     def _read_together(self, group: list[Stream]) -> None:
-        """As much of each as the shortest has, without its last token."""
-        count = min(PREFILL_TOKENS, *(len(stream.pending) - 1 for stream in group))
-        group = group[: max(1, MAX_READ_TOKENS // count)]
+        """As much of each as the shortest has, without its last token; with it, where all end there: that draws already."""
+        shortest = min(len(stream.pending) for stream in group)
+        count = min(PREFILL_TOKENS, shortest - 1)
+        group = group[: max(1, MAX_READ_TOKENS // (count + 1))]
+        whole = shortest <= PREFILL_TOKENS and all(len(s.pending) == shortest and s.options.max_tokens for s in group)
+        count += whole
         before = None if group[0].cache is None else _joined([stream.cache for stream in group])
-        cache = self._read(torch.tensor([stream.pending[:count] for stream in group]), before)[1]
+        logits, cache = self._read(torch.tensor([stream.pending[:count] for stream in group]), before)
         for row, stream in enumerate(group):
             stream.pending = stream.pending[count:]
             stream.cache = cache if len(group) == 1 else _Row(cache, row)
+        if whole:
+            draw_all(group, logits[:, -1])
 
     def _begin(self, streams: list[Stream]) -> None:
         """Rows of the batch for streams with one token left. With no state yet to put beside others, that token is read alone."""
         for stream in streams:
             if stream.options.max_tokens == 0:
                 stream.finish("length")
-            elif stream.cache is None:
+            elif stream.cache is None and not stream.finished:
                 logits, stream.cache = self._read(torch.tensor([stream.pending]), None)
                 draw_all([stream], logits[:, -1])
             if stream.finished:
