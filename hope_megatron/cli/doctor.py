@@ -19,9 +19,11 @@ from typing import Any
 
 from hope_megatron.cli.doctor_fabric import check_fabric
 from hope_megatron.cli.doctor_finding import MISSING, NOTE, OK, WARNING, Finding
-from hope_megatron.config.environment import detect_apex, fused_kernels, installed_versions
+from hope_megatron.config.environment import fused_kernels, installed_versions, step_libraries
 from hope_megatron.config.torch_build import driver_problem
+from hope_megatron.runtime.apex import detect_apex
 from hope_megatron.runtime.formatting import bytes_text
+from hope_megatron.runtime.libraries import Choice
 
 TORCH_PROBE = """
 import json, torch
@@ -70,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     cuda = bool(torch.get("devices"))
     if args.kernels is not None and "error" not in torch:
         findings += check_triton_kernels(args.kernels, cuda=cuda)
-    kernels = fused_kernels(cuda=cuda)
+    kernels, libraries = fused_kernels(cuda=cuda), step_libraries(cuda=cuda)
     apex = detect_apex()
     if apex.kind == "other":
         findings.append(Finding("apex", WARNING, apex.describe()))
@@ -80,12 +82,13 @@ def run(args: argparse.Namespace) -> int:
             "versions": installed_versions(),
             "torch": torch,
             "kernels": [asdict(kernel) for kernel in kernels],
+            "libraries": [choice.record() for choice in libraries],
             "apex": {"kind": apex.kind, "location": apex.location, "provides": dict(apex.provides)},
             "ok": not _anything_missing(findings),
         }
         print(json.dumps(report, indent=2))
     else:
-        _print(findings, kernels)
+        _print(findings, kernels, libraries)
     return 1 if _anything_missing(findings) else 0
 
 
@@ -341,7 +344,7 @@ def _anything_missing(findings: list[Finding]) -> bool:
     return any(finding.status == MISSING for finding in findings)
 
 
-def _print(findings: list[Finding], kernels: list[Any]) -> None:
+def _print(findings: list[Finding], kernels: list[Any], libraries: list[Choice]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -369,6 +372,15 @@ def _print(findings: list[Finding], kernels: list[Any]) -> None:
     table.add_column(overflow="fold")
     for kernel in kernels:
         table.add_row("[green]in use[/green]" if kernel.in_use else "[dim]not used[/dim]", kernel.name, kernel.why)
+    console.print(table)
+
+    console.print("\n[bold]Parts of a step (training.libraries)[/bold]")
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for choice in libraries:
+        table.add_row(choice.part, choice.library.name, "; ".join(f"not {reason}" for reason in choice.passed_over))
     console.print(table)
 
     missing = sum(finding.status == MISSING for finding in findings)

@@ -20,6 +20,7 @@ from hope_megatron.config.trackers import TRACKERS
 from hope_megatron.convert.formats import FORMATS
 from hope_megatron.ops.memory_backends import MEMORY_BACKENDS
 from hope_megatron.runtime.registry import Registry
+from hope_megatron.runtime.step_parts import STEP_PARTS
 from hope_megatron.suites.registry import SUITES
 
 REGISTRIES: dict[str, tuple[Registry, str]] = {
@@ -29,6 +30,10 @@ REGISTRIES: dict[str, tuple[Registry, str]] = {
     "backends": (
         MEMORY_BACKENDS,
         "what computes the memories, best first; model.memory.kernel=auto takes the first that can",
+    ),
+    "libraries": (
+        STEP_PARTS,
+        "parts of a training step; training.libraries.PART=NAME, `hope doctor` says who computes each here",
     ),
     "suites": (SUITES, "hope eval suite NAME"),
 }

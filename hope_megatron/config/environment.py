@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
+
+from hope_megatron.runtime.apex import detect_apex
+from hope_megatron.runtime.libraries import Choice, Where, find_choices
+from hope_megatron.runtime.step_parts import STEP_PARTS
 
 DISTRIBUTIONS = (
     "hope_megatron",
@@ -28,53 +30,6 @@ def installed_versions(names: tuple[str, ...] = DISTRIBUTIONS) -> dict[str, str 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Apex:
-    """What is behind the module name `apex`."""
-
-    kind: str
-    """absent, nvidia, or other."""
-    location: str | None = None
-    provides: Mapping[str, bool] = field(default_factory=dict)
-    """For NVIDIA's: whether each compiled kernel family is there (it can be installed without any)."""
-
-    def describe(self) -> str:
-        """One sentence for a report."""
-        if self.kind == "absent":
-            return "not installed (it is not on PyPI; the package named apex there is not NVIDIA's)"
-        if self.kind == "other":
-            return (
-                f"{self.location} is not NVIDIA's apex but another package of that name, probably PyPI's web toolkit "
-                "of 2013; nothing here uses it: pip uninstall apex"
-            )
-        kernels = (
-            ", ".join(name for name, there in self.provides.items() if there)
-            or "no compiled kernels (built without them)"
-        )
-        return f"NVIDIA's, at {self.location}: {kernels}"
-
-
-def detect_apex() -> Apex:
-    """Tell NVIDIA's apex from PyPI's web toolkit of the same name by what it provides."""
-    spec = importlib.util.find_spec("apex")
-    if spec is None:
-        return Apex(kind="absent")
-    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
-    location = str(folders[0]) if folders else str(spec.origin)
-    marks = ("normalization/fused_layer_norm.py", "multi_tensor_apply")
-    if not any(all((folder / mark).exists() for mark in marks) for folder in folders):
-        return Apex(kind="other", location=location)
-    return Apex(
-        kind="nvidia",
-        location=location,
-        provides={
-            "fused norms": _importable("fused_layer_norm_cuda"),
-            "multi-tensor kernels": _importable("amp_C"),
-            "fused weight gradient": _importable("fused_weight_gradient_mlp_cuda"),
-        },
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Kernel:
     """A source of fused kernels: what is there, and what becomes of it."""
 
@@ -85,28 +40,33 @@ class Kernel:
 
 
 def fused_kernels(*, cuda: bool) -> list[Kernel]:
-    """Optional sources of fused kernels, whether this version uses them, and why not.
+    """Optional sources of fused kernels, whether a step uses them here, and why not.
 
     Args:
         cuda: whether there is a CUDA device; all but PyTorch need one.
     """
     apex = detect_apex()
-    unused = "no part of this version calls it"
-    if not cuda:
-        unused += ", and there is no CUDA device"
+    parts = {choice.part for choice in step_libraries(cuda=cuda) if choice.library.name == "apex"}
+    use = f"computes {', '.join(sorted(parts))}" if parts else "computes nothing here; see the parts of a step"
     torch = Kernel(
         name="PyTorch",
         available=_importable("torch"),
         in_use=True,
-        why="norms, attention (scaled_dot_product_attention) and optimizer updates are its own operators; "
-        "the row `memory kernel` says what computes memories",
+        why="computes what no other library does; the row `memory kernel` says what computes memories",
     )
-    rows = [
-        torch,
-        Kernel(name="NVIDIA apex", available=apex.kind == "nvidia", in_use=False, why=f"{apex.describe()}; {unused}"),
-    ]
+    rows = [torch]
+    rows.append(
+        Kernel(
+            name="NVIDIA apex",
+            available=apex.kind == "nvidia",
+            in_use=bool(parts),
+            why=f"{apex.describe()}; {use}" if apex.kind == "nvidia" else apex.describe(),
+        )
+    )
+    unused = "no part of this version calls it" + ("" if cuda else ", and there is no CUDA device")
     for name, distribution, module in (
         ("Transformer Engine", "transformer-engine", "transformer_engine"),
+        ("Liger", "liger-kernel", "liger_kernel"),
         ("flash-linear-attention", "flash-linear-attention", "fla"),
     ):
         available = _importable(module)
@@ -119,6 +79,12 @@ def fused_kernels(*, cuda: bool) -> list[Kernel]:
     )
     rows.append(Kernel(name="Triton", available=available, in_use=available and cuda, why=f"{found}; {use}"))
     return rows
+
+
+def step_libraries(*, cuda: bool) -> list[Choice]:
+    """What `training.libraries` at its defaults would choose on this machine for a run in bf16 at ZeRO-1, by what is installed:
+    a run also loads each library and holds it against PyTorch."""
+    return find_choices(STEP_PARTS, {}, Where("cuda" if cuda else "cpu", conv_channels=8))
 
 
 def _version(distribution: str) -> str | None:

@@ -10,6 +10,7 @@ from pydantic import Field, PlainValidator, field_serializer, model_validator
 from pydantic_core import PydanticKnownError
 
 from hope_megatron.config.base import ConfigError, Section
+from hope_megatron.config.libraries import LibrariesConfig
 from hope_megatron.config.secrets import mask_credentials
 from hope_megatron.config.trackers import TRACKERS
 from hope_megatron.runtime.registry import UnknownNameError
@@ -41,6 +42,8 @@ class TrainingConfig(Section):
     """Compute precision; master weights, memory states and optimizer states are always fp32."""
     float32_products: Literal["tf32", "float32"] = "tf32"
     """How GPUs multiply what stays float32 (the memories, Newton-Schulz in float32): in TF32, or in full. CPUs always in full."""
+    libraries: LibrariesConfig = LibrariesConfig()
+    """Which library computes each part of a step."""
     deterministic: bool = False
     """Only algorithms that give the same bits every time, on GPUs too: a resumed run is then that of an undisturbed one. Slower. An
     operator that has no such algorithm ends the run with its name."""

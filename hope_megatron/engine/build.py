@@ -9,6 +9,7 @@ from torch import nn
 from hope_megatron.config.run import RunConfig
 from hope_megatron.engine.distributed import Mesh
 from hope_megatron.engine.engine import Engine
+from hope_megatron.engine.libraries import choose_libraries
 from hope_megatron.engine.policy import apply_policy
 from hope_megatron.engine.trainable import hold_still
 from hope_megatron.engine.width import scale_learning_rates
@@ -23,8 +24,10 @@ def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
 
     Raises:
         ConfigError: if world, mesh and batch do not divide.
+        LibraryError: a library that is asked for cannot serve.
     """
     apply_policy(config.training, mesh.device)
+    choose_libraries(config, mesh.device.type)
     model = build_model(
         config.model,
         config.parallel,

@@ -168,8 +168,9 @@ def accumulate_together(zero: Any) -> None:
     def update_hp_grads(clear_lp_grads: bool = False) -> None:
         for group, sums, present in zip(zero.bf16_groups, zero.fp32_groups_gradients, zero.fp32_groups_has_gradients):
             found = [i for i, parameter in enumerate(group) if parameter.grad is not None]
-            for i in found:
-                group[i]._hp_grad, present[i] = sums[i], True
+            for i, parameter in enumerate(group):
+                if parameter.grad is not None or hasattr(parameter, "main_grad"):  # add_in_products
+                    parameter._hp_grad, present[i] = sums[i], True
             for some in _in_portions(found, [sums[i].numel() for i in found]):
                 raised = [torch.empty_like(sums[i]) for i in some]
                 torch._foreach_copy_(raised, [group[i].grad.view(sums[i].shape) for i in some])

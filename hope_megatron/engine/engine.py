@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hope_megatron.config.run import RunConfig
 from hope_megatron.engine.canonical import TreeSum
+from hope_megatron.engine.clipping import clip_together
 from hope_megatron.engine.control import ControlGroup
 from hope_megatron.engine.deepspeed_setup import accumulate_together, ask_before_update, give_gradients, initialize
 from hope_megatron.engine.distributed import Mesh, set_group_timeouts
@@ -21,6 +22,7 @@ from hope_megatron.engine.sequence_parallel import (
     keeps_whole_gradients,
     reduce_sequence_parallel_gradients,
 )
+from hope_megatron.engine.weight_gradient import add_in_products
 from hope_megatron.layers.context_parallel import own_tokens
 from hope_megatron.model import IGNORE
 from hope_megatron.optim import BoundOptimizer, apply_lr
@@ -29,6 +31,7 @@ from hope_megatron.optim.geometry import full_shape
 from hope_megatron.optim.zero import refresh_model_params
 from hope_megatron.runtime.failures import CRASH
 from hope_megatron.runtime.heartbeat import HEART
+from hope_megatron.runtime.step_parts import implementation, uses
 
 
 class NonFiniteError(Exception):
@@ -68,6 +71,9 @@ class Engine:
         self._bucket = SequenceParallelBucket(model, self.zero, mesh.tp_group) if in_bucket else None
         self._update = UpdateQuestion(mesh.world_group, mesh.device)
         accumulate_together(self.zero)
+        clip_together(self.zero)
+        if uses("weight_gradient", "apex"):
+            add_in_products(model, self.zero)
         ask_before_update(self.zero, config.parallel.zero_stage, self._update)
         self.skipped = False
         self._tree = TreeSum() if config.training.reduction == "canonical" else None
@@ -221,7 +227,7 @@ class Engine:
             # DeepSpeed counts the step and drops the gradients; the optimizer is left out.
             self.optimizer.step = lambda *args, **kwargs: None  # type: ignore[method-assign]
         elif (limit := self.config.optim.grad_clip) > 0 and norm > limit:
-            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
+            implementation("clipping").scale(gradients, limit / (norm + 1e-6))
         try:
             self._deepspeed.step()
         finally:
@@ -319,5 +325,6 @@ class Engine:
         return square + self._square_sum(replicated), [*sharded, *replicated]
 
     def _square_sum(self, gradients: list[Tensor]) -> Tensor:
-        sums = [gradient.float().square().sum() for gradient in gradients]
-        return torch.stack(sums).sum() if sums else torch.zeros((), device=self.mesh.device)
+        if not gradients:
+            return torch.zeros((), device=self.mesh.device)
+        return implementation("clipping").norm(gradients).square()

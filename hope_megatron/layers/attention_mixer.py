@@ -6,7 +6,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -21,6 +20,7 @@ from hope_megatron.layers.linear import zeros
 from hope_megatron.layers.norm import RMSNorm
 from hope_megatron.layers.parameters import declare, normal
 from hope_megatron.ops.rotary import RotaryTable, rotate
+from hope_megatron.runtime.step_parts import implementation
 
 
 class AttentionState(NamedTuple):
@@ -62,23 +62,8 @@ class StreamingAttention(MegatronModule):
         kept = slice(-min(self.window, key.size(0)) if self.window else None, None)
         self.present = AttentionState(key[kept], value[kept], first + T)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, T, d]
-        mask, causal = self._mask(T, key.size(0), q.device)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
+        y = implementation("attention")(q, k, v, self.window, self.documents)
         return heads_to_tokens(y.permute(2, 0, 1, 3), 2).flatten(2)
-
-    def _mask(self, T: int, S: int, device: torch.device) -> tuple[Tensor | None, bool]:
-        """A boolean mask where the kernel's own causal flag does not suffice."""
-        documents = self.documents
-        if T == S and (self.window is None or self.window >= S) and documents is None:
-            return None, True
-        rows = torch.arange(S - T, S, device=device).unsqueeze(1)
-        columns = torch.arange(S, device=device)
-        mask = columns <= rows
-        if self.window is not None:
-            mask &= columns > rows - self.window
-        if documents is not None:
-            mask = mask & (documents.unsqueeze(1) == documents.unsqueeze(2)).unsqueeze(1)  # [B, 1, T, T]
-        return mask, False
 
 
 class HeadNorm(RMSNorm):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hope_megatron.layers.parameters import constant, declare
+from hope_megatron.runtime.step_parts import implementation
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dim, computed in float32 and returned in x's dtype: PyTorch's, which is one kernel on
-    CUDA.
+    """x / rms(x) * weight over the last dim, computed in float32 and returned in x's dtype, by PyTorch or the library
+    that was chosen for the run.
 
     Args:
         size: width of the last dim.
@@ -37,4 +37,4 @@ class RMSNorm(nn.Module):
         self.weight = declare(weight, constant(initial), sum_over_tp=sum_over_tp, width_fan_in=width_fan_in)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+        return implementation("norm")(x, self.weight, self.epsilon)

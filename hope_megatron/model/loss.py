@@ -105,7 +105,7 @@ def _parts(rows: Tensor) -> tuple[Tensor, ...]:
 
 
 def _rows_at_once(rows: Tensor) -> int:
-    if Region.runner is not None or (rows.is_cuda and Region.compiles):
+    if Region.compiles and (Region.runner is not None or rows.is_cuda):
         return rows.size(0)  # a compiled region makes no copies
     return max(1, (_ROWS_NUMEL if rows.is_cuda else _ROWS_NUMEL_CPU) // rows.size(1))
 

@@ -26,9 +26,9 @@ class Region:
     """
 
     compiles = True
-    """Whether regions are compiled on CUDA devices; for all of them."""
+    """Whether regions are compiled on CUDA devices; for all of them. `training.libraries.pointwise` sets it."""
     runner: Callable[[Region, tuple[Any, ...]], Any] | None = None
-    """Runs regions in the place of both; a rehearsal counts them by it."""
+    """Runs regions that would be compiled; a rehearsal counts them by it."""
 
     def __init__(self, function: Callable[..., Any], backward_kernels: int) -> None:
         functools.update_wrapper(self, function)
@@ -36,9 +36,11 @@ class Region:
         self._compiled: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
+        if not Region.compiles:
+            return self.function(*args)
         if Region.runner is not None:
             return Region.runner(self, args)
-        if not (Region.compiles and _on_cuda(args)):
+        if not _on_cuda(args):
             return self.function(*args)
         if self._compiled is None:
             self._compiled = torch.compile(self.function)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hope_megatron.ops.regions import region
+from hope_megatron.runtime.step_parts import implementation
 
 
 def short_conv(
@@ -29,11 +30,12 @@ def short_conv(
     tail = tail.to(x.dtype)
     # a copy of its own: a view would keep everything it is a view of alive, as long as the state lives
     end = x[:, -(width - 1) :].clone() if x.size(1) >= width - 1 else torch.cat([tail, x], 1)[:, x.size(1) :].clone()
-    return _convolved(x, weight, tail, documents), end if width > 1 else tail
+    return implementation("short_conv")(x, weight, tail, documents), end if width > 1 else tail
 
 
 @region(backward_kernels=4)
-def _convolved(x: Tensor, weight: Tensor, tail: Tensor, documents: Tensor | None) -> Tensor:
+def convolved(x: Tensor, weight: Tensor, tail: Tensor, documents: Tensor | None) -> Tensor:
+    """The first result of `short_conv`, from a tail."""
     width, T = weight.size(1), x.size(1)
     padded = torch.cat([tail, x], 1)
     taps = [padded[:, j : j + T] * weight[:, j] for j in range(width)]

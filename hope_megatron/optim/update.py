@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from hope_megatron.runtime.step_parts import implementation
+
 if TYPE_CHECKING:
     from hope_megatron.optim.exchange import MatrixExchange
 
@@ -51,11 +53,9 @@ class UpdateContext(NamedTuple):
 
 def adam_update(context: UpdateContext) -> Tensor:
     """Adam's update with bias correction (weight decay is applied apart, as in AdamW)."""
-    grad, state, num_updates = context.grad, context.state, context.num_updates
-    beta1, beta2 = context.group["betas"]
-    m1, v = state["m1"].lerp_(grad, 1 - beta1), state["v"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = (v / (1 - beta2**num_updates)).sqrt_().add_(context.group["eps"])
-    return (m1 / (1 - beta1**num_updates)).div_(denominator)
+    state, group = context.state, context.group
+    update = implementation("adam")
+    return update(context.grad, state["m1"], state["v"], group["betas"], group["eps"], context.num_updates)
 
 
 def averaged_momentum(context: UpdateContext) -> Tensor:

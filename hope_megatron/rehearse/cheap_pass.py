@@ -42,5 +42,7 @@ class _Touch(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        if hasattr(ctx.parameter, "main_grad"):  # the product that makes it has added it already
+            return gradient, None
         return gradient, torch.empty_like(ctx.parameter, memory_format=torch.contiguous_format)

@@ -13,10 +13,14 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
 from hope_megatron.config.run import RunConfig
+from hope_megatron.engine import build as engine_build
+from hope_megatron.engine.libraries import choose_libraries
 from hope_megatron.engine.policy import matmul_precision, policy_restored
+from hope_megatron.ops.libraries import flex
 from hope_megatron.ops.memory import operator
 from hope_megatron.ops.memory.backends.registry import Case
 from hope_megatron.ops.regions import Region
@@ -24,6 +28,7 @@ from hope_megatron.optim import build, exchange
 from hope_megatron.rehearse.operators import Family, tensors_in
 from hope_megatron.rehearse.triton_launches import TritonLaunches
 from hope_megatron.rehearse.watch import Watch
+from hope_megatron.runtime.libraries import choices_restored
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -34,6 +39,9 @@ def gpu_path(watch: Watch, config: RunConfig) -> Iterator[None]:
     stand_ins = _StandIns(watch)
     with contextlib.ExitStack() as stack, TritonLaunches(watch, config.model) as triton:
         stack.enter_context(policy_restored())
+        stack.enter_context(choices_restored())
+        stack.enter_context(patch.object(Region, "compiles", Region.compiles))
+        stack.enter_context(patch.object(engine_build, "choose_libraries", _as_on_a_gpu))
         torch.set_float32_matmul_precision(matmul_precision(config.training))
         stack.enter_context(patch.object(build, "device_type", lambda named_parameters: "cuda"))
         stack.enter_context(_memories_on("cuda"))
@@ -41,8 +49,15 @@ def gpu_path(watch: Watch, config: RunConfig) -> Iterator[None]:
         stack.enter_context(patch.object(F, "rms_norm", stand_ins.rms_norm))
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", stand_ins.attention))
         stack.enter_context(patch.object(Region, "runner", staticmethod(stand_ins.region)))
+        stack.enter_context(patch.object(flex, "compute", stand_ins.flex))
+        stack.enter_context(patch.object(flex, "_blocks", lambda T, S, window, device: min(window or S, S)))
+        stack.enter_context(patch.object(layers, "fused_weight_gradient_mlp_cuda", stand_ins, create=True))
         stack.enter_context(patch.object(exchange, "_MAX_BATCH_NUMEL_CPU", exchange._MAX_BATCH_NUMEL))
         yield
+
+
+def _as_on_a_gpu(config: RunConfig, device: str) -> None:
+    choose_libraries(config, "cuda", elsewhere=True)
 
 
 def cpu_path() -> contextlib.AbstractContextManager[None]:
@@ -107,6 +122,25 @@ class _StandIns:
             flops=(2 * products, 5 * products),
             keeps_output=True,
         )
+
+    def flex(self, query: Tensor, key: Tensor, value: Tensor, seen: int) -> Tensor:
+        """flex_attention under a window: as FlashAttention, over the blocks that a query sees."""
+        products = 2 * query.numel() * seen
+        return self._kernel(
+            "flex_attention",
+            "attention",
+            (query, key, value),
+            lambda: torch.empty_like(query),
+            lambda: query.new_empty(query.shape[:-1], dtype=torch.float32),
+            backward_kernels=2,
+            flops=(2 * products, 5 * products),
+            keeps_output=True,
+        )
+
+    def wgrad_gemm_accum_fp32(self, x: Tensor, d_y: Tensor, total: Tensor) -> None:
+        """apex's product that adds to the sum it reads."""
+        flops = 2 * d_y.size(1) * x.numel()
+        self.watch.count_kernel("wgrad_gemm_accum", "products", [x, d_y, total], [total], flops=flops)
 
     def region(self, region: Region, args: tuple[Any, ...]) -> Any:
         """One kernel that keeps its inputs."""

@@ -64,7 +64,7 @@ _FAMILIES: dict[Family, set[str]] = {
     "solves": {"linalg_solve_triangular", "triangular_solve"},
     "norms": {"native_layer_norm", "native_layer_norm_backward"},
     "reductions": _names(
-        """sum mean amax amin max min linalg_vector_norm norm cumsum cummax logsumexp argmax prod all any _softmax
+        """sum mean amax amin max min linalg_vector_norm norm _foreach_norm cumsum cummax logsumexp argmax prod all any _softmax
         _softmax_backward_data _log_softmax _log_softmax_backward_data var std logcumsumexp count_nonzero"""
     ),
     "copies": _names(

@@ -11,11 +11,12 @@ import hope_megatron
 from hope_megatron.config.environment import DISTRIBUTIONS, installed_versions
 from hope_megatron.ops.memory.backends.registry import chosen_kernels
 from hope_megatron.runtime.git import git
+from hope_megatron.runtime.libraries import chosen
 
 
 def provenance() -> dict[str, Any]:
-    """Commit of the source tree (None when installed without one), whether it has changes, versions of what computes, and the
-    kernels that the memories run on: a list that grows while they are chosen, at the first step."""
+    """Commit of the source tree (None when installed without one), whether it has changes, versions of what computes, the
+    libraries of the step, and the kernels that the memories run on: a list that grows while they are chosen, at the first step."""
     return {
         **_source(Path(hope_megatron.__file__).resolve().parents[1]),
         "versions": {
@@ -25,6 +26,7 @@ def provenance() -> dict[str, Any]:
         },
         "platform": platform.platform(),
         "memory_kernels": chosen_kernels,
+        "libraries": [choice.record() for choice in chosen.values()],
     }
 
 
