@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 from hope_megatron.config.base import ConfigError, Section
+from hope_megatron.config.clock import UpdateClock, update_clock
 from hope_megatron.config.descent import largest_stable_step
 from hope_megatron.ops.memory.rule import MemoryCompute, MemoryRule, channel_share, pick
 
@@ -214,6 +215,15 @@ class AttentionConfig(Section):
     """RMSNorm over each head's queries and keys before they are rotated, as Qwen3 does."""
 
 
+class PeriodChange(Section):
+    """From when on a level has another period."""
+
+    from_step: int = Field(gt=0)
+    """Optimizer steps before the change: a step of an update of the period until then."""
+    period: int = Field(gt=0)
+    """The period from then on, in optimizer steps."""
+
+
 class CMSLevelConfig(Section):
     """One level of the continuum memory system (eqs. 70-74): a residual MLP with a clock of its own."""
 
@@ -221,6 +231,9 @@ class CMSLevelConfig(Section):
     """Hidden width of the level's MLP (for swiglu: of each of gate and up)."""
     update_period_steps: int = Field(default=1, gt=0)
     """The level's parameters change every this many optimizer steps, by the sum of the gradients meanwhile (eq. 71)."""
+
+    update_period_changes: tuple[PeriodChange, ...] = ()
+    """Other periods later in the run, in order: `[{from_step: 400, period: 2}]`."""
 
     inner_chunk_tokens: int | None = Field(default=None, gt=0)
     """In context: a fast copy of the level's matrices changes every this many tokens (eq. 71). None: never."""
@@ -234,12 +247,21 @@ class CMSLevelConfig(Section):
     """In context: decoupled weight decay of the step; the fast copy loses inner_rate times this per update."""
 
     @property
+    def clock(self) -> UpdateClock:
+        """When the level's parameters change over a run."""
+        return update_clock(
+            self.update_period_steps, tuple((change.from_step, change.period) for change in self.update_period_changes)
+        )
+
+    @property
     def ticks(self) -> bool:
         """Whether the level learns in context."""
         return self.inner_chunk_tokens is not None and self.inner_rate > 0
 
     @model_validator(mode="after")
     def _check(self) -> CMSLevelConfig:
+        if (text := self.clock.conflict()) is not None:
+            raise ConfigError(f"update_period_changes of a CMS level: {text}")
         if self.inner_rate > 0 and self.inner_chunk_tokens is None:
             raise ConfigError(
                 f"a CMS level has inner_rate={self.inner_rate:g} but no inner_chunk_tokens, so it never ticks in context; "

@@ -76,7 +76,7 @@ class CMSLevel(MegatronModule):
         )
         self.log_rate = _log_rate(level, config.params_dtype)
         for parameter in self.parameters():
-            parameter.update_period_steps = level.update_period_steps
+            parameter.update_period_steps, parameter.update_period_changes = level.clock.first, level.clock.changes
 
     def forward(self, x: Tensor, fast: FastWeights | None = None) -> Tensor:
         """x [T, B, D] or its sequence shard; `fast` takes the place of the level's matrices."""

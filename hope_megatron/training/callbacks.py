@@ -174,10 +174,11 @@ class MemoryHealth(Callback):
     def _moves_due_level(run: Run, step: int) -> bool:
         """Whether a level is updated in this step for the first time since a multiple of `memory_every`, or for the last."""
         every, last = run.config.training.memory_every, run.config.training.steps
-        periods = {level.update_period_steps for level in run.config.model.cms.levels}
+        clocks = {level.clock for level in run.config.model.cms.levels}
         return every > 0 and any(
-            step % period == 0 and (step // every > (step - period) // every or step + period > last)
-            for period in periods
+            clock.due(step)
+            and (step // every > (step - clock.period(step)) // every or step + clock.period(step + 1) > last)
+            for clock in clocks
         )
 
 
