@@ -54,31 +54,23 @@ __all__ = [
     "webdataset_pipeline",
 ]
 
-_MODULES = {
-    "ShardCache": "cache",
-    "Document": "corpus",
-    "ReadOptions": "corpus",
-    "iterate_documents": "corpus",
-    "iterate_texts": "corpus",
-    "python_stdlib_documents": "corpus",
-    "DataChangedError": "errors",
-    "DataError": "errors",
-    "Filters": "filters",
-    "DataHistory": "history",
-    "Ledger": "ledger",
-    "Manifest": "manifest",
-    "ShardInfo": "manifest",
-    "MixtureStream": "mixture",
-    "PrepareReport": "report",
-    "NO_TOKEN": "samples",
-    "DocumentSpan": "samples",
-    "SampleStream": "samples",
-    "TokenStream": "stream",
-    "Tokenizer": "tokenizer",
-    "train_tokenizer": "tokenizer",
-    "resume": "transition",
-    "webdataset_pipeline": "webdataset_adapter",
+_NAMES = {
+    "cache": ["ShardCache"],
+    "corpus": ["Document", "ReadOptions", "iterate_documents", "iterate_texts", "python_stdlib_documents"],
+    "errors": ["DataChangedError", "DataError"],
+    "filters": ["Filters"],
+    "history": ["DataHistory"],
+    "ledger": ["Ledger"],
+    "manifest": ["Manifest", "ShardInfo"],
+    "mixture": ["MixtureStream"],
+    "report": ["PrepareReport"],
+    "samples": ["NO_TOKEN", "DocumentSpan", "SampleStream"],
+    "stream": ["TokenStream"],
+    "tokenizer": ["Tokenizer", "train_tokenizer"],
+    "transition": ["resume"],
+    "webdataset_adapter": ["webdataset_pipeline"],
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from data_pipeline.commands import RunSamples
 
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
 OpenRun = Callable[[str], "RunSamples"]
 
 _SOURCES = """\
@@ -24,7 +26,7 @@ sources:
 """
 
 
-def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def register(subparsers: Commands) -> None:
     """Add ``data`` with its commands to a command line. Each sets ``func``: parsed arguments -> exit status."""
     parser = subparsers.add_parser(
         "data",
@@ -34,9 +36,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_data_commands(parser.add_subparsers(dest="data_command", metavar="COMMAND", required=True))
 
 
-def add_data_commands(
-    subparsers: argparse._SubParsersAction[argparse.ArgumentParser], open_run: OpenRun | None = None
-) -> None:
+def add_data_commands(subparsers: Commands, open_run: OpenRun | None = None) -> None:
     """Add the commands themselves: tokenizer, prepare, import, merge, verify, inspect, stats, decode, drop.
 
     Args:
@@ -72,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _add(
-    subparsers: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str, details: str
-) -> argparse.ArgumentParser:
+def _add(subparsers: Commands, name: str, summary: str, details: str) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         name,
         help=summary,
@@ -156,7 +154,7 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
 
 
-def _add_tokenizer(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_tokenizer(subparsers: Commands) -> None:
     parser = _add(
         subparsers,
         "tokenizer",
@@ -181,7 +179,7 @@ examples:
     _add_read_options(parser)
 
 
-def _add_prepare(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_prepare(subparsers: Commands) -> None:
     parser = _add(
         subparsers,
         "prepare",
@@ -222,7 +220,7 @@ examples:
     )
 
 
-def _add_import(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_import(subparsers: Commands) -> None:
     parser = _add(
         subparsers,
         "import",
@@ -247,7 +245,7 @@ examples:
     )
 
 
-def _add_merge(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_merge(subparsers: Commands) -> None:
     parser = _add(
         subparsers,
         "merge",
@@ -258,7 +256,7 @@ def _add_merge(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result; the slices stay")
 
 
-def _add_verify(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_verify(subparsers: Commands) -> None:
     parser = _add(
         subparsers,
         "verify",
@@ -271,7 +269,7 @@ def _add_verify(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     _add_tokenizer_option(parser)
 
 
-def _add_inspect(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_inspect(subparsers: Commands) -> None:
     parser = _add(
         subparsers,
         "inspect",
@@ -291,7 +289,7 @@ examples:
     _add_tokenizer_option(parser)
 
 
-def _add_stats(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_stats(subparsers: Commands) -> None:
     parser = _add(
         subparsers,
         "stats",
@@ -302,7 +300,7 @@ def _add_stats(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--png", metavar="FILE", help="draw the histogram")
 
 
-def _add_decode(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_decode(subparsers: Commands) -> None:
     parser = _add(
         subparsers,
         "decode",
@@ -324,7 +322,7 @@ examples:
     _add_tokenizer_option(parser)
 
 
-def _add_drop(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_drop(subparsers: Commands) -> None:
     parser = _add(
         subparsers,
         "drop",

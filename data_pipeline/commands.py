@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,10 +67,7 @@ def run_prepare(arguments: argparse.Namespace) -> int:
         report = prepare(
             arguments.sources,
             arguments.tokenizer,
-            arguments.out,
-            held_out_fraction=arguments.held_out,
-            shard_tokens=arguments.shard_tokens,
-            workers=arguments.workers,
+            **_output_options(arguments, display),
             read=_read_options(arguments),
             filters=Filters(
                 arguments.min_chars, arguments.max_chars, arguments.max_repeated_lines, arguments.min_letters
@@ -80,19 +76,26 @@ def run_prepare(arguments: argparse.Namespace) -> int:
             near_duplicates=arguments.near_duplicates,
             slice=arguments.slice,
             follow_links=arguments.follow_links,
-            overwrite=arguments.overwrite,
-            progress=_shown_on(display),
         )
     _print(arguments, dataclasses.asdict(report), report.describe(arguments.text_field))
     return 0
 
 
-def _shown_on(display: Progress) -> Callable[[PrepareReport, float | None], None]:
+def _output_options(arguments: argparse.Namespace, display: Progress) -> dict[str, Any]:
+    """What `prepare` and `import_indexed` take alike: where shards go, how they are cut, and who hears of it."""
+
     def show(report: PrepareReport, part: float | None) -> None:
         tokens = sum(report.tokens.values())
         display.update(f"{report.documents_in:,} documents, {tokens / 1e6:,.1f} M tokens", part)
 
-    return show
+    return {
+        "out_dir": arguments.out,
+        "held_out_fraction": arguments.held_out,
+        "shard_tokens": arguments.shard_tokens,
+        "workers": arguments.workers,
+        "overwrite": arguments.overwrite,
+        "progress": show,
+    }
 
 
 def run_import(arguments: argparse.Namespace) -> int:
@@ -109,13 +112,8 @@ def run_import(arguments: argparse.Namespace) -> int:
         report = import_indexed(
             arguments.prefixes,
             arguments.tokenizer,
-            arguments.out,
-            held_out_fraction=arguments.held_out,
-            shard_tokens=arguments.shard_tokens,
-            workers=arguments.workers,
+            **_output_options(arguments, display),
             deduplicate=arguments.deduplicate,
-            overwrite=arguments.overwrite,
-            progress=_shown_on(display),
         )
     _print(arguments, dataclasses.asdict(report), report.describe())
     return 0

@@ -16,19 +16,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "ContinuumMLP": "hope_megatron.nn",
-    "HopeBlock": "hope_megatron.nn",
-    "HopeConfig": "hope_megatron.library.causal_lm",
-    "HopeForCausalLM": "hope_megatron.library.causal_lm",
-    "NeuralMemory": "hope_megatron.nn",
-    "Run": "hope_megatron.library",
-    "consolidate": "hope_megatron.library.nights",
-    "evaluate": "hope_megatron.library",
-    "generate": "hope_megatron.library",
-    "load_model": "hope_megatron.library",
-    "load_weights": "hope_megatron.library",
+_NAMES = {
+    "hope_megatron.library": ["Run", "evaluate", "generate", "load_model", "load_weights"],
+    "hope_megatron.library.causal_lm": ["HopeConfig", "HopeForCausalLM"],
+    "hope_megatron.library.nights": ["consolidate"],
+    "hope_megatron.nn": ["ContinuumMLP", "HopeBlock", "NeuralMemory"],
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "ContinuumMLP",

@@ -8,6 +8,12 @@ are 20 % or 1 % off, up or down, at a random run; heavy tails are Student's t wi
 deviation. For each, the share of sweeps whose interval holds the truth, for the law's coefficients, the exponent of the compute-
 optimal size, size and loss of the optimum at ten times the largest compute, and the loss of one more run.
 
+`--parts allocation`: approaches 1 and 2, on the 20 runs: the exponent of the compute-optimal size, and that size at ten times the
+largest compute. Approach 1 reads training curves; those are the law along the run, times the noise of the run.
+
+`--parts repeats`: the law of repeated data, 20 runs and 12 more that repeat theirs 4 to 32 times: R_D, R_N, and the loss of the
+largest size after 64 repetitions.
+
 `--parts tuning`: the law of the best learning rate (that of the batch is fitted in the same way), from valleys of five rates at 4
 to 8 budgets: its exponent, and the rate at ten times the largest compute.
 """
@@ -18,16 +24,22 @@ import argparse
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hope_megatron.sweep.bootstrap import predict_run, resample_loss_law
+from hope_megatron.sweep.analysis import analyse
+from hope_megatron.sweep.bootstrap import predict_run, resample_loss_law, resample_noise
+from hope_megatron.sweep.collect import Observation
+from hope_megatron.sweep.errors import SweepError
+from hope_megatron.sweep.frontier import Curve, CurveTable, Frontier, fit_envelope, fit_isoflop
 from hope_megatron.sweep.hyper import Trial, TuningLaw, fit_tuning, tuned_lr
-from hope_megatron.sweep.laws import CHINCHILLA, LossLaw, PowerLaw
+from hope_megatron.sweep.laws import CHINCHILLA, DataConstrainedLaw, LossLaw, PowerLaw
 from hope_megatron.sweep.parametric import fit_without_outliers
+from hope_megatron.sweep.schema import FitConfig
 from hope_megatron.testing.benchmark import machine, print_table, write_json
 
 Array = NDArray[np.float64]
@@ -162,6 +174,98 @@ def tuning_coverage(budgets: Array, noise: float, *, sweeps: int, resamples: int
     return {name: count / sweeps for name, count in covered.items()}
 
 
+def allocation_coverage(
+    noise: Callable[[np.random.Generator, Design], Array], *, sweeps: int, resamples: int, level: float
+) -> dict[str, float]:
+    """Share of simulated sweeps whose intervals of approaches 1 and 2 hold the truth, by approach and quantity."""
+    design = isoflop()
+    n, d, far = design.parameters, design.tokens, 10 * design.flops
+    wanted: dict[str, tuple[Callable[[Frontier], float], float]] = {
+        "exponent": (lambda found: found.parameters.exponent, CHINCHILLA.exponents()[0]),
+        "size": (lambda found: float(found.parameters(far)), CHINCHILLA.optimum(far).parameters),
+    }
+    covered = {f"{approach}: {name}": 0 for approach in ("curves", "profiles") for name in wanted}
+    for seed in range(sweeps):
+        rng = np.random.default_rng(seed)
+        factor = np.exp(noise(rng, design))
+        law = fit_without_outliers(n, d, CHINCHILLA(n, d) * factor, start=CHINCHILLA)
+        size, tokens, factor = n[law.kept], d[law.kept], factor[law.kept]
+        flops, loss = FLOPS_PER_TOKEN * size * tokens, CHINCHILLA(size, tokens) * factor
+        curves = CurveTable.build([_curve(*run) for run in zip(size, tokens, factor, strict=True)])
+        fits: dict[str, Callable[[Array], Frontier]] = {
+            "curves": partial(_by_curves, curves),
+            "profiles": partial(_by_profiles, size, tokens, flops, loss),
+        }
+        residuals = law.log_residuals[law.kept]
+        for approach, fit in fits.items():
+            try:
+                found = resample_noise(fit, residuals, count=resamples, level=level, seed=seed)
+            except SweepError:
+                continue  # no interval, which holds nothing
+            for name, (quantity, truth) in wanted.items():
+                estimate = found.estimate(quantity)
+                covered[f"{approach}: {name}"] += estimate.low <= truth <= estimate.high
+    return {name: count / sweeps for name, count in covered.items()}
+
+
+def _by_curves(curves: CurveTable, factors: Array) -> Frontier:
+    return fit_envelope(replace(curves, loss=curves.loss * factors[:, None]))
+
+
+def _by_profiles(size: Array, tokens: Array, flops: Array, loss: Array, factors: Array) -> Frontier:
+    return fit_isoflop(size, tokens, flops, loss * factors)
+
+
+def _curve(size: float, tokens: float, factor: float) -> Curve:
+    along = np.geomspace(tokens / 100, tokens, 40)
+    return Curve(size, FLOPS_PER_TOKEN * size * along, along, CHINCHILLA(size, along) * factor)
+
+
+REPEATS = DataConstrainedLaw(CHINCHILLA, R_D=15.4, R_N=5.3)
+"""Muennighoff et al., arXiv 2305.16264."""
+
+
+def repeats_coverage(
+    noise: Callable[[np.random.Generator, Design], Array], *, sweeps: int, resamples: int, level: float
+) -> dict[str, float]:
+    """Share of simulated sweeps whose intervals of the law of repeated data hold the truth, by quantity."""
+    fresh = isoflop()
+    budget = np.array([1e18, 1e19, 1e20])
+    sizes, tokens = CHINCHILLA.optimum(1e19).parameters * np.array([1, 4, 16]), budget / 1e9
+    n, unique = np.repeat(sizes, 4), np.repeat(tokens, 4)
+    d = unique * np.tile([4.0, 8.0, 16.0, 32.0], 3)
+    design = Design(np.append(fresh.parameters, n), np.append(fresh.tokens, d), fresh.noise)
+    unique = np.append(fresh.tokens, unique)
+    far = sizes[-1], 64 * tokens[-1], tokens[-1]
+    wanted: dict[str, Callable[[DataConstrainedLaw], float]] = {
+        "R_D": lambda law: law.R_D,
+        "R_N": lambda law: law.R_N,
+        "loss": lambda law: float(law(*far)),
+    }
+    covered = dict.fromkeys(wanted, 0)
+    config = FitConfig(bootstrap=resamples, level=level)
+    for seed in range(sweeps):
+        loss = REPEATS(design.parameters, design.tokens, unique) * np.exp(noise(np.random.default_rng(seed), design))
+        runs = [
+            Observation(
+                name=f"run {i}",
+                family="runs",
+                parameters=float(design.parameters[i]),
+                tokens=float(design.tokens[i]),
+                flops=float(FLOPS_PER_TOKEN * design.parameters[i] * design.tokens[i]),
+                loss=float(loss[i]),
+                unique_tokens=float(unique[i]),
+            )
+            for i in range(len(loss))
+        ]
+        (found,) = analyse(runs, config)
+        for name, quantity in wanted.items():
+            if found.data_constrained is not None:
+                estimate = found.data_constrained.estimate(quantity)
+                covered[name] += estimate.low <= quantity(REPEATS) <= estimate.high
+    return {name: count / sweeps for name, count in covered.items()}
+
+
 def loss_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row per design and noise."""
     for design, noise in itertools.product(args.designs, args.noises):
@@ -179,7 +283,19 @@ def tuning_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {"budgets": count, "noise": noise, **found}
 
 
-PARTS = {"loss": loss_rows, "tuning": tuning_rows}
+def noise_rows(args: argparse.Namespace, measure: Callable[..., dict[str, float]]) -> Iterator[dict[str, Any]]:
+    """A row per noise."""
+    for noise in args.noises:
+        found = measure(NOISES[noise], sweeps=args.sweeps, resamples=args.resamples, level=args.level)
+        yield {"noise": noise, **found}
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] = {
+    "loss": loss_rows,
+    "tuning": tuning_rows,
+    "allocation": lambda args: noise_rows(args, allocation_coverage),
+    "repeats": lambda args: noise_rows(args, repeats_coverage),
+}
 
 
 def main() -> None:
@@ -187,7 +303,7 @@ def main() -> None:
     parser.add_argument("--sweeps", type=int, default=400, help="simulated sweeps of each kind (default: %(default)s)")
     parser.add_argument("--resamples", type=int, default=39, help="resamples behind an interval (default: %(default)s)")
     parser.add_argument("--level", type=float, default=0.9, help="nominal coverage (default: %(default)s)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS], help="laws to simulate (default: both)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS], help="laws to simulate (default: all)")
     parser.add_argument(
         "--designs", nargs="+", choices=DESIGNS, default=[*DESIGNS], help="of the sweeps (default: all)"
     )

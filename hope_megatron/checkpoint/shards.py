@@ -104,7 +104,7 @@ def _load_param(
 def _flat_states(engine: Engine, bound: BoundVector) -> dict[str, Tensor]:
     """Master weights and optimizer state of a vector, flat."""
     state = engine.optimizer.state.get(bound.tensor, {})
-    moments = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    moments = {key: value.view(-1) for key, value in state.items() if isinstance(value, Tensor)}
     return {MASTER: bound.tensor.detach().view(-1)} | moments
 
 

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from hope_megatron.sweep.bootstrap import Estimate
     from hope_megatron.sweep.collect import Observation
     from hope_megatron.sweep.plan import Plan
+    from hope_megatron.sweep.results import Results
     from hope_megatron.sweep.schema import FitConfig
+    from hope_megatron.sweep.store import SweepDirectory
 
 _REFRESH_S = 2.0
 
@@ -56,6 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--limit", type=int, default=16, metavar="N", help="cells at a time on the cluster (default: %(default)s)"
     )
+    for command in (run, report):
+        command.add_argument(
+            "--results",
+            type=Path,
+            metavar="FILE",
+            help="results of finished cells: those that FILE has are taken as they are, new ones are added to it, "
+            "so that another machine goes on",
+        )
     run.add_argument("--retry", action="store_true", help="take cells that were set aside up again")
     status.add_argument(
         "--follow", action="store_true", help="renew the table until every cell has ended; Ctrl-C leaves"
@@ -158,15 +168,35 @@ def _run(args: argparse.Namespace) -> int:
     check_budget(plan)
     directory = SweepDirectory(plan.sweep.directory)
     directory.prepare(plan)
+    results = _placed(args, plan, directory)
     open_parent(plan, directory)
     if args.cluster:
         return _queue(args, plan)
-    runner = LocalRunner(plan, directory, args.workers, say=lambda line: print(line, flush=True))
+    runner = LocalRunner(
+        plan,
+        directory,
+        args.workers,
+        say=lambda line: print(line, flush=True),
+        finished=results.gather if results else lambda: None,
+    )
     code = runner.run(retry=args.retry)
     link_children(plan, directory)
     if code == 0:
         print(f"all cells have finished; next: hope sweep report {args.sweep}")
     return code
+
+
+def _placed(args: argparse.Namespace, plan: Plan, directory: SweepDirectory) -> Results | None:
+    """The file of results, after cells were taken from it and those that finished here were added."""
+    from hope_megatron.sweep.results import Results
+
+    if args.results is None:
+        return None
+    results = Results(args.results, plan, directory)
+    if placed := results.place():
+        print(f"{placed} cells finished elsewhere, from {args.results}")
+    results.gather()
+    return results
 
 
 def _queue(args: argparse.Namespace, plan: Plan) -> int:
@@ -262,6 +292,9 @@ def _report(args: argparse.Namespace) -> int:
 
     plan = _load(args)
     directory = SweepDirectory(plan.sweep.directory)
+    if args.results is not None:
+        directory.prepare(plan)
+        _placed(args, plan, directory)
     observations = _observations(plan)
     config = _with_options(plan.sweep.fit, args)
     families = analyse(observations, config)

@@ -75,20 +75,11 @@ def has_extras(directory: Path) -> bool:
     return (directory / FOLDER / MANIFEST).is_file()
 
 
-def refuse_foreign(directory: Path, format_name: str, written_by: str) -> None:
-    """
-    Raises:
-        ConversionError: no export of ours lies there.
-    """
-    if not has_extras(directory):
-        raise ConversionError(
-            f"{directory} was {written_by}: its files do not say what model, clocks and data position they belong to; start a run "
-            f"from its weights with `hope import {format_name} DIR CONFIG`"
-        )
-
-
 def read_extras(
-    directory: Path, open_reader: Callable[[Parameters], Callable[[str, str], Tensor]]
+    directory: Path,
+    open_reader: Callable[[Parameters], Callable[[str, str], Tensor]],
+    format_name: str,
+    written_by: str | None = None,
 ) -> UnshardedCheckpoint:
     """A checkpoint from an export of ours, whose tensors a format's reader gives.
 
@@ -96,10 +87,18 @@ def read_extras(
         directory: the export.
         open_reader: called with the parameters once every digest has been found right; returns (parameter, state) ->
             tensor.
+        format_name: of the export, for messages.
+        written_by: how files of this format come about that are no export of ours, for messages.
 
     Raises:
-        ConversionError: a file is missing or differs from its digest; names it.
+        ConversionError: no export of ours lies there, or a file is missing or differs from its digest; names it.
     """
+    if not has_extras(directory):
+        origin = written_by or f"not written by `hope export {format_name}`"
+        raise ConversionError(
+            f"{directory} was {origin}: its files do not say what model, clocks and data position they belong to; start a run from "
+            f"its weights with `hope import {format_name} DIR CONFIG`"
+        )
     known = _verify(directory)
     folder = directory / FOLDER
     try:

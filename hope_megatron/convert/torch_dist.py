@@ -29,7 +29,7 @@ from hope_megatron.checkpoint.local_model import build_local_model
 from hope_megatron.checkpoint.output import fresh_directory
 from hope_megatron.checkpoint.unsharded import UnshardedCheckpoint, compare_unsharded, read_unsharded
 from hope_megatron.config import RunConfig
-from hope_megatron.convert.extras import Parameters, has_extras, read_extras, refuse_foreign, write_extras
+from hope_megatron.convert.extras import Parameters, has_extras, read_extras, write_extras
 from hope_megatron.convert.formats import ExportOptions, Format
 from hope_megatron.model import LanguageModel
 
@@ -71,13 +71,12 @@ def write_torch_dist(unsharded: UnshardedCheckpoint, out_dir: Path) -> int:
 
 def read_torch_dist(directory: Path) -> UnshardedCheckpoint:
     """A checkpoint that `write_torch_dist` made; see `read_extras`."""
-    refuse_foreign(directory, "torch_dist", "not written by `hope export torch_dist`")
 
     def open_reader(_: Parameters) -> Callable[[str, str], Tensor]:
         reader = _open(directory)
         return lambda parameter, state: _read(reader, key_of(parameter, state))
 
-    return read_extras(directory, open_reader)
+    return read_extras(directory, open_reader, "torch_dist")
 
 
 def torch_dist_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:

@@ -284,7 +284,7 @@ class Engine:
         vectors = [(b.tensor.detach().view(-1), self.optimizer.state[b.tensor]) for b in self.optimizer.bound_vectors()]
         kept = [flat.clone() for flat, _ in vectors]
         try:
-            self._set_weights([(flat, state[EMA]) for flat, state in vectors])
+            self._set_weights([(flat, state[EMA].view(-1)) for flat, state in vectors])
             yield
         finally:
             self._set_weights([(flat, value) for (flat, _), value in zip(vectors, kept)])

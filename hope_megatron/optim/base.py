@@ -39,7 +39,7 @@ class SharedSettings(TypedDict, total=False):
 
 
 class BoundOptimizer(torch.optim.Optimizer):
-    """Base class. State tensors are flat and as large as the tensor that is stepped: ZeRO shards them as it does Adam's.
+    """Base class. State tensors have the shape of the tensor that is stepped: ZeRO and FSDP2 shard them as they do Adam's.
 
     It takes what `sorting.sorted_groups` takes: a module, named parameters, parameters, or groups. Under ZeRO call `bind_zero`
     once after `deepspeed.initialize`. Without ZeRO whole parameters and FSDP2's DTensors need nothing; Megatron-Core's
@@ -93,6 +93,8 @@ class BoundOptimizer(torch.optim.Optimizer):
         self.zero_wrapper: Any = None
         super().__init__(sorted_groups(params, **self._settings), {"betas": betas, "eps": eps, **(own or {})})
         self._group_phases: dict[str, dict[str, int]] = {}
+        # torch.compile leaves it as it is: traced, a step would be compiled anew for every number of updates
+        self._step_parameters = torch.compiler.disable(self._step_all)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; parameters are sorted into matrices and vectors."""
@@ -257,11 +259,14 @@ class BoundOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step_parameters()
+        return loss
+
+    def _step_all(self) -> None:
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
                     self._step_vector(param, group)
-        return loss
 
     def _step_vector(self, param: Tensor, group: dict[str, Any]) -> None:
         bound = self._bound_vector(param, group)
@@ -276,10 +281,11 @@ class BoundOptimizer(torch.optim.Optimizer):
         if gradient.is_sparse:
             raise OptimError(f"group {group['name']!r} has sparse gradients; make the embedding with sparse=False")
         local = local_tensor(param)
-        state, flat = self.state[param], local.reshape(-1)  # a copy where the tensor is not contiguous
-        if not state:
-            self.init_state(state, flat, group)
-        state["step"] += 1
+        kept, flat = self.state[param], local.reshape(-1)  # a copy where the tensor is not contiguous
+        if not kept:
+            self.init_state(kept, param, group)
+        kept["step"] += 1
+        state = {key: local_tensor(x).view(-1) if isinstance(x, Tensor) else x for key, x in kept.items()}
         clock, number = group_clock(group), state["step"]
         grad = self._due_gradient(gradient.reshape(-1), state, clock)
         if grad is None:
@@ -305,15 +311,18 @@ class BoundOptimizer(torch.optim.Optimizer):
             bound.measure(update, group["lr"])
 
     def state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """Names of the state tensors of a group, all flat and as long as the vector."""
+        """Names of the state tensors of a group, all of the shape of what is stepped."""
         keys = self.matrix_state if group["role"] == "matrix" else self.vector_state
         return keys + (("pending_grad",) if group_clock(group).longest > 1 else ()) + ((EMA,) if self.ema_decay else ())
 
-    def init_state(self, state: dict[str, Any], flat: Tensor, group: dict[str, Any]) -> None:
-        """All state at once, at the first step: DeepSpeed links the tensors it finds then."""
+    def init_state(self, state: dict[str, Any], stepped: Tensor, group: dict[str, Any]) -> None:
+        """All state at once, at the first step: DeepSpeed links the tensors it finds then.
+
+        stepped: a flat vector, or a parameter: a DTensor gets DTensors, which `torch.distributed.checkpoint` can shard anew.
+        """
         state["step"] = 0
         for key in self.state_keys(group):
-            state[key] = torch.zeros_like(flat)
+            state[key] = torch.zeros_like(stepped, memory_format=torch.contiguous_format)
 
     @staticmethod
     def _due_gradient(grad: Tensor, state: dict[str, Any], clock: UpdateClock) -> Tensor | None:

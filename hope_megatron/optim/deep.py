@@ -52,9 +52,9 @@ class DGD(BoundOptimizer):
         params: Any,
         lr: float = 2e-3,
         *,
+        delta: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
-        delta: float = 0.1,
         form: str = "ema",
         **shared: Unpack[SharedSettings],
     ) -> None:

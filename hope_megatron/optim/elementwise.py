@@ -35,10 +35,10 @@ class SGD(BoundOptimizer):
         params: Any,
         lr: float = 2e-3,
         *,
-        vector_lr: float | None = None,
-        weight_decay: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = False,
+        vector_lr: float | None = None,
+        weight_decay: float = 0.1,
     ) -> None:
         own = {"momentum": momentum, "nesterov": nesterov}
         super().__init__(params, lr, vector_lr=vector_lr, weight_decay=weight_decay, own=own)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -14,8 +14,8 @@ from hope_megatron.sweep.bootstrap import (
     Resampled,
     predict_run,
     resample_loss_law,
+    resample_noise,
     resample_runs,
-    widened,
 )
 from hope_megatron.sweep.collect import Observation, best_of_tuning
 from hope_megatron.sweep.errors import SweepError
@@ -200,23 +200,34 @@ def _fit_isoflop(result: FamilyAnalysis, config: FitConfig) -> None:
     n, d, c, loss = columns(runs)
     result.profiles = isoflop_profiles(n, c, loss)
 
-    def fit(members: Indices) -> Frontier:
-        return fit_isoflop(n[members], d[members], c[members], loss[members])
+    def fit(factors: Array) -> Frontier:
+        return fit_isoflop(n, d, c, loss * factors)
 
-    result.isoflop = resample_runs(fit, len(runs), count=config.bootstrap, level=config.level, seed=config.seed)
+    result.isoflop = _with_noise(result, fit, runs, config)
 
 
 def _fit_envelope(result: FamilyAnalysis, config: FitConfig) -> None:
     runs = result.explained
-    curves = [run.curve for run in runs if run.curve is not None]
-    if not curves:
+    runs = [run for run in runs if run.curve is not None]
+    if not runs:
         raise SweepError("there are no training curves")
-    table = CurveTable.build(curves)
+    table = CurveTable.build([run.curve for run in runs if run.curve is not None])
 
-    def fit(members: Indices) -> Frontier:
-        return fit_envelope(table.take(members))
+    def fit(factors: Array) -> Frontier:
+        return fit_envelope(replace(table, loss=table.loss * factors[:, None]))
 
-    result.envelope = resample_runs(fit, len(curves), count=config.bootstrap, level=config.level, seed=config.seed)
+    result.envelope = _with_noise(result, fit, runs, config)
+
+
+def _with_noise(
+    result: FamilyAnalysis, fit: Callable[[Array], Frontier], runs: Sequence[Observation], config: FitConfig
+) -> Resampled[Frontier]:
+    """A frontier with intervals; without them where no loss law says how noisy runs are."""
+    if result.law is None:
+        return Resampled(fit(np.ones(len(runs))), (), config.level)
+    n, d, _, loss = columns(runs)
+    residuals = np.log(loss / result.law.point(n, d))
+    return resample_noise(fit, residuals, count=config.bootstrap, level=config.level, seed=config.seed)
 
 
 def _check_heldout(result: FamilyAnalysis, config: FitConfig) -> None:
@@ -242,17 +253,17 @@ def _fit_repeats(result: FamilyAnalysis, config: FitConfig) -> None:
         runs = [run for run, scale in zip(runs, scales) if scale <= OUTLIER_SCALES]
         point, residuals = _repeats_law(runs, result, config)
     n, d, _, loss = columns(runs)
-    fitted = loss / np.exp(residuals)
-    rng = np.random.default_rng(config.seed)
-    pool = widened(residuals, NUM_COEFFICIENTS + 2, config.level)
+    unique = _unique(runs)
 
-    def refit(base: LossLaw) -> DataConstrainedLaw:
-        losses = fitted * np.exp(rng.choice(pool, len(loss)))
-        unique = _unique(runs)
-        return fit_data_constrained(base, result.compute, n, d, unique, losses, delta=config.huber_delta, start=point)
+    def refit(members: Indices) -> DataConstrainedLaw:
+        if len(np.unique(members)) < MIN_RUNS + 2:
+            raise SweepError("too few different runs")
+        part = n[members], d[members], unique[members], loss[members]
+        return fit_data_constrained(point.base, result.compute, *part, delta=config.huber_delta, start=point)
 
-    resamples = tuple(map(refit, result.law.resamples))
-    result.data_constrained = Resampled(point, resamples, config.level)
+    result.data_constrained = resample_runs(
+        refit, len(runs), count=config.bootstrap, level=config.level, seed=config.seed
+    )
 
 
 def _repeats_law(

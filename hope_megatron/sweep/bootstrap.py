@@ -70,7 +70,7 @@ def resample_loss_law(
             raise SweepError("too few different runs")
         return fit_loss_law(parameters[members], tokens[members], loss[members], delta=delta, start=fit.law).law
 
-    return Resampled(fit.law, _drawn(refit, len(loss), count, rng), level)
+    return Resampled(fit.law, _drawn(lambda: refit(_runs_drawn(rng, len(loss))), count), level)
 
 
 def _resample_residuals(
@@ -104,17 +104,45 @@ def resample_runs(
         SweepError: if the fit to all runs fails, or most draws do.
     """
     point = fit(np.arange(num_runs))
-    return Resampled(point, _drawn(fit, num_runs, count, np.random.default_rng(seed)), level)
+    rng = np.random.default_rng(seed)
+    return Resampled(point, _drawn(lambda: fit(_runs_drawn(rng, num_runs)), count), level)
 
 
-def _drawn(fit: Callable[[Indices], FitT], num_runs: int, count: int, rng: np.random.Generator) -> tuple[FitT, ...]:
-    """Fits to runs drawn with replacement; none if too many draws cannot be fitted."""
+def _runs_drawn(rng: np.random.Generator, num_runs: int) -> Indices:
+    return np.sort(rng.integers(num_runs, size=num_runs))
+
+
+def resample_noise(
+    fit: Callable[[Array], FitT], residuals: Array, *, count: int, level: float, seed: int
+) -> Resampled[FitT]:
+    """`fit` gets a factor for the loss of each run: 1, and then the noise of runs once more on top of what they have.
+
+    A budget has few sizes, and a minimum without one of them is another minimum: whole runs drawn again make approaches 1 and 2
+    look less certain than they are (intervals of 90 % held the truth in 95 to 100 %).
+
+    Args:
+        fit: takes [runs] factors.
+        residuals: of the loss law, one per run: the noise that is drawn.
+        count: resamples.
+        level: coverage that the intervals aim at.
+        seed: of the draws.
+
+    Raises:
+        SweepError: if the fit to the runs as they are fails.
+    """
+    rng, pool = np.random.default_rng(seed), widened(residuals, NUM_COEFFICIENTS, level)
+    point = fit(np.ones(len(residuals)))
+    return Resampled(point, _drawn(lambda: fit(np.exp(rng.choice(pool, len(residuals)))), count), level)
+
+
+def _drawn(draw: Callable[[], FitT], count: int) -> tuple[FitT, ...]:
+    """Fits to resampled runs; none if too many of them cannot be fitted."""
     resamples: list[FitT] = []
     for _ in range(10 * count):
         if len(resamples) == count:
             break
         try:
-            resamples.append(fit(np.sort(rng.integers(num_runs, size=num_runs))))
+            resamples.append(draw())
         except SweepError:
             continue
     return tuple(resamples) if len(resamples) == count else ()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
+from scipy.optimize import least_squares, minimize
 
 from hope_megatron.sweep.errors import SweepError
 from hope_megatron.sweep.laws import Array, ComputeLaw, DataConstrainedLaw, LossLaw
@@ -26,6 +26,7 @@ _SMALLEST_SCALE = 1e-6
 _MAX_ROUNDS = 5
 _MAX_EXPONENT = 3.0
 _POLISHED_STARTS = 12
+_SMALLEST_EXPONENT = 0.02
 _OPTIONS = {"maxiter": 2000, "maxfun": 4000, "maxcor": 20, "ftol": 1e-15, "gtol": 1e-9}
 
 
@@ -115,10 +116,14 @@ def fit_data_constrained(
     delta: float = 1e-3,
     start: DataConstrainedLaw | None = None,
 ) -> DataConstrainedLaw:
-    """Fit R_D and R_N on runs that repeat their data, with the law of single-epoch runs held fixed, as Muennighoff et al. do.
+    """Fit all seven coefficients to runs of which some repeat their data.
+
+    Muennighoff et al. hold the law of single-epoch runs fixed. Under their law a run with more parameters than its tokens can use
+    loses by that in its first epoch too, so that such a base absorbs part of R_N: for runs that follow the law with R_N 5.3 to
+    the last digit it finds 31. Here both parts are fitted at once.
 
     Args:
-        base: law of runs that do not repeat their data.
+        base: where to begin: the law of runs that do not repeat their data.
         compute: FLOPs of the family, which the optimal size for U tokens depends on.
         parameters: N of each run.
         tokens: D of each run, repetitions counted.
@@ -128,27 +133,38 @@ def fit_data_constrained(
         start: begin only there.
 
     Raises:
-        SweepError: if no run repeats its data.
+        SweepError: if no run repeats its data, or there are too few.
     """
     if not (tokens > 1.05 * unique).any():
         raise SweepError(
             "no run repeats its data; add cells with more tokens than the data has to learn what repetition costs"
         )
+    _check_data(parameters, tokens, loss)
+    problem = _Problem(parameters, tokens, loss, delta)
 
-    def law_at(log_rates: Array) -> DataConstrainedLaw:
-        return DataConstrainedLaw(base, float(np.exp(log_rates[0])), float(np.exp(log_rates[1])), compute)
+    def law_at(x: Array) -> DataConstrainedLaw:
+        return DataConstrainedLaw(problem.decode(x[:-2]), float(np.exp(x[-2])), float(np.exp(x[-1])), compute)
 
-    def objective(log_rates: Array) -> float:
-        return float(_huber(np.log(law_at(log_rates)(parameters, tokens, unique)) - np.log(loss), delta).sum())
+    def residuals(x: Array) -> Array:
+        return np.log(law_at(x)(parameters, tokens, unique)) - np.log(loss)
 
-    bounds = [(np.log(0.1), np.log(1e4))] * 2
-    grid = itertools.product((1.0, 5.0, 20.0, 100.0), repeat=2)
-    starts = [np.log([start.R_D, start.R_N])] if start is not None else [np.log(rates) for rates in grid]
-    found = [minimize(objective, np.asarray(x), method="L-BFGS-B", bounds=bounds) for x in starts]
-    best = min(found, key=lambda solution: solution.fun).x
-    # Finite-difference gradients stall near kinks of the Huber loss; the simplex has none to take.
-    options = {"xatol": 1e-8, "fatol": 1e-14, "maxiter": 2000}
-    return law_at(minimize(objective, best, method="Nelder-Mead", bounds=bounds, options=options).x)
+    # A size that the tokens can use needs both exponents.
+    bounds = [*problem.bounds[:3], *[(_SMALLEST_EXPONENT, _MAX_EXPONENT)] * 2, *[(np.log(0.1), np.log(1e4))] * 2]
+    low, high = (np.array(side) for side in zip(*bounds, strict=True))
+    if start is not None:
+        starts = [np.append(problem.encode(start.base), np.log([start.R_D, start.R_N]))]
+    else:
+        grid = (np.log(rates) for rates in itertools.product((1.0, 5.0, 20.0, 100.0), repeat=2))
+        starts = [np.append(problem.encode(base), rates) for rates in grid]
+        starts.sort(key=lambda x: float(_huber(residuals(x), delta).sum()))
+    found = [
+        least_squares(
+            residuals, np.clip(x, low + 1e-9, high - 1e-9), bounds=(low, high), loss="huber", f_scale=delta, x_scale="jac",
+            xtol=1e-12, ftol=1e-12, gtol=1e-14, max_nfev=300,
+        )
+        for x in starts[:_POLISHED_STARTS]
+    ]  # fmt: skip
+    return law_at(min(found, key=lambda solution: solution.cost).x)
 
 
 class _Problem:

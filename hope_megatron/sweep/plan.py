@@ -140,17 +140,25 @@ def _cells(sweep: SweepConfig) -> Iterator[Cell]:
         for model, settings in itertools.product(models, combinations):
             overrides = {**keys, **_model_keys(model), **_axis_keys(settings)}
             for length in _lengths(sweep):
-                yield _make_cell(sweep, family, settings, overrides, length)
+                if model is None or _in_range(sweep, model, start.training.seq_length, length):
+                    yield _make_cell(sweep, family, settings, overrides, length)
 
 
 _PLACEHOLDER_STEPS = 1 << 20
 
 
 def _lengths(sweep: SweepConfig) -> list[tuple[str, float]]:
-    for kind, values in sweep.design:
-        if values is not None:
-            return [(kind, float(value)) for value in values]
+    for kind, values in sweep.design.lengths.items():
+        return [(kind, float(value)) for value in values]
     return [("base", 0.0)]
+
+
+def _in_range(sweep: SweepConfig, model: ModelConfig, seq_length: int, length: tuple[str, float]) -> bool:
+    """Whether a size is one that a budget trains."""
+    if sweep.design.between_tokens_per_parameter is None:
+        return True
+    low, high = sweep.design.between_tokens_per_parameter
+    return low <= length[1] / train_flops_per_token(model, seq_length) / num_parameters(model) <= high
 
 
 def _make_cell(

@@ -47,6 +47,7 @@ class LocalRunner:
         workers: int,
         *,
         say: Report = print,
+        finished: Callable[[], object] = lambda: None,
         train: Sequence[str] = (sys.executable, "-m", "hope_megatron", "train"),
     ) -> None:
         """Set up; `prepare` has written the run files.
@@ -56,6 +57,7 @@ class LocalRunner:
             directory: the sweep on disk.
             workers: how many cells run at a time.
             say: takes lines for the user.
+            finished: called whenever a cell has finished.
             train: program that trains a run file; it gets `RUN_FILE --nproc N`.
 
         Raises:
@@ -64,6 +66,7 @@ class LocalRunner:
         if workers < 1:
             raise SweepError(f"--workers {workers}: give at least 1")
         self.plan, self.directory, self.workers, self.say, self.train = plan, directory, workers, say, train
+        self.finished = finished
         self._running: list[_Running] = []
         self._stops = 0
 
@@ -151,6 +154,7 @@ class LocalRunner:
         cell, seconds = running.cell, time.monotonic() - running.started
         if is_finished(self.directory.runs / cell.name, cell.config.training.steps):
             self.say(f"finished {cell.name} in {seconds:.0f} s")
+            self.finished()
             return False
         if self._stops:
             return False

@@ -44,7 +44,7 @@ class SizesConfig(Section):
 
 
 class DesignConfig(Section):
-    """How long each size trains: one of the three; none of them takes training.steps from the base run."""
+    """How long each size trains: one of the first three; none of them takes training.steps from the base run."""
 
     isoflop_budgets: tuple[float, ...] | None = Field(default=None, min_length=1)
     """Training FLOPs: every size trains once per budget, on as many tokens as the budget buys it."""
@@ -52,15 +52,29 @@ class DesignConfig(Section):
     """Training tokens: every size trains once on each number."""
     tokens_per_parameter: tuple[float, ...] | None = Field(default=None, min_length=1)
     """Training tokens per parameter of the size."""
+    between_tokens_per_parameter: tuple[float, float] | None = None
+    """With budgets: only sizes around the optimum, whose tokens per parameter lie in this range, are trained on each."""
+
+    @property
+    def lengths(self) -> dict[str, tuple[float, ...]]:
+        """What is given of budgets, tokens and tokens per parameter."""
+        kinds = ("isoflop_budgets", "tokens", "tokens_per_parameter")
+        return {kind: getattr(self, kind) for kind in kinds if getattr(self, kind) is not None}
 
     @model_validator(mode="after")
     def _check(self) -> DesignConfig:
-        given = {name: values for name, values in self if values is not None}
+        given = self.lengths
         if len(given) > 1:
             raise ConfigError(f"design: {' and '.join(given)} exclude each other; keep one")
         for name, values in given.items():
             if min(values) <= 0 or len(set(values)) < len(values):
                 raise ConfigError(f"design.{name}={list(values)} must be different positive numbers")
+        if self.between_tokens_per_parameter is not None:
+            low, high = self.between_tokens_per_parameter
+            if not 0 < low < high or self.isoflop_budgets is None:
+                raise ConfigError(
+                    f"design.between_tokens_per_parameter=[{low:g}, {high:g}] goes with isoflop_budgets, and must grow"
+                )
         return self
 
 

@@ -52,7 +52,7 @@ def iter_state(optimizer: BoundOptimizer, *, dp_rank: int | None = None) -> Iter
     for bound in optimizer.bound_vectors():
         state = optimizer.state.get(bound.tensor, {})
         flats = {"fp32": bound.tensor.detach().view(-1)}
-        flats.update({key: value for key, value in state.items() if isinstance(value, Tensor)})
+        flats.update({key: value.view(-1) for key, value in state.items() if isinstance(value, Tensor)})
         for param in bound.params:
             tensors = _gather_param(param, flats, bound, dp_rank)
             if tensors is None:
@@ -149,7 +149,7 @@ def _load_param(
             raise OptimError(
                 f"{param.name}: {key} has shape {tuple(source.shape)} in the checkpoint, {param.shape} in this run"
             )
-        flat = bound.tensor.data.view(-1) if key == "fp32" else target[key]
+        flat = bound.tensor.data.view(-1) if key == "fp32" else target[key].view(-1)
         source_flat = source.reshape(-1)
         for run in param.runs:
             if run.dp_rank == bound.dp_rank:

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 from pathlib import Path
 from typing import Any
 
 import hope_megatron
+from hope_megatron.config.environment import DISTRIBUTIONS, installed_versions
 from hope_megatron.ops.memory.backends.registry import chosen_kernels
 from hope_megatron.runtime.git import git
-
-_PACKAGES = (
-    "torch",
-    "triton",
-    "megatron-core",
-    "deepspeed",
-    "numpy",
-    "safetensors",
-    "pydantic",
-    "sentencepiece",
-    "webdataset",
-    "mlflow",
-)
 
 
 def provenance() -> dict[str, Any]:
@@ -32,9 +19,9 @@ def provenance() -> dict[str, Any]:
     return {
         **_source(Path(hope_megatron.__file__).resolve().parents[1]),
         "versions": {
+            **installed_versions((*DISTRIBUTIONS, "triton", "webdataset")),
             "hope_megatron": hope_megatron.__version__,
             "python": platform.python_version(),
-            **{name: _version(name) for name in _PACKAGES},
         },
         "platform": platform.platform(),
         "memory_kernels": chosen_kernels,
@@ -53,10 +40,3 @@ def _source(root: Path) -> dict[str, Any]:
         "commit": commit.strip() if commit is not None else None,
         "uncommitted_changes": bool(status.strip()) if status is not None else None,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

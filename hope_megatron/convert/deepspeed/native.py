@@ -30,7 +30,7 @@ from hope_megatron.config.layout import ParallelLayout
 from hope_megatron.convert.deepspeed.rank_files import VERSION, Module, Vectors, model_file, optimizer_file
 from hope_megatron.convert.deepspeed.universal import read_universal
 from hope_megatron.convert.deepspeed.zero import LATEST, ZeroDirectory, is_zero_checkpoint
-from hope_megatron.convert.extras import Parameters, has_extras, read_extras, refuse_foreign, write_extras
+from hope_megatron.convert.extras import Parameters, has_extras, read_extras, write_extras
 from hope_megatron.optim import merge_shards, split_shards
 
 _SCRATCH = ".scratch"
@@ -76,13 +76,12 @@ def read_deepspeed(directory: Path) -> UnshardedCheckpoint:
 
 def read_native(directory: Path) -> UnshardedCheckpoint:
     """A checkpoint that `write_native` made; see `read_extras`."""
-    refuse_foreign(directory, "deepspeed", "saved by DeepSpeed")
 
     def open_reader(parameters: Parameters) -> Callable[[str, str], Tensor]:
         files = ZeroDirectory(directory)
         return lambda name, state: merge_shards(files.shards(name, state), parameters[name].tags)
 
-    return read_extras(directory, open_reader)
+    return read_extras(directory, open_reader, "deepspeed", "saved by DeepSpeed")
 
 
 def _ranks(layout: ParallelLayout) -> Iterable[tuple[int, int]]:

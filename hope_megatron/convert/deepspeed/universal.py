@@ -23,7 +23,7 @@ from hope_megatron.checkpoint.output import fresh_directory
 from hope_megatron.checkpoint.skeleton import skeleton_of
 from hope_megatron.checkpoint.unsharded import UnshardedCheckpoint, compare_unsharded
 from hope_megatron.convert.deepspeed.pickles import load_tensors
-from hope_megatron.convert.extras import Parameters, has_extras, read_extras, refuse_foreign, write_extras
+from hope_megatron.convert.extras import Parameters, has_extras, read_extras, write_extras
 
 LATEST = "latest_universal"
 FP32 = "fp32"
@@ -75,13 +75,12 @@ def write_universal(unsharded: UnshardedCheckpoint, out_dir: Path) -> int:
 
 def read_universal(directory: Path) -> UnshardedCheckpoint:
     """A checkpoint that `write_universal` made; see `read_extras`."""
-    refuse_foreign(directory, "deepspeed", "not written by `hope export deepspeed`")
 
     def open_reader(_: Parameters) -> Callable[[str, str], Tensor]:
         zero = _zero_folder(directory)
         return lambda parameter, state: _read(zero / parameter / f"{FP32 if state == MASTER else state}.pt")
 
-    return read_extras(directory, open_reader)
+    return read_extras(directory, open_reader, "deepspeed")
 
 
 def universal_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:

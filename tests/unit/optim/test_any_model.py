@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hope_megatron import HopeBlock
 from hope_megatron.optim import M3, AdamW, Muon, OptimError
+from hope_megatron.rehearse.memory import MemoryLog
 
 
 class Small(nn.Module):
@@ -153,3 +157,62 @@ def test_what_cannot_be_stepped_is_refused() -> None:
     table(torch.tensor([1])).sum().backward()
     with warnings.catch_warnings(), pytest.raises(OptimError, match="sparse=False"):
         M3(table).step()
+
+
+class Allocations(TorchDispatchMode):
+    """Notes every storage that is made while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = MemoryLog(rounded=False)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        def storages(tree: object) -> dict[int, torch.Tensor]:
+            return {x.untyped_storage()._cdata: x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)}
+
+        before, result = storages((args, kwargs)), func(*args, **(kwargs or {}))
+        self.log.time += 1
+        for key, x in storages(result).items():
+            if key not in before:  # a tensor that is written in place was there
+                self.log.see(x, "")
+        return result
+
+
+@pytest.mark.parametrize("kind", [M3, Muon, AdamW])
+def test_a_step_holds_temporaries_of_one_parameter_only(kind: type) -> None:
+    """torch's `foreach` implementations hold those of all parameters at once."""
+
+    def peak(num_layers: int, make: Callable[[nn.Module], torch.optim.Optimizer]) -> int:
+        model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(num_layers)])
+        optimizer = make(model)
+        for _ in range(2):  # state is made at the first step
+            for param in model.parameters():
+                param.grad = torch.ones_like(param)
+            with Allocations() as step:
+                optimizer.step()
+        return step.log.peak_bytes() // (64 * 64 * 4)
+
+    assert peak(2, kind) == peak(8, kind) <= 12
+    assert peak(8, lambda model: torch.optim.AdamW(model.parameters(), foreach=True)) >= 8
+
+
+def test_a_compiled_step_makes_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._dynamo
+
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    plain, compiled = small(), small()
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+
+    with torch._dynamo.config.patch(disable=False):
+        torch._dynamo.reset()
+        fast = torch.compile(train, backend="eager")
+        for model, run in ((plain, train), (compiled, fast)):
+            optimizer = M3(model, lr=1e-2)
+            for step in range(3):
+                run(model, optimizer, step)
+    for mine, theirs in zip(compiled.parameters(), plain.parameters()):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=0)

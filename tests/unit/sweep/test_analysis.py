@@ -7,7 +7,7 @@ import pytest
 
 from hope_megatron.sweep.analysis import analyse
 from hope_megatron.sweep.collect import best_of_tuning
-from hope_megatron.sweep.laws import CHINCHILLA, LossLaw
+from hope_megatron.sweep.laws import CHINCHILLA, DataConstrainedLaw, LossLaw
 from hope_megatron.sweep.schema import FitConfig
 from tests.unit.sweep.conftest import simulated_runs
 
@@ -62,6 +62,19 @@ def test_repeated_data_is_kept_out_of_the_law_and_gets_its_own() -> None:
     assert family.law is not None and pytest.approx(1.69, abs=1e-3) == family.law.point.E
     assert family.data_constrained is not None and family.data_constrained.point.R_D < 100
     assert f"{len(repeated)} runs repeat their data" in family.notes[0]
+
+
+def test_rates_of_repetition_are_found_though_large_fresh_runs_lose_too() -> None:
+    truth = DataConstrainedLaw(CHINCHILLA, R_D=15.4, R_N=5.3)
+    fresh = [replace(run, unique_tokens=run.tokens) for run in simulated_runs()]
+    repeated = [replace(run, name=f"r{run.name}", unique_tokens=run.tokens / 16) for run in fresh[::2]]
+    runs = [
+        replace(run, loss=float(truth(run.parameters, run.tokens, run.unique_tokens))) for run in [*fresh, *repeated]
+    ]
+    (family,) = analyse(runs, FIT)
+    assert family.data_constrained is not None
+    found = family.data_constrained.point
+    assert pytest.approx((15.4, 5.3, 1.69), rel=1e-4) == (found.R_D, found.R_N, found.base.E)
 
 
 def test_the_best_setting_counts_and_seeds_are_averaged() -> None:

@@ -137,3 +137,16 @@ def test_a_sweep_for_no_hardware_is_priced_on_this_machine_too(sweep_file, monke
     text = " ".join(capsys.readouterr().out.split())
     assert " 0s " not in text and "<1s" in text
     assert ("this machine has no GPU. On its CPU" in text) == ("hardware: {name: cpu}" in text) == said
+
+
+def test_only_sizes_around_the_optimum(sweep_file: Write) -> None:
+    budgets = {"isoflop_budgets": [1e11, 4e11]}
+    low, high = 0.05, 0.4
+    cells = plan(sweep_file(sizes=LADDER, design={**budgets, "between_tokens_per_parameter": [low, high]})).cells
+    whole = plan(sweep_file(sizes=LADDER, design=budgets)).cells
+    assert 0 < len(cells) < len(whole)
+    assert {cell.name for cell in cells} == {
+        cell.name for cell in whole if low < cell.tokens / cell.num_parameters < high
+    }
+    with pytest.raises(ConfigError, match="goes with isoflop_budgets"):
+        load_sweep(sweep_file(design={"tokens": [10_000], "between_tokens_per_parameter": [1, 2]}))

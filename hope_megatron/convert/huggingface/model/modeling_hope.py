@@ -26,13 +26,10 @@ from .generation_hope import HopeGeneration, given_cache
 from .padding_hope import read_aligned, read_rows, spans_of
 
 
-@dataclass
-class HopeModelOutput(ModelOutput):
-    """last_hidden_state [B, T, D]; the state of the streams after the last token; hidden_states as for HopeOutput."""
+class CacheByOtherNames:
+    """Of an output with a cache."""
 
-    last_hidden_state: Tensor | None = None
-    cache: HopeCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
+    cache: HopeCache | None
 
     @property
     def state(self) -> HopeCache | None:
@@ -46,7 +43,16 @@ class HopeModelOutput(ModelOutput):
 
 
 @dataclass
-class HopeOutput(ModelOutput):
+class HopeModelOutput(CacheByOtherNames, ModelOutput):
+    """last_hidden_state [B, T, D]; the state of the streams after the last token; hidden_states as for HopeOutput."""
+
+    last_hidden_state: Tensor | None = None
+    cache: HopeCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class HopeOutput(CacheByOtherNames, ModelOutput):
     """loss (with labels), logits [B, T, vocab_size], the state of the streams after the last token, and hidden_states: the
     embeddings, then the output of each layer, [B, T, D], the last one normed."""
 
@@ -54,16 +60,6 @@ class HopeOutput(ModelOutput):
     logits: Tensor | None = None
     cache: HopeCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
-
-    @property
-    def state(self) -> HopeCache | None:
-        """The cache, by the name that hope_megatron has for it."""
-        return self.cache
-
-    @property
-    def past_key_values(self) -> HopeCache | None:
-        """The cache, by the name that transformers 4 has for it."""
-        return self.cache
 
 
 @torch.compiler.disable

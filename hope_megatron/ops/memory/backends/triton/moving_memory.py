@@ -94,23 +94,8 @@ class _MovingMemory(torch.autograd.Function):
             d[:, -1] = end
         d_made = Made(d_k, torch.zeros_like(made.v), torch.zeros_like(made.log_eta), d_log_alpha)
         found, d_first, _, _ = bank.chain_backward(
-            made,
-            made.k,
-            made.k,
-            made,
-            made[2:],
-            t,
-            system,
-            starts,
-            anchor,
-            reads,
-            d_made,
-            d_starts,
-            begins,
-            s,
-            z,
-            added=True,
-        )
+            made, made.k, made.k, made, made[2:], t, system, starts, anchor, reads, d_made, d_starts, begins, s, z, added=True
+        )  # fmt: skip
         d_in, d_a = bank.weight_sums(made, made.k, made, t, found, None, s)
         d_anchor = (d_in + sums[0].unsqueeze(1), d_a + sums[1].unsqueeze(1)) if s.anchored else (None, None)
         return None, None, None, d_q, *d_made, d_first.w_in, d_first.vector, None, *d_anchor, None

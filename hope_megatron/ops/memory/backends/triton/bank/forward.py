@@ -68,18 +68,8 @@ def input_system(
     tl.debug_barrier()
     strength = eta * exp(tl.sum(step, 0) - total, PRECISION)
     input_system_of(
-        k + at * D,
-        table + square,
-        write_in + at * D,
-        inverse_in + square,
-        HEADS * D,
-        strength,
-        C,
-        D,
-        DGD_IN,
-        EXACT,
-        PRECISION,
-    )
+        k + at * D, table + square, write_in + at * D, inverse_in + square, HEADS * D, strength, C, D, DGD_IN, EXACT, PRECISION
+    )  # fmt: skip
 
 
 @kernel

@@ -63,6 +63,21 @@ def answer_backward(
     return d_x, rho
 
 
+@triton.jit
+def features_of_queries(
+    q_at, V_at, A_at, keys_at, u_at, log_eta_at, log_alpha_at, HEADS,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    ANCHORED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Queries [C, d], their z and phi [C, h]; gamma [C] and reach [C, C] of the chunk."""
+    total = tl.cumsum(each(log_alpha_at, HEADS, C), 0)
+    eta = exp(each(log_eta_at, HEADS, C), PRECISION)
+    gamma, reach = exp(total, PRECISION), decay(total, total, False, PRECISION, C) * eta[None, :]
+    q = rows(q_at, HEADS * D, C, D)
+    z = answer(q, V_at, A_at, keys_at, u_at, HEADS, gamma, reach, C, D, H, ANCHORED, CAUSAL, PRECISION)
+    return q, z, operand(silu(z, PRECISION), PRECISION), gamma, reach
+
+
 @kernel
 def moving_read(
     q_in, k, keys, u_in, u, log_eta, log_alpha,  # [B, T, H, d], d, h, h, d; [B, T, H]
@@ -73,17 +88,11 @@ def moving_read(
     ANCHORED: tl.constexpr, CAUSAL: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    at = place(i, n, T, HEADS, C)
-    state, fixed = (n * (chunks + 1) + i) * D * H, n * D * H
-    total = tl.cumsum(each(log_alpha + at, HEADS, C), 0)
-    eta = exp(each(log_eta + at, HEADS, C), PRECISION)
-    gamma, reach = exp(total, PRECISION), decay(total, total, False, PRECISION, C) * eta[None, :]
-    q = rows(q_in + at * D, HEADS * D, C, D)
-    z = answer(
-        q, states_in + state, anchor_in + fixed, k + at * D, u_in + at * H, HEADS, gamma, reach,
+    at, state, fixed = place(i, n, T, HEADS, C), (n * (chunks + 1) + i) * D * H, n * D * H
+    q, _, phi, gamma, reach = features_of_queries(
+        q_in + at * D, states_in + state, anchor_in + fixed, k + at * D, u_in + at * H, log_eta + at, log_alpha + at, HEADS,
         C, D, H, ANCHORED, CAUSAL, PRECISION,
     )  # fmt: skip
-    phi = operand(silu(z, PRECISION), PRECISION)
     y = answer(
         phi, states + state, anchor + fixed, keys + at * H, u + at * D, HEADS, gamma, reach,
         C, H, D, ANCHORED, CAUSAL, PRECISION,
@@ -104,17 +113,11 @@ def moving_read_backward(
 ):  # fmt: skip
     """What a read gives to its query. What it gives to what was written: fixed/read.py, once for each layer."""
     i, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    at = place(i, n, T, HEADS, C)
-    state, fixed = (n * (chunks + 1) + i) * D * H, n * D * H
-    total = tl.cumsum(each(log_alpha + at, HEADS, C), 0)
-    eta = exp(each(log_eta + at, HEADS, C), PRECISION)
-    gamma, reach = exp(total, PRECISION), decay(total, total, False, PRECISION, C) * eta[None, :]
-    q = rows(q_in + at * D, HEADS * D, C, D)
-    z = answer(
-        q, states_in + state, anchor_in + fixed, k + at * D, u_in + at * H, HEADS, gamma, reach,
+    at, state, fixed = place(i, n, T, HEADS, C), (n * (chunks + 1) + i) * D * H, n * D * H
+    q, z, phi, gamma, reach = features_of_queries(
+        q_in + at * D, states_in + state, anchor_in + fixed, k + at * D, u_in + at * H, log_eta + at, log_alpha + at, HEADS,
         C, D, H, ANCHORED, CAUSAL, PRECISION,
     )  # fmt: skip
-    phi = operand(silu(z, PRECISION), PRECISION)
     store_rows(phi_out + at * H, phi, HEADS * H, C, H)
     d_phi, rho = answer_backward(
         rows(d_y_in + at * D, HEADS * D, C, D), phi, states + state, anchor + fixed, keys + at * H, u + at * D,

@@ -43,21 +43,21 @@ def through_features(
 
 
 @triton.jit
-def input_r(
-    write_in_at, d_in_at, end_in, u_in_at, missed_in_at, d_r_in_read_at, d_r_in_at, row, row_h,
-    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, READ: tl.constexpr, DGD_IN: tl.constexpr, PRECISION: tl.constexpr,
+def gradient_of_r(
+    write_at, d_V_at, V_end, u_at, missed_at, d_r_read_at, d_r_at, HEADS,
+    C: tl.constexpr, X: tl.constexpr, Y: tl.constexpr, READ: tl.constexpr, DGD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """d_r_in [C, h], stored too; drive, lost [C] and <d V2_C, V2_C> of the input layer."""
-    d_in = load(d_in_at, D, H)
-    ends = tl.sum(tl.sum(d_in * load(end_in, D, H), 1), 0)
-    d_r = -mm(rows(write_in_at, row, C, D), d_in, PRECISION)
+    """Of a layer, V^T [X, Y]: d_r [C, Y], stored too; drive, lost [C] and <d V_C, V_C>."""
+    d_V = load(d_V_at, X, Y)
+    ends = tl.sum(tl.sum(d_V * load(V_end, X, Y), 1), 0)
+    d_r = -mm(rows(write_at, HEADS * X, C, X), d_V, PRECISION)
     if READ:
-        d_r += rows(d_r_in_read_at, row_h, C, H)
-    store_rows(d_r_in_at, d_r, row_h, C, H)
-    drive = tl.sum(d_r * rows(u_in_at, row_h, C, H), 1)
+        d_r += rows(d_r_read_at, HEADS * Y, C, Y)
+    store_rows(d_r_at, d_r, HEADS * Y, C, Y)
+    drive = tl.sum(d_r * rows(u_at, HEADS * Y, C, Y), 1)
     lost = drive * 0.0
-    if DGD_IN:
-        lost = drive + tl.sum(d_r * rows(missed_in_at, row_h, C, H), 1)
+    if DGD:
+        lost = drive + tl.sum(d_r * rows(missed_at, HEADS * Y, C, Y), 1)
     return d_r, drive, lost, ends
 
 
@@ -141,20 +141,13 @@ def unwrite_vector(
 ):  # fmt: skip
     """Returns drive, lost of every token, summed over both layers, and <dV_C, V_C> (fixed/gradients.py has what they mean)."""
     row, row_h = HEADS * D, HEADS * H
-    d_V = load(d_V_at, H, D)
-    ends = tl.sum(tl.sum(d_V * load(V_end, H, D), 1), 0)
-    d_r = -mm(rows(write_at, row_h, C, H), d_V, PRECISION)
-    if READ:
-        d_r += rows(d_r_read_at, row, C, D)
-    store_rows(d_r_at, d_r, row, C, D)
-    drive = tl.sum(d_r * rows(u_at, row, C, D), 1)
-    lost = drive * 0.0
-    if DGD:
-        lost = drive + tl.sum(d_r * rows(missed_at, row, C, D), 1)
+    d_r, drive, lost, ends = gradient_of_r(
+        write_at, d_V_at, V_end, u_at, missed_at, d_r_read_at, d_r_at, HEADS, C, H, D, READ, DGD, PRECISION
+    )
     d_target = -d_r
     if MOVING:  # through hidden = W^T e
-        d_r_in, drive_in, lost_in, ends_in = input_r(
-            write_in_at, d_in_at, end_in, u_in_at, missed_in_at, d_r_in_read_at, d_r_in_at, row, row_h,
+        d_r_in, drive_in, lost_in, ends_in = gradient_of_r(
+            write_in_at, d_in_at, end_in, u_in_at, missed_in_at, d_r_in_read_at, d_r_in_at, HEADS,
             C, D, H, READ, DGD_IN, PRECISION,
         )  # fmt: skip
         drive, lost, ends = drive + drive_in, lost + lost_in, ends + ends_in
@@ -243,8 +236,8 @@ def unwrite_scalar(
     ends = tl.sum(d_end * tl.load(V_end + i_h), 0)
     d_target, d_A = -d_r, d_end * 0.0
     if MOVING:
-        d_r_in, drive_in, lost_in, ends_in = input_r(
-            write_in_at, d_in_at, end_in, u_in_at, missed_in_at, d_r_in_at, d_r_in_at, row, row_h,
+        d_r_in, drive_in, lost_in, ends_in = gradient_of_r(
+            write_in_at, d_in_at, end_in, u_in_at, missed_in_at, d_r_in_at, d_r_in_at, HEADS,
             C, D, H, False, DGD_IN, PRECISION,
         )  # fmt: skip
         drive, lost, ends = drive + drive_in, lost + lost_in, ends + ends_in

@@ -47,11 +47,15 @@ def input_weights(
 
 @triton.jit
 def features_of_keys(
-    k, w_in_at, anchor_in_at, keys_at, row_h, since,
+    k, w_in_at, anchor_in_at, keys_at, slope_k_at, key_scale_at, HEADS, since,
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
-    MOVING: tl.constexpr, DGD: tl.constexpr, ANCHORED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    TAPE: tl.constexpr, MOVING: tl.constexpr, DGD: tl.constexpr, ANCHORED: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """z, 1 / |silu(z)| (DGD, else 1), keys [C, h], stored too, and MOVING: what the input layer holds, since V2 k + A2 k."""
+    """z, silu'(z), keys, stored too, and MOVING: what the input layer holds, since V2 k + A2 k; all [C, h].
+
+    TAPE: silu'(z) and 1 / |silu(z)| (DGD, else 1) are stored.
+    """
     z = mm(k, load(w_in_at, D, H), PRECISION)
     held = z
     if MOVING:
@@ -66,8 +70,12 @@ def features_of_keys(
         scale = inverse_norm(keys, PRECISION)
         keys = keys * scale[:, None]
     keys = operand_if(keys, EXACT, PRECISION)
-    store_rows(keys_at, keys, row_h, C, H)
-    return z, scale, keys, held
+    store_rows(keys_at, keys, HEADS * H, C, H)
+    slope = dsilu(z, PRECISION)
+    if TAPE:
+        store_rows(slope_k_at, slope, HEADS * H, C, H)
+        store_each(key_scale_at, scale, HEADS, C)
+    return z, slope, keys, held
 
 
 @triton.jit
@@ -108,13 +116,10 @@ def write_vector(
 ):  # fmt: skip
     row, row_h = HEADS * D, HEADS * H
     k = rows(k_at, row, C, D)
-    z, key_scale, keys, held_in = features_of_keys(
-        k, w_in_at, anchor_in_at, keys_at, row_h, since, C, D, H, MOVING, DGD, ANCHORED, EXACT, PRECISION
-    )
-    slope = dsilu(z, PRECISION)
-    if TAPE:
-        store_rows(slope_k_at, slope, row_h, C, H)
-        store_each(key_scale_at, key_scale, HEADS, C)
+    z, slope, keys, held_in = features_of_keys(
+        k, w_in_at, anchor_in_at, keys_at, slope_k_at, key_scale_at, HEADS, since,
+        C, D, H, TAPE, MOVING, DGD, ANCHORED, EXACT, PRECISION,
+    )  # fmt: skip
     e = rows(v_at, row, C, D).to(tl.float32)
     if OWN:
         z_v = mm(e, input_weights(w_in_at, anchor_in_at, D, H, MOVING, ANCHORED, PRECISION), PRECISION)
@@ -204,13 +209,10 @@ def write_scalar(
     """As `write_vector`; the target is its own always."""
     row, row_h, i_h = HEADS * D, HEADS * H, tl.arange(0, H)
     k = rows(k_at, row, C, D)
-    z, key_scale, keys, held_in = features_of_keys(
-        k, w_in_at, anchor_in_at, keys_at, row_h, since, C, D, H, MOVING, DGD, ANCHORED, EXACT, PRECISION
-    )
-    slope = dsilu(z, PRECISION)
-    if TAPE:
-        store_rows(slope_k_at, slope, row_h, C, H)
-        store_each(key_scale_at, key_scale, HEADS, C)
+    z, slope, keys, held_in = features_of_keys(
+        k, w_in_at, anchor_in_at, keys_at, slope_k_at, key_scale_at, HEADS, since,
+        C, D, H, TAPE, MOVING, DGD, ANCHORED, EXACT, PRECISION,
+    )  # fmt: skip
     V = tl.load(V_at + i_h)
     W = V
     if ANCHORED:

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from hope_megatron.ops.memory.backends.triton import language as p
 from hope_megatron.ops.memory.backends.triton.bank.backward import restart
+from hope_megatron.ops.memory.backends.triton.descent.write import over_the_chunk
 from hope_megatron.ops.memory.backends.triton.launching import kernel
 
 
@@ -88,11 +89,7 @@ def descent_chain_backward(
         at, chunk, now = p.place(i, n, T, HEADS, C), n * chunks + i, (n * (chunks + 1) + i) * D * H
         then, token, wide = now + D * H, at * D, at * H
         to_end, to_speed = p.each(reach + chunk * C, 1, C), p.each(reach_speed + chunk * C, 1, C)
-        kept, moved, kept_speed = (
-            tl.load(ends + chunk * 3),
-            tl.load(ends + chunk * 3 + 1),
-            tl.load(ends + chunk * 3 + 2),
-        )
+        kept, moved, kept_speed = over_the_chunk(ends + chunk * 3)
         d_features, d_e, d_to_end, d_to_speed, d_kept, d_moved, d_kept_speed = from_end(
             phi + wide, drive + token, d_phi + wide, d_drive + token, states + now, speeds + now, d_states + then,
             d_speeds + then, to_end, to_speed, HEADS, C, H, D, MOMENTUM, PRECISION,

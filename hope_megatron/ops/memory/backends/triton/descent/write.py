@@ -52,6 +52,12 @@ def written(
     p.store(next_V, new, X, Y)
 
 
+@triton.jit
+def over_the_chunk(ends_at):
+    """gamma_C, m_C0, Theta_C0."""
+    return tl.load(ends_at), tl.load(ends_at + 1), tl.load(ends_at + 2)
+
+
 @kernel
 def descent_chain(
     k, v,  # [B, T, H, d]
@@ -73,11 +79,7 @@ def descent_chain(
         )
         p.store(phi_at, features, C, H)
         scale = p.each(eta + chunk * C, 1, C) / slope
-        kept, moved, kept_speed = (
-            tl.load(ends + chunk * 3),
-            tl.load(ends + chunk * 3 + 1),
-            tl.load(ends + chunk * 3 + 2),
-        )
+        kept, moved, kept_speed = over_the_chunk(ends + chunk * 3)
         to_end, to_speed = p.each(reach + chunk * C, 1, C), p.each(reach_speed + chunk * C, 1, C)
         anew = False
         if RESETS:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hope_megatron.ops.memory.backends.triton.fixed.read import through_input_layer
 from hope_megatron.ops.memory.backends.triton.language import (
     add_mm,
     columns,
@@ -122,9 +123,7 @@ def key_gradients(
         z = mm(rows(k_in + at * D, HEADS * D, C, D), load(w_in + fixed, D, H), PRECISION)
         if UNIT:
             d_keys = unit_backward(d_keys, keys, inverse_norm(silu(z, PRECISION), PRECISION))
-        d_z = operand(d_keys * dsilu(z, PRECISION), PRECISION)
-        store_rows(d_z_out + at * H, d_z, HEADS * H, C, H)
-        d_k = mm(d_z, load_t(w_in + fixed, D, H), PRECISION)
+        d_k = through_input_layer(d_keys, z, w_in + fixed, d_z_out + at * H, HEADS, C, D, H, PRECISION)
     if RESIDUAL:
         d_k += rows(d_r_in + at * D, HEADS * D, C, D)
     store_rows(d_k_out + at * D, d_k, HEADS * D, C, D)

@@ -103,20 +103,8 @@ def _prepare(x: Inputs, w_in: Tensor, anchor: Tensor, s: Setting, z: Sizes) -> _
         inverse=z.squares(x.k, dtype) if s.dgd else x.k,
     )
     launch(
-        prepare.prepare,
-        z.grid,
-        x.k,
-        x.v,
-        x.log_eta,
-        x.log_alpha,
-        w_in,
-        anchor,
-        *p,
-        *z.counts,
-        **z.tile,
-        **s.key(),
-        EXACT=False,
-    )
+        prepare.prepare, z.grid, x.k, x.v, x.log_eta, x.log_alpha, w_in, anchor, *p, *z.counts, **z.tile, **s.key(), EXACT=False
+    )  # fmt: skip
     return p
 
 
@@ -192,21 +180,8 @@ class _FixedMemory(torch.autograd.Function):
         r = _solve(p, states, s, z)
         y = torch.empty_like(q)
         launch(
-            read.read,
-            z.grid,
-            q,
-            p.keys,
-            r.u,
-            log_eta,
-            log_alpha,
-            w_in,
-            anchor,
-            states,
-            y,
-            *z.counts,
-            **z.tile,
-            **s.read(),
-        )
+            read.read, z.grid, q, p.keys, r.u, log_eta, log_alpha, w_in, anchor, states, y, *z.counts, **z.tile, **s.read()
+        )  # fmt: skip
         ctx.s, ctx.begins = s, begins
         ctx.save_for_backward(*x, w_in, anchor, states, *(() if s.recompute else (*p, *r)))
         return y, states[:, -1].clone()

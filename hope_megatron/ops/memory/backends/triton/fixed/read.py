@@ -5,6 +5,7 @@ u = Y r    y = (A + gamma V) phi_q - (Gamma . phi_q keys^T) (eta u)
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
 from hope_megatron.ops.memory.backends.triton.language import (
@@ -27,6 +28,16 @@ from hope_megatron.ops.memory.backends.triton.language import (
 )
 from hope_megatron.ops.memory.backends.triton.launching import kernel
 from hope_megatron.ops.memory.backends.triton.system import decay, decay_t
+
+
+@triton.jit
+def through_input_layer(
+    d_phi, z, w_at, d_z_at, HEADS, C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """The gradient of x [C, d] in phi = silu(z) [C, h] with z = W2 x; that of z is stored."""
+    d_z = operand(d_phi * dsilu(z, PRECISION), PRECISION)
+    store_rows(d_z_at, d_z, HEADS * H, C, H)
+    return mm(d_z, load_t(w_at, D, H), PRECISION)
 
 
 @kernel
@@ -126,9 +137,7 @@ def read_backward_queries(
         d_phi = add_mm(d_phi, d_y, load_t(anchor + fixed, H, D), PRECISION)
     if TWO_LAYERS:
         z = mm(rows(q_in + at * D, HEADS * D, C, D), load(w_in + fixed, D, H), PRECISION)
-        d_z = operand(d_phi * dsilu(z, PRECISION), PRECISION)
-        store_rows(d_z_out + at * H, d_z, HEADS * H, C, H)
-        d_phi = mm(d_z, load_t(w_in + fixed, D, H), PRECISION)
+        d_phi = through_input_layer(d_phi, z, w_in + fixed, d_z_out + at * H, HEADS, C, D, H, PRECISION)
     if SKIP:
         d_phi += rows(d_y_in + at * D, HEADS * D, C, D)
     store_rows(d_q_out + at * D, d_phi, HEADS * D, C, D)
