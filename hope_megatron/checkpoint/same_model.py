@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from hope_megatron.checkpoint.format import Checkpoint, CheckpointError
 from hope_megatron.config.model import ModelConfig
 
-_OF_CLOCKS = re.compile(r"\.update_period_(steps$|changes(\.|$))")
+_OF_CLOCKS = re.compile(r"\.update_period_(steps$|changes(\.|$)|adaptive(\.|$))")
 
 
 def check_same_model(checkpoint: Checkpoint, model: Mapping[str, Any], *, periods: bool = True) -> None:

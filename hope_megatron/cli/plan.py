@@ -245,7 +245,7 @@ def make_plan(
     return {
         "name": config.name,
         "model": model.name,
-        "levels": [{**level.clock.plan(training.steps), "text": level.clock.text()} for level in model.cms.levels],
+        "levels": [{**level.clock.plan(training.steps), "text": level.period_text} for level in model.cms.levels],
         "parameters": {
             **parameters_by_part(model),
             "total": num_parameters(model),

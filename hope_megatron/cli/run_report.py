@@ -32,6 +32,8 @@ _MEANINGS = {
     "memory/surprise": "error of a memory about its targets before it learns them",
     "memory/eta": "inner learning rate",
     "memory/retention": "share of a memory that is kept per token",
+    "cms/agreement": "cosine of a level's gathered gradient and its momentum, at an update",
+    "cms/update_period": "update period of an adaptive level, in steps",
     "cms/update_norm": "relative size of a level's last optimizer update",
 }
 

@@ -50,7 +50,7 @@ def weight_table(model: ModelConfig) -> list[Weight]:
     rows += _attention_weights(model, model.mixers.count("attention"))
     rows.append(Weight("norms", "mixer norm", D, layers, matmul=False, sharded=False, matrix=False))
     for i, level in enumerate(model.cms.levels):
-        period, h, gathers = level.update_period_steps, level.hidden_size, level.clock.longest > 1
+        period, h, gathers = level.update_period_steps, level.hidden_size, level.gathers
         rows += [
             Weight("norms", f"cms level {i} norm", D, layers, False, False, False, period, gathers),
             Weight("cms", f"cms level {i} up", D * up_parts * h, layers, update_period_steps=period, gathers=gathers),

@@ -87,7 +87,7 @@ class UpdateClock:
         return found
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)  # adaptive clocks grow
 def update_clock(first: int, changes: Changes = ()) -> UpdateClock:
     """The clock of a period and its changes."""
     return UpdateClock(first, changes)

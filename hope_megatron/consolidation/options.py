@@ -110,7 +110,8 @@ def night_config(
     steps = options.steps or max(1, round(_PASSES * rows / batch / (1 - options.general_share)))
     data = base.model_dump(mode="json")
     for i, level in enumerate(data["model"]["cms"]["levels"]):
-        level["update_period_steps"], level["update_period_changes"] = levels.get(i, level["update_period_steps"]), []
+        level["update_period_steps"] = levels.get(i, level["update_period_steps"])
+        level |= {"update_period_changes": [], "update_period_adaptive": None}
     data["name"] = name
     data["training"] |= {"steps": steps, "eval_every": 0, "ema": 0.0, "log_every": max(1, steps // 20)}
     data["optim"] = {

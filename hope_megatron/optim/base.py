@@ -292,6 +292,9 @@ class BoundOptimizer(torch.optim.Optimizer):
             bound.update_norm = None  # no update in this step: nothing to report
             bound.changes.clear()
         else:
+            if group.get("adaptive_level") and group["role"] == "matrix":
+                momentum = state["m1"]
+                bound.agreement = torch.stack([grad.dot(momentum), grad.dot(grad), momentum.dot(momentum)])
             at = clock.updates(number), bound.exchange, flat, clock.period(number)
             self._update(bound, flat, UpdateContext(grad, state, group, *at))
         if self.ema_decay:
@@ -313,7 +316,7 @@ class BoundOptimizer(torch.optim.Optimizer):
     def state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Names of the state tensors of a group, all of the shape of what is stepped."""
         keys = self.matrix_state if group["role"] == "matrix" else self.vector_state
-        return keys + (("pending_grad",) if group_clock(group).longest > 1 else ()) + ((EMA,) if self.ema_decay else ())
+        return keys + (("pending_grad",) if _gathers(group) else ()) + ((EMA,) if self.ema_decay else ())
 
     def init_state(self, state: dict[str, Any], stepped: Tensor, group: dict[str, Any]) -> None:
         """All state at once, at the first step: DeepSpeed links the tensors it finds then.
@@ -352,6 +355,10 @@ class BoundOptimizer(torch.optim.Optimizer):
     def relative_updates(self, label: Callable[[str], str | None]) -> dict[str, float]:
         """See `statistics.relative_updates`; of the last step, if it was to `measure_updates`."""
         return relative_updates(list(self._bound.values()), label)
+
+
+def _gathers(group: Mapping[str, Any]) -> bool:
+    return group_clock(group).longest > 1 or bool(group.get("adaptive_level"))
 
 
 def group_clock(group: Mapping[str, Any]) -> UpdateClock:

@@ -21,8 +21,8 @@ def build_param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], opt
     parameter gets its name as the attribute `optim_name`. Parameters without requires_grad are left out; shared ones
     count once.
     """
-    found: dict[tuple[str, int, bool, Changes], list[nn.Parameter]] = {}
-    names: dict[tuple[str, int, bool, Changes], str] = {}
+    found: dict[tuple[str, int, bool, Changes, int], list[nn.Parameter]] = {}
+    names: dict[tuple[str, int, bool, Changes, int], str] = {}
     seen: set[int] = set()
     for name, param in named_parameters:
         if not param.requires_grad or id(param) in seen:
@@ -30,7 +30,13 @@ def build_param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], opt
         seen.add(id(param))
         param.optim_name = name  # type: ignore[attr-defined]
         tags = read_tags(param, name, shard_shape(param))
-        key = (tags.role, tags.update_period_steps, not tags.weight_decay, tags.update_period_changes)
+        key = (
+            tags.role,
+            tags.update_period_steps,
+            not tags.weight_decay,
+            tags.update_period_changes,
+            tags.adaptive_level,
+        )
         found.setdefault(key, []).append(param)
         names[key] = tags.group_name
     if not found:
@@ -41,7 +47,14 @@ def build_param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], opt
 
 
 def _group(
-    name: str, role: str, period: int, no_decay: bool, changes: Changes, params: list[nn.Parameter], cfg: Any
+    name: str,
+    role: str,
+    period: int,
+    no_decay: bool,
+    changes: Changes,
+    level: int,
+    params: list[nn.Parameter],
+    cfg: Any,
 ) -> dict[str, Any]:
     lr = cfg.vector_lr if role == "vector" and cfg.vector_lr is not None else cfg.lr
     return {
@@ -50,6 +63,7 @@ def _group(
         "role": role,
         "update_period_steps": period,
         "update_period_changes": changes,
+        "adaptive_level": level,
         "weight_decay": 0.0 if no_decay else cfg.weight_decay,
         "lr": lr,
         "base_lr": lr,

@@ -9,6 +9,7 @@ at.
     optim_fused_parts       sizes along dim 0 of the FULL matrix that are orthogonalised apart (q, k, v)
     update_period_steps     this parameter is updated every so many optimizer steps (default 1)
     update_period_changes   ((steps before it, another period), ...) later in the run (default none)
+    adaptive_level          number of a level whose period is chosen anew at every update (default 0: none)
     no_weight_decay         True: never decayed (default: decayed from 2 dimensions on)
     optim_name              written by `build_param_groups`: the name in the model, key of its state in checkpoints
 
@@ -42,13 +43,15 @@ class ParamTags:
     partition_stride: int = 1
     fused_parts: tuple[int, ...] = ()
     update_period_changes: Changes = ()
+    adaptive_level: int = 0
 
     @property
     def group_name(self) -> str:
         """Name of the parameter group that parameters with these tags are in."""
-        slow = self.update_period_steps > 1 or self.update_period_changes
+        slow = self.update_period_steps > 1 or self.update_period_changes or self.adaptive_level
         period = f"/period_{self.update_period_steps}" if slow else ""
         period += "".join(f"_then_{period}_at_{step}" for step, period in self.update_period_changes)
+        period += f"/adaptive_{self.adaptive_level}" if self.adaptive_level else ""
         return self.role + period + ("" if self.weight_decay else "/no_decay")
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,6 +93,7 @@ def read_tags(param: nn.Parameter, name: str, shape: Sequence[int]) -> ParamTags
         partition_stride=int(getattr(param, "partition_stride", 1)) if _is_sharded(param) else 1,
         fused_parts=parts,
         update_period_changes=changes,
+        adaptive_level=int(getattr(param, "adaptive_level", 0)),
     )
 
 
