@@ -31,6 +31,9 @@ class Weight(NamedTuple):
     matrix: bool = True
     """Updated by the matrix optimizer, as opposed to AdamW."""
     update_period_steps: int = 1
+    """At first; it may change over the run."""
+    gathers: bool = False
+    """Whether gradients are ever gathered between two updates."""
 
     @property
     def total(self) -> int:
@@ -47,16 +50,18 @@ def weight_table(model: ModelConfig) -> list[Weight]:
     rows += _attention_weights(model, model.mixers.count("attention"))
     rows.append(Weight("norms", "mixer norm", D, layers, matmul=False, sharded=False, matrix=False))
     for i, level in enumerate(model.cms.levels):
-        period, h = level.update_period_steps, level.hidden_size
+        period, h, gathers = level.update_period_steps, level.hidden_size, level.gathers
         rows += [
-            Weight("norms", f"cms level {i} norm", D, layers, False, False, False, period),
-            Weight("cms", f"cms level {i} up", D * up_parts * h, layers, update_period_steps=period),
-            Weight("cms", f"cms level {i} down", h * D, layers, update_period_steps=period),
+            Weight("norms", f"cms level {i} norm", D, layers, False, False, False, period, gathers),
+            Weight("cms", f"cms level {i} up", D * up_parts * h, layers, update_period_steps=period, gathers=gathers),
+            Weight("cms", f"cms level {i} down", h * D, layers, update_period_steps=period, gathers=gathers),
         ]
         if level.ticks and level.inner_rate_kind != "constant":
             per_channel = level.inner_rate_kind == "per_channel"
             size = h if per_channel else 1
-            rows.append(Weight("gates", f"cms level {i} inner rate", size, layers, False, per_channel, False, period))
+            rows.append(
+                Weight("gates", f"cms level {i} inner rate", size, layers, False, per_channel, False, period, gathers)
+            )
     if model.cms.connection == "independent":
         rows.append(Weight("gates", "cms join", len(model.cms.levels) * D, layers, False, False, False))
     rows.append(Weight("norms", "final norm", D, matmul=False, sharded=False, matrix=False))

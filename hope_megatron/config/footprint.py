@@ -102,7 +102,7 @@ def _optimizer_bytes(model: ModelConfig, optim: OptimConfig, tp: int) -> float:
     total, optimizer = 0.0, OPTIMIZERS[optim.name]
     for weight in weight_table(model):
         states = optimizer.matrix_states if weight.matrix else optimizer.vector_states
-        states += weight.update_period_steps > 1  # the gradient gathered between two ticks of a slow level
+        states += weight.gathers  # the gradient gathered between two ticks of a slow level
         total += FP32 * states * weight.total / (tp if weight.sharded else 1)
     return total
 

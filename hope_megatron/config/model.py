@@ -14,6 +14,9 @@ from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 from hope_megatron.config.base import ConfigError, Section
 from hope_megatron.config.descent import largest_stable_step
+from hope_megatron.config.levels import AdaptivePeriod as AdaptivePeriod
+from hope_megatron.config.levels import CMSLevelConfig as CMSLevelConfig
+from hope_megatron.config.levels import PeriodChange as PeriodChange
 from hope_megatron.ops.memory.rule import MemoryCompute, MemoryRule, channel_share, pick
 
 Mixer = Literal["memory", "attention"]
@@ -212,45 +215,6 @@ class AttentionConfig(Section):
     """Add a bias to queries, keys and values, as Qwen2 does."""
     qk_norm: bool = False
     """RMSNorm over each head's queries and keys before they are rotated, as Qwen3 does."""
-
-
-class CMSLevelConfig(Section):
-    """One level of the continuum memory system (eqs. 70-74): a residual MLP with a clock of its own."""
-
-    hidden_size: int = Field(gt=0)
-    """Hidden width of the level's MLP (for swiglu: of each of gate and up)."""
-    update_period_steps: int = Field(default=1, gt=0)
-    """The level's parameters change every this many optimizer steps, by the sum of the gradients meanwhile (eq. 71)."""
-
-    inner_chunk_tokens: int | None = Field(default=None, gt=0)
-    """In context: a fast copy of the level's matrices changes every this many tokens (eq. 71). None: never."""
-    inner_rate: float = Field(default=0.0, ge=0.0)
-    """In context: step size on the next-token loss, in nats summed over the chunk. 0 is the static level, bit for bit."""
-    inner_rate_kind: Literal["constant", "learned", "per_channel"] = "constant"
-    """inner_rate itself; or times a learned factor that starts at 1, one for the level or one per hidden channel."""
-    inner_momentum: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """In context: momentum of the step, from one update to the next."""
-    inner_weight_decay: float = Field(default=0.0, ge=0.0)
-    """In context: decoupled weight decay of the step; the fast copy loses inner_rate times this per update."""
-
-    @property
-    def ticks(self) -> bool:
-        """Whether the level learns in context."""
-        return self.inner_chunk_tokens is not None and self.inner_rate > 0
-
-    @model_validator(mode="after")
-    def _check(self) -> CMSLevelConfig:
-        if self.inner_rate > 0 and self.inner_chunk_tokens is None:
-            raise ConfigError(
-                f"a CMS level has inner_rate={self.inner_rate:g} but no inner_chunk_tokens, so it never ticks in context; "
-                "set inner_chunk_tokens, for example 64, or inner_rate=0"
-            )
-        if self.inner_rate * self.inner_weight_decay >= 1:
-            raise ConfigError(
-                f"inner_rate={self.inner_rate:g} times inner_weight_decay={self.inner_weight_decay:g} is 1 or more: an update "
-                "would forget everything and overshoot; lower one of them"
-            )
-        return self
 
 
 class CMSConfig(Section):

@@ -291,6 +291,8 @@ class CMSLevel(nn.Module):
         self.norm = RMSNorm(model.hidden_size, model.norm_epsilon)
         self.up = linear(model.hidden_size, blocks * hidden_size, model.hidden_init_std, parts=blocks)
         self.update_period_steps = level.get("update_period_steps", 1)
+        changes = level.get("update_period_changes", ())
+        self.update_period_changes = tuple((change["from_step"], change["period"]) for change in changes)
         self.down = linear(hidden_size, model.hidden_size, model.output_init_std)
         ticks = level.get("inner_chunk_tokens") is not None and level.get("inner_rate", 0.0) > 0
         size = {"constant": 0, "learned": 1, "per_channel": hidden_size}[kind]
