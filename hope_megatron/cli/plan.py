@@ -245,7 +245,11 @@ def make_plan(
     return {
         "name": config.name,
         "model": model.name,
-        "levels": [{**level.clock.plan(training.steps), "text": level.period_text} for level in model.cms.levels],
+        "levels": [
+            {**level.clock.plan(training.steps), "text": level.period_text}
+            | ({"adaptive": True, "updates": None} if level.update_period_adaptive else {"adaptive": False})
+            for level in model.cms.levels
+        ],
         "parameters": {
             **parameters_by_part(model),
             "total": num_parameters(model),
@@ -403,7 +407,8 @@ def _levels_text(levels: list[dict[str, Any]]) -> str:
     for number, level in enumerate(levels, 1):
         if level["text"] != "1":
             late = f"; step {level['after_the_run'][0]} is not before the run's end" if level["after_the_run"] else ""
-            found += f"CMS level {number} of {len(levels)}: period in steps {level['text']}; {level['updates']:,} updates{late}\n"
+            count = "as many updates as it decides" if level["adaptive"] else f"{level['updates']:,} updates"
+            found += f"CMS level {number} of {len(levels)}: period in steps {level['text']}; {count}{late}\n"
     return found
 
 

@@ -91,6 +91,10 @@ def test_periods_that_change_are_shown(capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "CMS level 2 of 2: period in steps 8, from step 400 on 2, from step 90000000 on 1; 350 updates" in shown
     assert "step 90000000 is not before the run's end" in shown
+    assert main(["plan", "hope_60m", "model.cms.levels.1.update_period_adaptive.longest=128"]) == 0
+    assert "at first, then 1 to 128 by agreement; as many updates as it decides" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_what_does_not_fit_is_said(capsys):
