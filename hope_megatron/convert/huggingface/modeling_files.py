@@ -18,9 +18,12 @@ AUTO_MAP = {
 
 _PACKAGE = Path(hope_megatron.__file__).resolve().parent
 _OWN_FILES = tuple(f"{part}_hope.py" for part in ("configuration", "modeling", "generation", "padding", "cache"))
-_OURS = re.compile(r"^from hope_megatron\.((?:ops|nn)\.(?:\w+\.)*\w+) import", re.MULTILINE)
-_INSTEAD = {"ops.memory.backends.installed": "convert/huggingface/model/memory_backends.py"}
-"""Compiled kernels stay here: what an exported model runs on is PyTorch."""
+_OURS = re.compile(r"^from hope_megatron\.((?:(?:ops|nn)\.(?:\w+\.)*\w+)|runtime\.step_parts) import", re.MULTILINE)
+_INSTEAD = {
+    "ops.memory.backends.installed": "convert/huggingface/model/memory_backends.py",
+    "runtime.step_parts": "convert/huggingface/model/step_parts.py",
+}
+"""Compiled kernels and libraries stay here: what an exported model runs on is PyTorch."""
 _HEADER = "# From hope_megatron {version}, Apache License 2.0.\n"
 
 
