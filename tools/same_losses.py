@@ -5,7 +5,7 @@
 
 Each commit is checked out into a git worktree of its own and runs `hope train` from there: one process, one thread, fp32,
 PyTorch's memory kernel. Text, tokenizer and shards are made once, by the older commit. What changed its default or its
-name since is set explicitly (CASES, `only_after`), so that both files mean the same. Exit code 1 if any bit differs.
+name since is set explicitly (CASES, `on_pytorch`), so that both files mean the same. Exit code 1 if any bit differs.
 """
 
 from __future__ import annotations
@@ -65,11 +65,13 @@ CASES: dict[str, Case] = {
 }
 
 
-def only_after(case: Case) -> Case:
-    """The same run with the keys that the older commit does not know (it takes HOPE_NATIVE=0 instead)."""
+def on_pytorch(case: Case, source: Path) -> tuple[Case, dict[str, str]]:
+    """The same run on PyTorch's memory kernel, as a checkout asks for it: by a key, and before there was one by a variable."""
+    if (source / "hope_megatron/ops/memory/native").is_dir():
+        return case, {"HOPE_NATIVE": "0"}
     if "memory" not in case["model"]:
-        return case
-    return case | {"model": case["model"] | {"memory": case["model"]["memory"] | {"kernel": "torch"}}}
+        return case, {}
+    return case | {"model": case["model"] | {"memory": case["model"]["memory"] | {"kernel": "torch"}}}, {}
 
 
 @contextlib.contextmanager
@@ -113,8 +115,9 @@ def train(source: Path, name: str, case: Case, root: Path) -> dict[str, list[flo
     """Figures of each step of one run."""
     output = root / source.name
     config = root / f"{source.name}-{name}.yaml"
+    case, environment = on_pytorch(case, source)
     config.write_text(json.dumps({"name": name, "output_dir": str(output)} | case))  # JSON is YAML
-    hope(source, "train", str(config), **({"HOPE_NATIVE": "0"} if source.name == "before" else {}))
+    hope(source, "train", str(config), **environment)
     records = [json.loads(line) for line in (output / name / "metrics.jsonl").read_text().splitlines()]
     return {key: [record[key] for record in records if key in record] for key in COMPARED}
 
@@ -142,7 +145,7 @@ def compare(before: str, after: str, names: list[str]) -> dict[str, dict[str, An
         data = make_data(old, root)
         for name in names:
             case = CASES[name] | {"data": data}
-            figures = train(old, name, case, root), train(new, name, only_after(case), root)
+            figures = train(old, name, case, root), train(new, name, case, root)
             found[name] = {"difference": first_difference(*figures), "before": figures[0], "after": figures[1]}
             print(f"{name}: {found[name]['difference'] or summary(figures[1])}", flush=True)
     return found

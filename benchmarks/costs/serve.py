@@ -3,25 +3,40 @@
     python benchmarks/costs/serve.py                                  a new model of 4 layers, width 128
     python benchmarks/costs/serve.py --contexts 1024 1048576 --json out.json --png out.png
 
-Times are CPU seconds of this process, which other processes on the machine change little; run it with OMP_NUM_THREADS=1.
+The engine alone, the whole server over HTTP (its clients are threads of this process) and generate take turns. Both wall time
+and CPU seconds of this process are noted, and the machine's load; CPU seconds change little with other processes. Run it with
+OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
 import json
+import os
 import queue
+import socket
 import statistics
+import threading
 import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import uvicorn
 
 from hope_megatron import HopeConfig, HopeForCausalLM
 from hope_megatron.generation.sampling import SamplingOptions
+from hope_megatron.serve.app import build_app
 from hope_megatron.serve.engine import Engine
+from hope_megatron.serve.service import Service
 from hope_megatron.serve.sessions import Session
+from hope_megatron.serve.settings import Settings
 from hope_megatron.serve.streams import Stream, StreamOptions
 
 VOCAB = 4096
@@ -30,28 +45,64 @@ VOCAB = 4096
 class Ids:
     """A tokenizer for a model that never learnt a text."""
 
-    eos_id = 0
+    eos_id, vocab_size = 0, VOCAB
 
     def decode(self, ids: list[int]) -> str:
         """A letter a token."""
         return "a" * len(ids)
 
 
-def run(
-    engine: Engine, prompts: list[list[int]], max_tokens: int, caches: list[Any] | None = None
-) -> tuple[float, list[Stream]]:
-    """CPU seconds until all streams have ended, and the streams."""
+def clocks(work: Callable[[], Any]) -> tuple[tuple[float, float], Any]:
+    """Wall and CPU seconds that it takes, and what it gives."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = work()
+    return (time.perf_counter() - wall, time.process_time() - cpu), result
+
+
+def run(engine: Engine, prompts: list[list[int]], max_tokens: int, caches: list[Any] | None = None) -> list[Stream]:
+    """Streams until all have ended. With caches they keep their states."""
     done: queue.Queue[Stream] = queue.Queue()
     options = StreamOptions(max_tokens, SamplingOptions(temperature=0), ignore_end=True)
     streams = [
-        Stream(Ids(), ids, options, lambda piece: None, cache=cache, on_end=done.put)
+        Stream(Ids(), ids, options, lambda piece: None, cache=cache, on_end=done.put, keep_state=caches is not None)
         for ids, cache in zip(prompts, caches or [None] * len(prompts))
     ]
-    started = time.process_time()
     engine.submit(*streams)
     for _ in streams:
         done.get()
-    return time.process_time() - started, streams
+    return streams
+
+
+@contextlib.contextmanager
+def served(model: HopeForCausalLM, max_batch: int) -> Iterator[str]:
+    """The address of a server in this process."""
+    run = SimpleNamespace(reference="new", device=torch.device("cpu"), tokenizer=Ids(), model=model)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    app = build_app(Service(run, Settings(max_batch=max_batch)))
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{port}/v1/completions"
+    server.should_exit = True
+    thread.join()
+
+
+def ask(url: str, prompts: list[list[int]], max_tokens: int) -> None:
+    """A client for each prompt, all at once."""
+
+    def one(prompt: list[int]) -> None:
+        # the server puts an end mark in front
+        body = {"prompt": prompt[1:], "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+        headers = {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers)) as answer:
+            assert json.load(answer)["usage"]["completion_tokens"] == max_tokens
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        list(pool.map(one, prompts))
 
 
 def random_prompts(count: int, length: int) -> list[list[int]]:
@@ -60,35 +111,57 @@ def random_prompts(count: int, length: int) -> list[list[int]]:
 
 
 def throughput(model: HopeForCausalLM, clients: list[int], num_tokens: int, repeats: int) -> list[dict[str, Any]]:
-    """Tokens per CPU second, ours and transformers' generate on the same batch, one after the other."""
+    """Tokens per second of three ways to draw the same, which take turns."""
     rows = []
     for count in clients:
-        prompts, ours, theirs = random_prompts(count, 32), [], []
-        for _ in range(repeats):
+        prompts = random_prompts(count, 32)
+        batch, fixed = torch.tensor(prompts), {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens}
+        with served(model, count) as url:
             engine = Engine(model, max_batch=count)
-            ours.append(count * num_tokens / run(engine, prompts, num_tokens)[0])
+            ways: dict[str, Callable[[], Any]] = {
+                "engine": lambda: run(engine, prompts, num_tokens),  # noqa: B023 - called in this round
+                "http": lambda: ask(url, prompts, num_tokens),  # noqa: B023
+                "generate": lambda: model.generate(batch, do_sample=False, **fixed),  # noqa: B023
+            }
+            for way in ways.values():
+                way()  # what happens once is not counted
+            found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+            for _ in range(repeats):
+                for name, way in ways.items():
+                    found[name].append(clocks(way)[0])
             engine.close()
-            started = time.process_time()
-            model.generate(torch.tensor(prompts), max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False)
-            theirs.append(count * num_tokens / (time.process_time() - started))
-        rows.append({"clients": count, "serve": ours, "generate": theirs})
-        print(
-            f"{count:3d} clients: {statistics.median(ours):8.1f} tokens per CPU second; generate {statistics.median(theirs):8.1f}",
-            flush=True,
-        )
+        row: dict[str, Any] = {"clients": count, "load": os.getloadavg()[0]}
+        for name, seconds in found.items():
+            row[name] = {
+                clock: [count * num_tokens / pair[place] for pair in seconds]
+                for place, clock in enumerate(("wall", "cpu"))
+            }
+            print(
+                f"{count:3d} clients, {name:8s} tokens per second: wall {spread(row[name]['wall'])}, CPU {spread(row[name]['cpu'])}"
+            )
+        print(f"    load {row['load']:.0f}", flush=True)
+        rows.append(row)
     return rows
 
 
+def spread(values: list[float], digits: int = 0) -> str:
+    """Median (smallest to largest)."""
+    return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+
+
 def by_context(model: HopeForCausalLM, contexts: list[int], repeats: int) -> list[dict[str, Any]]:
-    """One session that grows: after each length, CPU milliseconds per drawn token and bytes of the state."""
+    """One session that grows: after each length, milliseconds per drawn token and bytes of the state."""
     engine, cache, pending, length, rows = Engine(model), None, [0], 0, []
     for context in contexts:
-        _, (stream,) = run(engine, [[*pending, *random_prompts(1, context - length)[0]]], 0, [cache])
+        (stream,) = run(engine, [[*pending, *random_prompts(1, context - length)[0]]], 0, [cache])
         cache, pending, length = stream.cache, stream.pending, context
-        found = [1000 * run(engine, [pending], 32, [cache])[0] / 32 for _ in range(repeats)]
-        rows.append({"context": context, "ms": found, "bytes": Session(cache).num_bytes})
+        found = [clocks(lambda: run(engine, [pending], 32, [cache]))[0] for _ in range(repeats)]  # noqa: B023
+        row: dict[str, Any] = {"context": context, "bytes": Session(cache).num_bytes, "load": os.getloadavg()[0]}
+        row["wall_ms"], row["ms"] = ([1000 * pair[place] / 32 for pair in found] for place in (0, 1))
+        rows.append(row)
         print(
-            f"{context:9,d} tokens: {statistics.median(found):6.2f} ms per token, {rows[-1]['bytes']:,} bytes",
+            f"{context:9,d} tokens: ms per token: wall {spread(row['wall_ms'], 1)}, CPU {spread(row['ms'], 1)}, "
+            f"{row['bytes']:,} bytes, load {row['load']:.0f}",
             flush=True,
         )
     engine.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from pydantic import ValidationError
 
 from hope_megatron.checkpoint.format import Checkpoint, CheckpointError
 from hope_megatron.config.model import ModelConfig
+
+_OF_CLOCKS = re.compile(r"\.update_period_(steps$|changes(\.|$)|adaptive(\.|$))")
 
 
 def check_same_model(checkpoint: Checkpoint, model: Mapping[str, Any], *, periods: bool = True) -> None:
@@ -23,7 +26,7 @@ def check_same_model(checkpoint: Checkpoint, model: Mapping[str, Any], *, period
     """
     there, here = _flatten(_completed(checkpoint.config["model"])), _flatten(model)
     keys = [key for key in sorted({*there, *here}) if key != "name" and there.get(key) != here.get(key)]
-    keys = [key for key in keys if periods or not key.endswith("update_period_steps")]
+    keys = [key for key in keys if periods or not _OF_CLOCKS.search(key)]
     if keys:
         lines = [f"model.{key}: {there.get(key)!r} in the checkpoint, {here.get(key)!r} in this run" for key in keys]
         raise CheckpointError(

@@ -41,12 +41,16 @@ def live_shards(engine: Engine) -> Iterator[LiveShard]:
                     yield LiveShard(param.name, run.shard_start, run.numel, views)
 
 
-def group_scalars(engine: Engine) -> dict[str, dict[str, int]]:
-    """Clocks of each parameter group. All vectors of a group have been stepped equally often."""
-    return {
-        bound.group_name: {"step": int(engine.optimizer.state.get(bound.tensor, {}).get("step", 0))}
-        for bound in engine.optimizer.bound_vectors()
-    }
+def group_scalars(engine: Engine) -> dict[str, dict[str, Any]]:
+    """Clocks of each parameter group. All vectors of a group have been stepped equally often. An adaptive group's clock has the
+    changes of its period so far."""
+    found: dict[str, dict[str, Any]] = {}
+    for bound in engine.optimizer.bound_vectors():
+        group = _group(engine, bound)
+        found[bound.group_name] = {"step": int(engine.optimizer.state.get(bound.tensor, {}).get("step", 0))}
+        if group["adaptive_level"]:
+            found[bound.group_name]["period_changes"] = [list(change) for change in group["update_period_changes"]]
+    return found
 
 
 def parameter_table(engine: Engine) -> list[dict[str, Any]]:
@@ -78,7 +82,12 @@ def load_shards(engine: Engine, checkpoint: Checkpoint, *, weights_only: bool = 
     bound_vectors = engine.optimizer.bound_vectors()
     _check_parameters(engine, checkpoint, bound_vectors, weights_only)
     for bound in bound_vectors:
-        step = 0 if weights_only else checkpoint.description["optimizer"]["groups"][bound.group_name]["step"]
+        clock: dict[str, Any] = (
+            {"step": 0} if weights_only else checkpoint.description["optimizer"]["groups"][bound.group_name]
+        )
+        step, group = clock["step"], _group(engine, bound)
+        if group["adaptive_level"]:
+            group["update_period_changes"] = tuple((at, period) for at, period in clock.get("period_changes", ()))
         state = engine.optimizer.state[bound.tensor]
         state.clear()
         if step > 0:

@@ -70,7 +70,7 @@ class UnshardedCheckpoint:
         """The same without the optimizer's states: its clocks stand at 0."""
         parameters = {name: replace(parameter, states=(MASTER,)) for name, parameter in self.parameters.items()}
         optimizer = self.description["optimizer"]
-        clocks = {name: {**clock, "step": 0} for name, clock in optimizer["groups"].items()}
+        clocks = {name: {"step": 0} for name in optimizer["groups"]}
         description = {**self.description, "optimizer": {**optimizer, "groups": clocks}}
         return replace(self, parameters=parameters, description=description)
 

@@ -9,7 +9,7 @@ examples:
   hope plan hope_760m --world 64 --seq 1048576 --tune           the same for sequences of a million tokens
   hope plan --calibrate runs/mine --world 8 --out mycluster.json                efficiencies that a run reached
   hope plan hope_760m_30b --world 8 --efficiency mycluster.json
-  hope plan hope_7b --world 4096 --failures 1/264d-per-node --nodes 512     how much of the time trains; when to save
+  hope plan hope_7b training.global_batch_size=4096 --world 4096 --failures 1/264d-per-node --nodes 512   goodput, and when to save
 """
 
 from __future__ import annotations
@@ -245,6 +245,7 @@ def make_plan(
     return {
         "name": config.name,
         "model": model.name,
+        "levels": [{**level.clock.plan(training.steps), "text": level.period_text} for level in model.cms.levels],
         "parameters": {
             **parameters_by_part(model),
             "total": num_parameters(model),
@@ -379,6 +380,7 @@ def _print(plan: dict[str, Any]) -> None:
         f"{' with sequence parallelism' if mesh['sequence_parallel'] else ''}"
         f"{context} x data parallel {mesh['data_parallel']}, "
         f"ZeRO {mesh['zero_stage']}\n"
+        f"{_levels_text(plan['levels'])}"
         f"{_estimate_text(plan)}"
         f"data: {_data_text(plan['data'])}",
         soft_wrap=True,
@@ -393,6 +395,16 @@ def _print(plan: dict[str, Any]) -> None:
             f"[bold red]Does not fit[/bold red] with a tenth to spare in {bytes_text(hardware['memory_bytes'])}: set "
             "training.recompute=layer, lower training.micro_batch_size, or raise parallel.tensor_parallel."
         )
+
+
+def _levels_text(levels: list[dict[str, Any]]) -> str:
+    """A line for every level that is not simply updated at every step."""
+    found = ""
+    for number, level in enumerate(levels, 1):
+        if level["text"] != "1":
+            late = f"; step {level['after_the_run'][0]} is not before the run's end" if level["after_the_run"] else ""
+            found += f"CMS level {number} of {len(levels)}: period in steps {level['text']}; {level['updates']:,} updates{late}\n"
+    return found
 
 
 def _print_goodput(console: Any, goodput: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import yaml
 
 from hope_megatron.checkpoint.errors import ModelReferenceError
 from hope_megatron.config.changes import describe_changes, settings_changes
+from hope_megatron.config.model import CMSLevelConfig
 from hope_megatron.runtime.files import write_text
 from hope_megatron.runtime.formatting import duration_text
 from hope_megatron.runtime.records import read_object, read_records
@@ -31,6 +32,8 @@ _MEANINGS = {
     "memory/surprise": "error of a memory about its targets before it learns them",
     "memory/eta": "inner learning rate",
     "memory/retention": "share of a memory that is kept per token",
+    "cms/agreement": "cosine of a level's gathered gradient and its momentum, at an update",
+    "cms/update_period": "update period of an adaptive level, in steps",
     "cms/update_norm": "relative size of a level's last optimizer update",
 }
 
@@ -90,6 +93,7 @@ def write_page(run: RunFiles, out: Path, samples: Sequence[str] = ()) -> None:
             *_curves(run, pictures),
             *_speed(run, pictures),
             *_memories(run, pictures),
+            *_periods(run, pictures),
             *_events(run),
             *_samples(samples),
             *_settings(run),
@@ -151,6 +155,28 @@ def _memories(run: RunFiles, folder: Path) -> list[Block]:
         Heading("Memories"),
         Picture(folder / "memories.png", "health of memories and levels by step"),
         Bullets(meanings),
+    ]
+
+
+def _periods(run: RunFiles, folder: Path) -> list[Block]:
+    """Update periods of the levels by step, where one of them changes over the run."""
+    levels = run.config.get("model", {}).get("cms", {}).get("levels", ())
+    clocks = {f"level {number}": CMSLevelConfig(**level).clock for number, level in enumerate(levels, 1)}
+    if not any(clock.changes for clock in clocks.values()):
+        return []
+    steps = run.facts.get("steps") or run.facts["step"]
+    lines = {
+        name: [(step, period) for before, end, period in clock.pieces(steps) for step in (before + 1, end)]
+        for name, clock in clocks.items()
+    }
+    _draw(folder / "periods.png", {"update period in steps": lines})
+    counts = [
+        f"{name}: {clock.text()}; {clock.updates(run.facts['step']):,} updates so far" for name, clock in clocks.items()
+    ]
+    return [
+        Heading("Update periods"),
+        Picture(folder / "periods.png", "update period of every level by step"),
+        Bullets(counts),
     ]
 
 

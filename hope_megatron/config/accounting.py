@@ -31,6 +31,9 @@ class Weight(NamedTuple):
     matrix: bool = True
     """Updated by the matrix optimizer, as opposed to AdamW."""
     update_period_steps: int = 1
+    """At first; it may change over the run."""
+    gathers: bool = False
+    """Whether gradients are ever gathered between two updates."""
 
     @property
     def total(self) -> int:
@@ -47,16 +50,18 @@ def weight_table(model: ModelConfig) -> list[Weight]:
     rows += _attention_weights(model, model.mixers.count("attention"))
     rows.append(Weight("norms", "mixer norm", D, layers, matmul=False, sharded=False, matrix=False))
     for i, level in enumerate(model.cms.levels):
-        period, h = level.update_period_steps, level.hidden_size
+        period, h, gathers = level.update_period_steps, level.hidden_size, level.gathers
         rows += [
-            Weight("norms", f"cms level {i} norm", D, layers, False, False, False, period),
-            Weight("cms", f"cms level {i} up", D * up_parts * h, layers, update_period_steps=period),
-            Weight("cms", f"cms level {i} down", h * D, layers, update_period_steps=period),
+            Weight("norms", f"cms level {i} norm", D, layers, False, False, False, period, gathers),
+            Weight("cms", f"cms level {i} up", D * up_parts * h, layers, update_period_steps=period, gathers=gathers),
+            Weight("cms", f"cms level {i} down", h * D, layers, update_period_steps=period, gathers=gathers),
         ]
         if level.ticks and level.inner_rate_kind != "constant":
             per_channel = level.inner_rate_kind == "per_channel"
             size = h if per_channel else 1
-            rows.append(Weight("gates", f"cms level {i} inner rate", size, layers, False, per_channel, False, period))
+            rows.append(
+                Weight("gates", f"cms level {i} inner rate", size, layers, False, per_channel, False, period, gathers)
+            )
     if model.cms.connection == "independent":
         rows.append(Weight("gates", "cms join", len(model.cms.levels) * D, layers, False, False, False))
     rows.append(Weight("norms", "final norm", D, matmul=False, sharded=False, matrix=False))
@@ -70,6 +75,7 @@ def _memory_weights(model: ModelConfig, layers: int) -> list[Weight]:
         return []
     memory, D, H, d, h = model.memory, model.hidden_size, model.num_heads, model.head_dim, model.memory_hidden
     rates = (memory.eta == "data") + (memory.decay == "data") + (memory.momentum == "data")
+    rates *= d if memory.rates_of == "channel" else 1
     constants = (memory.decay == "constant") + (memory.momentum == "constant") + (memory.query_correction is not None)
     rows = [
         Weight("projections", "qkv", D * 3 * H * d, layers),
@@ -287,6 +293,8 @@ def _causal_read_macs(model: ModelConfig, C: int) -> float:
         layers = [(d, d, memory.dgd_layers != "none")]
     elif memory.written_layers == "output":
         layers, macs = layers[1:], d * h
+    if memory.weights == "softmax":  # every token's weights are built
+        return sum((C + 1) * fan_in * fan_out for fan_in, fan_out, _ in layers)
     for fan_in, fan_out, dgd in layers:
         passes = 1 + (momentum and dgd)
         macs += fan_in * fan_out * (1 + momentum + memory.keeps_initial) + C * fan_in + passes * C * fan_out

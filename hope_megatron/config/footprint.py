@@ -102,7 +102,7 @@ def _optimizer_bytes(model: ModelConfig, optim: OptimConfig, tp: int) -> float:
     total, optimizer = 0.0, OPTIMIZERS[optim.name]
     for weight in weight_table(model):
         states = optimizer.matrix_states if weight.matrix else optimizer.vector_states
-        states += weight.update_period_steps > 1  # the gradient gathered between two ticks of a slow level
+        states += weight.gathers  # the gradient gathered between two ticks of a slow level
         total += FP32 * states * weight.total / (tp if weight.sharded else 1)
     return total
 
@@ -225,6 +225,8 @@ def _memory_bytes(model: ModelConfig, seq_length: int) -> tuple[float, float]:
     numbers = d + 12 * d * vector_memories + 7 * C * (1 + memory.adaptive)
     if deep:
         numbers += 17 * h * vector_memories + 20 * h * (memories - vector_memories) + 6 * C * memories
+    if memory.weights == "softmax" and memory.read == "causal":  # every token's writes and weights
+        numbers += 3 * (2 * d * h if deep else d * d)
     return FP32 * speeds * states, FP32 * numbers * (1.4 if speeds == 2 else 1.0)
 
 

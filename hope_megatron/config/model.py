@@ -14,11 +14,14 @@ from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 from hope_megatron.config.base import ConfigError, Section
 from hope_megatron.config.descent import largest_stable_step
-from hope_megatron.ops.memory.rule import MemoryCompute, MemoryRule, pick
+from hope_megatron.config.levels import AdaptivePeriod as AdaptivePeriod
+from hope_megatron.config.levels import CMSLevelConfig as CMSLevelConfig
+from hope_megatron.config.levels import PeriodChange as PeriodChange
+from hope_megatron.ops.memory.rule import MemoryCompute, MemoryRule, channel_share, pick
 
 Mixer = Literal["memory", "attention"]
 
-_ETA_FACTORS = {"objective", "dgd_layers", "num_layers", "lp_power"}
+_ETA_FACTORS = {"objective", "dgd_layers", "num_layers", "lp_power", "weights", "row_sum"}
 
 
 class MemoryConfig(Section, MemoryCompute, MemoryRule):
@@ -67,6 +70,12 @@ class MemoryConfig(Section, MemoryCompute, MemoryRule):
         return pick(MemoryCompute, self)
 
     @property
+    def alpha_logit(self) -> float:
+        """Initial logit of the retention."""
+        share = channel_share(self.alpha_init) if self.rates_of == "channel" else self.alpha_init
+        return math.log(share / (1 - share))
+
+    @property
     def keeps_initial(self) -> bool:
         """Whether there is a retention and it spares the learned initial state."""
         return self.decay != "none" and self.decay_to == "initial"
@@ -85,7 +94,8 @@ class MemoryConfig(Section, MemoryCompute, MemoryRule):
 
         The gradients of a chunk are all taken at its start and added up, so that with parallel keys a chunk is one step of
         descent, as long as descent.py says it may be, on a curvature of |k|^2 = 1 (a matrix), of at most 1 (`normalize_steps`),
-        or of |silu(W2 k)|^2 and |W1|^2 (two layers without it, together at least 2). Huber's loss bends no more than l2's.
+        or of |silu(W2 k)|^2 and |W1|^2 (two layers without it, together at least 2). Huber's loss bends no more than l2's. With
+        weights c softmax(A) a step in A moves W by c (diag(p) - p p^T), whose norm is at most c / 2.
         """
         if self.objective == "dot" and self.output_uses_dgd:
             return 2.0
@@ -98,6 +108,8 @@ class MemoryConfig(Section, MemoryCompute, MemoryRule):
             self.objective == "lp" and self.lp_power > 2
         ):  # its second derivative (p - 1) |r|^(p - 2) at |r| = 2: unit values apart
             curvature *= (self.lp_power - 1) * 2 ** (self.lp_power - 2)
+        if self.weights == "softmax":  # a row's step in its weights is that of its logarithms times at most c / 2
+            curvature *= self.row_sum / 2
         carried = self.momentum_max if self.predicts and self.momentum != "none" else 0.0
         return largest_stable_step(self.chunk_tokens, carried) / curvature
 
@@ -137,6 +149,8 @@ class MemoryConfig(Section, MemoryCompute, MemoryRule):
     def _check(self) -> MemoryConfig:
         if (text := self.conflict("memory.")) is not None:
             raise ConfigError(text)
+        if self.rates_of == "channel":
+            self._check_channels()
         if self.adaptive_eta and self.eta == "fixed":
             raise ConfigError(
                 "memory.adaptive_eta=true adds to a learned rate, and memory.eta=fixed has none; "
@@ -170,6 +184,23 @@ class MemoryConfig(Section, MemoryCompute, MemoryRule):
             )
         return self
 
+    def _check_channels(self) -> None:
+        for name, value, wanted in (
+            ("eta", self.eta, "data"),
+            ("decay", self.decay, "data"),
+            ("momentum", self.momentum, "none"),
+        ):
+            if value != wanted:
+                raise ConfigError(
+                    f"memory.rates_of=channel takes its rates from the token and has no momentum, found memory.{name}={value}; "
+                    f"set {name}={wanted}, or rates_of=head"
+                )
+        if not 0 < channel_share(self.alpha_init) < 1:
+            raise ConfigError(
+                f"memory.alpha_init={self.alpha_init:g} with rates_of=channel: a channel keeps at least exp(-e^(-1/2)) = 0.545; "
+                "raise it"
+            )
+
 
 class AttentionConfig(Section):
     """Softmax attention (Megatron-Core's), for Transformer++ and Hope-Attention."""
@@ -184,45 +215,6 @@ class AttentionConfig(Section):
     """Add a bias to queries, keys and values, as Qwen2 does."""
     qk_norm: bool = False
     """RMSNorm over each head's queries and keys before they are rotated, as Qwen3 does."""
-
-
-class CMSLevelConfig(Section):
-    """One level of the continuum memory system (eqs. 70-74): a residual MLP with a clock of its own."""
-
-    hidden_size: int = Field(gt=0)
-    """Hidden width of the level's MLP (for swiglu: of each of gate and up)."""
-    update_period_steps: int = Field(default=1, gt=0)
-    """The level's parameters change every this many optimizer steps, by the sum of the gradients meanwhile (eq. 71)."""
-
-    inner_chunk_tokens: int | None = Field(default=None, gt=0)
-    """In context: a fast copy of the level's matrices changes every this many tokens (eq. 71). None: never."""
-    inner_rate: float = Field(default=0.0, ge=0.0)
-    """In context: step size on the next-token loss, in nats summed over the chunk. 0 is the static level, bit for bit."""
-    inner_rate_kind: Literal["constant", "learned", "per_channel"] = "constant"
-    """inner_rate itself; or times a learned factor that starts at 1, one for the level or one per hidden channel."""
-    inner_momentum: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """In context: momentum of the step, from one update to the next."""
-    inner_weight_decay: float = Field(default=0.0, ge=0.0)
-    """In context: decoupled weight decay of the step; the fast copy loses inner_rate times this per update."""
-
-    @property
-    def ticks(self) -> bool:
-        """Whether the level learns in context."""
-        return self.inner_chunk_tokens is not None and self.inner_rate > 0
-
-    @model_validator(mode="after")
-    def _check(self) -> CMSLevelConfig:
-        if self.inner_rate > 0 and self.inner_chunk_tokens is None:
-            raise ConfigError(
-                f"a CMS level has inner_rate={self.inner_rate:g} but no inner_chunk_tokens, so it never ticks in context; "
-                "set inner_chunk_tokens, for example 64, or inner_rate=0"
-            )
-        if self.inner_rate * self.inner_weight_decay >= 1:
-            raise ConfigError(
-                f"inner_rate={self.inner_rate:g} times inner_weight_decay={self.inner_weight_decay:g} is 1 or more: an update "
-                "would forget everything and overshoot; lower one of them"
-            )
-        return self
 
 
 class CMSConfig(Section):

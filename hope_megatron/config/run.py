@@ -16,6 +16,9 @@ from hope_megatron.config.parallel import ParallelConfig
 from hope_megatron.config.resilience import ResilienceConfig
 from hope_megatron.config.training import CheckpointConfig, DataConfig, TrackingConfig, TrainingConfig
 
+HAVE_MOMENTUM = ("m3", "muon", "adamuon", "adamw", "sgd", "dgd", "delta_momentum")
+"""Optimizers whose state of a matrix has a momentum m1."""
+
 
 class RunConfig(Section):
     """Everything `hope train` needs."""
@@ -42,6 +45,12 @@ class RunConfig(Section):
     def _check(self) -> RunConfig:
         check_parallel_fits_model(self.model, self.parallel, self.training)
         check_inner_clocks(self.model, self.parallel, self.training)
+        adaptive = any(level.update_period_adaptive for level in self.model.cms.levels)
+        if adaptive and self.optim.name not in HAVE_MOMENTUM:
+            raise ConfigError(
+                f"update_period_adaptive of a CMS level compares gradients with a momentum, which optim.name={self.optim.name} "
+                f"does not keep; choose one of {', '.join(HAVE_MOMENTUM)}, or leave it out"
+            )
         windowed = self.training.truncate_tokens not in (None, self.training.seq_length)
         if self.data.reset_at_documents and (windowed or self.model.cms.learns_in_context):
             raise ConfigError(

@@ -111,6 +111,7 @@ def night_config(
     data = base.model_dump(mode="json")
     for i, level in enumerate(data["model"]["cms"]["levels"]):
         level["update_period_steps"] = levels.get(i, level["update_period_steps"])
+        level |= {"update_period_changes": [], "update_period_adaptive": None}
     data["name"] = name
     data["training"] |= {"steps": steps, "eval_every": 0, "ema": 0.0, "log_every": max(1, steps // 20)}
     data["optim"] = {

@@ -69,7 +69,7 @@ def read_day(directory: Path, origin: Mapping[str, Any]) -> Day | None:
             raise ValueError(f"{_TENSORS} is not what was written")
         tensors = load_file(directory / _TENSORS)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConsolidationError(f"{about} is damaged ({error}); remove {directory} to live the day again") from None
+        raise ConsolidationError(f"{about} is damaged ({error}); remove {directory} to begin the day again") from None
     wanted = json.loads(json.dumps(dict(origin)))
     other = [key for key in wanted if kept.get(key) != wanted[key]]
     if other:

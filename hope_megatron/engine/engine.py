@@ -26,6 +26,7 @@ from hope_megatron.engine.weight_gradient import add_in_products
 from hope_megatron.layers.context_parallel import own_tokens
 from hope_megatron.model import IGNORE
 from hope_megatron.optim import BoundOptimizer, apply_lr
+from hope_megatron.optim.adaptive import adapt_periods
 from hope_megatron.optim.average import EMA
 from hope_megatron.optim.geometry import full_shape
 from hope_megatron.optim.zero import refresh_model_params
@@ -60,6 +61,9 @@ class Engine:
         self.control = ControlGroup()
         self.model = model
         self.optimizer = optimizer
+        levels = enumerate(config.model.cms.levels, 1)
+        self._adaptive = {i: rule for i, level in levels if (rule := level.update_period_adaptive) is not None}
+        self.adapted: dict[str, float] = {}
         self.accumulation_steps = config.accumulation_steps(mesh.world_size)
         self._learns = config.model.cms.learns_in_context
         in_bucket = keeps_whole_gradients(config.training.precision, config.parallel.zero_stage) and mesh.tp_size > 1
@@ -168,6 +172,7 @@ class Engine:
                 give_gradients(self.zero, self._gradient_square_sum()[0].sqrt())
             self._deepspeed.step()  # asks self._update
             self.skipped = bool(self.zero.overflow)
+        self.adapted = adapt_periods(self.optimizer, self._adaptive) if self._adaptive and not self.skipped else {}
         norm = self._update.norm
         if self.skipped and accept is None:
             raise NonFiniteError("the gradient norm is NaN or infinite, though the loss is finite")

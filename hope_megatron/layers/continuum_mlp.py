@@ -76,7 +76,7 @@ class CMSLevel(MegatronModule):
         )
         self.log_rate = _log_rate(level, config.params_dtype)
         for parameter in self.parameters():
-            parameter.update_period_steps = level.update_period_steps
+            parameter.update_period_steps, parameter.update_period_changes = level.clock.first, level.clock.changes
 
     def forward(self, x: Tensor, fast: FastWeights | None = None) -> Tensor:
         """x [T, B, D] or its sequence shard; `fast` takes the place of the level's matrices."""
@@ -121,6 +121,9 @@ class ContinuumMLP(MegatronModule):
     def __init__(self, config: TransformerConfig, model: ModelConfig):
         super().__init__(config)
         self.levels = nn.ModuleList(CMSLevel(config, model, level) for level in model.cms.levels)
+        for number, (module, level) in enumerate(zip(self.levels, model.cms.levels), 1):
+            for parameter in module.parameters():
+                parameter.adaptive_level = number if level.update_period_adaptive else 0
         self.join = None
         if model.cms.connection == "independent":
             weight = nn.Parameter(torch.empty(len(self.levels), model.hidden_size, dtype=config.params_dtype))

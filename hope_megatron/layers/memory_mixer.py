@@ -67,7 +67,7 @@ class MemoryMixer(MegatronModule):
         if rates:
             self.rates = column_parallel(
                 model.hidden_size,
-                len(rates) * model.num_heads,
+                len(rates) * model.num_heads * (model.head_dim if self.rule.rates_of == "channel" else 1),
                 config,
                 zeros,
                 blocks=len(rates),
@@ -151,12 +151,13 @@ class MemoryMixer(MegatronModule):
         return own_heads(self.conv.unflatten(0, (3, self.num_heads, self.head_dim)), 1).flatten(0, 2)
 
     def _rate_logits(self, x: Tensor) -> RateLogits:
-        """[T, B, D] -> logits [B, T, H] in float32, those of this rank's heads."""
+        """[T, B, D] -> logits [B, T, H] in float32, or [B, T, H, d] of channels; those of this rank's heads."""
         T, B = x.size(0) * context_parallel_size(), x.size(1)
         found: dict[str, Tensor] = {}
         if self.rates is not None:
             logits, bias = self.rates(x)
-            logits = tokens_to_heads((wide(logits) + wide(bias)).unflatten(-1, (-1, self.num_heads)), 3)
+            each = (self.head_dim,) if self.rule.rates_of == "channel" else ()
+            logits = tokens_to_heads((wide(logits) + wide(bias)).unflatten(-1, (-1, self.num_heads, *each)), 3)
             found = dict(zip(self.rate_names, logits.transpose(0, 1).unbind(2)))
         for name, value in self.constants.items():
             found[name] = own_heads(wide(value)).expand(B, T, -1)
@@ -173,7 +174,7 @@ def data_rates(memory: MemoryConfig) -> dict[str, float]:
     if memory.eta == "data":
         rates["eta"] = _logit(memory.eta_init)
     if memory.decay == "data":
-        rates["alpha"] = _logit(memory.alpha_init)
+        rates["alpha"] = memory.alpha_logit
     if memory.momentum == "data":
         rates["theta"] = _logit(memory.momentum_init / memory.momentum_max)
     return rates

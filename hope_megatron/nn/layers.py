@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hope_megatron.ops.memory.operator import memory_chunked
-from hope_megatron.ops.memory.rule import MemoryRule, pick
+from hope_megatron.ops.memory.rule import MemoryRule, channel_share, pick
 from hope_megatron.ops.memory.types import Bank, MemoryParams, MemoryState, RateLogits, map_params
 from hope_megatron.ops.short_conv import short_conv
 
@@ -112,7 +112,9 @@ class MemoryMixer(nn.Module):
         constants = (name for name, (kind, _) in self.initial_rates.items() if kind == "constant")
         self.constants = nn.ParameterDict({name: nn.Parameter(torch.zeros(self.heads)) for name in constants})
         self.qkv = linear(model.hidden_size, 3 * width, model.hidden_init_std, parts=3)
-        self.rates = nn.Linear(model.hidden_size, len(self.rate_names) * self.heads) if self.rate_names else None
+        self.rate_shape = (self.heads, self.d) if self.rule.rates_of == "channel" else (self.heads,)
+        num_rates = len(self.rate_names) * math.prod(self.rate_shape)
+        self.rates = nn.Linear(model.hidden_size, num_rates) if num_rates else None
         if self.rates is not None:
             self.rates.optim_roles = {"weight": "vector"}
         self.optim_roles = {"conv": "vector"}
@@ -168,12 +170,12 @@ class MemoryMixer(nn.Module):
         return state._replace(start=own._replace(mem=main.mem), position=1)
 
     def _rate_logits(self, x: Tensor) -> RateLogits:
-        """[B, T, H] in float32 at least, for each rate that exists."""
+        """[B, T, H] (or [B, T, H, d] of channels) in float32 at least, for each rate that exists."""
         found: dict[str, Tensor] = {}
         if self.rates is not None:
             dtype = wide(x.dtype)
             logits = F.linear(x, self.rates.weight).to(dtype) + self.rates.bias.to(dtype)
-            found = dict(zip(self.rate_names, logits.unflatten(-1, (-1, self.heads)).unbind(2)))
+            found = dict(zip(self.rate_names, logits.unflatten(-1, (-1, *self.rate_shape)).unbind(2)))
         for name, value in self.constants.items():
             found[name] = value.to(wide(value.dtype)).expand(*x.shape[:2], -1)
         if self.retnet:
@@ -185,9 +187,11 @@ class MemoryMixer(nn.Module):
 def _initial_rates(memory: SimpleNamespace) -> dict[str, tuple[str, float]]:
     """Kind (data, constant, or another that has no parameters) and initial logit of each rate; the correction by its value."""
     logit = lambda p: math.log(p / (1 - p))  # noqa: E731
+    of_channels = getattr(memory, "rates_of", "head") == "channel"  # exports of earlier versions have no such key
+    kept = channel_share(memory.alpha_init) if of_channels else memory.alpha_init
     found = {
         "eta": (memory.eta, logit(memory.eta_init)),
-        "alpha": (memory.decay, logit(memory.alpha_init)),
+        "alpha": (memory.decay, logit(kept)),
         "theta": (memory.momentum, logit(memory.momentum_init / memory.momentum_max)),
     }
     if (correction := getattr(memory, "query_correction", None)) is not None:
@@ -287,6 +291,8 @@ class CMSLevel(nn.Module):
         self.norm = RMSNorm(model.hidden_size, model.norm_epsilon)
         self.up = linear(model.hidden_size, blocks * hidden_size, model.hidden_init_std, parts=blocks)
         self.update_period_steps = level.get("update_period_steps", 1)
+        changes = level.get("update_period_changes", ())
+        self.update_period_changes = tuple((change["from_step"], change["period"]) for change in changes)
         self.down = linear(hidden_size, model.hidden_size, model.output_init_std)
         ticks = level.get("inner_chunk_tokens") is not None and level.get("inner_rate", 0.0) > 0
         size = {"constant": 0, "learned": 1, "per_channel": hidden_size}[kind]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from hope_megatron.ops.memory import Bank, MemoryParams, MemoryRule, MemoryState, RateLogits, memory_chunked
-from hope_megatron.ops.memory.inner import apply_memory, features, has_skip, output_error, unit
+from hope_megatron.ops.memory.channels import channel_rates
+from hope_megatron.ops.memory.inner import apply_memory, features, has_skip, output_error, seen, unit
 from hope_megatron.ops.memory.types import initial_state
 
 
@@ -96,6 +97,9 @@ def _inner_inputs(k: Tensor, v: Tensor, logits: RateLogits, rule: MemoryRule, st
         gates = list(apply_memory(start.scalar, x_k, skip=False).squeeze(-1).unbind(2))
     keys = unit(adapted.pop(0) if rule.adaptive_key else x_k)
     values = adapted.pop(0) if rule.adaptive_value else x_v
+    if rule.rates_of == "channel":  # a head shows the mean over its channels, of retention the geometric one
+        eta, log_alpha = (rate.mean(-1).transpose(1, 2) for rate in channel_rates(logits, rule))
+        return keys, unit(values) if rule.normalize_values else values, eta, log_alpha.exp()
     eta = torch.full_like(x_k[:, :, 0, :, 0], rule.eta_max)
     if logits.eta is not None:
         eta = rule.eta_max * torch.sigmoid(logits.eta.transpose(1, 2) + (gates.pop(0) if rule.adaptive_eta else 0.0))
@@ -112,8 +116,10 @@ def _surprise(k: Tensor, v: Tensor, rule: MemoryRule, start: MemoryParams) -> Te
         bank: Bank | None = getattr(start, name)
         if bank is None:
             continue
-        scalar = name == "scalar"
-        error = output_error(bank, k, v, features(bank, k)[0], replace(rule, objective="l2"), scalar=scalar)
+        bank, scalar = seen(bank, rule), name == "scalar"
+        error = output_error(
+            bank, k, v, features(bank, k)[0], replace(rule, objective="l2", rates_of="head"), scalar=scalar
+        )
         if rule.objective == "dot" and rule.dot_target == "full" and has_skip(bank, scalar=scalar):
             error = error - k  # here the layers alone learn the target
         found.append(error.norm(dim=-1))

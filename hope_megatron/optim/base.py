@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hope_megatron.config.clock import UpdateClock, update_clock
 from hope_megatron.optim.average import EMA, update_average
 from hope_megatron.optim.bound import BoundVector
 from hope_megatron.optim.dtensors import local_tensor, row_shard
@@ -49,8 +50,9 @@ class BoundOptimizer(torch.optim.Optimizer):
     parameters, moments and weight decay stand still meanwhile. AdamW, Muon, AdaMuon and M3's ema form do not depend on
     the scale of the gradient: for them a sum is as good as a mean, and the group moves once as far as others do in one
     step. SGD's update is as large as the gradient: n steps' worth, and its weight decay counts n times to match. M3's
-    paper form divides by sqrt(V): its update is n times smaller than a mean's. `state["step"]` counts calls, so updates
-    are `step // n`. A step that DeepSpeed skips (overflow) never calls `step` and changes nothing.
+    paper form divides by sqrt(V): its update is n times smaller than a mean's. `state["step"]` counts calls; the period and the
+    number of an update are functions of it alone (`config/clock.py`), and of `update_period_changes` where the period changes.
+    A step that DeepSpeed skips (overflow) never calls `step` and changes nothing.
     """
 
     orthogonalizes = False
@@ -284,13 +286,17 @@ class BoundOptimizer(torch.optim.Optimizer):
             self.init_state(kept, param, group)
         kept["step"] += 1
         state = {key: local_tensor(x).view(-1) if isinstance(x, Tensor) else x for key, x in kept.items()}
-        grad = self._due_gradient(gradient.reshape(-1), state, group["update_period_steps"])
+        clock, number = group_clock(group), state["step"]
+        grad = self._due_gradient(gradient.reshape(-1), state, clock)
         if grad is None:
             bound.update_norm = None  # no update in this step: nothing to report
             bound.changes.clear()
         else:
-            num_updates = state["step"] // group["update_period_steps"]
-            self._update(bound, flat, UpdateContext(grad, state, group, num_updates, bound.exchange, flat))
+            if group.get("adaptive_level") and group["role"] == "matrix":
+                momentum = state["m1"]
+                bound.agreement = torch.stack([grad.dot(momentum), grad.dot(grad), momentum.dot(momentum)])
+            at = clock.updates(number), bound.exchange, flat, clock.period(number)
+            self._update(bound, flat, UpdateContext(grad, state, group, *at))
         if self.ema_decay:
             update_average(state[EMA], flat, self.ema_decay, state["step"])
         if not local.is_contiguous():
@@ -299,7 +305,7 @@ class BoundOptimizer(torch.optim.Optimizer):
     def _update(self, bound: BoundVector, flat: Tensor, context: UpdateContext) -> None:
         group = context.group
         if group["weight_decay"]:
-            steps = group["update_period_steps"] if self.grows_with_gradient else 1
+            steps = context.period if self.grows_with_gradient else 1
             flat.mul_(1.0 - group["lr"] * group["weight_decay"] * steps)
         update = self.matrix_update(context) if group["role"] == "matrix" else self.vector_update(context)
         flat.add_(update, alpha=-group["lr"])
@@ -310,9 +316,7 @@ class BoundOptimizer(torch.optim.Optimizer):
     def state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Names of the state tensors of a group, all of the shape of what is stepped."""
         keys = self.matrix_state if group["role"] == "matrix" else self.vector_state
-        return (
-            keys + (("pending_grad",) if group["update_period_steps"] > 1 else ()) + ((EMA,) if self.ema_decay else ())
-        )
+        return keys + (("pending_grad",) if _gathers(group) else ()) + ((EMA,) if self.ema_decay else ())
 
     def init_state(self, state: dict[str, Any], stepped: Tensor, group: dict[str, Any]) -> None:
         """All state at once, at the first step: DeepSpeed links the tensors it finds then.
@@ -324,11 +328,11 @@ class BoundOptimizer(torch.optim.Optimizer):
             state[key] = torch.zeros_like(stepped, memory_format=torch.contiguous_format)
 
     @staticmethod
-    def _due_gradient(grad: Tensor, state: dict[str, Any], period: int) -> Tensor | None:
-        if period == 1:
+    def _due_gradient(grad: Tensor, state: dict[str, Any], clock: UpdateClock) -> Tensor | None:
+        if clock.period(state["step"]) == 1:
             return grad
         pending = state["pending_grad"].add_(grad)
-        if state["step"] % period:
+        if not clock.due(state["step"]):
             return None
         total = pending.clone()
         pending.zero_()
@@ -351,6 +355,16 @@ class BoundOptimizer(torch.optim.Optimizer):
     def relative_updates(self, label: Callable[[str], str | None]) -> dict[str, float]:
         """See `statistics.relative_updates`; of the last step, if it was to `measure_updates`."""
         return relative_updates(list(self._bound.values()), label)
+
+
+def _gathers(group: Mapping[str, Any]) -> bool:
+    return group_clock(group).longest > 1 or bool(group.get("adaptive_level"))
+
+
+def group_clock(group: Mapping[str, Any]) -> UpdateClock:
+    """When the parameters of a group are updated."""
+    changes = group.get("update_period_changes", ())
+    return update_clock(group["update_period_steps"], tuple((step, period) for step, period in changes))
 
 
 def _some_of(names: list[str], most: int = 3) -> str:

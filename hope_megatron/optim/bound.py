@@ -27,6 +27,8 @@ class BoundVector:
     """Frobenius norm of this rank's part of the last update, before the learning rate."""
     changes: dict[str, Tensor] = field(default_factory=dict)
     """By parameter: sums of squares of the last measured update and of the weights, of this rank's part."""
+    agreement: Tensor | None = None
+    """Of an adaptive level's matrices, in a step that updates them: <G, M>, |G|^2, |M|^2 of gradient and momentum, of this rank."""
     numel: int = field(init=False)
 
     def __post_init__(self) -> None:

@@ -72,7 +72,7 @@ class DGD(BoundOptimizer):
         if self.form == "ema":
             update = matched(context, update)
         # the sum of n gradients is n steps' worth of descent, and of forgetting
-        steps = group["update_period_steps"] if self.grows_with_gradient else 1
+        steps = context.period if self.grows_with_gradient else 1
         return update.add_(erased, alpha=group["delta"] * steps)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from hope_megatron.config.clock import Changes
 from hope_megatron.optim.errors import OptimError
 from hope_megatron.optim.tags import read_tags
 from hope_megatron.optim.zero import shard_shape
@@ -15,13 +16,13 @@ from hope_megatron.optim.zero import shard_shape
 def build_param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], optim_cfg: Any) -> list[dict[str, Any]]:
     """Groups for an optimizer of this package: 'matrix', 'vector', 'vector/no_decay', 'matrix/period_8', ...
 
-    Every group has `name`, `role`, `update_period_steps`, `weight_decay`, `lr` and `base_lr` (the rate before the
-    schedule). Inside a group parameters keep the order of the model; groups are sorted by role, period and decay. Each
+    Every group has `name`, `role`, `update_period_steps` and its changes, `weight_decay`, `lr` and `base_lr` (the rate before the
+    schedule). Inside a group parameters keep the order of the model; groups are sorted by role, period, decay and changes. Each
     parameter gets its name as the attribute `optim_name`. Parameters without requires_grad are left out; shared ones
     count once.
     """
-    found: dict[tuple[str, int, bool], list[nn.Parameter]] = {}
-    names: dict[tuple[str, int, bool], str] = {}
+    found: dict[tuple[str, int, bool, Changes, int], list[nn.Parameter]] = {}
+    names: dict[tuple[str, int, bool, Changes, int], str] = {}
     seen: set[int] = set()
     for name, param in named_parameters:
         if not param.requires_grad or id(param) in seen:
@@ -29,7 +30,13 @@ def build_param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], opt
         seen.add(id(param))
         param.optim_name = name  # type: ignore[attr-defined]
         tags = read_tags(param, name, shard_shape(param))
-        key = (tags.role, tags.update_period_steps, not tags.weight_decay)
+        key = (
+            tags.role,
+            tags.update_period_steps,
+            not tags.weight_decay,
+            tags.update_period_changes,
+            tags.adaptive_level,
+        )
         found.setdefault(key, []).append(param)
         names[key] = tags.group_name
     if not found:
@@ -39,13 +46,24 @@ def build_param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], opt
     ]
 
 
-def _group(name: str, role: str, period: int, no_decay: bool, params: list[nn.Parameter], cfg: Any) -> dict[str, Any]:
+def _group(
+    name: str,
+    role: str,
+    period: int,
+    no_decay: bool,
+    changes: Changes,
+    level: int,
+    params: list[nn.Parameter],
+    cfg: Any,
+) -> dict[str, Any]:
     lr = cfg.vector_lr if role == "vector" and cfg.vector_lr is not None else cfg.lr
     return {
         "params": params,
         "name": name,
         "role": role,
         "update_period_steps": period,
+        "update_period_changes": changes,
+        "adaptive_level": level,
         "weight_decay": 0.0 if no_decay else cfg.weight_decay,
         "lr": lr,
         "base_lr": lr,

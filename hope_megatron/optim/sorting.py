@@ -103,6 +103,7 @@ def tag_module(model: nn.Module) -> None:
         if isinstance(period, int):
             for param in module.parameters():
                 param.update_period_steps = period  # type: ignore[attr-defined]
+                param.update_period_changes = getattr(module, "update_period_changes", ())  # type: ignore[attr-defined]
         lookup = isinstance(module, _LOOKUPS) or module is head
         lookup |= any(map(_VOCABULARY.fullmatch, path.split("."))) and not list(module.children())
         for name, param in module.named_parameters(recurse=False):

@@ -8,6 +8,8 @@ at.
     optim_role              'matrix' is orthogonalised, 'vector' takes AdamW (default: 'matrix' from 2 dimensions on)
     optim_fused_parts       sizes along dim 0 of the FULL matrix that are orthogonalised apart (q, k, v)
     update_period_steps     this parameter is updated every so many optimizer steps (default 1)
+    update_period_changes   ((steps before it, another period), ...) later in the run (default none)
+    adaptive_level          number of a level whose period is chosen anew at every update (default 0: none)
     no_weight_decay         True: never decayed (default: decayed from 2 dimensions on)
     optim_name              written by `build_param_groups`: the name in the model, key of its state in checkpoints
 
@@ -23,6 +25,7 @@ from typing import Any
 
 from torch import nn
 
+from hope_megatron.config.clock import Changes, update_clock
 from hope_megatron.optim.errors import OptimError
 
 ROLES = ("matrix", "vector")
@@ -39,20 +42,27 @@ class ParamTags:
     """Sharded dimension, non-negative; None: replicated over tensor-parallel ranks."""
     partition_stride: int = 1
     fused_parts: tuple[int, ...] = ()
+    update_period_changes: Changes = ()
+    adaptive_level: int = 0
 
     @property
     def group_name(self) -> str:
         """Name of the parameter group that parameters with these tags are in."""
-        period = f"/period_{self.update_period_steps}" if self.update_period_steps > 1 else ""
+        slow = self.update_period_steps > 1 or self.update_period_changes or self.adaptive_level
+        period = f"/period_{self.update_period_steps}" if slow else ""
+        period += "".join(f"_then_{period}_at_{step}" for step, period in self.update_period_changes)
+        period += f"/adaptive_{self.adaptive_level}" if self.adaptive_level else ""
         return self.role + period + ("" if self.weight_decay else "/no_decay")
 
     def to_dict(self) -> dict[str, Any]:
         """A form for JSON; `from_dict` is the inverse."""
-        return {**asdict(self), "fused_parts": list(self.fused_parts)}
+        changes = [list(change) for change in self.update_period_changes]
+        return {**asdict(self), "fused_parts": list(self.fused_parts), "update_period_changes": changes}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ParamTags:
-        return cls(**{**values, "fused_parts": tuple(values["fused_parts"])})
+        changes = tuple((step, period) for step, period in values.get("update_period_changes", ()))
+        return cls(**{**values, "fused_parts": tuple(values["fused_parts"]), "update_period_changes": changes})
 
 
 def read_tags(param: nn.Parameter, name: str, shape: Sequence[int]) -> ParamTags:
@@ -67,6 +77,11 @@ def read_tags(param: nn.Parameter, name: str, shape: Sequence[int]) -> ParamTags
     period = int(getattr(param, "update_period_steps", 1))
     if period < 1:
         raise OptimError(f"{name}: update_period_steps is {period}; it must be at least 1")
+    changes = tuple((int(step), int(length)) for step, length in getattr(param, "update_period_changes", ()))
+    if any(length < 1 for _, length in changes) or (text := update_clock(period, changes).conflict()) is not None:
+        raise OptimError(
+            f"{name}: update_period_changes: {text if all(n > 0 for _, n in changes) else 'a period is below 1'}"
+        )
     parts = tuple(int(size) for size in getattr(param, "optim_fused_parts", ()) or ())
     if parts and ndim != 2:
         raise OptimError(f"{name}: optim_fused_parts is for two-dimensional parameters, the shape is {tuple(shape)}")
@@ -77,6 +92,8 @@ def read_tags(param: nn.Parameter, name: str, shape: Sequence[int]) -> ParamTags
         partition_dim=_partition_dim(param, name, ndim),
         partition_stride=int(getattr(param, "partition_stride", 1)) if _is_sharded(param) else 1,
         fused_parts=parts,
+        update_period_changes=changes,
+        adaptive_level=int(getattr(param, "adaptive_level", 0)),
     )
 
 

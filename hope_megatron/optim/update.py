@@ -28,6 +28,7 @@ class UpdateContext(NamedTuple):
         group: the parameter group: rates and the optimizer's own settings.
         num_updates: number of this update, from 1.
         exchange: brings whole matrices together; None where nothing needs them.
+        period: steps whose gradients `grad` is the sum of.
         weight: the weights that the update is for, after this update's weight decay; not to be written.
     """
 
@@ -37,6 +38,7 @@ class UpdateContext(NamedTuple):
     num_updates: int
     exchange: MatrixExchange | None = None
     weight: Tensor | None = None
+    period: int = 1
 
     @property
     def matrices(self) -> MatrixExchange:

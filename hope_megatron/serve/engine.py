@@ -11,20 +11,30 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hope_megatron.serve.errors import ServeError
-from hope_megatron.serve.streams import Stream
+from hope_megatron.serve.streams import Stream, draw_all
 
 log = logging.getLogger(__name__)
 
 PREFILL_TOKENS = 256
 """Tokens of a prompt between two steps of the running streams: bounds how long a long prompt holds up the others."""
-MAX_PREFILL_ROWS = 16
-"""Prompts that are read together."""
+MAX_READ_TOKENS = 16 * PREFILL_TOKENS
+"""Of all prompts that are read together: bounds the same, and the memory that reading takes."""
+
+
+class _Row(NamedTuple):
+    """A stream's state, still among those that it was read with."""
+
+    cache: Any
+    row: int
+
+    def alone(self) -> Any:
+        return self.cache.select(torch.tensor([self.row]))
 
 
 class Engine:
@@ -131,46 +141,47 @@ class Engine:
         for stream in [stream for stream in self._reading if stream.cancelled]:
             stream.finish("cancelled")
             self._reading.remove(stream)
-            stream.end(stream.cache)
+            _end(stream, stream.cache)
         if not self._reading:
             return
         place = _position(self._reading[0])
         group = [stream for stream in self._reading if not stream.ready and _position(stream) == place]
         if group:
-            self._read_together(group[:MAX_PREFILL_ROWS])
-        self._begin([stream for stream in self._reading if stream.ready])
+            self._read_together(group)
+        self._begin([stream for stream in self._reading if stream.ready or stream.finished])
         self._reading.rotate(-1)  # prompts take turns
 
     def _read_together(self, group: list[Stream]) -> None:
-        """As much of each as the shortest has, without its last token."""
-        count = min(PREFILL_TOKENS, *(len(stream.pending) - 1 for stream in group))
-        cache = group[0].cache
-        if cache is not None and len(group) > 1:
-            cache = cache.join([(torch.tensor([row]), stream.cache) for row, stream in enumerate(group)], 0)
-        cache = self._read(torch.tensor([stream.pending[:count] for stream in group]), cache)[1]
+        """As much of each as the shortest has, without its last token; with it, where all end there: that draws already."""
+        shortest = min(len(stream.pending) for stream in group)
+        count = min(PREFILL_TOKENS, shortest - 1)
+        group = group[: max(1, MAX_READ_TOKENS // (count + 1))]
+        whole = shortest <= PREFILL_TOKENS and all(len(s.pending) == shortest and s.options.max_tokens for s in group)
+        count += whole
+        before = None if group[0].cache is None else _joined([stream.cache for stream in group])
+        logits, cache = self._read(torch.tensor([stream.pending[:count] for stream in group]), before)
         for row, stream in enumerate(group):
             stream.pending = stream.pending[count:]
-            stream.cache = cache if len(group) == 1 else cache.select(torch.tensor([row]))
+            stream.cache = cache if len(group) == 1 else _Row(cache, row)
+        if whole:
+            draw_all(group, logits[:, -1])
 
     def _begin(self, streams: list[Stream]) -> None:
         """Rows of the batch for streams with one token left. With no state yet to put beside others, that token is read alone."""
         for stream in streams:
             if stream.options.max_tokens == 0:
                 stream.finish("length")
-            elif stream.cache is None:
+            elif stream.cache is None and not stream.finished:
                 logits, stream.cache = self._read(torch.tensor([stream.pending]), None)
-                stream.draw(logits[0, -1])
+                draw_all([stream], logits[:, -1])
             if stream.finished:
                 self._reading.remove(stream)
-                stream.end(stream.cache)
+                _end(stream, stream.cache)
         new = [stream for stream in streams if not stream.finished]
         if not new:
             return
-        here = len(self._running)
-        parts = [(torch.tensor([here + row]), stream.cache) for row, stream in enumerate(new)]
-        if here:
-            parts.insert(0, (torch.arange(here), self._cache))
-        self._cache = parts[0][1] if len(parts) == 1 else parts[0][1].join(parts, 0)
+        running = [_Row(self._cache, row) for row in range(len(self._running))]
+        self._cache = _joined([*running, *(stream.cache for stream in new)])
         for stream in new:
             self._reading.remove(stream)
             self._running.append(stream)
@@ -186,9 +197,7 @@ class Engine:
             return
         started = time.monotonic()
         logits, self._cache = self._read(torch.tensor([stream.pending for stream in self._running]), self._cache)
-        last = logits[:, -1].float().cpu()
-        for stream, row in zip(self._running, last):
-            stream.draw(row)
+        draw_all(self._running, logits[:, -1])
         count = len(self._running)
         self._let_go()
         self.observe(time.monotonic() - started, count)
@@ -203,7 +212,7 @@ class Engine:
         self._cache = cache.select(torch.tensor(kept)) if kept else None
         for row, stream in enumerate(streams):
             if stream.finished:
-                stream.end(cache.select(torch.tensor([row])))
+                _end(stream, _Row(cache, row))
 
     def _read(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """Logits [B, 1, V] after ids [B, T] of real tokens, and the state of each row."""
@@ -211,6 +220,30 @@ class Engine:
         return output.logits, output.cache
 
 
+def _end(stream: Stream, state: Any) -> None:
+    """Hand over the state, if anybody keeps it."""
+    stream.end((state.alone() if isinstance(state, _Row) else state) if stream.keep_state else None)
+
+
+def _joined(states: list[Any]) -> Any:
+    """One batch of states, in their order. Those that lie in one cache come out of it together."""
+    members: dict[int, list[tuple[int, _Row]]] = {}
+    for place, state in enumerate(states):
+        row = state if isinstance(state, _Row) else _Row(state, 0)
+        members.setdefault(id(row.cache), []).append((place, row))
+    parts = []
+    for found in members.values():
+        cache, rows = found[0][1].cache, [row.row for _, row in found]
+        whole = rows == list(range(cache.batch_size))
+        parts.append(
+            (torch.tensor([place for place, _ in found]), cache if whole else cache.select(torch.tensor(rows)))
+        )
+    return parts[0][1] if len(parts) == 1 else parts[0][1].join(parts, 0)
+
+
 def _position(stream: Stream) -> int:
     """Tokens that a stream has read in all."""
-    return 0 if stream.cache is None else int(torch.as_tensor(stream.cache.position).reshape(-1)[0])
+    if stream.cache is None:
+        return 0
+    cache, row = stream.cache if isinstance(stream.cache, _Row) else (stream.cache, 0)
+    return int(torch.as_tensor(cache.position).expand(cache.batch_size)[row])

@@ -185,7 +185,8 @@ class Service:
         rows = [[self.tokenizer.eos_id, *self._as_ids(prompt)] for prompt in prompts for _ in range(n)]
         job = Job(sum(map(len, rows)))
         job.streams = [
-            Stream(self.tokenizer, ids, _seeded(options, seed + i), partial(job.take, i)) for i, ids in enumerate(rows)
+            Stream(self.tokenizer, ids, _seeded(options, seed + i), partial(job.take, i), keep_state=False)
+            for i, ids in enumerate(rows)
         ]
         self.engine.submit(*job.streams)
         return job

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -57,6 +57,7 @@ class Stream:
     Args:
         emit: takes pieces to whoever waits.
         on_end: called once with the stream, before the last piece is emitted: what it stores is there when a client reads on.
+        keep_state: whether `cache` is wanted at the end; cutting it out of a batch costs time.
 
     Attributes:
         pending: ids that belong to the stream and that the model has not read yet; at least one while it runs.
@@ -74,10 +75,11 @@ class Stream:
         *,
         cache: Any = None,
         on_end: Callable[[Stream], None] = lambda stream: None,
+        keep_state: bool = True,
     ) -> None:
         assert prompt, "a stream begins with at least one token"
         self.pending, self.cache, self.options = list(prompt), cache, options
-        self._emit, self._on_end = emit, on_end
+        self._emit, self._on_end, self.keep_state = emit, on_end, keep_state
         self.num_prompt, self.num_drawn = len(prompt), 0
         self.cancelled = False
         self.finished: FinishReason | None = None
@@ -93,15 +95,21 @@ class Stream:
         """Whether one token is pending: the next step draws."""
         return len(self.pending) == 1
 
-    def draw(self, logits: Tensor) -> None:
-        """Draw the next token from logits [V], the pending token having been read. It may be the last: see `finished`."""
-        if not bool(torch.isfinite(logits).all()):
+    def draw(self, logits: Tensor, *, finite: bool, best: int) -> None:
+        """Draw the next token, the pending one having been read. It may be the last: see `finished`.
+
+        Args:
+            logits: [V] float32 on the CPU.
+            finite: whether all of them are.
+            best: the largest one's token.
+        """
+        if not finite:
             self.fail(
                 ServeError(500, "the model computed logits that are not finite; begin a new session", code="not_finite")
             )
             return
-        logits = logits.float().cpu()
-        token = int(sample(logits[None], self.options.sampling, self._rng)[0])
+        sampling = self.options.sampling
+        token = best if sampling.temperature == 0 else int(sample(logits[None], sampling, self._rng)[0])
         self.pending = [token]
         self.num_drawn += 1
         if self.options.top_logprobs is not None:
@@ -157,6 +165,14 @@ class Stream:
         """Where the first stop string begins in the text that is held."""
         found = [at for stop in self.options.stop if (at := self._held.find(stop)) >= 0]
         return min(found) if found else None
+
+
+def draw_all(streams: Sequence[Stream], logits: Tensor) -> None:
+    """A token for each stream from logits [B, V]; what needs no stream is computed for all rows at once."""
+    logits = logits.float().cpu()
+    finite, best = logits.isfinite().all(1).tolist(), logits.argmax(1).tolist()
+    for stream, row, is_finite, token in zip(streams, logits, finite, best):
+        stream.draw(row, finite=is_finite, best=token)
 
 
 def _could_begin(text: str, stops: tuple[str, ...]) -> int:

@@ -23,7 +23,9 @@ _BUILT_IN: dict[str, dict[str, Any]] = {
 }
 LIKE = {
     "linear_attention": "Linear-attention-like: without that paper's feature map",
+    "memora": "Memora-like: SiLU and no layer norm in its MLP",
     "retnet": "RetNet-like: without that paper's rotation of queries and keys, and its output gate",
+    "rwkv7": "RWKV-7-like: its state, in this operator's layer",
     "samba": "Samba-like: a gated linear recurrence in the place of that paper's Mamba layers",
     "ttt_linear": "TTT-Linear-like: without that paper's layer norm",
     "ttt_mlp": "TTT-MLP-like: without that paper's layer norm",

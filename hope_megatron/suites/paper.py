@@ -57,7 +57,7 @@ def _change(row: str) -> str:
 # Rows of table 2 by our family.
 _TABLE_2 = {
     "transformer_pp": "Transformer++", "retnet": "RetNet", "deltanet": "DeltaNet", "ttt_mlp": "TTT", "samba": "Samba",
-    "comba": "Comba", "titans": "Titans (LMM)", "hope": "HOPE",
+    "comba": "Comba", "rwkv7": "RWKV-7", "titans": "Titans (LMM)", "hope": "HOPE",
 }  # fmt: skip
 
 

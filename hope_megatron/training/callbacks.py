@@ -14,6 +14,7 @@ import torch
 from hope_megatron.checkpoint.format import PROBE_NAME
 from hope_megatron.config.parallel import own_spans
 from hope_megatron.eval.memory_health import cms_figure, measure_memories
+from hope_megatron.optim.base import group_clock
 from hope_megatron.runtime.disks import best_effort
 from hope_megatron.runtime.files import write_json
 from hope_megatron.runtime.heartbeat import HEART
@@ -158,6 +159,7 @@ class MemoryHealth(Callback):
         run.engine.optimizer.measure_updates = self._moves_due_level(run, run.state.step + 1)
 
     def after_step(self, run: Run, result: StepResult) -> None:
+        run.metrics |= run.engine.adapted
         if run.engine.optimizer.measure_updates:
             run.metrics |= run.engine.optimizer.relative_updates(cms_figure)
         every, step = run.config.training.memory_every, run.state.step
@@ -174,10 +176,11 @@ class MemoryHealth(Callback):
     def _moves_due_level(run: Run, step: int) -> bool:
         """Whether a level is updated in this step for the first time since a multiple of `memory_every`, or for the last."""
         every, last = run.config.training.memory_every, run.config.training.steps
-        periods = {level.update_period_steps for level in run.config.model.cms.levels}
+        clocks = {group_clock(group) for group in run.engine.optimizer.param_groups}
         return every > 0 and any(
-            step % period == 0 and (step // every > (step - period) // every or step + period > last)
-            for period in periods
+            clock.due(step)
+            and (step // every > (step - clock.period(step)) // every or step + clock.period(step + 1) > last)
+            for clock in clocks
         )
 
 

@@ -54,6 +54,14 @@ def full_state(engine):
     }
 
 
+def changing_levels():
+    """The slow level is updated in steps 2 and 7."""
+    from hope_megatron.config.model import CMSConfig, CMSLevelConfig, PeriodChange
+
+    slow = dict(update_period_steps=2, update_period_changes=(PeriodChange(from_step=2, period=5),))
+    return CMSConfig(levels=(CMSLevelConfig(hidden_size=32), CMSLevelConfig(hidden_size=16, **slow)))
+
+
 def same_layout(rank, world_size, directory):
     """Undisturbed 7 steps, and 4 steps + a new engine + 3 steps, inside slow periods of M3 (3) and the CMS level (2)."""
     from hope_megatron.checkpoint.checkpointer import Checkpointer
@@ -65,7 +73,7 @@ def same_layout(rank, world_size, directory):
         "dp2-zero2-bf16": {"zero_stage": 2, "precision": "bf16"},
         "dp2-zero3": {"zero_stage": 3},
         "dp2-zero0": {"zero_stage": 0},
-        "cp2-zero1": {"cp": 2, "zero_stage": 1},
+        "cp2-zero1, a period that was 2 and is 5": {"cp": 2, "zero_stage": 1, "cms": changing_levels()},
         "dgd-tp2-zero1": {"tp": 2, "zero_stage": 1, "mup_base_width": None, "optim": {"name": "dgd"}},
         "delta-momentum-dp2-zero2": {"zero_stage": 2, "mup_base_width": None, "optim": {"name": "delta_momentum"}},
     }.items():
@@ -94,7 +102,7 @@ def test_resume_is_bitwise_on_the_same_layout(tmp_path):
             "dp2-zero2-bf16": True,
             "dp2-zero3": True,
             "dp2-zero0": True,
-            "cp2-zero1": True,
+            "cp2-zero1, a period that was 2 and is 5": True,
             "dgd-tp2-zero1": True,
             "delta-momentum-dp2-zero2": True,
         }

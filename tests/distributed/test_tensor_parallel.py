@@ -23,6 +23,9 @@ CASES = {
         memory=MemoryConfig(chunk_tokens=8, eta_max=0.5, decay="constant", momentum="constant", query_correction=0.5)
     ),
     "retnet": tiny_model(memory=MemoryConfig(num_layers=1, dgd_layers="none", eta="fixed", decay="retnet", **STATIC)),
+    "rwkv7": tiny_model(
+        memory=MemoryConfig(num_layers=1, dgd_layers="input", rates_of="channel", decay_to="zero", **STATIC)
+    ),
     "transformer": tiny_model(layer_pattern=("attention",)),
     "qwen": tiny_model(
         layer_pattern=("attention",), attention=AttentionConfig(num_kv_heads=2, qkv_bias=True, qk_norm=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,34 @@ def test_configuration_page_is_what_the_schema_says():
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    """Imports at the head of files alone: one inside of a function is made when both files are there."""
+    files = {name: path for room in ("hope_megatron", "data_pipeline", "launch") for name, path in modules(room)}
+    imported = {name: {other for other in heads(path, name, files) if other != name} for name, path in files.items()}
+    assert len(imported) > 400 and sum(map(len, imported.values())) > 1000
+    while free := [name for name, others in imported.items() if not others & imported.keys()]:
+        for name in free:
+            del imported[name]
+    assert imported == {}
+
+
+def modules(room: str) -> Iterator[tuple[str, Path]]:
+    for path in (ROOT / room).rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def heads(path: Path, name: str, files: dict[str, Path]) -> Iterator[str]:
+    """Modules of this project that a file imports when it is imported itself."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = name if path.stem == "__init__" else name.rpartition(".")[0]
+            base = ".".join(filter(None, [package, node.module])) if node.level else node.module or ""
+            found = [inner if (inner := f"{base}.{alias.name}") in files else base for alias in node.names]
+        else:
+            continue
+        yield from (module for module in found if module in files)

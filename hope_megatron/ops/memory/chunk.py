@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hope_megatron.ops.memory.inner import dsilu, loss_gradient, squared_norm, step_scale, unit
+from hope_megatron.ops.memory.channels import channel_chunk
+from hope_megatron.ops.memory.inner import dsilu, loss_gradient, row_softmax, squared_norm, step_scale, unit
 from hope_megatron.ops.memory.layout import Group, Weights
 from hope_megatron.ops.memory.rule import MemoryRule
 from hope_megatron.ops.memory.tables import ChunkTables, chunk_tables, delta_inverse, gram
+from hope_megatron.ops.memory.types import RateLogits
 
 
 def chunk_scan(tensors, rule: MemoryRule, groups: tuple[Group, ...], position: int) -> tuple[Tensor, tuple[Group, ...]]:
@@ -67,6 +69,9 @@ def _period(q, x_k, x_v, eta, alpha, theta, rule: MemoryRule, groups: tuple[Grou
     """Write and read along (the rest of) one period, the longer of the two chunk lengths. Returns y [N, C, d] and the groups."""
     if len(groups) == 1:
         group = groups[0].at(position, rule.chunk_tokens)
+        if rule.rates_of == "channel":
+            y, group = channel_chunk(q, x_k, x_v, RateLogits(eta, alpha), rule, group)
+            return y, (group,)
         inputs = _generate(x_k, x_v, eta, alpha, theta, rule, group)
         write = _Write(inputs, rule, group)
         return write.read(_query(q, rule, group)), (write.end(),)
@@ -119,6 +124,7 @@ class _Write:
 
     def __init__(self, inputs: _Inputs, rule: MemoryRule, group: Group):
         self.rule, self.group = rule, group
+        self.seen = group = group if rule.weights == "sum" else _with_softmax(group, rule)
         self.tables = chunk_tables(inputs.eta, inputs.log_alpha, inputs.log_theta, decay_erased=rule.decay_erased)
         n, two_layers = group.n, rule.num_layers == 2
         k_n = _repeat(inputs.k, n)  # [N n, C, d]
@@ -174,10 +180,13 @@ class _Write:
 
     def read(self, q: Tensor) -> Tensor:
         """M_mem(q_t): at every token as written so far (dual form), or at the chunk's start. q [N, C, d] unit."""
-        group = self.group
+        group = self.seen
         skip = self.rule.read_skip and group.start.w_in is not None
         if self.rule.read == "chunk_start":
             y = group.layers_of("mem", q)
+        elif self.rule.weights == "softmax":
+            hidden = q if self.input is None else F.silu(self.input.read_mapped(q, self.rule))
+            y = self.vector.read_mapped(hidden, self.rule)
         else:
             if self.input is None:
                 hidden = group.features_of("mem", q, group.now)
@@ -196,6 +205,11 @@ class _Write:
         ]
         weights, speeds = zip(*found)
         return group._replace(now=Weights(*weights), speed=None if group.speed is None else Weights(*speeds))
+
+
+def _with_softmax(group: Group, rule: MemoryRule) -> Group:
+    """The group whose chunk starts with the weights that it answers with; what adds up stays in `now`."""
+    return group._replace(start=Weights(*(None if w is None else row_softmax(w, rule) for w in group.start)))
 
 
 def _errors(k: Tensor, v: Tensor, phi: Tensor, rule: MemoryRule, group: Group) -> tuple[Tensor | None, Tensor | None]:
@@ -288,6 +302,19 @@ class _Layer(NamedTuple):
             return y - torch.bmm(tables.Gamma * scores, self.drive)
         y = y + tables.momentum.m0 * torch.bmm(x, self.s.mT) - torch.bmm(tables.momentum.m * scores, self.drive)
         return y if self.erase is None else y - torch.bmm(tables.Gamma * scores, self.erase)
+
+    def read_mapped(self, x: Tensor, rule: MemoryRule) -> Tensor:
+        """The same where weights are a function of what adds up: every token's sums stand in memory, [N, C, o, x]."""
+        t, m = self.tables, self.tables.momentum
+        written = (self.drive.unsqueeze(-1) * self.keys.unsqueeze(-2)).flatten(2)  # [N, C, o x]
+        sums = t.gamma.unsqueeze(-1) * self.w.unsqueeze(1)
+        if self.anchor is not None:
+            sums = sums + (1 - t.gamma.unsqueeze(-1)) * self.anchor.unsqueeze(1)
+        if m is not None:
+            sums = sums + m.m0.unsqueeze(-1) * self.s.unsqueeze(1)
+        sums = sums - torch.bmm(t.Gamma if m is None else m.m, written).view_as(sums)
+        weights = row_softmax(sums, rule).flatten(0, 1)
+        return torch.bmm(weights, x.flatten(0, 1).unsqueeze(-1)).view(*x.shape[:2], -1)
 
     def end(self) -> tuple[Tensor, Tensor | None]:
         """Weights and momentum after the chunk's last token."""

@@ -45,6 +45,18 @@ def apply_memory(bank: Bank, x: Tensor, *, skip: bool) -> Tensor:
     return x + y if skip else y
 
 
+def seen(bank: Bank, rule: MemoryRule) -> Bank:
+    """The weights that a memory answers with, of those that its writes add up to."""
+    if rule.weights == "sum":
+        return bank
+    return Bank(None if bank.w_in is None else row_softmax(bank.w_in, rule), row_softmax(bank.w_out, rule))
+
+
+def row_softmax(w: Tensor, rule: MemoryRule) -> Tensor:
+    """c softmax of every row: descent in log W with rows on a simplex of sum c, which is mirror descent under KL divergence."""
+    return rule.row_sum * w.softmax(-1)
+
+
 def has_skip(bank: Bank, *, scalar: bool) -> bool:
     """Vector memories of two layers are residual (eq. 89); scalar and matrix memories are not."""
     return bank.w_in is not None and not scalar

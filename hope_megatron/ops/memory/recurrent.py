@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hope_megatron.ops.memory.channels import channel_rates, channel_token
 from hope_megatron.ops.memory.inner import (
     apply_memory,
     dsilu,
@@ -15,6 +16,7 @@ from hope_megatron.ops.memory.inner import (
     has_skip,
     output_error,
     output_key,
+    seen,
     squared_norm,
     step_scale,
     unit,
@@ -50,6 +52,8 @@ def memory_recurrent(
 def _token(
     x_q, x_k, x_v, logits: RateLogits, rule: MemoryRule, state: MemoryState, initial: MemoryParams
 ) -> tuple[Tensor, MemoryState]:
+    if rule.rates_of == "channel":
+        return _channel_token(x_q, x_k, x_v, logits, rule, state)
     now, momentum, position = state.now, state.momentum, state.position
     start = _start(state.start, now, rule, position)
 
@@ -78,15 +82,26 @@ def _token(
         if bank is None:
             new.append(None), new_momentum.append(None)
             continue
+        first = seen(first, rule)
         anchor = getattr(initial, name) if rule.decay_to == "initial" else None
         bank, speed = _write(bank, first, speed, anchor, k, v, eta, alpha, theta, rule, scalar=name == "scalar")
         new.append(bank), new_momentum.append(speed)
     now = MemoryParams(*new)
 
-    memory = now.mem if rule.read == "causal" else start.mem
+    memory = seen(now.mem if rule.read == "causal" else start.mem, rule)
     y = apply_memory(memory, q, skip=rule.read_skip and has_skip(memory, scalar=False))
     start = _start(start, now, rule, position + 1)
     return y, MemoryState(now, start, momentum and MemoryParams(*new_momentum), position + 1)
+
+
+def _channel_token(x_q, x_k, x_v, logits: RateLogits, rule: MemoryRule, state: MemoryState):
+    """RWKV-7's token: see channels.py."""
+    q, k, v = (x[:, :, 0, 0] for x in (x_q, x_k, x_v))  # [B, H, d]
+    eta, log_alpha = channel_rates(logits, rule)
+    w = channel_token(state.now.mem.w_out[:, :, 0], unit(k), unit(v) if rule.normalize_values else v, eta, log_alpha)
+    now = MemoryParams(Bank(None, w.unsqueeze(2)))
+    y = apply_memory(now.mem, unit(q)[:, :, None, None], skip=False)
+    return y, MemoryState(now, _start(state.start, now, rule, state.position + 1), None, state.position + 1)
 
 
 def _start(start: MemoryParams, now: MemoryParams, rule: MemoryRule, position: int) -> MemoryParams:

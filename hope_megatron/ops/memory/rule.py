@@ -6,17 +6,36 @@ Nothing here imports torch, so that configuration can use it on a login node.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 Kernel = Literal["auto", "torch", "phases", "cpu", "triton"]
 
+LONGEST_CHANNEL_CHUNK = 64
+"""Tokens of a chunk with rates of channels: exp(64 e^(-1/2)) = 7e16 is what their retention may take away and give back."""
+
+
+def channel_share(alpha: float) -> float:
+    """sigmoid(x) of a channel's retention alpha = exp(-e^(-1/2) sigmoid(x))."""
+    return -math.log(alpha) * math.exp(0.5)
+
+
+_CHANNEL_RATES: Mapping[str, Any] = dict(
+    num_layers=1, objective="dot", dgd_layers=("input", "all"), decay_to="zero", decay_erased=False, read="causal"
+)
+
 
 class MemoryRuleError(ValueError):
     """A rule that does not exist, or memories and inputs that do not fit it. The message names the values and the remedy."""
 
     is_user_error = True
+
+
+_SOFTMAX_WEIGHTS: Mapping[str, Any] = dict(
+    objective=("l2", "huber", "lp"), dgd_layers="none", written_layers="all", own_targets=False, normalize_steps=True
+)
 
 
 @dataclass(frozen=True)
@@ -111,9 +130,17 @@ class MemoryRule:
     "all": the output layer too, keyed by its unit features."""
     decay_erased: bool = False
     """Retention also scales what that term erases, W alpha (I - eta k k^T): the gated delta rule."""
+    rates_of: Literal["head", "channel"] = "head"
+    """Whether a learning rate and a retention are numbers of a head, or of every channel of its keys, as in RWKV-7
+    (arXiv 2503.14456): W (diag(alpha) - k (eta k)^T) + v (eta k)^T, alpha = exp(-e^(-1/2) sigmoid(x)) (matrix memories)."""
     decay_to: Literal["zero", "initial"] = "initial"
     """What retention forgets towards: the learned initial state, W_0 + (W - W_0) alpha, or nothing, W alpha (eq. 88 literally),
     which fades W_0 too, so that contexts longer than the trained ones are read with memories that were never trained."""
+    weights: Literal["sum", "softmax"] = "sum"
+    """What a memory answers with: what its writes add up to; or row_sum times the softmax of each row of that sum, which retention
+    by KL divergence makes of them (Memora, arXiv 2504.13173): W = c softmax(alpha log W - eta grad)."""
+    row_sum: Annotated[float, Bound(gt=0.0)] = 8.0
+    """Weights softmax: c, what every row of a matrix sums to."""
     own_targets: bool = True
     """Each memory writes its own target M(v) (self-modification). False: the target is v, as in Titans. The two scalar
     memories always write their own."""
@@ -210,6 +237,29 @@ class MemoryRule:
                 f"{section}num_layers=1 (a matrix memory) has static projections and external targets; set "
                 "adaptive_key, adaptive_value, adaptive_query, adaptive_eta, adaptive_alpha and own_targets to false, "
                 "or num_layers=2"
+            )
+        if self.rates_of == "channel":
+            return self._channel_conflict(section)
+        if (
+            self.weights == "softmax"
+            and (text := self.differs(**_SOFTMAX_WEIGHTS) or self._of_self_memories()) is not None
+        ):
+            return (
+                f"{section}weights=softmax is descent in the logarithm of the weights: {text}; set that, or weights=sum"
+            )
+        return None
+
+    def _of_self_memories(self) -> str | None:
+        return "it has adaptive_* memories, it takes none" if self.adaptive else None
+
+    def _channel_conflict(self, section: str) -> str | None:
+        """Rates of channels belong to one recurrence, that of RWKV-7."""
+        if (text := self.differs(**_CHANNEL_RATES)) is not None:
+            return f"{section}rates_of=channel is the delta rule of a matrix memory: {text}; set that, or rates_of=head"
+        if self.chunk_tokens > LONGEST_CHANNEL_CHUNK:
+            return (
+                f"{section}chunk_tokens={self.chunk_tokens} with rates_of=channel: beyond {LONGEST_CHANNEL_CHUNK} tokens a chunk's "
+                f"retention leaves the range of float32; set chunk_tokens to at most {LONGEST_CHANNEL_CHUNK}"
             )
         return None
 

@@ -105,7 +105,12 @@ def gram(keys: Tensor) -> Tensor:
 def delta_inverse(grams: Tensor, tables: ChunkTables) -> Tensor:
     """(I + diag(beta) strictly_lower(Gamma_prev . K K^T))^-1 for grams K K^T, [N, C, C] or [N, n, C, C]."""
     decay = tables.erase_Gamma_prev if grams.dim() == 3 else tables.erase_Gamma_prev.unsqueeze(1)
-    return _Inverse.apply(decay * grams)
+    return lower_inverse(decay * grams)
+
+
+def lower_inverse(lower: Tensor) -> Tensor:
+    """(I + L)^-1 for strictly lower triangular L [..., C, C], differentiable in two products."""
+    return _Inverse.apply(lower)
 
 
 class _Inverse(torch.autograd.Function):

@@ -33,7 +33,7 @@ class MemoryParams(NamedTuple):
 
 
 class RateLogits(NamedTuple):
-    """Static parts of the rates before their sigmoids, each [B, T, H]."""
+    """Static parts of the rates before their sigmoids, each [B, T, H]; with rates of channels eta and alpha are [B, T, H, d]."""
 
     eta: Tensor | None = None  # None: eta = eta_max
     alpha: Tensor | None = None  # None: alpha = 1, no decay
@@ -82,9 +82,12 @@ def check_arguments(
     B, T, H, _ = q.shape
     for name, x in (("k", k), ("v", v)):
         _expect(name, x, q.shape, q)
+    channels = rule.rates_of == "channel"
+    if channels and (logits.eta is None or logits.alpha is None or logits.theta is not None):
+        raise MemoryRuleError("rates_of=channel takes logits of eta and of alpha, and no momentum")
     for name, x in logits._asdict().items():
         if x is not None:
-            _expect(f"logits.{name}", x, (B, T, H), q)
+            _expect(f"logits.{name}", x, q.shape if channels else (B, T, H), q)
     _check_banks("params", params, (H,), q, rule)
     if state is not None:
         _check_banks("state.now", state.now, (B, H), q, rule)

@@ -18,11 +18,12 @@ def matrices_of(tensor: Tensor, parts: tuple[int, ...]) -> list[Tensor]:
 
 
 class ReferenceM3:
-    """`params`: name -> full tensor with .grad; `roles`, `parts`, `periods`, `phases`, `decays` by name."""
+    """`params`: name -> full tensor with .grad; `roles`, `parts`, `periods`, `phases`, `decays` by name; `changes` of periods."""
 
-    def __init__(self, params, roles, parts, periods, phases, decays, cfg):
+    def __init__(self, params, roles, parts, periods, phases, decays, cfg, changes):
         self.params, self.roles, self.parts = params, roles, parts
         self.periods, self.phases, self.decays, self.cfg = periods, phases, decays, cfg
+        self.changes, self.waited, self.updates = changes, dict.fromkeys(params, 0), dict.fromkeys(params, 0)
         self.step_count = 0
         zeros = {k: torch.zeros_like(p) for k, p in params.items()}
         self.m1, self.v, self.m2, self.o2, self.chunk, self.pending = (
@@ -33,14 +34,17 @@ class ReferenceM3:
     def step(self):
         self.step_count += 1
         for name, param in self.params.items():
-            period = self.periods[name]
             self.pending[name] += param.grad
-            if self.step_count % period:
+            self.waited[name] += 1
+            if self.waited[name] < self.periods[name]:
                 continue
+            self.waited[name] = 0
+            self.updates[name] += 1
             grad = self.pending[name]
             self.pending[name] = torch.zeros_like(param)
             update = self._matrix if self.roles[name] == "matrix" else self._vector
-            update(name, param, grad, self.step_count // period)
+            update(name, param, grad, self.updates[name])
+            self.periods[name] = dict(self.changes[name]).get(self.step_count, self.periods[name])
 
     def _vector(self, name, param, grad, t):
         cfg, (b1, b2) = self.cfg, self.cfg.betas

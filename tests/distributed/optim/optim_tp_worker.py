@@ -53,10 +53,16 @@ def full_loss(w: dict[str, Tensor], tokens: Tensor, target: Tensor) -> Tensor:
     return (x @ w["mixed"].T - target).square().mean()
 
 
+def tag_slow(name: str, param: nn.Parameter, changes: tuple[tuple[int, int], ...]) -> None:
+    """Where there are changes of a period, a shard of rows, one of columns and a vector are of a slow level of period 2."""
+    if changes and name in ("down.weight", "heads", "norm"):
+        param.update_period_steps, param.update_period_changes = 2, changes  # type: ignore[attr-defined]
+
+
 class ParallelModel(nn.Module):
     """The same with Megatron's layers, each rank with its shard of `full_weights`."""
 
-    def __init__(self, tags_hidden: bool = False) -> None:
+    def __init__(self, tags_hidden: bool = False, changes: tuple[tuple[int, int], ...] = ()) -> None:
         super().__init__()
         from megatron.core import ModelParallelConfig, parallel_state
         from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
@@ -85,6 +91,7 @@ class ParallelModel(nn.Module):
         full = full_weights()
         for name, param in self.named_parameters():
             param.data.copy_(split_shards(full[name], TAGS[name], size)[rank])
+            tag_slow(name, param, changes)
             if tags_hidden:  # the control: every shard passes for a matrix
                 param.tensor_model_parallel, param.optim_fused_parts = False, ()
 
@@ -143,7 +150,7 @@ def run_tp_cases(rank: int, world_size: int, cases: list[Case], control: Case) -
     results["errors"] = _wrong_bindings(cases[0], mpu)
     for case in [*cases, control]:
         micro_batch = BATCH // (world_size // 2) // case.accumulation
-        engine = make_engine(case, ParallelModel(tags_hidden=case is control), micro_batch, mpu)
+        engine = make_engine(case, ParallelModel(case is control, case.changes), micro_batch, mpu)
         bind(engine)
         train(engine, case, 0, 7)
         saved = export_state(engine.basic_optimizer)
@@ -241,6 +248,7 @@ def run_reference(case: Case) -> dict[str, Tensor]:
     for n, p in params.items():
         p.optim_role = "vector" if n in ("embedding.weight", "norm") else "matrix"
         p.optim_fused_parts = TAGS[n].fused_parts
+        tag_slow(n, p, case.changes)
     optimizer = build_optimizer(params.items(), case.optim)
     reference = literal(params, optimizer, case)
     for step in range(case.steps):

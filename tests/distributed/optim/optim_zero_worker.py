@@ -60,12 +60,14 @@ class Case:
     clip: float = 0.0
     dtype: str = "float32"
     fp32_accumulation: bool = False
+    changes: tuple[tuple[int, int], ...] = ()
+    """Of the slow level's period."""
 
 
 class TinyModel(nn.Module):
     """Odd shapes, so that matrices straddle ranks: a plain matrix, a stack, fused parts, a slow level, vectors."""
 
-    def __init__(self) -> None:
+    def __init__(self, changes: tuple[tuple[int, int], ...] = ()) -> None:
         super().__init__()
         torch.manual_seed(0)
 
@@ -80,8 +82,8 @@ class TinyModel(nn.Module):
         self.table = param(12, 4, optim_role="vector")
         self.stack = param(3, 5, 4)
         self.fused = param(18, 15, optim_fused_parts=(6, 8, 4))
-        self.slow = param(6, 18, update_period_steps=2)
-        self.gain = param(1, update_period_steps=2)
+        self.slow = param(6, 18, update_period_steps=2, update_period_changes=changes)
+        self.gain = param(1, update_period_steps=2, update_period_changes=changes)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = torch.tanh(x @ self.plain.T + self.bias) @ self.table
@@ -134,7 +136,7 @@ def train(engine: Any, case: Case, start: int, stop: int) -> None:
 
 def start(case: Case) -> Any:
     """An engine for the tiny model on plain data parallelism, bound."""
-    engine = make_engine(case, TinyModel(), GLOBAL_BATCH // dist.get_world_size() // case.accumulation)
+    engine = make_engine(case, TinyModel(case.changes), GLOBAL_BATCH // dist.get_world_size() // case.accumulation)
     engine.basic_optimizer.bind_zero(engine.optimizer)
     return engine
 
@@ -156,7 +158,7 @@ def run_reference(case: Case, world_size: int) -> dict[str, Tensor]:
     """The same training in one process: M3 and the deep optimizers written literally, the others by themselves on whole parameters.
 
     `world_size` only matters to the rounding in bf16."""
-    master = TinyModel()
+    master = TinyModel(case.changes)
     if case.dtype == "bfloat16":  # DeepSpeed's master weights are copies of the model in bf16
         master.to(torch.bfloat16).float()
     params = dict(master.named_parameters())
@@ -189,6 +191,7 @@ def literal(params: dict[str, nn.Parameter], optimizer: Any, case: Case) -> Any:
         phases,
         {n: case.optim.weight_decay if p.ndim >= 2 else 0.0 for n, p in params.items()},
         case.optim,
+        {n: getattr(p, "update_period_changes", ()) for n, p in params.items()},
     )
 
 

@@ -38,6 +38,13 @@ DEEP_CASES = [
     }.items()
     for stage, changes, clip in zip((1, 2, 3), settings, (0.0, 1.0, 0.0))
 ]
+# Updates at steps 2, 4, 7, 10, 11 and 12: as many as with a period of 2.
+CHANGES = ((4, 3), (10, 1))
+CHANGING = [
+    Case("changing period, stage 1", 1, changes=CHANGES),
+    Case("changing period, stage 3", 3, changes=CHANGES),
+    Case("changing period, dgd", 1, OptimSettings(name="dgd", form="paper", lr=1e-2), changes=CHANGES),
+]
 # Batched and single matrix products differ in the last bit, and 12 steps of Newton-Schulz and division pass it on. In bf16 that bit
 # can turn the rounding of one weight, which moves every gradient of the next step by 1 / 256 of that weight's share.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-4}
@@ -45,7 +52,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-4}
 
 @pytest.mark.parametrize(
     ("world_size", "cases"),
-    [(2, STAGES + SETTINGS + PEERS + DEEP_CASES), (3, STAGES), (4, STAGES)],
+    [(2, STAGES + SETTINGS + PEERS + DEEP_CASES + CHANGING), (3, STAGES), (4, STAGES)],
     ids=["2", "3", "4"],
 )
 def test_trajectory_equals_reference(world_size, cases):
@@ -66,10 +73,11 @@ def test_trajectory_equals_reference(world_size, cases):
         assert stats["optim/exchange_bytes"] > 0
 
 
-@pytest.mark.parametrize("name", ["m3", "dmgd"])
-def test_resume_is_bitwise_and_state_reshards(name):
-    """Saved at step 7: inside a slow period of three, and with half a gradient pending in the group of period two."""
-    case = Case("source", 2, OptimSettings(name=name), steps=12)
+@pytest.mark.parametrize(("name", "changes"), [("m3", ()), ("dmgd", ()), ("m3", ((4, 5), (9, 1)))])
+def test_resume_is_bitwise_and_state_reshards(name, changes):
+    """Saved at step 7: inside a slow period of three, and with half a gradient pending in the group of period two, or with three
+    fifths after its period has changed."""
+    case = Case("source", 2, OptimSettings(name=name), steps=12, changes=changes)
     results = run_distributed(run_resume, 2, case, 7)
     expected = results[0]["undisturbed"]
     assert any(

@@ -82,6 +82,17 @@ def test_table_shows_every_part(capsys):
         assert word in text
 
 
+def test_periods_that_change_are_shown(capsys):
+    levels = (
+        "model.cms.levels=[{hidden_size: 64}, {hidden_size: 32, update_period_steps: 8, update_period_changes: "
+        "[{from_step: 400, period: 2}, {from_step: 90000000, period: 1}]}]"
+    )
+    assert main(["plan", "hope_60m", levels, "training.steps=1000"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "CMS level 2 of 2: period in steps 8, from step 400 on 2, from step 90000000 on 1; 350 updates" in shown
+    assert "step 90000000 is not before the run's end" in shown
+
+
 def test_what_does_not_fit_is_said(capsys):
     assert main(["plan", "hope_7b", "--hardware", "l40s"]) == 0
     assert "Does not fit" in capsys.readouterr().out

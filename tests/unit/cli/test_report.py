@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hope_megatron.cli.main import main
 from hope_megatron.cli.run_report import _LAYER
@@ -69,6 +70,16 @@ def test_the_page_shows_all_of_it_and_needs_nothing_else(run, tmp_path, capsys):
     outside = Outside()
     outside.feed(page)
     assert outside.found == [] and not re.search(r"url\(|@import", page)
+
+
+def test_a_period_that_changes_is_drawn(run, tmp_path, capsys):
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["model"]["cms"]["levels"][1]["update_period_changes"] = [{"from_step": 2, "period": 1}]
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert "level 2: 2, from step 2 on 1; 3 updates so far" in page
 
 
 def test_the_facts_for_programs(run, capsys):

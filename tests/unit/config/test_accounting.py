@@ -142,6 +142,8 @@ def test_recompute_is_the_memories_or_a_forward_without_the_head():
         STATIC,
         ["num_layers=1", "decay=none", *STATIC],
         ["num_layers=1", "momentum=constant", *STATIC],
+        ["weights=softmax", "objective=l2", "dgd_layers=none", "eta_max=0.01", "row_sum=2", *STATIC],
+        ["num_layers=1", "dgd_layers=input", "rates_of=channel", "decay_to=zero", *STATIC],
     ],
     ids=" ".join,
 )
@@ -200,7 +202,10 @@ def _operator_inputs(model: ModelConfig, *, B: int, T: int):
         bank(memory.num_vector, d),
         bank(memory.num_scalar, 1),
     )
-    rates = [random(B, T, H) if there else None for there in (True, memory.decay != "none", memory.momentum != "none")]
+    each = (d,) if memory.rates_of == "channel" else ()
+    rates = [
+        random(B, T, H, *each) if there else None for there in (True, memory.decay != "none", memory.momentum != "none")
+    ]
     return *(random(B, T, H, d) for _ in range(3)), RateLogits(*rates), params, memory.rule
 
 
@@ -259,15 +264,17 @@ def test_estimate_by_hand():
     assert estimate(run, 4, HARDWARE["h100"], 0.5).hours == pytest.approx(seconds / 3600)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_memories_in_pytorch_keep_what_is_planned(precision):
+@pytest.mark.parametrize(
+    ("model", "precision"), [("hope_tiny", "fp32"), ("hope_tiny", "bf16"), ("memora_tiny", "fp32")]
+)
+def test_memories_in_pytorch_keep_what_is_planned(model, precision):
     settings = [
         "model.memory.kernel=torch",
         "model.num_layers=2",
         "training.seq_length=128",
         "training.micro_batch_size=2",
     ]
-    run = run_of("hope_tiny", f"training.precision={precision}", *settings)
+    run = run_of(model, f"training.precision={precision}", *settings)
     bytes_ = footprint(run, 1, on_gpu=False)
     assert bytes_.memory_states + bytes_.activations == pytest.approx(_kept_bytes(run), rel=0.25)
 

@@ -26,6 +26,11 @@ BASE: dict[str, Any] = {
 }
 # with an optional section given, so that its keys are there to be misspelt
 FULL = parse_yaml(dump_config(resolve_run_config(BASE, ["model.mup.base_width=256"], source="test")), "test")
+# of which a level has one
+OPTIONAL_CLOCKS: dict[str, Any] = {
+    "update_period_adaptive": {"shortest": 1, "longest": 64, "halve_above": 0.3, "double_below": 0.0},
+    "update_period_changes": [{"from_step": 8, "period": 1}],
+}
 PATHS = sorted(".".join(map(str, path)) for path in key_paths(RunConfig))
 
 
@@ -42,6 +47,8 @@ def complaint(path: str, key: str) -> str:
     """What is said when the last key of `path` is written as `key`."""
     data = copy.deepcopy(FULL)
     *sections, last = path.split(".")
+    if one_of_two := [name for name in OPTIONAL_CLOCKS if name in sections]:
+        data["model"]["cms"]["levels"][0] |= {name: copy.deepcopy(OPTIONAL_CLOCKS[name]) for name in one_of_two}
     node: Any = data
     for part in sections:
         node = node[int(part) if part.isdigit() else part]

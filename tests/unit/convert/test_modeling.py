@@ -37,6 +37,16 @@ VARIANTS = {
     "titans": {"memory": MemoryConfig(chunk_tokens=8, hidden_size=12, own_targets=False, **STATIC)},
     "deltanet": {"memory": MemoryConfig(chunk_tokens=8, num_layers=1, decay="none", own_targets=False, **STATIC)},
     "retnet": {"memory": MemoryConfig(chunk_tokens=8, num_layers=1, decay="retnet", own_targets=False, **STATIC)},
+    "softmax weights": {
+        "memory": MemoryConfig(
+            chunk_tokens=4, objective="l2", weights="softmax", dgd_layers="none", own_targets=False, **STATIC
+        )
+    },
+    "rates of channels": {
+        "memory": MemoryConfig(
+            chunk_tokens=8, num_layers=1, rates_of="channel", decay_to="zero", own_targets=False, **STATIC
+        )
+    },
     "fixed rate": {
         "memory": MemoryConfig(
             chunk_tokens=8, num_layers=1, eta="fixed", eta_max=0.5, decay="none", own_targets=False, **STATIC

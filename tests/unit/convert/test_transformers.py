@@ -96,6 +96,28 @@ def test_unequal_prompts_are_continued_as_if_alone(name: str, side: str) -> None
             assert torch.equal(found[row], model.generate(ids[row : row + 1, :length], **options)[0, length:])
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_embeddings_are_continued_as_their_tokens(side: str, use_cache: bool) -> None:
+    model = make_model()
+    x, mask, _ = padded(texts(), side)
+    embeds = model.get_input_embeddings()(x)
+    options = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, attention_mask=mask, use_cache=use_cache)
+    expected = model.generate(x, **options)[:, 20:]
+    assert torch.equal(model.generate(inputs_embeds=embeds, **options), expected)
+    # tokens beside embeddings only stand in front of the answer
+    others = model.generate(torch.full_like(x, 5), inputs_embeds=embeds, **options)
+    assert torch.equal(others[:, 20:], expected) and others[0, 0] == 5
+
+
+def test_embeddings_go_on_from_a_state() -> None:
+    model, ids = make_model(), texts()
+    embeds, options = model.get_input_embeddings()(ids), dict(max_new_tokens=5, do_sample=False, eos_token_id=None)
+    state, expected = model(ids[:, :8]).state, model.generate(ids, **options)[:, 20:]
+    assert torch.equal(model.generate(inputs_embeds=embeds[:, 8:], state=state, **options), expected)
+    assert torch.equal(model.generate(inputs_embeds=embeds, past_key_values=state, **options), expected)
+
+
 @pytest.mark.parametrize("name", ["hope", "window"])
 def test_gradients_of_a_padded_batch_are_the_sum_of_its_rows(name: str) -> None:
     model, ids = make_model(name).train(), texts()

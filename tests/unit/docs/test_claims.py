@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from hope_megatron.config.model import CMSConfig, CMSLevelConfig, MemoryConfig
 from hope_megatron.config.optim import OptimConfig
 
 ROOT = Path(__file__).parents[3]
@@ -35,3 +36,13 @@ def test_the_scripts_that_records_name_are_there() -> None:
         name for page in pages for name in re.findall(r"benchmarks/[\w/]+\.(?:py|sh)", page.read_text(encoding="utf-8"))
     }
     assert len(named) > 15 and [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
+def test_the_map_of_the_paper_names_tests_and_keys_that_are_there() -> None:
+    page = (ROOT / "docs/nested_learning.md").read_text(encoding="utf-8")
+    tests = set(re.findall(r"`((?:unit|distributed)/[\w/]+(?:\.py|/))`", page))
+    assert len(tests) > 12 and [name for name in sorted(tests) if not (ROOT / "tests" / name).exists()] == []
+    sections = {"optim": OptimConfig, "memory": MemoryConfig, "cms.levels.N": CMSLevelConfig, "cms": CMSConfig}
+    keys = re.findall(r"`(?:model\.)?(optim|memory|cms\.levels\.N|cms)\.(\w+)[=`]", page)
+    unknown = [f"{section}.{key}" for section, key in keys if key not in sections[section].model_fields]
+    assert len(keys) > 20 and unknown == []

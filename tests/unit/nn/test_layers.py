@@ -30,6 +30,15 @@ MEMORIES: dict[str, dict[str, Any]] = {
         "own_targets": False,
         **STATIC,
     },
+    "rwkv7": {
+        "chunk_tokens": 8,
+        "num_layers": 1,
+        "dgd_layers": "input",
+        "decay_to": "zero",
+        "rates_of": "channel",
+        "own_targets": False,
+        **STATIC,
+    },
     "retnet": {"chunk_tokens": 8, "num_layers": 1, "decay": "retnet", "own_targets": False, **STATIC},
 }
 

@@ -17,7 +17,7 @@ from hope_megatron.serve.engine import Engine
 from hope_megatron.serve.errors import ServeError
 from hope_megatron.serve.service import _next_turn
 from hope_megatron.serve.session_file import load_session, save_session
-from hope_megatron.serve.streams import Piece, Stream, StreamOptions
+from hope_megatron.serve.streams import Piece, Stream, StreamOptions, draw_all
 
 
 class Letters:
@@ -36,7 +36,7 @@ def drawn(text: str, **options: Any) -> tuple[list[Piece], Stream]:
     for letter in text:
         if not stream.finished:
             token = 0 if letter == "." else ord(letter) - 96
-            stream.draw(torch.nn.functional.one_hot(torch.tensor(token), 27) * 9.0)
+            draw_all([stream], torch.nn.functional.one_hot(torch.tensor([token]), 27) * 9.0)
     if stream.finished:
         stream.end(None)
     return pieces, stream
@@ -72,7 +72,7 @@ def test_logprobs_go_with_their_text_once() -> None:
 def test_logits_that_are_not_finite_end_the_stream() -> None:
     pieces: list[Piece] = []
     stream = Stream(Letters(), [1], StreamOptions(max_tokens=3), pieces.append)
-    stream.draw(torch.full((27,), float("nan")))
+    draw_all([stream], torch.full((1, 27), float("nan")))
     stream.end(None)
     assert pieces[-1].finish == "error" and pieces[-1].error is not None and pieces[-1].error.status == 500
 

@@ -15,6 +15,9 @@ _PARAMETERS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).p
 CACHE = "cache" if "cache" in _PARAMETERS else "past_key_values"
 """What this version of transformers calls the cache in its loops."""
 
+_NOT_FORWARDED = ("position_ids", "cache_position", "token_type_ids", "labels", "shift_labels")
+"""What `generate` may hand on and a step does not need: the state knows its position, and nothing is scored."""
+
 
 def given_cache(*names: Any) -> HopeCache | None:
     """The one of cache, past_key_values and state that is given.
@@ -33,6 +36,19 @@ def given_cache(*names: Any) -> HopeCache | None:
     return given[0] if given else None
 
 
+def _padding_in_front(ids: Tensor | None, given: dict[str, Any]) -> Tensor | None:
+    """`ids`, and `attention_mask` and `inputs_embeds` in `given`, so that what comes next follows the last token of each row."""
+    mask, embeds = torch.as_tensor(given["attention_mask"]), given.get("inputs_embeds")
+    if mask.dim() != 2 or bool(mask[:, -1:].all()):
+        return ids
+    behind = mask.flip(1).long().argmax(1)
+    columns = (torch.arange(mask.size(1), device=mask.device) - behind[:, None]) % mask.size(1)
+    given["attention_mask"] = mask.gather(1, columns)
+    if embeds is not None:
+        given["inputs_embeds"] = embeds.gather(1, columns[..., None].expand_as(embeds))
+    return ids.gather(1, columns) if ids is not None and ids.shape == mask.shape else ids
+
+
 class HopeGeneration(GenerationMixin):
     """The parts of GenerationMixin that know what a state is."""
 
@@ -42,23 +58,27 @@ class HopeGeneration(GenerationMixin):
         Args:
             inputs, input_ids: prompts [B, T]. Padding, which attention_mask must mark, may stand on either side. A prompt
                 without a token begins after an end mark, as documents do in training.
-            state: where the streams stand; `input_ids` then hold only what comes next, at least one token.
+            state: where the streams stand; `input_ids` then hold only what comes next, at least one token. So for `inputs_embeds`.
             cache, past_key_values: the same state by transformers' names. If attention_mask is longer than input_ids, these
                 hold only what comes next; otherwise they hold the whole text, of which the state has read the beginning.
         """
         state = kwargs.pop("state", None)
         cache = given_cache(state, kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
-        if inputs is None and kwargs.get("inputs_embeds") is None:
+        embeds = kwargs.get("inputs_embeds")
+        if inputs is None and embeds is None:
             inputs = kwargs.pop("input_ids", None)
         if inputs is not None:
             inputs, kwargs["attention_mask"] = self._begun(torch.as_tensor(inputs), kwargs.get("attention_mask"), cache)
-            mask = kwargs["attention_mask"]
-            if cache is not None and (
-                state is not None or mask.size(1) > inputs.size(1)
-            ):  # inputs hold only what comes next
-                cache, kwargs["attention_mask"] = cache.begun(), mask[:, mask.size(1) - inputs.size(1) :]
+        given, mask = inputs if embeds is None else embeds, kwargs.get("attention_mask")
+        if cache is not None and given is not None:
+            length = given.size(1)
+            if state is not None or (mask is not None and mask.size(1) > length):  # only what comes next
+                cache = cache.begun()
+                kwargs["attention_mask"] = None if mask is None else mask[:, mask.size(1) - length :]
         if cache is not None:
             kwargs[CACHE] = cache
+        elif kwargs.get("attention_mask") is not None:
+            inputs = _padding_in_front(inputs, kwargs)
         return super().generate(inputs, *args, **kwargs)
 
     def _begun(self, ids: Tensor, mask: Tensor | None, cache: HopeCache | None) -> tuple[Tensor, Tensor]:
@@ -72,10 +92,6 @@ class HopeGeneration(GenerationMixin):
         if mask.dim() == 2 and not bool((rows := mask.any(1)).all()):
             ids, mask = ids.clone(), mask.clone()
             ids[~rows, -1], mask[~rows, -1] = self._end_mark(cache), 1
-        if cache is None and mask.shape == ids.shape and not bool(mask[:, -1].all()):
-            behind = mask.flip(1).long().argmax(1)  # padding goes in front: what comes next follows the last token
-            columns = (torch.arange(ids.size(1), device=ids.device) - behind[:, None]) % ids.size(1)
-            ids, mask = ids.gather(1, columns), mask.gather(1, columns)
         return ids, mask
 
     def _end_mark(self, cache: HopeCache | None) -> int:
@@ -115,6 +131,7 @@ class HopeGeneration(GenerationMixin):
         """The prompt or what of it the state has not read; then the last token."""
         cache = given_cache(cache, past_key_values)
         common: dict[str, Any] = {
+            **{name: value for name, value in kwargs.items() if name not in _NOT_FORWARDED},
             "use_cache": use_cache,
             "output_hidden_states": output_hidden_states,
             "logits_to_keep": 1,
@@ -122,16 +139,21 @@ class HopeGeneration(GenerationMixin):
         if in_loop:
             return {"input_ids": input_ids[:, -1:], "cache": cache, **common}
         common |= {"cache": cache, "attention_mask": attention_mask}
-        if inputs_embeds is not None and input_ids.size(1) == 0:
-            return {"inputs_embeds": inputs_embeds, **common}
+        name = "input_ids" if inputs_embeds is None else "inputs_embeds"
+        text = input_ids if inputs_embeds is None else self._embedded(inputs_embeds, input_ids, attention_mask)
         if cache is not None:
-            if cache.num_columns >= input_ids.size(1):
+            if cache.num_columns >= text.size(1):
                 raise ValueError(
-                    f"the state has read {cache.num_columns} tokens and input_ids hold {input_ids.size(1)}; give the whole "
+                    f"the state has read {cache.num_columns} tokens and {name} hold {text.size(1)}; give the whole "
                     "text with at least one new token, or state=... and the new tokens alone"
                 )
-            input_ids = input_ids[:, cache.num_columns :]
-        return {"input_ids": input_ids, **common}
+            text = text[:, cache.num_columns :]
+        return {name: text, **common}
+
+    def _embedded(self, prompt: Tensor, input_ids: Tensor, mask: Tensor | None) -> Tensor:
+        """The prompt [B, T, D]; without a state also what was drawn since, for which the mask has grown."""
+        drawn = 0 if mask is None else mask.size(1) - prompt.size(1)
+        return torch.cat((prompt, self.get_input_embeddings()(input_ids[:, -drawn:])), 1) if drawn > 0 else prompt
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -28,6 +28,7 @@ def why_not(case: Case) -> str | None:
     """See `Backend.why_not`."""
     rule, (_, _, theta) = case.rule, case.rates
     fixed = {"objective": ("dot", "l2"), "read": "causal", "normalize_targets": True, "adaptive_query": False}
+    fixed |= {"rates_of": "head", "weights": "sum"}
     if (text := rule.differs(**fixed)) is not None:
         return text
     if theta and (rule.adaptive or not rule.writes_input or rule.dgd_layers != "none"):

@@ -52,7 +52,9 @@ def why_not_taken(case: Case) -> str | None:
 
 def _why_not_rule(case: Case) -> str | None:
     rule, (eta, alpha, theta) = case.rule, case.rates
-    if (text := rule.differs(objective=("dot", "l2"), adaptive_query=False)) is not None:
+    if (
+        text := rule.differs(objective=("dot", "l2"), adaptive_query=False, rates_of="head", weights="sum")
+    ) is not None:
         return text
     if rule.eta_max == 0:
         return "eta_max=0 writes nothing"
