@@ -10,11 +10,12 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from hope_megatron.config.accounting import forward_flops, num_parameters, weight_table
+from hope_megatron.config.accounting import Weight, forward_flops, num_parameters, weight_table
 from hope_megatron.config.efficiency import DEFAULT, Efficiency, End
 from hope_megatron.config.features import frame_features, layer_features, slice_tokens, variant
 from hope_megatron.config.footprint import layer_input_bytes
@@ -33,37 +34,40 @@ from hope_megatron.config.roofline import (
 from hope_megatron.config.run import RunConfig
 
 _COUNTS = Path(__file__).with_name("step_counts.json")
-# Reduction and update: counted for presets of 760M and 1.3B on 8 and 32 ranks, within 10 %; all but M3 and AdamW are guesses.
+# Reduction, and what the update does to vectors and to all of AdamW's: a term for each operator, in bytes per number, within 2 %
+# of rehearsals in bf16 at ZeRO-1. Updates of matrices: counted for hope_760m and transformer_pp_760m on 8 ranks, within 10 %; all
+# but M3's and AdamW's are guesses. Kernels within 12 % there.
 _NEWTON_SCHULZ_FLOPS = 35e3
 """Per parameter at matrices of width 2048."""
 _DEEP_FLOPS = {"dgd": 8.2e3, "delta_momentum": 8.2e3, "dmgd": 28.7e3}
 """The same for products in float32: two, and seven of DMGD, of 2 MN min(M, N) FLOPs."""
 _UPDATE_BYTES = {
-    "m3": 200,
+    "m3": 318,
     "muon": 150,
     "adamuon": 160,
-    "adamw": 88,
     "sgd": 60,
     "dgd": 180,
     "delta_momentum": 180,
     "dmgd": 240,
 }
-"""Per parameter of a shard."""
-_UPDATE_BYTES_LOCAL = 31
-"""Per parameter of a rank: the norm, clipping, clearing, and the gathered weights."""
-_UPDATE_KERNELS = {
-    "m3": 1350,
-    "muon": 1000,
-    "adamuon": 1000,
-    "adamw": 350,
-    "sgd": 300,
-    "dgd": 1000,
-    "delta_momentum": 1000,
-    "dmgd": 1500,
-}
-_REDUCTION_BYTES, _REDUCTION_BYTES_PER_MICRO_BATCH = 20, 18
-"""Per parameter of a rank: flattened, reduced and copied back once a step; bf16 added to float32 for each micro-batch."""
-_REDUCTION_KERNELS = 60
+"""Per number of a shard's matrices; AdamW's are vectors to it."""
+_UPDATE_KERNELS = {"m3": 250, "adamw": 0, "sgd": 0, "dmgd": 300}
+"""Beside those of vectors; 200 of an optimizer that is not named."""
+_ADAM_BYTES, _DECAY_BYTES = 8 + 28 + 12 + 4, 8
+"""Per number that is updated: an empty update, Adam's kernel, the step, its norm; and weight decay."""
+_GATHERED_BYTES, _PENDING_BYTES, _TICK_BYTES = 8, 12, 16
+"""Per number of a shard and step: the bf16 weights; of a slow level its sum of gradients too, copied and cleared at ticks."""
+_NORM_BYTES, _CLIP_BYTES, _CLEAR_BYTES = 4, 8, 16
+"""Per number of a rank and step: the norm, clipping, and clearing the sums, which DeepSpeed does twice."""
+_FLATTEN_BYTES, _COPY_BYTES, _MEAN_BYTES, _SUM_BYTES = 8, 12, 8, 18
+"""Per number of a rank: flattened and copied back once a step, divided where there are replicas, and for each micro-batch bf16
+raised to float32 and added."""
+_TOGETHER = 640 << 16
+"""Numbers that an operator on lists covers with one kernel."""
+_BUCKET = 5e8
+"""Gradients that DeepSpeed reduces together."""
+_PORTION = 2**26
+"""Gradients that are raised to float32 together (engine/deepspeed_setup.py)."""
 PROGRAMS_AT_ONCE = 264
 """Programs of a loop over chunks that an H100 runs side by side: two on each of 132 multiprocessors."""
 _LOOPS = 2
@@ -166,25 +170,79 @@ def step_works(config: RunConfig, world_size: int) -> Works:
     tp, rows = config.parallel.tensor_parallel, weight_table(config.model)
     local = sum(row.total / (tp if row.sharded else 1) for row in rows)
     times = accumulation * num_windows(config)
-    reduced = _REDUCTION_BYTES + _REDUCTION_BYTES_PER_MICRO_BATCH * times
-    works["reduction"] = {"pointwise": Work(_REDUCTION_KERNELS * times, local * reduced)}
     shard = local / (replicas if config.parallel.zero_stage else 1)
-    name = config.optim.name
+    name, groups = config.optim.name, _groups(config)
+    works["reduction"] = {"pointwise": _reduction(config, groups, times, replicas)}
     matrices = sum(row.total for row in rows if row.matrix) / world_size * config.model.hidden_size / 2048
     deep = config.optim.name in _DEEP_FLOPS
     flops = {"float32": matrices * _DEEP_FLOPS[name]} if deep else {}
     if name in ("m3", "muon", "adamuon") or (deep and config.optim.orthogonal_output):
         often = 1 + (1 / config.optim.slow_period_steps if name == "m3" else 0)
         flops["bfloat16"] = often * matrices * _NEWTON_SCHULZ_FLOPS
-    kernels, num_bytes = (
-        _UPDATE_KERNELS.get(name, 1000),
-        _UPDATE_BYTES.get(name, 160),
-    )  # of an optimizer that was added: a guess
-    works["update"] = {
-        "pointwise": Work(kernels, _UPDATE_BYTES_LOCAL * local + num_bytes * shard),
-        "products": Work(0, 0.0, flops),
-    }
+    clip = _CLIP_BYTES if config.optim.grad_clip > 0 else 0
+    num_bytes = (_NORM_BYTES + clip + _CLEAR_BYTES) * local
+    for row in rows:
+        num_bytes += _row_bytes(row, name) * row.total / (tp if row.sharded else 1) * shard / local
+    kernels = 26 + 2 * max(1, local / _TOGETHER) + _UPDATE_KERNELS.get(name, 200)
+    # a group is cleared twice and gathered; at ticks it is updated, and the sum of a slow one copied and cleared
+    for _, period, decays in groups:
+        kernels += 3 + (5 + decays) / period + ((1 + 2 / period) if period > 1 else 0)
+    works["update"] = {"pointwise": Work(kernels, num_bytes), "products": Work(0, 0.0, flops)}
     return works
+
+
+def _decays(row: Weight) -> bool:
+    return row.part in ("embedding", "head") or (row.matrix and row.part != "memories")
+
+
+def _groups(config: RunConfig) -> dict[tuple[bool, int, bool], float]:
+    """Numbers of a rank in each of the optimizer's groups, by role, period and decay."""
+    found: dict[tuple[bool, int, bool], float] = {}
+    for row in weight_table(config.model):
+        key = (row.matrix, row.update_period_steps, _decays(row))
+        found[key] = found.get(key, 0.0) + row.total / (config.parallel.tensor_parallel if row.sharded else 1)
+    return found
+
+
+def _reduction(config: RunConfig, groups: dict[tuple[bool, int, bool], float], times: int, replicas: int) -> Work:
+    """Gradients of a rank: added up over micro-batches, flattened, averaged and copied back."""
+    in_products = (
+        config.training.libraries.weight_gradient == "apex"
+    )  # then linears, whose weights decay, have added theirs
+    added = {key: 0.0 if in_products and key[0] and key[2] else numbers for key, numbers in groups.items()}
+    means = _MEAN_BYTES if replicas > 1 else 0
+    # gradients are raised, and added, in portions; an operator on two lists covers half as many of each
+    portions = [divmod(numbers, _PORTION) for numbers in added.values() if numbers]
+    lists = sum(
+        full * math.ceil(2 * _PORTION / _TOGETHER) + max(1, math.ceil(2 * rest / _TOGETHER)) for full, rest in portions
+    )
+    kernels = times * (2 * lists + 1) + len(groups) + 2 + (replicas > 1)
+    local, summed = sum(groups.values()), sum(added.values())
+    moved = local * (_COPY_BYTES + means) + _flattened(groups) * _FLATTEN_BYTES + times * summed * _SUM_BYTES
+    return Work(kernels, moved)
+
+
+def _flattened(groups: dict[tuple[bool, int, bool], float]) -> float:
+    """Numbers that DeepSpeed's buckets bring together; a bucket of one group is there already."""
+    bucket: list[float] = []
+    found = 0.0
+    for _, numbers in sorted(groups.items(), key=lambda item: (not item[0][0], item[0][1], not item[0][2])):
+        bucket.append(numbers)
+        if sum(bucket) > _BUCKET:
+            found += sum(bucket) if len(bucket) > 1 else 0
+            bucket = []
+    return found + (sum(bucket) if len(bucket) > 1 else 0)
+
+
+def _row_bytes(row: Weight, optimizer: str) -> float:
+    """Bytes of the update per number of a shard, a step's share of what a slow level does at its ticks."""
+    period = row.update_period_steps
+    vector = not row.matrix or optimizer == "adamw"
+    update = (
+        _ADAM_BYTES + _DECAY_BYTES * _decays(row) if vector else _UPDATE_BYTES.get(optimizer, 160)
+    )  # one added: a guess
+    slow = _PENDING_BYTES + _TICK_BYTES / period if period > 1 else 0
+    return update / period + _GATHERED_BYTES + slow
 
 
 def step_transfers(config: RunConfig, world_size: int) -> list[Transfer]:

@@ -116,6 +116,18 @@ def tensors_in(value: Any, found: list[Tensor]) -> list[Tensor]:
     return found
 
 
+def written_in_place(func: Any, args: tuple[Any, ...]) -> list[Tensor]:
+    """What an operator on lists writes over; it returns nothing. Of a copy the operand itself stands for it: it is not read."""
+    if func._overloadpacket.__name__ in ("_foreach_copy_", "_foreach_zero_"):
+        return []
+    found: list[Tensor] = []
+    for argument, value in zip(func._schema.arguments, args):
+        # fused optimizers declare gradients as written: they are where a scale is given
+        if argument.alias_info is not None and argument.alias_info.is_write and argument.name != "grads":
+            tensors_in(value, found)
+    return found
+
+
 def bytes_of(tensor: Tensor) -> int:
     """Bytes that reading or writing a tensor moves: an expanded dim is read once."""
     number = tensor.element_size()

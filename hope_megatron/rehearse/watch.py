@@ -17,7 +17,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hope_megatron.rehearse.memory import MemoryLog
-from hope_megatron.rehearse.operators import Family, Kind, bytes_of, flops_of, kind_of, tensors_in, together
+from hope_megatron.rehearse.operators import (
+    Family,
+    Kind,
+    bytes_of,
+    flops_of,
+    kind_of,
+    tensors_in,
+    together,
+    written_in_place,
+)
 from hope_megatron.rehearse.tally import Tally
 
 StandIn = Callable[[Tensor], Any]
@@ -86,7 +95,7 @@ class Watch(TorchDispatchMode):
         inputs = tensors_in(args, [])
         if kwargs:
             tensors_in(list(kwargs.values()), inputs)
-        moved = sum(map(bytes_of, inputs)) + sum(map(bytes_of, outputs))
+        moved = sum(map(bytes_of, inputs)) + sum(map(bytes_of, outputs or written_in_place(func, args)))
         dtype = inputs[0].dtype if inputs else outputs[0].dtype if outputs else torch.float32
         flops = flops_of(func, kind, args, kwargs, out)
         tally["op", phase, family, kind.name] += 1

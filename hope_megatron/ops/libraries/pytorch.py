@@ -58,14 +58,14 @@ def adam_update(
 def fused_adam_update(
     grad: Tensor, m1: Tensor, v: Tensor, betas: tuple[float, float], epsilon: float, num_updates: int
 ) -> Tensor:
-    """The same by PyTorch's fused AdamW: it steps zeros at a learning rate of 1, which leaves minus the update."""
-    stepped = torch.zeros_like(grad)
+    """The same by PyTorch's fused AdamW: it steps zeros at a learning rate of -1, which leaves the update."""
+    update = torch.zeros_like(grad)
     step = torch.full((), float(num_updates), device=grad.device)
     torch._fused_adamw_(
-        [stepped], [grad], [m1], [v], [], [step], lr=1.0, beta1=betas[0], beta2=betas[1], weight_decay=0.0,
+        [update], [grad], [m1], [v], [], [step], lr=-1.0, beta1=betas[0], beta2=betas[1], weight_decay=0.0,
         eps=epsilon, amsgrad=False, maximize=False,
     )  # fmt: skip
-    return stepped.neg_()
+    return update
 
 
 def add_weight_gradient(x: Tensor, d_y: Tensor, total: Tensor) -> None:

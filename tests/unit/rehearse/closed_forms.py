@@ -7,7 +7,7 @@ import pytest
 from hope_megatron.cli.plan import load_for_plan
 from hope_megatron.config.footprint import footprint
 from hope_megatron.config.hardware import find_hardware
-from hope_megatron.config.step_time import micro_batch_works, step_transfers
+from hope_megatron.config.step_time import micro_batch_works, step_transfers, step_works
 from hope_megatron.rehearse.rehearse import rehearse
 from hope_megatron.rehearse.tally import grouped, total
 from hope_megatron.rehearse.verdict import verdict
@@ -19,7 +19,7 @@ SPLIT += ["parallel.context_parallel=2"]
 MEMORIES = ["hope_tiny", "model.memory.kernel=triton", "model.memory.chunk_tokens=64", "training.recompute=layer"]
 RUNS = {
     "memories": [*MEMORIES, *SEVERAL],
-    "attention": ["transformer_pp_tiny", "training.recompute=none", *SEVERAL],
+    "attention": ["transformer_pp_tiny", "training.recompute=none", "optim.name=adamw", *SEVERAL],
     "one sequence over two ranks": [*MEMORIES, *SPLIT],
     "three sequences over two ranks": [
         *MEMORIES,
@@ -41,6 +41,11 @@ def test_counts_are_those_of_a_rehearsal(name):
         for what in ("kernels", "bytes", "steps"):
             planned = sum(getattr(work, what) for work in works[phase].values())
             assert planned == pytest.approx(total(tally, what, phase=phase), rel=0.02), (phase, what)
+    update = ("update",) if config.optim.name == "adamw" else ()
+    for phase in ("reduction", *update):
+        for what in ("kernels", "bytes"):
+            planned = sum(getattr(work, what) for work in step_works(config, world)[phase].values())
+            assert planned == pytest.approx(total(depths.step(), what, phase=phase), rel=0.02), (phase, what)
     counted = {dtype: flops for (dtype,), flops in grouped(tally, "flops", "dtype").items()}
     for dtype, flops in counted.items():
         planned = sum(work.flops.get(dtype, 0) for families in works.values() for work in families.values())

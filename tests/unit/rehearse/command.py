@@ -44,6 +44,15 @@ def test_compares_two_configurations(tmp_path, capsys):
     assert "kernels per micro-batch" in capsys.readouterr().out
 
 
+def test_compiling_pointwise_chains_is_a_choice_that_is_counted(tmp_path):
+    file = tmp_path / "found.json"
+    against = "transformer_pp_tiny training.libraries.pointwise=torch"
+    assert main(["rehearse", "transformer_pp_tiny", *SMALL, "--against", against, "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert 1.4 * found["this"]["kernels_per_micro_batch"] < found["against"]["kernels_per_micro_batch"]
+    assert found["this"]["flops_by_dtype"] == found["against"]["flops_by_dtype"]
+
+
 def test_counts_launches_of_triton_kernels(tmp_path):
     """They are as many for sequences of any length, but for sums over tokens that are split."""
     file, counts = tmp_path / "found.json", []
