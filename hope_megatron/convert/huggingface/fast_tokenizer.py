@@ -14,6 +14,8 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+from hope_megatron.convert.huggingface.sentencepiece_model import model_proto
+
 log = logging.getLogger(__name__)
 
 SPACE_MARK = "\u2581"
@@ -30,10 +32,7 @@ def fast_tokenizer(model: bytes) -> dict[str, Any] | None:
         user's beside a space before the text, or with symbols that overlap with special tokens. None too where the tokenizers
         library is installed and finds other ids for one of many texts.
     """
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(model)
+    proto = model_proto(model)
     if not _is_expressible(proto):
         return None
     content = _content(proto)

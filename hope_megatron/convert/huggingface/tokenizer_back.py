@@ -7,6 +7,7 @@ from typing import Any
 
 from hope_megatron.checkpoint.errors import ConversionError
 from hope_megatron.convert.huggingface.fast_tokenizer import KINDS, SPACE_MARK
+from hope_megatron.convert.huggingface.sentencepiece_model import model_proto
 from hope_megatron.convert.huggingface.tokenizer_files import GIVEN_MARK, TOKENIZER_NAME
 from hope_megatron.convert.huggingface.weights import read_json
 
@@ -26,11 +27,9 @@ def read_tokenizer(directory: Path) -> bytes:
     config = directory / "tokenizer_config.json"
     if config.is_file() and GIVEN_MARK in read_json(config):
         return (directory / "tokenizer.json").read_bytes()
-    from sentencepiece import sentencepiece_model_pb2
-
     fast = directory / "tokenizer.json"
     content = read_json(fast) if fast.is_file() else {}
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = model_proto()
     if (directory / TOKENIZER_NAME).is_file():
         proto.ParseFromString((directory / TOKENIZER_NAME).read_bytes())
     elif content:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -60,3 +62,18 @@ def test_text_full_of_merges(slow: Tokenizer, fast: tokenizers.Tokenizer, text: 
 def test_unigram_models_are_left_out(tmp_path: Path) -> None:
     model = train_tokenizer(TEXTS[:3], tmp_path / "unigram.model", 400, model_type="unigram").model
     assert fast_tokenizer(model) is None
+
+
+def test_a_protobuf_that_sentencepiece_refuses_is_one_line() -> None:
+    program = """
+import google.protobuf.runtime_version as runtime
+runtime.MAJOR = 3
+from hope_megatron.checkpoint.errors import ConversionError
+from hope_megatron.convert.huggingface.sentencepiece_model import model_proto
+try:
+    model_proto()
+except ConversionError as error:
+    print(error)
+"""
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert "runtime 3." in said and "pip install 'protobuf>=7.36.1'" in said and said.count("\n") == 1
