@@ -92,7 +92,7 @@ def measure(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
     """Train a few steps; see the module's docstring for the figures."""
     silence_import_warnings()  # what Megatron-Core and DeepSpeed do without
     from hope_megatron.engine.build import build_engine
-    from hope_megatron.engine.distributed import init_distributed, shutdown_distributed
+    from hope_megatron.parallel.distributed import init_distributed, shutdown_distributed
     from hope_megatron.training.batches import BatchReader
     from hope_megatron.training.state import TrainingState
     from hope_megatron.training.step import train_step

@@ -27,7 +27,7 @@ from hope_megatron.checkpoint.checkpointer import Checkpointer
 from hope_megatron.checkpoint.format import list_checkpoints
 from hope_megatron.config import DataConfig, RunConfig, TrainingConfig, load_model_config
 from hope_megatron.engine.build import build_engine
-from hope_megatron.engine.distributed import init_distributed
+from hope_megatron.parallel.distributed import init_distributed
 from hope_megatron.testing.benchmark import machine, print_table, seconds, spread, write_json
 from hope_megatron.testing.tiny import RepeatingSource
 from hope_megatron.training.batches import BatchReader

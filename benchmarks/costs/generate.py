@@ -21,11 +21,11 @@ import torch  # isort: skip  (after common has set OpenMP's wait policy)
 
 from hope_megatron.config.load import load_model_config
 from hope_megatron.config.parallel import ParallelConfig
-from hope_megatron.engine.distributed import init_distributed
 from hope_megatron.eval.report import save_figure
 from hope_megatron.generation.decoder import Decoder
 from hope_megatron.generation.sampling import SamplingOptions
 from hope_megatron.model import build_model
+from hope_megatron.parallel.distributed import init_distributed
 
 GREEDY = SamplingOptions(temperature=0.0)
 

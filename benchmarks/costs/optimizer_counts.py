@@ -55,8 +55,8 @@ def model_shapes(preset: str, num_layers: int | None = None) -> list[Shape]:
 
 def _one_layer(preset: str) -> tuple[list[Shape], int]:
     from hope_megatron.config.parallel import ParallelConfig
-    from hope_megatron.engine.distributed import init_distributed
     from hope_megatron.model import build_model
+    from hope_megatron.parallel.distributed import init_distributed
 
     config = load_model_config(preset)
     init_distributed(ParallelConfig())

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from hope_megatron.config import ModelConfig, OptimConfig, load_model_config
 from hope_megatron.config.parallel import ParallelConfig
-from hope_megatron.engine.distributed import init_distributed
 from hope_megatron.model import build_model
 from hope_megatron.optim import build_optimizer
+from hope_megatron.parallel.distributed import init_distributed
 
 SILENT = "memory.eta_max=0"  # the control: the same block, which never writes
 

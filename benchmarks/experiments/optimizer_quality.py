@@ -34,7 +34,7 @@ from quality_tasks import Budget, Digits, LanguageModel
 from hope_megatron.config.optim import OptimConfig
 from hope_megatron.config.optimizers import OPTIMIZERS as REGISTRY
 from hope_megatron.config.parallel import ParallelConfig
-from hope_megatron.engine.distributed import init_distributed
+from hope_megatron.parallel.distributed import init_distributed
 
 TASKS = ("digits", "transformer_pp_tiny", "hope_tiny")
 OPTIMIZERS = ("adamw", "muon", "adamuon", "m3")

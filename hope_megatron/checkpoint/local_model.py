@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from hope_megatron.checkpoint.errors import ConversionError
 from hope_megatron.config.model import ModelConfig
 from hope_megatron.config.parallel import ParallelConfig
-from hope_megatron.engine.distributed import init_distributed
 from hope_megatron.model import LanguageModel, build_model
 from hope_megatron.optim import merge_shards, read_tags
+from hope_megatron.parallel.distributed import init_distributed
 
 
 def build_local_model(config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], source: str) -> LanguageModel:

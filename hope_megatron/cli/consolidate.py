@@ -141,7 +141,7 @@ def _night(args: argparse.Namespace) -> Night:
 
 def _sleep(night: Night, args: argparse.Namespace, speaks: bool) -> int:
     from hope_megatron.consolidation.sleep import sleep_on_ranks
-    from hope_megatron.engine.distributed import shutdown_distributed
+    from hope_megatron.parallel.distributed import shutdown_distributed
     from hope_megatron.runtime.heartbeat import HEART
     from hope_megatron.training.sources import open_sources
 

@@ -100,9 +100,9 @@ def _evaluate(args: argparse.Namespace, num_threads: int | None) -> int:
     if not sys.stderr.isatty():  # the harness's progress bars are for people; read by its libraries when imported
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    from hope_megatron.engine.distributed import shutdown_distributed
     from hope_megatron.eval.harness import HarnessModel, evaluate_tasks
     from hope_megatron.eval.paper import PAPER_TASKS
+    from hope_megatron.parallel.distributed import shutdown_distributed
 
     opened = open_model(args.model, args.tokenizer)
     check_output(args, opened)

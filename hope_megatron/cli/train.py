@@ -199,7 +199,7 @@ def _train(config: RunConfig, args: argparse.Namespace) -> int:
 
     train_source, heldout_source = open_sources(config)
     phases.mark("data")
-    from hope_megatron.engine.distributed import shutdown_distributed
+    from hope_megatron.parallel.distributed import shutdown_distributed
     from hope_megatron.training.run import run_training
 
     phases.mark("imports")

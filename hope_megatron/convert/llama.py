@@ -26,8 +26,8 @@ from hope_megatron.config.parallel import ParallelConfig
 from hope_megatron.convert.formats import Format
 from hope_megatron.convert.huggingface.check import LOGIT_TOLERANCE
 from hope_megatron.convert.huggingface.weights import read_json, read_weights
-from hope_megatron.engine.distributed import init_distributed
 from hope_megatron.model import LanguageModel, build_model
+from hope_megatron.parallel.distributed import init_distributed
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 NUM_CHECKED_TOKENS = 64

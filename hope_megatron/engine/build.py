@@ -7,14 +7,14 @@ from megatron.core import parallel_state
 from torch import nn
 
 from hope_megatron.config.run import RunConfig
-from hope_megatron.engine.distributed import Mesh
 from hope_megatron.engine.engine import Engine
 from hope_megatron.engine.libraries import choose_libraries
 from hope_megatron.engine.policy import apply_policy
-from hope_megatron.engine.trainable import hold_still
-from hope_megatron.engine.width import scale_learning_rates
 from hope_megatron.model import build_model
 from hope_megatron.optim import BoundOptimizer, build_optimizer
+from hope_megatron.optim.trainable import hold_still
+from hope_megatron.optim.width import scale_learning_rates
+from hope_megatron.parallel.distributed import Mesh
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from hope_megatron.config.run import RunConfig
-from hope_megatron.engine.distributed import Mesh
 from hope_megatron.engine.mpu import ModelParallelUnit
-from hope_megatron.engine.question import UpdateQuestion
 from hope_megatron.layers.memory_mixer import MemoryMixer
+from hope_megatron.parallel.distributed import Mesh
+from hope_megatron.parallel.question import UpdateQuestion
 
 
 def import_deepspeed() -> Any:

@@ -13,15 +13,7 @@ from torch import Tensor, nn
 from hope_megatron.config.run import RunConfig
 from hope_megatron.engine.canonical import TreeSum
 from hope_megatron.engine.clipping import clip_together
-from hope_megatron.engine.control import ControlGroup
 from hope_megatron.engine.deepspeed_setup import accumulate_together, ask_before_update, give_gradients, initialize
-from hope_megatron.engine.distributed import Mesh, set_group_timeouts
-from hope_megatron.engine.question import UpdateQuestion
-from hope_megatron.engine.sequence_parallel import (
-    SequenceParallelBucket,
-    keeps_whole_gradients,
-    reduce_sequence_parallel_gradients,
-)
 from hope_megatron.engine.weight_gradient import add_in_products
 from hope_megatron.layers.context_parallel import own_tokens
 from hope_megatron.model import IGNORE
@@ -30,6 +22,14 @@ from hope_megatron.optim.adaptive import adapt_periods
 from hope_megatron.optim.average import EMA
 from hope_megatron.optim.geometry import full_shape
 from hope_megatron.optim.zero import refresh_model_params
+from hope_megatron.parallel.control import ControlGroup
+from hope_megatron.parallel.distributed import Mesh, set_group_timeouts
+from hope_megatron.parallel.question import UpdateQuestion
+from hope_megatron.parallel.sequence_parallel import (
+    SequenceParallelBucket,
+    keeps_whole_gradients,
+    reduce_sequence_parallel_gradients,
+)
 from hope_megatron.runtime.failures import CRASH
 from hope_megatron.runtime.heartbeat import HEART
 from hope_megatron.runtime.step_parts import implementation, uses

@@ -17,12 +17,12 @@ import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
-from hope_megatron.engine.control import ControlGroup
 from hope_megatron.eval.perplexity import IGNORE
 from hope_megatron.eval.task_data import TASK_DATA, HarnessError, definition_folders, opened_tasks
 from hope_megatron.generation.complete import TextTokenizer, new_document
 from hope_megatron.generation.sampling import SamplingOptions
 from hope_megatron.model import LanguageModel
+from hope_megatron.parallel.control import ControlGroup
 
 _MAX_NEW_TOKENS = 256  # where a task does not say
 

@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hope_megatron.engine import engine as engine_module
-from hope_megatron.engine.control import ControlGroup
-from hope_megatron.engine.distributed import Mesh, init_distributed, shutdown_distributed
 from hope_megatron.optim.exchange import Communicator, Topology
+from hope_megatron.parallel.control import ControlGroup
+from hope_megatron.parallel.distributed import Mesh, init_distributed, shutdown_distributed
 from hope_megatron.rehearse.fast_fake import FastFake
 from hope_megatron.rehearse.watch import Watch, calling_line
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from hope_megatron.config.run import RunConfig
 from hope_megatron.engine.build import build_engine
-from hope_megatron.engine.distributed import Mesh
 from hope_megatron.engine.engine import Engine
+from hope_megatron.parallel.distributed import Mesh
 from hope_megatron.rehearse.memory import Segment
 from hope_megatron.rehearse.tally import Tally
 from hope_megatron.rehearse.watch import Watch

@@ -17,11 +17,11 @@ from torch import Tensor
 from hope_megatron.config.model import ModelConfig
 from hope_megatron.config.optim import OptimConfig
 from hope_megatron.config.parallel import ParallelConfig
-from hope_megatron.engine.distributed import init_distributed
 from hope_megatron.model import LanguageModel, build_model
 from hope_megatron.optim import build_optimizer
 from hope_megatron.optim.average import update_average
 from hope_megatron.optim.schedule import apply_lr, lr_at
+from hope_megatron.parallel.distributed import init_distributed
 from hope_megatron.suites.scoring import Score, batch_loss, score_batch
 from hope_megatron.suites.task import Batch
 from hope_megatron.suites.training_data import TrainingData

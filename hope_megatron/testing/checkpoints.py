@@ -23,9 +23,9 @@ from hope_megatron.checkpoint.format import (
 )
 from hope_megatron.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
 from hope_megatron.config.layout import ParallelLayout
-from hope_megatron.engine.distributed import init_distributed
 from hope_megatron.model import LanguageModel, build_model
 from hope_megatron.optim import read_tags, split_shards
+from hope_megatron.parallel.distributed import init_distributed
 from hope_megatron.testing.models import tiny_model
 
 TP, DP, STEP = 2, 2, 40

@@ -12,7 +12,7 @@ def build(config: Any) -> Any:
     from megatron.core import parallel_state
 
     from hope_megatron.engine.build import build_engine
-    from hope_megatron.engine.distributed import init_distributed
+    from hope_megatron.parallel.distributed import init_distributed
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()

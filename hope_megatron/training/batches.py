@@ -16,8 +16,8 @@ from torch import Tensor
 
 from hope_megatron.config.parallel import Spans, own_spans
 from hope_megatron.config.run import RunConfig
-from hope_megatron.engine.distributed import Mesh
 from hope_megatron.model import IGNORE
+from hope_megatron.parallel.distributed import Mesh
 
 
 class SampleSource(Protocol):

@@ -8,10 +8,10 @@ import torch.distributed as dist
 
 from hope_megatron.config.model import AttentionConfig, MemoryConfig
 from hope_megatron.config.parallel import ParallelConfig
-from hope_megatron.engine.distributed import init_distributed, shutdown_distributed
-from hope_megatron.engine.sequence_parallel import reduce_sequence_parallel_gradients
 from hope_megatron.layers.context_parallel import own_tokens
 from hope_megatron.model import build_model
+from hope_megatron.parallel.distributed import init_distributed, shutdown_distributed
+from hope_megatron.parallel.sequence_parallel import reduce_sequence_parallel_gradients
 from hope_megatron.testing.distributed import run_distributed
 from hope_megatron.testing.models import random_batch, tiny_model
 

@@ -103,9 +103,9 @@ def save_with_adam(directory, fp16: bool):
     from megatron.core import parallel_state
 
     from hope_megatron.engine.deepspeed_setup import import_deepspeed
-    from hope_megatron.engine.distributed import init_distributed
     from hope_megatron.engine.mpu import ModelParallelUnit
     from hope_megatron.model import build_model
+    from hope_megatron.parallel.distributed import init_distributed
 
     config = tiny_run_config(tp=2 if fp16 else 1)
     parallel_state.destroy_model_parallel()
@@ -186,9 +186,9 @@ def adam_config(tmp_path: Path, name: str):
 
 @pytest.mark.distributed
 def test_our_adamw_goes_on_as_pytorchs_does(saved, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from hope_megatron.engine.distributed import init_distributed
     from hope_megatron.model import build_model
     from hope_megatron.optim import AdamW
+    from hope_megatron.parallel.distributed import init_distributed
 
     source = CheckpointSource(go_on(saved[0] / "adam", "deepspeed", adam_config(tmp_path, "adamw"), beginning))
     assert "betas was (0.9, 0.999) there and is (0.9, 0.95) in the run file" in caplog.text
@@ -228,8 +228,8 @@ def test_states_of_another_optimizer_are_refused(saved, tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 def test_fp16_starts_a_run(saved, tmp_path: Path) -> None:
-    from hope_megatron.engine.distributed import init_distributed
     from hope_megatron.model import build_model
+    from hope_megatron.parallel.distributed import init_distributed
 
     directory, _ = saved
     config = tiny_run_config(output_dir=tmp_path)

@@ -71,7 +71,7 @@ def parameters_of(engine):
 def run_layouts(rank, world_size):
     from megatron.core import parallel_state
 
-    from hope_megatron.engine.distributed import init_distributed
+    from hope_megatron.parallel.distributed import init_distributed
 
     results = {}
     for tp, sp, zero, cp in LAYOUTS:
@@ -86,7 +86,7 @@ def run_layouts(rank, world_size):
 @pytest.fixture(scope="module")
 def reference():
     """The same training in one process."""
-    from hope_megatron.engine.distributed import init_distributed, shutdown_distributed
+    from hope_megatron.parallel.distributed import init_distributed, shutdown_distributed
 
     config = tiny_run_config(zero_stage=1, mup_base_width=MUP_BASE_WIDTH)
     engine, history, heldout = train(config, init_distributed(config.parallel))
@@ -125,8 +125,8 @@ def test_replicated_parameters_stay_bit_identical_over_tensor_parallel(layout, r
 def refuse_non_finite(rank, world_size):
     """A NaN on one tensor-parallel rank: what each rank raises, and whether its state changed."""
     from hope_megatron.engine.build import build_engine
-    from hope_megatron.engine.distributed import init_distributed
     from hope_megatron.engine.engine import NonFiniteError
+    from hope_megatron.parallel.distributed import init_distributed
     from hope_megatron.testing.optim_state import export_state
 
     config = tiny_run_config(tp=2, sequence_parallel=True)
@@ -171,7 +171,7 @@ def train_bf16(rank, world_size):
     from megatron.core import parallel_state
 
     from hope_megatron.engine import engine
-    from hope_megatron.engine.distributed import init_distributed
+    from hope_megatron.parallel.distributed import init_distributed
 
     def history(stage):
         config = tiny_run_config(zero_stage=stage, precision="bf16", mup_base_width=MUP_BASE_WIDTH)

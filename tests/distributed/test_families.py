@@ -10,11 +10,11 @@ from megatron.core import parallel_state
 from hope_megatron.config import OptimConfig, load_model_config
 from hope_megatron.config.parallel import ParallelConfig
 from hope_megatron.config.presets import config_names
-from hope_megatron.engine.distributed import init_distributed, shutdown_distributed
-from hope_megatron.engine.sequence_parallel import reduce_sequence_parallel_gradients
 from hope_megatron.layers.context_parallel import own_tokens
 from hope_megatron.model import build_model
 from hope_megatron.optim import build_optimizer
+from hope_megatron.parallel.distributed import init_distributed, shutdown_distributed
+from hope_megatron.parallel.sequence_parallel import reduce_sequence_parallel_gradients
 from hope_megatron.testing.distributed import run_distributed
 from hope_megatron.testing.models import random_batch
 

@@ -30,9 +30,9 @@ def answer(directory):
 
     from data_pipeline.tokenizer import Tokenizer
     from hope_megatron.config import ParallelConfig
-    from hope_megatron.engine.distributed import init_distributed
     from hope_megatron.eval.harness import HarnessModel, evaluate_tasks
     from hope_megatron.model import build_model
+    from hope_megatron.parallel.distributed import init_distributed
     from hope_megatron.testing.models import tiny_model
 
     datasets.config.HF_DATASETS_CACHE = f"{directory}/cache"
@@ -52,7 +52,7 @@ def run_ranks(rank, world_size, directory):
 @pytest.mark.distributed
 def test_two_processes_answer_what_one_does(tmp_path):
     from data_pipeline.tokenizer import train_tokenizer
-    from hope_megatron.engine.distributed import shutdown_distributed
+    from hope_megatron.parallel.distributed import shutdown_distributed
 
     questions = [
         {"question": f"def function_{i}(", "choices": ["argument", f"value={i}"], "label": i % 2} for i in range(9)

@@ -9,10 +9,10 @@ import torch
 
 from hope_megatron.config.model import AttentionConfig, CMSConfig, CMSLevelConfig
 from hope_megatron.config.parallel import ParallelConfig, own_spans
-from hope_megatron.engine.distributed import init_distributed, shutdown_distributed
-from hope_megatron.engine.sequence_parallel import reduce_sequence_parallel_gradients
 from hope_megatron.model import build_model
 from hope_megatron.model.in_context_reference import learn_reference
+from hope_megatron.parallel.distributed import init_distributed, shutdown_distributed
+from hope_megatron.parallel.sequence_parallel import reduce_sequence_parallel_gradients
 from hope_megatron.testing.distributed import run_distributed
 from hope_megatron.testing.models import random_batch, tiny_model
 from hope_megatron.testing.tiny import RepeatingSource, tiny_run_config

@@ -41,7 +41,7 @@ def alone(tmp_path_factory):
     """One process: with and without measurements."""
     from megatron.core import parallel_state
 
-    from hope_megatron.engine.distributed import shutdown_distributed
+    from hope_megatron.parallel.distributed import shutdown_distributed
 
     root = tmp_path_factory.mktemp("health")
     on = train(root / "on")

@@ -15,7 +15,7 @@ def norms_after_steps(rank, world_size):
 
     from hope_megatron.engine import engine as engine_module
     from hope_megatron.engine.build import build_engine
-    from hope_megatron.engine.distributed import init_distributed
+    from hope_megatron.parallel.distributed import init_distributed
     from hope_megatron.testing.optim_state import export_state
 
     config = tiny_run_config(tp=2, sequence_parallel=True, zero_stage=1, precision="bf16")

@@ -48,7 +48,7 @@ tracking: {{mlflow: false}}
 SCRIPT = """
 import json, sys
 from hope_megatron.cli.main import main
-from hope_megatron.engine.distributed import shutdown_distributed
+from hope_megatron.parallel.distributed import shutdown_distributed
 for command in json.loads(sys.argv[1]):
     print("exit code", main(command), flush=True)
     shutdown_distributed()

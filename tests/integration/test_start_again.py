@@ -35,7 +35,7 @@ from hope_megatron.cli.main import main
 for command in json.loads(sys.argv[1]):
     print("COMMAND", flush=True)
     print("exit code", main(command), flush=True)
-    from hope_megatron.engine.distributed import shutdown_distributed
+    from hope_megatron.parallel.distributed import shutdown_distributed
     shutdown_distributed()
 """
 

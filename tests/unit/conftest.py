@@ -14,6 +14,6 @@ settings.load_profile("any machine")
 def world_of_one() -> None:
     """Process groups of one process. Nobody leaves them: models that another test keeps would be left without groups."""
     from hope_megatron.config.parallel import ParallelConfig
-    from hope_megatron.engine.distributed import init_distributed
+    from hope_megatron.parallel.distributed import init_distributed
 
     init_distributed(ParallelConfig())

@@ -112,8 +112,8 @@ class ParallelModel(nn.Module):
 def _start_megatron(tp_size: int) -> Any:
     from megatron.core import parallel_state
 
-    from hope_megatron.engine.distributed import install_cpu_support
     from hope_megatron.engine.mpu import ModelParallelUnit
+    from hope_megatron.parallel.distributed import install_cpu_support
 
     install_cpu_support()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp_size, create_gloo_process_groups=False)

@@ -283,8 +283,8 @@ def _kept_bytes(run) -> int:
     """Bytes of distinct storages that autograd holds between forward and backward, parameters left out."""
     import torch
 
-    from hope_megatron.engine.distributed import init_distributed
     from hope_megatron.model import build_model
+    from hope_megatron.parallel.distributed import init_distributed
 
     init_distributed(run.parallel)
     dtype = torch.bfloat16 if run.training.precision == "bf16" else torch.float32

@@ -22,9 +22,9 @@ def run_of(model, *overrides):
 
 @pytest.mark.parametrize("overrides", [[], ["model.memory.momentum=constant", "model.memory.adaptive_eta=false"]])
 def test_the_state_is_that_of_a_built_model(overrides):
-    from hope_megatron.engine.distributed import init_distributed
     from hope_megatron.model import build_model
     from hope_megatron.ops.memory.types import map_params
+    from hope_megatron.parallel.distributed import init_distributed
 
     run = run_of("hope_tiny", "model.num_layers=2", *overrides)
     init_distributed(run.parallel)

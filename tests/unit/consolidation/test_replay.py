@@ -16,10 +16,10 @@ from hope_megatron.consolidation.options import NightOptions, learning_levels, n
 from hope_megatron.consolidation.replay import Experience, ReplayBuffer, rows_of
 from hope_megatron.consolidation.store import Day, read_day, write_day
 from hope_megatron.consolidation.waking import Teacher, mean_nats
-from hope_megatron.engine.distributed import init_distributed
-from hope_megatron.engine.trainable import hold_still
 from hope_megatron.model import build_model
 from hope_megatron.optim import build_optimizer
+from hope_megatron.optim.trainable import hold_still
+from hope_megatron.parallel.distributed import init_distributed
 from hope_megatron.testing.tiny import VOCAB_SIZE, tiny_run_config
 
 

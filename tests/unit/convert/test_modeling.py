@@ -18,8 +18,8 @@ from hope_megatron.config.model import MupConfig
 from hope_megatron.convert.huggingface.export import export_huggingface
 from hope_megatron.convert.huggingface.modeling_files import modeling_files
 from hope_megatron.convert.huggingface.names import to_transformers
-from hope_megatron.engine.distributed import init_distributed
 from hope_megatron.model import build_model
+from hope_megatron.parallel.distributed import init_distributed
 from hope_megatron.testing.models import tiny_model
 
 transformers = pytest.importorskip("transformers", reason="the exported modelling code needs transformers")

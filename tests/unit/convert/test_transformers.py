@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from hope_megatron.config import AttentionConfig, MemoryConfig, ParallelConfig
-from hope_megatron.engine.distributed import init_distributed
 from hope_megatron.model import build_model
+from hope_megatron.parallel.distributed import init_distributed
 from hope_megatron.testing.models import tiny_model
 
 transformers = pytest.importorskip("transformers", reason="the exported modelling code needs transformers")

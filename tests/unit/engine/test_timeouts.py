@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hope_megatron.engine.distributed import set_group_timeouts
+from hope_megatron.parallel.distributed import set_group_timeouts
 
 
 @pytest.mark.usefixtures("world_of_one")

@@ -9,9 +9,9 @@ import torch
 
 from hope_megatron.config.model import CMSConfig, CMSLevelConfig, MemoryConfig, ModelConfig, MupConfig
 from hope_megatron.config.optim import OptimConfig
-from hope_megatron.engine.width import scale_learning_rates
 from hope_megatron.model import build_model
 from hope_megatron.optim import build_optimizer
+from hope_megatron.optim.width import scale_learning_rates
 from hope_megatron.testing.models import random_batch
 
 WIDTHS = (32, 64, 128)

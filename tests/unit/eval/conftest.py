@@ -10,8 +10,8 @@ import torch
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from hope_megatron.config import ParallelConfig
 from hope_megatron.convert.open_model import OpenModel
-from hope_megatron.engine.distributed import init_distributed
 from hope_megatron.model import build_model
+from hope_megatron.parallel.distributed import init_distributed
 from hope_megatron.testing.models import tiny_model
 
 LINES = [f"def function_{i}(argument, value={i}):\n    return argument + value * {i}\n" for i in range(300)]

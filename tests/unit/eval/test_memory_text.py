@@ -12,10 +12,10 @@ import torch
 from hope_megatron.cli import eval_memory
 from hope_megatron.cli.main import main
 from hope_megatron.config import ParallelConfig
-from hope_megatron.engine.distributed import init_distributed
 from hope_megatron.eval.memory_text import read_text
 from hope_megatron.eval.perplexity import EvaluationError, score_heldout
 from hope_megatron.model import build_model
+from hope_megatron.parallel.distributed import init_distributed
 from hope_megatron.testing.models import tiny_model
 
 TOKENS = np.random.default_rng(0).integers(0, 300, size=53)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hope_megatron.config import ParallelConfig
-from hope_megatron.engine.distributed import init_distributed
 from hope_megatron.model import LanguageModel, build_model
+from hope_megatron.parallel.distributed import init_distributed
 from hope_megatron.testing.models import tiny_model as tiny_config
 
 

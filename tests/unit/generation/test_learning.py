@@ -16,7 +16,6 @@ from hope_megatron.cli.main import main
 from hope_megatron.config import ConfigError, ParallelConfig
 from hope_megatron.config.load import override_inner_clocks
 from hope_megatron.convert.open_model import OpenModel
-from hope_megatron.engine.distributed import init_distributed
 from hope_megatron.eval.perplexity import score_heldout
 from hope_megatron.generation.decoder import Decoder
 from hope_megatron.generation.errors import GenerationError
@@ -25,6 +24,7 @@ from hope_megatron.generation.sampling import SamplingOptions
 from hope_megatron.generation.state_file import load_state, save_state
 from hope_megatron.model import LanguageModel, build_model
 from hope_megatron.model.in_context import set_inner_clocks
+from hope_megatron.parallel.distributed import init_distributed
 from hope_megatron.testing.models import tiny_model as tiny_config
 
 CLOCKS = ["cms.levels.0.inner_chunk_tokens=4", "cms.levels.0.inner_rate=0.05", "cms.levels.0.inner_momentum=0.5"]

@@ -8,9 +8,9 @@ from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_ent
 from torch import Tensor
 
 from hope_megatron.config.parallel import ParallelConfig
-from hope_megatron.engine.distributed import init_distributed
 from hope_megatron.model import loss as loss_module
 from hope_megatron.model.loss import IGNORE, vocab_parallel_losses
+from hope_megatron.parallel.distributed import init_distributed
 
 T, B, V, VALID = 5, 3, 64, 61
 

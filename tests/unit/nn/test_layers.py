@@ -13,8 +13,8 @@ from hope_megatron import ContinuumMLP, HopeBlock, NeuralMemory
 from hope_megatron.config import ParallelConfig
 from hope_megatron.config.base import ConfigError
 from hope_megatron.config.model import AttentionConfig, CMSConfig, CMSLevelConfig, MemoryConfig
-from hope_megatron.engine.distributed import init_distributed
 from hope_megatron.model import LanguageModel, build_model
+from hope_megatron.parallel.distributed import init_distributed
 from hope_megatron.testing.models import tiny_model
 
 STATIC = {f"adaptive_{name}": False for name in ("key", "value", "eta", "alpha")}

@@ -8,8 +8,8 @@ from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from hope_megatron.config.parallel import ParallelConfig
-from hope_megatron.engine.distributed import init_distributed
 from hope_megatron.ops.rotary import RotaryTable, rotate
+from hope_megatron.parallel.distributed import init_distributed
 
 DIM, BASE = 16, 500_000.0
 

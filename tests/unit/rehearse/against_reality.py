@@ -13,7 +13,7 @@ import torch
 
 from hope_megatron.config import ModelConfig, RunConfig
 from hope_megatron.config.hardware import find_hardware
-from hope_megatron.engine.distributed import init_distributed, shutdown_distributed
+from hope_megatron.parallel.distributed import init_distributed, shutdown_distributed
 from hope_megatron.rehearse.depth import Depths
 from hope_megatron.rehearse.gpu_path import cpu_path
 from hope_megatron.rehearse.rehearse import rehearse

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from hope_megatron.config import ParallelConfig
-from hope_megatron.engine.distributed import init_distributed
 from hope_megatron.model import build_model
+from hope_megatron.parallel.distributed import init_distributed
 from hope_megatron.suites.errors import SuiteError
 from hope_megatron.suites.needle_questions import BABI
 from hope_megatron.suites.needle_text import KINDS, build, haystack

@@ -11,7 +11,7 @@ import torch
 from hope_megatron.config.accounting import forward_flops
 from hope_megatron.config.hardware import HARDWARE
 from hope_megatron.config.training import ProfileConfig
-from hope_megatron.engine.distributed import init_distributed
+from hope_megatron.parallel.distributed import init_distributed
 from hope_megatron.testing.tiny import tiny_run_config
 from hope_megatron.training.out_of_memory import advice, explained
 from hope_megatron.training.profiling import Profiling, due

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hope_megatron.engine.messages import pack, unpack
+from hope_megatron.parallel.messages import pack, unpack
 
 
 class ControlGroup:

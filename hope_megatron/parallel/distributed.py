@@ -16,8 +16,8 @@ from megatron.core import parallel_state
 
 from hope_megatron.config.base import ConfigError
 from hope_megatron.config.parallel import ParallelConfig
-from hope_megatron.engine.collectives import record_collectives
 from hope_megatron.layers.cpu import install_cpu_support
+from hope_megatron.parallel.collectives import record_collectives
 from hope_megatron.runtime.launchers import adopt_launcher
 from hope_megatron.runtime.world import launched_world
 

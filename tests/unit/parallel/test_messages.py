@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hope_megatron.checkpoint.format import CheckpointDamagedError
-from hope_megatron.engine.messages import ControlError, RemoteError, pack, unpack
+from hope_megatron.parallel.messages import ControlError, RemoteError, pack, unpack
 from hope_megatron.runtime.token import TAG_BYTES, TOKEN_VARIABLE, tag
 
 VALUES = st.recursive(

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hope_megatron.config.parallel import ParallelConfig
-from hope_megatron.engine.distributed import init_distributed
-from hope_megatron.engine.question import UpdateQuestion
+from hope_megatron.parallel.distributed import init_distributed
+from hope_megatron.parallel.question import UpdateQuestion
 
 
 @pytest.fixture
