@@ -170,6 +170,7 @@ class Service:
             stop=request.stops,
             top_logprobs=top_logprobs,
             ignore_end=request.ignore_eos,
+            whole=not request.stream,
         )
         seed = secrets.randbits(62) if request.seed is None else request.seed
         if request.session_id is None:

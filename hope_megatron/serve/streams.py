@@ -49,6 +49,8 @@ class StreamOptions:
     top_logprobs: int | None = None
     """None: no log-probabilities."""
     ignore_end: bool = False
+    whole: bool = False
+    """Everything is said at the end: what nobody reads as it comes need not wake anybody up."""
 
 
 class Stream:
@@ -124,7 +126,7 @@ class Stream:
             self._leave("stop", self._held[:cut])
         elif self.num_drawn >= self.options.max_tokens:
             self.finish("length")
-        else:
+        elif not self.options.whole:
             self._send(len(self._held) - _could_begin(self._held, self.options.stop))
 
     def finish(self, reason: FinishReason) -> None:

@@ -75,6 +75,13 @@ def test_accumulation_changes_neither_loss_nor_gradient(tmp_path: Path) -> None:
     assert log["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
+def test_bf16_is_near_float32(tmp_path: Path) -> None:
+    loss, norm = reference()
+    log = train(tmp_path, 8, 1, bf16=True)
+    assert log["loss"] == pytest.approx(loss, rel=1e-2) and log["loss"] != pytest.approx(loss, rel=1e-6)
+    assert log["grad_norm"] == pytest.approx(norm, rel=5e-2)
+
+
 def test_texts_of_unequal_length_are_evaluated_and_predicted(tmp_path: Path) -> None:
     """Right-padded batches, as every collator makes them."""
     model, lengths = make_model().float(), (32, 5, 17, 9)

@@ -59,6 +59,8 @@ def test_stop_strings(text: str, stop: tuple[str, ...], said: str, reason: str) 
     assert stream.hidden == (
         "" if reason == "length" or text.endswith(".") else text[len(said) :][: len(stream.hidden)]
     )
+    (at_once,), _ = drawn(text, max_tokens=6, stop=stop, whole=True)
+    assert (at_once.text, at_once.finish, at_once.num_tokens) == (said, reason, pieces[-1].num_tokens)
     # what cannot begin a stop string is said at once
     assert [piece.text for piece in drawn("ab", max_tokens=6, stop=("xy",))[0]] == ["a", "b"]
 
