@@ -177,7 +177,7 @@ def _run(args: argparse.Namespace) -> int:
         directory,
         args.workers,
         say=lambda line: print(line, flush=True),
-        finished=results.gather if results else lambda: None,
+        finished=lambda: _gather(results),
     )
     code = runner.run(retry=args.retry)
     link_children(plan, directory)
@@ -186,17 +186,27 @@ def _run(args: argparse.Namespace) -> int:
     return code
 
 
-def _placed(args: argparse.Namespace, plan: Plan, directory: SweepDirectory) -> Results | None:
+def _placed(args: argparse.Namespace, plan: Plan, directory: SweepDirectory, *, to_run: bool = True) -> Results | None:
     """The file of results, after cells were taken from it and those that finished here were added."""
     from hope_megatron.sweep.results import Results
 
     if args.results is None:
         return None
-    results = Results(args.results, plan, directory)
+    results = Results(args.results, plan, directory, to_run=to_run)
     if placed := results.place():
         print(f"{placed} cells finished elsewhere, from {args.results}")
-    results.gather()
+    if to_run:
+        _gather(results)
     return results
+
+
+def _gather(results: Results | None) -> None:
+    """Keep what has finished; a file that cannot be written now is written with the next cell."""
+    if results is not None:
+        try:
+            results.gather()
+        except OSError as error:
+            print(f"{results.file} could not be written ({error.strerror}); it will be tried again", flush=True)
 
 
 def _queue(args: argparse.Namespace, plan: Plan) -> int:
@@ -294,8 +304,7 @@ def _report(args: argparse.Namespace) -> int:
     directory = SweepDirectory(plan.sweep.directory)
     if args.results is not None:
         directory.prepare(plan)
-        _placed(args, plan, directory)
-    observations = _observations(plan)
+    observations = _observations(plan, _placed(args, plan, directory, to_run=False))
     config = _with_options(plan.sweep.fit, args)
     families = analyse(observations, config)
     flops = target_flops(families, config.target_flops)
@@ -319,12 +328,15 @@ def _console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
-def _observations(plan: Plan) -> list[Observation]:
+def _observations(plan: Plan, results: Results | None = None) -> list[Observation]:
     from data_pipeline import Manifest
     from hope_megatron.sweep.collect import collect
     from hope_megatron.sweep.store import SweepDirectory
 
-    return collect(plan, SweepDirectory(plan.sweep.directory), lambda path: Manifest.load(path).tokens)
+    def unique_tokens(path: Path | str) -> int:
+        return results.train_tokens if results else Manifest.load(path).tokens
+
+    return collect(plan, SweepDirectory(plan.sweep.directory), unique_tokens)
 
 
 def _with_options(config: FitConfig, args: argparse.Namespace) -> FitConfig:

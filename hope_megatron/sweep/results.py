@@ -69,38 +69,53 @@ class Corpus:
 class Results:
     """A file of results, of one sweep on one corpus."""
 
-    def __init__(self, file: Path, plan: Plan, directory: SweepDirectory) -> None:
+    def __init__(self, file: Path, plan: Plan, directory: SweepDirectory, *, to_run: bool = True) -> None:
         """Read the file, if it is there.
+
+        Args:
+            file: may be missing; `gather` writes it.
+            plan: the cells.
+            directory: where they are run.
+            to_run: cells are to be added, so that the data must be here, and be that of the file. Otherwise its word is taken.
 
         Raises:
             SweepError: if it is not such a file, or is of another sweep or other data.
         """
         self.file, self.plan, self.directory = file, plan, directory
-        self.head: dict[str, Any] = {
-            "format": FORMAT,
-            "sweep": _definition(plan),
-            "data": asdict(Corpus.of(plan)),
-        }
+        self.sweep = _definition(plan)
+        self.data = asdict(Corpus.of(plan)) if to_run or not file.exists() else None
         self.cells: dict[str, Any] = {}
-        if file.exists():
-            self.cells = self._read()
+        self._read()
 
-    def _read(self) -> dict[str, Any]:
-        values = read_object(self.file)
-        if values is None or values.get("format") != FORMAT:
+    def _read(self) -> None:
+        """Take over what the file has, which another machine may have added to."""
+        if not self.file.exists():
+            return
+        values = read_object(self.file) or {}
+        parts: list[Any] = [values.get(part) for part in ("sweep", "data", "cells")]
+        good = all(isinstance(part, dict) for part in parts) and isinstance(parts[0].get("families"), dict)
+        if values.get("format") != FORMAT or not good:
             raise SweepError(f"{self.file} holds no results of a sweep ({FORMAT}); give another file")
-        before, now = values["sweep"]["families"], self.head["sweep"]["families"]
-        values["sweep"]["families"] = {**before, **{name: now[name] for name in now if name not in before}}
-        self.head["sweep"]["families"] = {**before, **now}
-        for part in ("data", "sweep"):
-            before, now = values[part], self.head[part]
-            differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-            if differing:
-                raise SweepError(
-                    f"{self.file}: its cells were run with another {part} ({', '.join(differing)}); "
-                    "give another file, or the sweep another name"
-                )
-        return dict(values["cells"])
+        sweep, data, cells = parts
+        families = {**self.sweep["families"], **sweep["families"]}
+        known = {name: families[name] for name in self.sweep["families"]}
+        self._refuse_other("sweep", {**sweep, "families": known}, self.sweep)
+        self._refuse_other("data", data, self.data or data)
+        self.sweep, self.data, self.cells = {**self.sweep, "families": families}, data, {**cells, **self.cells}
+
+    def _refuse_other(self, part: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+        differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+        if differing:
+            raise SweepError(
+                f"{self.file}: its cells were run with another {part} ({', '.join(differing)}); "
+                "give another file, or the sweep another name"
+            )
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens in the training data."""
+        assert self.data is not None
+        return int(self.data["train_tokens"])
 
     def place(self) -> int:
         """Make the cells finished that the file has and this machine has not begun.
@@ -120,29 +135,31 @@ class Results:
                 raise SweepError(
                     f"{self.file}: the cell {cell.name} was run as another model; give the sweep another name"
                 )
+            try:
+                curve = [{"step": step, "train/loss": loss} for step, loss in found["curve"]]
+                records = [*curve, {"step": found["steps"], "heldout/loss": found["heldout_loss"]}]
+                summary = {"complete": True, "step": found["steps"], "placed_from": self.file.name, **found["run"]}
+            except (KeyError, TypeError, ValueError) as error:
+                raise SweepError(f"{self.file}: the cell {cell.name} is damaged ({error}); remove it there") from None
             run = self.directory.runs / cell.name
-            run.mkdir(parents=True, exist_ok=True)
-            records = [seal({"step": step, "train/loss": loss}) for step, loss in found["curve"]]
-            records.append(seal({"step": found["steps"], "heldout/loss": found["heldout_loss"]}))
-            write_text(run / METRICS_FILE, "".join(f"{record}\n" for record in records))
-            write_json(
-                run / "summary.json",
-                {"complete": True, "step": found["steps"], "placed_from": self.file.name, **found["run"]},
-            )
+            write_text(run / METRICS_FILE, "".join(f"{seal(record)}\n" for record in records))
+            write_json(run / "summary.json", summary)
             placed += 1
         return placed
 
     def gather(self) -> int:
-        """Add what has finished here, and write the file.
+        """Add what has finished here to what the file has by now, and write it.
 
         Returns:
             How many cells of the sweep it has now.
         """
+        self._read()
         for cell in self.plan.cells:
             if cell.name not in self.cells and self.directory.state(cell) is State.FINISHED:
                 self.cells[cell.name] = _result(cell, self.directory.runs / cell.name)
         lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(self.cells[name])}" for name in sorted(self.cells))
-        write_text(self.file, f'{json.dumps(self.head, indent=1)[:-2]},\n "cells": {{\n{lines}\n }}\n}}\n')
+        head = {"format": FORMAT, "sweep": self.sweep, "data": self.data}
+        write_text(self.file, f'{json.dumps(head, indent=1)[:-2]},\n "cells": {{\n{lines}\n }}\n}}\n')
         return sum(cell.name in self.cells for cell in self.plan.cells)
 
 

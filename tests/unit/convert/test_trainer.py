@@ -82,6 +82,19 @@ def test_bf16_is_near_float32(tmp_path: Path) -> None:
     assert log["grad_norm"] == pytest.approx(norm, rel=5e-2)
 
 
+def test_a_compiled_model_trains_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Inductor, whose kernels take half a minute: benchmarks/costs/compile_export.py runs those."""
+    import torch._dynamo
+
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    loss, norm = reference()
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(disable=False):
+        log = train(tmp_path, 8, 1, torch_compile=True, torch_compile_backend="aot_eager")
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 2
+    assert (log["loss"], log["grad_norm"]) == pytest.approx((loss, norm), rel=1e-4)
+
+
 def test_texts_of_unequal_length_are_evaluated_and_predicted(tmp_path: Path) -> None:
     """Right-padded batches, as every collator makes them."""
     model, lengths = make_model().float(), (32, 5, 17, 9)

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,19 @@ pytest.importorskip("transformers", reason="the page is about transformers")
 pytest.importorskip("accelerate", reason="Trainer needs accelerate, which `pip install -e '.[test]'` brings")
 
 PAGE = Path(__file__).parents[3] / "docs/transformers.md"
+
+
+def assert_ends_at_stop_string(model: Any, tokenizer: Any) -> None:
+    """The same text as without it, until the string is there."""
+    prompt = tokenizer("def main(", return_tensors="pt")
+    length, settings = prompt["input_ids"].size(1), {"max_new_tokens": 40, "do_sample": True, "eos_token_id": None}
+    torch.manual_seed(1)
+    free = model.generate(**prompt, **settings)[0, length:]
+    stop = next(letter for letter in tokenizer.decode(free)[5:] if letter.isascii() and letter.isalnum())
+    end = next(i for i in range(1, 41) if stop in tokenizer.decode(free[:i]))
+    torch.manual_seed(1)
+    stopped = model.generate(**prompt, **settings, stop_strings=[stop], tokenizer=tokenizer)[0, length:]
+    assert stopped.tolist() == free[:end].tolist() and end < 40
 
 
 def test_every_block_runs(
@@ -47,6 +61,7 @@ def test_every_block_runs(
     ours = [int(token) for token in decoder.generate(20, greedy, torch.Generator())]
     theirs = names["document"][0, names["begun_as_in_training"].size(1) :].tolist()
     assert theirs == ours[: len(theirs)] and (len(theirs) == 20 or theirs[-1] == tokenizer.eos_id)
+    assert_ends_at_stop_string(names["model"], names["tokenizer"])
     assert abs(names["loss"].item() - math.log(300)) < 0.5
     again = names["AutoModelForCausalLM"].from_pretrained("tuned/chat", trust_remote_code=True)
     reread = names["AutoTokenizer"].from_pretrained("tuned/chat", trust_remote_code=True)

@@ -11,6 +11,7 @@ import yaml
 
 from data_pipeline.prepare import prepare
 from data_pipeline.tokenizer import train_tokenizer
+from hope_megatron.cli.main import main
 from hope_megatron.runtime.files import write_json, write_text
 from hope_megatron.runtime.records import seal
 from hope_megatron.sweep.collect import collect
@@ -105,9 +106,39 @@ def test_families_may_be_added_but_nothing_changed(tmp_path: Path, machine: Mach
         Results(
             file, *machine("family", families={**families, "hope": {"model": "hope_tiny", "model.vocab_size": 1024}})
         )
-    file.write_text(file.read_text().replace('"train_tokens": ', '"train_tokens": 1'))
+    good = file.read_text()
+    file.write_text(good.replace('"train_tokens": ', '"train_tokens": 1'))
     with pytest.raises(SweepError, match=r"another data \(train_tokens\)"):
         Results(file, *machine("data"))
-    file.write_text("[]")
-    with pytest.raises(SweepError, match="holds no results"):
-        Results(file, *machine("none"))
+    file.write_text(good)
+    whole = json.loads(file.read_text())
+    del whole["cells"][plan.cells[0].name]["curve"]
+    file.write_text(json.dumps(whole))
+    with pytest.raises(SweepError, match=r"is damaged \('curve'\)"):
+        Results(file, *machine("damaged")).place()
+    for damaged in ("[]", '{"format": "hope-sweep-results-v1", "cells": {}}', "{"):
+        file.write_text(damaged)
+        with pytest.raises(SweepError, match="holds no results"):
+            Results(file, *machine("none"))
+
+
+def test_two_machines_at_a_time_lose_nothing(tmp_path: Path, machine: Machine) -> None:
+    file = tmp_path / "results.json"
+    (plan, one), (_, two) = machine("one"), machine("two")
+    first, second = Results(file, plan, one), Results(file, plan, two)
+    finish(plan, one, 0)
+    finish(plan, two, 1)
+    assert first.gather() == 1 and second.gather() == 2
+
+
+def test_a_report_needs_neither_runs_nor_data(
+    tmp_path: Path, machine: Machine, sweep_file: Callable[..., Path]
+) -> None:
+    file, (plan, directory) = tmp_path / "results.json", machine("first")
+    for number in range(len(plan.cells)):
+        finish(plan, directory, number)
+    Results(file, plan, directory).gather()
+    elsewhere = sweep_file(output_dir=str(tmp_path / "elsewhere"), design={"tokens": [10_240, 20_480]})
+    assert main(["sweep", "report", str(elsewhere), "--results", str(file), "--bootstrap", "20"]) == 0
+    assert "5.25" in (tmp_path / "elsewhere/toy/cells.csv").read_text()
+    assert main(["sweep", "run", str(elsewhere), "--results", str(file)]) == 2  # data/train is not there
