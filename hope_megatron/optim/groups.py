@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from hope_megatron.config.clock import Changes
 from hope_megatron.optim.errors import OptimError
-from hope_megatron.optim.tags import read_tags
+from hope_megatron.optim.tags import ParamTags, read_tags
 from hope_megatron.optim.zero import shard_shape
 
 
@@ -21,8 +20,7 @@ def build_param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], opt
     parameter gets its name as the attribute `optim_name`. Parameters without requires_grad are left out; shared ones
     count once.
     """
-    found: dict[tuple[str, int, bool, Changes, int], list[nn.Parameter]] = {}
-    names: dict[tuple[str, int, bool, Changes, int], str] = {}
+    found: dict[tuple[Any, ...], tuple[ParamTags, list[nn.Parameter]]] = {}
     seen: set[int] = set()
     for name, param in named_parameters:
         if not param.requires_grad or id(param) in seen:
@@ -30,41 +28,25 @@ def build_param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], opt
         seen.add(id(param))
         param.optim_name = name  # type: ignore[attr-defined]
         tags = read_tags(param, name, shard_shape(param))
-        key = (
-            tags.role,
-            tags.update_period_steps,
-            not tags.weight_decay,
-            tags.update_period_changes,
-            tags.adaptive_level,
-        )
-        found.setdefault(key, []).append(param)
-        names[key] = tags.group_name
+        decays, changes, level = tags.weight_decay, tags.update_period_changes, tags.adaptive_level
+        order = (tags.role, tags.update_period_steps, not decays, changes, level)
+        found.setdefault(order, (tags, []))[1].append(param)
     if not found:
         raise OptimError("no parameter to train: every parameter has requires_grad=False")
-    return [
-        _group(names[key], *key, params, optim_cfg) for key, params in sorted(found.items(), key=lambda item: item[0])
-    ]
+    return [_group(*found[order], optim_cfg) for order in sorted(found)]
 
 
-def _group(
-    name: str,
-    role: str,
-    period: int,
-    no_decay: bool,
-    changes: Changes,
-    level: int,
-    params: list[nn.Parameter],
-    cfg: Any,
-) -> dict[str, Any]:
-    lr = cfg.vector_lr if role == "vector" and cfg.vector_lr is not None else cfg.lr
+def _group(tags: ParamTags, params: list[nn.Parameter], cfg: Any) -> dict[str, Any]:
+    """The group of parameters that have these tags."""
+    lr = cfg.vector_lr if tags.role == "vector" and cfg.vector_lr is not None else cfg.lr
     return {
         "params": params,
-        "name": name,
-        "role": role,
-        "update_period_steps": period,
-        "update_period_changes": changes,
-        "adaptive_level": level,
-        "weight_decay": 0.0 if no_decay else cfg.weight_decay,
+        "name": tags.group_name,
+        "role": tags.role,
+        "update_period_steps": tags.update_period_steps,
+        "update_period_changes": tags.update_period_changes,
+        "adaptive_level": tags.adaptive_level,
+        "weight_decay": cfg.weight_decay if tags.weight_decay else 0.0,
         "lr": lr,
         "base_lr": lr,
     }
