@@ -122,9 +122,11 @@ class Soak:
         found = final_state(self.run_dir)
         different = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
         self._measure_detection()
+        ordered = parse_faults(self.orders)
         return {
             "faults": len(self.injected),
-            "ordered": self.orders.count("@"),
+            "ordered": len(ordered),
+            "missing": [str(fault) for number, fault in enumerate(ordered) if f"{number:04d}" not in self.injected],
             "layout": self.layout,
             "steps": self.steps,
             "equal": not different,
@@ -164,13 +166,10 @@ class Soak:
 
     def _look(self) -> None:
         """Note which faults have come, and which the run has left behind."""
-        for path in sorted((self.run_dir / "launch" / "faults").glob("*.json")):
+        ordered = parse_faults(self.orders)
+        for path in sorted((self.run_dir / "launch" / "faults").glob("*")):
             if path.name not in self.injected:
-                try:
-                    came = json.loads(path.read_text())
-                except (OSError, ValueError):
-                    continue  # being written
-                self.injected[path.name] = Injected(came["fault"], came["time"])
+                self.injected[path.name] = Injected(str(ordered[int(path.name)]), path.stat().st_mtime)
         waiting = [item for item in self.injected.values() if item.recovered_s is None]
         if waiting:
             record = last_record(self.run_dir)
@@ -236,7 +235,9 @@ def main() -> int:
     worst = max((item["recovered_s"] or 0.0) for item in report["each"]) if report["each"] else 0.0
     verdict = "same bits" if report["equal"] else f"OTHER BITS in {', '.join(report['different'])}"
     print(f"{report['faults']} faults of {report['ordered']}: {verdict}; human actions 0; worst recovery {worst:.1f} s")
-    return 0 if report["equal"] and report["faults"] == report["ordered"] else 1
+    if report["missing"]:
+        print(f"never came: {', '.join(report['missing'])}")
+    return 0 if report["equal"] and not report["missing"] else 1
 
 
 if __name__ == "__main__":
