@@ -23,8 +23,9 @@ class ParallelConfig(Section):
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision in which gradients are summed over data-parallel ranks in bf16 runs. bf16 halves what travels, and rounds at every
     addition."""
-    overlap_comm: bool = False
-    """Overlap gradient reduction with backward (CUDA)."""
+    overlap_comm: bool | None = None
+    """Sum gradients over data-parallel ranks while the last backward pass of a step still runs (at ZeRO-2 and 3 of each). None: on
+    GPUs. Same sums on two ranks; on more, bits may differ as additions come in another order."""
     cpu_offload: bool = False
     """Keep optimizer state in host memory."""
 

@@ -62,6 +62,10 @@ class Transfer:
     """Of the largest operand, over all calls."""
     hidden: bool
     """Runs beside computation."""
+    beside: str = ""
+    """The phase whose computation that is, where it is not its own."""
+    share: float = 1.0
+    """Part of that phase that is still to come when it begins."""
 
 
 @dataclass(frozen=True)
@@ -105,26 +109,24 @@ def phase_times(
 ) -> dict[str, PhaseTime]:
     """Time of each phase on given hardware, at one end of the assumed efficiencies."""
     transfers = list(transfers)
-    times = {}
-    for phase in dict.fromkeys([*phases, *(transfer.phase for transfer in transfers)]):
-        families = phases.get(phase, {})
-        launch = sum(work.kernels for work in families.values()) * efficiency.launch_s.at(end)
-        device = {"memory": 0.0, "math": 0.0, "latency": 0.0}
+    names = dict.fromkeys([*phases, *(transfer.phase for transfer in transfers)])
+    launches, devices = {}, {}
+    for phase in names:
+        families, device = phases.get(phase, {}), {"memory": 0.0, "math": 0.0, "latency": 0.0}
         for family, work in families.items():
             bound, seconds = family_seconds(family, work, hardware, efficiency, end)
             device[bound] += seconds
-        exposed, hidden = (
-            sum(
-                transfer_seconds(t, hardware, efficiency, end)
-                for t in transfers
-                if t.phase == phase and t.hidden == way
-            )
-            for way in (False, True)
-        )
-        busy = max(launch, sum(device.values()))
-        times[phase] = PhaseTime(
-            launch, **device, network=exposed + max(0.0, hidden - busy), network_hidden=min(hidden, busy)
-        )
+        launches[phase] = sum(work.kernels for work in families.values()) * efficiency.launch_s.at(end)
+        devices[phase] = device
+    busy = {phase: max(launches[phase], sum(devices[phase].values())) for phase in names}
+    times = {}
+    for phase in names:
+        own = [transfer for transfer in transfers if transfer.phase == phase]
+        exposed = sum(transfer_seconds(t, hardware, efficiency, end) for t in own if not t.hidden)
+        hidden = sum(transfer_seconds(t, hardware, efficiency, end) for t in own if t.hidden)
+        room = max((t.share * busy.get(t.beside or phase, 0.0) for t in own if t.hidden), default=0.0)
+        network = exposed + max(0.0, hidden - room)
+        times[phase] = PhaseTime(launches[phase], **devices[phase], network=network, network_hidden=min(hidden, room))
     return times
 
 

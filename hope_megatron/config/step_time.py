@@ -20,7 +20,7 @@ from hope_megatron.config.efficiency import DEFAULT, Efficiency, End
 from hope_megatron.config.features import frame_features, layer_features, slice_tokens, variant
 from hope_megatron.config.footprint import layer_input_bytes
 from hope_megatron.config.hardware import Hardware
-from hope_megatron.config.matrices.layout import in_portions, matrix_params
+from hope_megatron.config.matrices.layout import OVERLAPPED_NUMEL, in_portions, matrix_params
 from hope_megatron.config.matrices.update import m3_update
 from hope_megatron.config.roofline import (
     HOST_COPY,
@@ -62,6 +62,8 @@ _NORM_BYTES, _CLIP_BYTES, _CLEAR_BYTES = 4, 8, 16
 _FLATTEN_BYTES, _COPY_BYTES, _MEAN_BYTES, _SUM_BYTES = 8, 12, 8, 18
 """Per number of a rank: flattened and copied back once a step, divided where there are replicas, and for each micro-batch bf16
 raised to float32 and added."""
+_HALF_BYTES = 6 + 4 + 10
+"""The same of gradients that travel in bf16: rounded, divided, copied back."""
 _TOGETHER = 640 << 16
 """Numbers that an operator on lists covers with one kernel."""
 _TENSORS_TOGETHER = 128
@@ -220,18 +222,42 @@ def _reduction(config: RunConfig, groups: dict[tuple[bool, int, bool], float], t
     )  # then linears, whose weights decay, have added theirs
     added = {key: 0.0 if in_products and key[0] and key[2] else numbers for key, numbers in groups.items()}
     buckets, means = _buckets(groups), _MEAN_BYTES if replicas > 1 else 0
-    # gradients are raised, and added, in portions, by operators on two lists
-    lists = sum(
-        max(1, math.ceil(2 * len(some) / _TENSORS_TOGETHER), math.ceil(2 * sum(some) / _TOGETHER))
-        for key, sizes in _tensors(config).items()
-        if added[key]
-        for some in in_portions(sizes, _PORTION)
-    )
+    tensors = {key: sizes for key, sizes in _tensors(config).items() if added[key]}
+    lists = sum(_lists(in_portions(sizes, _PORTION)) for sizes in tensors.values())
+    local, summed = sum(groups.values()), sum(added.values())
+    if overlaps(config, replicas):  # the last pass adds bucket by bucket, and nothing is copied
+        number = len(_overlapped(config))
+        last = sum(_lists(in_portions(sizes[::-1], OVERLAPPED_NUMEL)) for sizes in tensors.values())
+        half = config.parallel.reduce_dtype == "bf16"
+        travel = _HALF_BYTES if half else _MEAN_BYTES
+        kernels = 2 * ((times - 1) * lists + last) + times + 1 + number * (3 if half else 1)
+        return Work(kernels, local * travel + times * summed * _SUM_BYTES)
     flattened = [sum(bucket) for bucket in buckets if len(bucket) > 1]  # a bucket of one group is flat already
     kernels = times * (2 * lists + 1) + len(groups) + 1 + len(flattened) + (replicas > 1) * len(buckets)
-    local, summed = sum(groups.values()), sum(added.values())
     moved = local * (_COPY_BYTES + means) + sum(flattened) * _FLATTEN_BYTES + times * summed * _SUM_BYTES
     return Work(kernels, moved)
+
+
+def _lists(portions: list[list[int]]) -> int:
+    """Kernels of an operator on two lists of tensors, over all portions."""
+    return sum(
+        max(1, math.ceil(2 * len(some) / _TENSORS_TOGETHER), math.ceil(2 * sum(some) / _TOGETHER)) for some in portions
+    )
+
+
+def overlaps(config: RunConfig, replicas: int) -> bool:
+    """Whether gradients are summed over ranks under backward on GPUs (engine/overlap.py)."""
+    parallel, training = config.parallel, config.training
+    whole = parallel.zero_stage == 1 and training.precision == "bf16" and training.reduction != "canonical"
+    return whole and replicas > 1 and parallel.overlap_comm is not False
+
+
+def _overlapped(config: RunConfig) -> list[int]:
+    """Numbers in the buckets that are summed under backward. The last one has nothing left to hide it: it has the embedding."""
+    tensors = _tensors(config)
+    first = tensors.pop((False, 1, True))
+    found = [sum(some) for sizes in tensors.values() for some in in_portions(sizes[::-1], OVERLAPPED_NUMEL)]
+    return found + [sum(some) for some in in_portions(first[::-1], OVERLAPPED_NUMEL)]
 
 
 def _tensors(config: RunConfig) -> dict[tuple[bool, int, bool], list[int]]:
@@ -293,6 +319,11 @@ def step_transfers(config: RunConfig, world_size: int) -> list[Transfer]:
         ranks = tuple(range(0, world_size, tp))
         buckets = len(_buckets(_groups(config)))
         found += _over_data_parallel(config.parallel.zero_stage, ranks, times, size * local, 2 * local, buckets)
+        if overlaps(config, config.replicas(world_size)):
+            *under, last = _overlapped(config)
+            kind = ("reduction", "allreduce", "data parallel", ranks)
+            found[0] = Transfer(*kind, 1, size * last, False)
+            found.append(Transfer(*kind, len(under), size * sum(under), True, "backward", 1 / times))
     if tp > 1:
         blocks = config.model.num_layers * (1 + len(config.model.cms.levels))
         each = 2.0 * slice_tokens(config) * config.model.hidden_size

@@ -19,6 +19,7 @@ from torch import nn
 from hope_megatron.config.matrices.layout import in_portions
 from hope_megatron.config.run import RunConfig
 from hope_megatron.engine.mpu import ModelParallelUnit
+from hope_megatron.engine.overlap import wants_overlap
 from hope_megatron.layers.memory_mixer import MemoryMixer
 from hope_megatron.parallel.distributed import Mesh
 from hope_megatron.parallel.question import UpdateQuestion
@@ -58,7 +59,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     zero: dict[str, Any] = {
         "stage": parallel.zero_stage,
-        "overlap_comm": parallel.overlap_comm and on_gpu,
+        "overlap_comm": wants_overlap(parallel, "cuda" if on_gpu else "cpu"),
         "contiguous_gradients": on_gpu,
         # M3 finds whole matrices by their place in the flat vectors, in model order.
         "round_robin_gradients": False,
@@ -169,10 +170,15 @@ def accumulate_together(zero: Any) -> None:
     @torch.no_grad()
     def update_hp_grads(clear_lp_grads: bool = False) -> None:
         for group, sums, present in zip(zero.bf16_groups, zero.fp32_groups_gradients, zero.fp32_groups_has_gradients):
-            found = [i for i, parameter in enumerate(group) if parameter.grad is not None]
             for i, parameter in enumerate(group):
-                if parameter.grad is not None or hasattr(parameter, "main_grad"):  # add_in_products
+                if hasattr(
+                    parameter, "main_grad"
+                ):  # add_in_products; overlap.py has them given a stand-in for a gradient
+                    parameter.grad = None
                     parameter._hp_grad, present[i] = sums[i], True
+                elif parameter.grad is not None:
+                    parameter._hp_grad, present[i] = sums[i], True
+            found = [i for i, parameter in enumerate(group) if parameter.grad is not None]
             numbers = iter(found)
             for sizes in in_portions([sums[i].numel() for i in found], _NUMEL_AT_ONCE):
                 some = list(itertools.islice(numbers, len(sizes)))

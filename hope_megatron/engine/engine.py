@@ -15,6 +15,7 @@ from hope_megatron.config.run import RunConfig
 from hope_megatron.engine.canonical import TreeSum
 from hope_megatron.engine.clipping import clip_together
 from hope_megatron.engine.deepspeed_setup import accumulate_together, ask_before_update, give_gradients, initialize
+from hope_megatron.engine.overlap import OverlappedReduction, wants_overlap
 from hope_megatron.engine.weight_gradient import add_in_products
 from hope_megatron.layers.context_parallel import own_tokens
 from hope_megatron.model import IGNORE
@@ -79,6 +80,10 @@ class Engine:
         if uses("weight_gradient", "apex"):
             add_in_products(model, self.zero)
         ask_before_update(self.zero, config.parallel.zero_stage, self._update)
+        keeps_sums = keeps_whole_gradients(config.training.precision, config.parallel.zero_stage) and mesh.dp_size > 1
+        if keeps_sums and config.training.reduction != "canonical" and wants_overlap(config.parallel, mesh.device.type):
+            dtype = torch.bfloat16 if config.parallel.reduce_dtype == "bf16" else torch.float32
+            OverlappedReduction(model, self._deepspeed, mesh.dp_group, dtype)
         self.skipped = False
         self._tree = TreeSum() if config.training.reduction == "canonical" else None
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

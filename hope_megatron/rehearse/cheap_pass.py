@@ -43,6 +43,6 @@ class _Touch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
-        if hasattr(ctx.parameter, "main_grad"):  # the product that makes it has added it already
-            return gradient, None
+        if hasattr(ctx.parameter, "main_grad") and not hasattr(ctx.parameter, "grad_added_to_main_grad"):
+            return gradient, None  # the product that makes it has added it already
         return gradient, torch.empty_like(ctx.parameter, memory_format=torch.contiguous_format)

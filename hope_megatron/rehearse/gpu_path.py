@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hope_megatron.config.run import RunConfig
 from hope_megatron.engine import build as engine_build
+from hope_megatron.engine import engine, overlap
 from hope_megatron.engine.libraries import choose_libraries
 from hope_megatron.engine.policy import matmul_precision, policy_restored
 from hope_megatron.ops.libraries import flex
@@ -42,6 +43,10 @@ def gpu_path(watch: Watch, config: RunConfig) -> Iterator[None]:
         stack.enter_context(choices_restored())
         stack.enter_context(patch.object(Region, "compiles", Region.compiles))
         stack.enter_context(patch.object(engine_build, "choose_libraries", _as_on_a_gpu))
+        stack.enter_context(
+            patch.object(engine, "wants_overlap", lambda parallel, _: overlap.wants_overlap(parallel, "cuda"))
+        )
+        stack.enter_context(patch.object(overlap.OverlappedReduction, "send", _watched_send(watch)))
         torch.set_float32_matmul_precision(matmul_precision(config.training))
         stack.enter_context(patch.object(build, "device_type", lambda named_parameters: "cuda"))
         stack.enter_context(_memories_on("cuda"))
@@ -58,6 +63,20 @@ def gpu_path(watch: Watch, config: RunConfig) -> Iterator[None]:
 
 def _as_on_a_gpu(config: RunConfig, device: str) -> None:
     choose_libraries(config, "cuda", elsewhere=True)
+
+
+def _watched_send(watch: Watch) -> Callable[..., None]:
+    """Sending a bucket of gradients from within backward, told from backward itself."""
+    send = overlap.OverlappedReduction.send
+
+    def watched(self: Any, bucket: Any, *, hidden: bool) -> None:
+        phase, watch.phase, watch.overlapping = watch.phase, "reduction", hidden
+        try:
+            send(self, bucket, hidden=hidden)
+        finally:
+            watch.phase, watch.overlapping = phase, False
+
+    return watched
 
 
 def cpu_path() -> contextlib.AbstractContextManager[None]:

@@ -59,7 +59,8 @@ def verdict(
         pass_states: ranks that would share a sequence by passing states; the run is that of a slice (`slice_config`).
     """
     config, micro_batch, step = depths.config, depths.micro_batch(), depths.step()
-    transfers = transfers_of(step, groups)
+    windows = config.training.seq_length // (config.training.truncate_tokens or config.training.seq_length)
+    transfers = transfers_of(step, groups, depths.accumulation * windows)
     works = works_of(step)
     times = phase_times(works, transfers, hardware, efficiency)
     step_s = sum(time.total for time in times.values())
@@ -127,8 +128,8 @@ def works_of(tally: Tally) -> Phases:
     return {phase: families for phase, families in works.items() if families}
 
 
-def transfers_of(tally: Tally, groups: dict[str, tuple[int, ...]]) -> list[Transfer]:
-    """Collectives by phase, operator, group and way."""
+def transfers_of(tally: Tally, groups: dict[str, tuple[int, ...]], passes: int) -> list[Transfer]:
+    """Collectives by phase, operator, group and way. passes: of backward in a step, of which the last one hides reduction."""
     sizes = grouped(tally, "collective_bytes", "phase", "operator", "group", "way")
     return [
         Transfer(
@@ -139,6 +140,7 @@ def transfers_of(tally: Tally, groups: dict[str, tuple[int, ...]]) -> list[Trans
             count,
             sizes.get((phase, operator, group, way), 0.0),
             way == "overlapped",
+            *(("backward", 1 / passes) if phase == "reduction" else ()),
         )
         for (phase, operator, group, way), count in grouped(
             tally, "collective", "phase", "operator", "group", "way"

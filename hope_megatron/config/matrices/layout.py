@@ -18,6 +18,8 @@ from hope_megatron.config.model import ModelConfig
 
 _ALIGNMENT = 2
 """Numbers in bf16 that DeepSpeed aligns every partition to (nccl_start_alignment_factor)."""
+OVERLAPPED_NUMEL = 2**25
+"""Gradients that are summed over ranks together under backward: 128 MiB in float32, enough for the full speed of a link."""
 
 
 class MatrixVector(NamedTuple):

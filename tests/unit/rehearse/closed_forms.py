@@ -55,6 +55,8 @@ def test_counts_are_those_of_a_rehearsal(name):
     exchanged = {phase: x for (phase, operator), x in exchanges(step).items() if operator == "alltoall"}
     planned = {t.phase: (t.count, t.bytes) for t in step_transfers(config, world) if t.operator == "alltoall"}
     assert planned == exchanged
+    reduced = [(t.count, t.bytes) for t in step_transfers(config, world) if t.phase == "reduction"]
+    assert tuple(map(sum, zip(*reduced))) == exchanges(step).get(("reduction", "allreduce"), ())
     peak = verdict(depths, watch.groups, world, find_hardware("h100"))["peak_memory_bytes"]
     assert footprint(config, world).total == pytest.approx(peak, rel=0.05)
 
