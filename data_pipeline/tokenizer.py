@@ -254,23 +254,20 @@ def train_tokenizer(
 
 
 def _training_error(message: str, vocab_size: int) -> TokenizerError:
-    if found := re.search(r"Please set it to a value <= (\d+)", message):
-        limit = int(found.group(1))
-        return VocabularyError(
-            f"vocab_size={vocab_size} is more than the corpus supports. The largest that works is {limit}: "
-            f"set vocab_size={limit} or less, or give more text.",
-            limit,
-        )
-    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        limit = int(found.group(1))
-        return VocabularyError(
-            f"vocab_size={vocab_size} is too small: 256 bytes, 4 special tokens and the characters of the corpus "
-            f"need at least {limit}. Set vocab_size above that, or lower character_coverage.",
-            limit,
-        )
+    for pattern, advice in _VOCABULARY_ERRORS.items():
+        if found := re.search(pattern, message):
+            limit = int(found.group(1))
+            return VocabularyError(f"vocab_size={vocab_size} is {advice.format(limit=limit)}", limit)
     return TokenizerError(f"SentencePiece could not train a tokenizer: {message}")
 
 
+_VOCABULARY_ERRORS = {
+    r"Please set it to a value <= (\d+)": "more than the corpus supports. The largest that works is {limit}: "
+    "set vocab_size={limit} or less, or give more text.",
+    r"smaller than required_chars\. \d+ vs (\d+)": "too small: 256 bytes, 4 special tokens and the characters of the corpus "
+    "need at least {limit}. Set vocab_size above that, or lower character_coverage.",
+}
+"""What SentencePiece says of a vocabulary size that does not fit, with the limit in brackets; and what to do."""
 _MAX_LINE_BYTES = 1 << 16
 
 

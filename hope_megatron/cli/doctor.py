@@ -13,9 +13,10 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hope_megatron.cli.doctor_fabric import check_fabric
 from hope_megatron.cli.doctor_finding import MISSING, NOTE, OK, WARNING, Finding
@@ -24,6 +25,9 @@ from hope_megatron.config.torch_build import driver_problem
 from hope_megatron.runtime.apex import detect_apex
 from hope_megatron.runtime.formatting import bytes_text
 from hope_megatron.runtime.libraries import Choice
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 TORCH_PROBE = """
 import json, torch
@@ -346,7 +350,6 @@ def _anything_missing(findings: list[Finding]) -> bool:
 
 def _print(findings: list[Finding], kernels: list[Any], libraries: list[Choice]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     marks = {
         OK: "[green]ok[/green]",
@@ -355,35 +358,38 @@ def _print(findings: list[Finding], kernels: list[Any], libraries: list[Choice])
         MISSING: "[red]missing[/red]",
     }
     console = Console(highlight=False)
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for finding in findings:
-        table.add_row(marks[finding.status], finding.topic, finding.text)
-        if finding.advice:
-            table.add_row("", "", f"[bold]-> {finding.advice}[/bold]")
-    console.print(table)
-
+    _print_rows(console, (row for finding in findings for row in _rows(finding, marks[finding.status])))
     console.print("\n[bold]Fused kernels[/bold]")
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for kernel in kernels:
-        table.add_row("[green]in use[/green]" if kernel.in_use else "[dim]not used[/dim]", kernel.name, kernel.why)
-    console.print(table)
-
+    in_use = {True: "[green]in use[/green]", False: "[dim]not used[/dim]"}
+    _print_rows(console, ((in_use[bool(kernel.in_use)], kernel.name, kernel.why) for kernel in kernels))
     console.print("\n[bold]Parts of a step (training.libraries)[/bold]")
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for choice in libraries:
-        table.add_row(choice.part, choice.library.name, "; ".join(f"not {reason}" for reason in choice.passed_over))
-    console.print(table)
-
+    _print_rows(
+        console,
+        (
+            (choice.part, choice.library.name, "; ".join(f"not {reason}" for reason in choice.passed_over))
+            for choice in libraries
+        ),
+    )
     missing = sum(finding.status == MISSING for finding in findings)
     warnings = sum(finding.status == WARNING for finding in findings)
     verdict = f"[red]{missing} missing[/red]" if missing else "[green]Ready.[/green]"
     console.print(f"\n{verdict}" + (f" {warnings} warning{'s' if warnings > 1 else ''}." if warnings else ""))
+
+
+def _rows(finding: Finding, mark: str) -> Iterator[tuple[str, str, str]]:
+    yield mark, finding.topic, finding.text
+    if finding.advice:
+        yield "", "", f"[bold]-> {finding.advice}[/bold]"
+
+
+def _print_rows(console: Console, rows: Iterable[tuple[str, str, str]]) -> None:
+    """Two short columns, and one of text that may take several lines."""
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
