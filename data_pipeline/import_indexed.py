@@ -14,10 +14,12 @@ from data_pipeline.encode import EncodedDocument, Encoder
 from data_pipeline.errors import TokenizerError
 from data_pipeline.filters import Filters
 from data_pipeline.indexed import IndexedFile
+from data_pipeline.open_tokenizer import load_tokenizer
 from data_pipeline.prepare import Running, prepare_files
 from data_pipeline.prepare_settings import Settings
 from data_pipeline.report import PrepareReport
-from data_pipeline.sources import SourceFile, find_sources
+from data_pipeline.source_files import SourceFile
+from data_pipeline.sources import find_sources
 from data_pipeline.tokenizer import Tokenizer
 
 FORMAT = "hope-import-v1"
@@ -50,7 +52,7 @@ def import_indexed(
     """
     files = [IndexedFile(prefix) for prefix in prefixes]
     if not isinstance(tokenizer, Tokenizer):
-        tokenizer = Tokenizer.load(tokenizer)
+        tokenizer = load_tokenizer(tokenizer)
     settings = Settings(held_out_fraction, shard_tokens, ReadOptions(), Filters(), deduplicate, None, 0, 1)
     return prepare_files(
         find_sources([file.bin_path for file in files]),

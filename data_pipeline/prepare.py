@@ -35,6 +35,7 @@ from data_pipeline.errors import EmptySplitError, OutputError, ShardError
 from data_pipeline.files import canonical_json, exclusive, read_json, write_json, writing
 from data_pipeline.filters import Filters
 from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAMES, WIDS_NAME, Manifest, ShardInfo
+from data_pipeline.open_tokenizer import load_tokenizer
 from data_pipeline.prepare_settings import Settings
 from data_pipeline.report import PrepareReport
 from data_pipeline.shards import ShardWriter
@@ -116,7 +117,7 @@ def prepare(
     found = find_sources(sources, follow_links=follow_links)
     found.files = found.files[settings.slice_index :: settings.slice_count]
     if not isinstance(tokenizer, Tokenizer):
-        tokenizer = Tokenizer.load(tokenizer)
+        tokenizer = load_tokenizer(tokenizer)
     directory = Path(out_dir)
     if settings.slice_count > 1:
         directory = directory / slice_name(*slice)

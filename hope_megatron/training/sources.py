@@ -6,7 +6,16 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline import Ledger, MixtureStream, SampleStream, ShardCache, Tokenizer, TokenStream, resume
+from data_pipeline import (
+    Ledger,
+    MixtureStream,
+    SampleStream,
+    ShardCache,
+    Tokenizer,
+    TokenStream,
+    load_tokenizer,
+    resume,
+)
 from data_pipeline.cache import default_directory
 from hope_megatron.config import ConfigError, RunConfig
 from hope_megatron.config.training import DataConfig
@@ -28,7 +37,7 @@ def open_sources(config: RunConfig, ledger: Ledger | None = None) -> tuple[Sampl
         ConfigError: if they do not fit the model or each other.
     """
     data, seq_length = config.data, config.training.seq_length
-    tokenizer = Tokenizer.load(data.tokenizer)
+    tokenizer = load_tokenizer(data.tokenizer)
     cache = shard_cache(data)
     ledger = ledger or Ledger(RunDirectory(config.run_dir).data_ledger)
     skip_corrupt = ledger if data.on_corrupt == "skip" else None
