@@ -106,7 +106,7 @@ def check_python() -> list[Finding]:
 
 def check_memory_kernel() -> list[Finding]:
     """What computes memories, the only row that says so: the operator compiled for this CPU, built if it is not there yet."""
-    from hope_megatron.ops.memory.backends.cpu.build import NoKernel, load
+    from hope_megatron.ops.memory.backends.cpu.compiling import NoKernel, load
 
     try:
         return [

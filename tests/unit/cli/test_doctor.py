@@ -26,14 +26,14 @@ def test_this_machine_is_ready(capsys):
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_one_row_says_what_computes_memories(compiled, monkeypatch):
-    from hope_megatron.ops.memory.backends.cpu import build
+    from hope_megatron.ops.memory.backends.cpu import compiling
 
     def load():
         if not compiled:
-            raise build.NoKernel("no compiler")
+            raise compiling.NoKernel("no compiler")
         return SimpleNamespace(_name="kernel.so")
 
-    monkeypatch.setattr(build, "load", load)
+    monkeypatch.setattr(compiling, "load", load)
     (finding,) = doctor.check_memory_kernel()
     assert (finding.status == doctor.OK) == compiled == ("compiled for this one: kernel.so" in finding.text)
     for cuda in (True, False):
