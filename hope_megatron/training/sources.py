@@ -19,6 +19,7 @@ from data_pipeline import (
 from data_pipeline.cache import default_directory
 from hope_megatron.config import ConfigError, RunConfig
 from hope_megatron.config.training import DataConfig
+from hope_megatron.training.epochs import Passes, planned_passes
 from hope_megatron.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -101,3 +102,13 @@ def continuing(config: RunConfig, data_transition: str | None) -> ContinueData:
         return stream
 
     return continue_data
+
+
+def count_passes(config: RunConfig) -> tuple[list[Passes], str]:
+    """How often a run will read its data sets; or none, and why they cannot be counted."""
+    try:
+        return planned_passes(open_sources(config)[0], config), ""
+    except Exception as error:
+        if not getattr(error, "is_user_error", False):
+            raise
+        return [], str(error)
