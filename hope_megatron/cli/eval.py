@@ -10,7 +10,7 @@ Examples:
     hope eval runs/NAME --context stream --learn cms.levels.0.inner_chunk_tokens=64 cms.levels.0.inner_rate=0.01
                                                 it goes on learning from what it reads
 
-Other evaluations: hope eval memory, hope eval lm, hope eval suite.
+Other evaluations: hope eval memory, hope eval length, hope eval lm, hope eval suite.
 """
 
 from __future__ import annotations
