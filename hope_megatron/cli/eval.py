@@ -10,7 +10,7 @@ Examples:
     hope eval runs/NAME --context stream --learn cms.levels.0.inner_chunk_tokens=64 cms.levels.0.inner_rate=0.01
                                                 it goes on learning from what it reads
 
-Other evaluations: hope eval memory, hope eval lm, hope eval suite.
+Other evaluations: hope eval memory, hope eval length, hope eval lm, hope eval suite.
 """
 
 from __future__ import annotations
@@ -101,6 +101,11 @@ def _tables(result: dict[str, Any]) -> str:
     if len(positions) > 1:
         rows = [[f"{row['from']:,} to {row['to']:,}", row["loss"], row["tokens"]] for row in positions]
         tables += "\n\n" + markdown_table(["position in the context", "nats per token", "tokens"], rows)
+    kinds = result["loss_by_kind"]
+    if kinds:
+        models = list(kinds[0]["loss"])
+        rows = [[row["kind"], f"{row['share']:.1%}", *row["loss"].values()] for row in kinds]
+        tables += "\n\n" + markdown_table(["the token completes or spells a", "of all", *models], rows)
     return tables
 
 

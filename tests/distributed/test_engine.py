@@ -56,7 +56,7 @@ def train(config, mesh):
         history.append((loss, engine.step(1.0)))
     tokens, targets = global_batch(99)
     mine = slice(mesh.data_rank * 4 // mesh.data_size, (mesh.data_rank + 1) * 4 // mesh.data_size)
-    return engine, history, engine.evaluate(own_tokens(tokens[mine], 1), own_tokens(targets[mine], 1)).tolist()
+    return engine, history, engine.evaluate(own_tokens(tokens[mine], 1), own_tokens(targets[mine], 1))[0].tolist()
 
 
 def parameters_of(engine):
