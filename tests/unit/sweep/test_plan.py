@@ -10,6 +10,8 @@ from hope_megatron.config import ConfigError, load_model_config, load_run_config
 from hope_megatron.sweep.errors import SweepError
 from hope_megatron.sweep.plan import check_budget, make_plan
 from hope_megatron.sweep.schema import load_sweep
+
+CONFIGS = Path(__file__).parents[3] / "configs" / "sweeps"
 from hope_megatron.sweep.sizes import scale_to_flops, scale_to_width, train_flops_per_token
 from hope_megatron.sweep.store import SweepDirectory
 
@@ -150,3 +152,10 @@ def test_only_sizes_around_the_optimum(sweep_file: Write) -> None:
     }
     with pytest.raises(ConfigError, match="goes with isoflop_budgets"):
         load_sweep(sweep_file(design={"tokens": [10_000], "between_tokens_per_parameter": [1, 2]}))
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_sweeps_that_come_with_the_package_can_be_planned(path: Path) -> None:
+    plan = make_plan(load_sweep(path))
+    assert {cell.family for cell in plan.cells} == {*plan.sweep.families}
+    assert len({cell.name for cell in plan.cells}) == len(plan.cells) > 8
