@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hope_megatron.checkpoint.errors import ModelReferenceError
 from hope_megatron.cli.eval_output import add_output_arguments, check_output, write_output
@@ -25,9 +25,6 @@ from hope_megatron.cli.learning import add_learning_arguments, prepare_learning
 from hope_megatron.cli.models import add_text_arguments, prepare_process
 from hope_megatron.config.training import data_location
 from hope_megatron.convert.open_model import OpenModel, open_model
-
-if TYPE_CHECKING:
-    pass
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -42,7 +42,7 @@ def global_batch(step):
 
 def train(config, mesh):
     """Losses and gradient norms of each step, and the held-out sums after the last."""
-    from hope_megatron.engine.build import build_engine
+    from hope_megatron.engine.new_engine import build_engine
 
     engine = build_engine(config, mesh)
     history = []
@@ -124,8 +124,8 @@ def test_replicated_parameters_stay_bit_identical_over_tensor_parallel(layout, r
 
 def refuse_non_finite(rank, world_size):
     """A NaN on one tensor-parallel rank: what each rank raises, and whether its state changed."""
-    from hope_megatron.engine.build import build_engine
     from hope_megatron.engine.engine import NonFiniteError
+    from hope_megatron.engine.new_engine import build_engine
     from hope_megatron.parallel.distributed import init_distributed
     from hope_megatron.testing.optim_state import export_state
 

@@ -159,7 +159,7 @@ def global_batch(step):
 
 def train(config):
     """(loss, gradient norm) of each step; and the learned rates after the last."""
-    from hope_megatron.engine.build import build_engine
+    from hope_megatron.engine.new_engine import build_engine
 
     mesh = init_distributed(config.parallel)
     engine = build_engine(config, mesh)

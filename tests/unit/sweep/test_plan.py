@@ -10,12 +10,11 @@ from hope_megatron.config import ConfigError, load_model_config, load_run_config
 from hope_megatron.sweep.errors import SweepError
 from hope_megatron.sweep.plan import check_budget, make_plan
 from hope_megatron.sweep.schema import load_sweep
-
-CONFIGS = Path(__file__).parents[3] / "configs" / "sweeps"
 from hope_megatron.sweep.sizes import scale_to_flops, scale_to_width, train_flops_per_token
 from hope_megatron.sweep.store import SweepDirectory
 
 Write = Callable[..., Path]
+CONFIGS = Path(__file__).parents[3] / "configs" / "sweeps"
 LADDER = {"flops_per_token": [2e6, 4e6, 8e6], "depths": [2, 2, 3], "head_size": 16}
 
 
