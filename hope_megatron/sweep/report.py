@@ -9,20 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from hope_megatron.config.load import dump_config
-<<<<<<< HEAD
 from hope_megatron.eval.token_kinds import KINDS, METRICS
-=======
 from hope_megatron.report.document import Block, Bullets, Code, Heading, Picture, Table, Text, to_html, to_markdown
->>>>>>> house
 from hope_megatron.runtime.files import replacing, write_json, write_text
 from hope_megatron.sweep import plots
 from hope_megatron.sweep.analysis import SINGLE_EPOCH, FamilyAnalysis
 from hope_megatron.sweep.bootstrap import Estimate
 from hope_megatron.sweep.collect import Observation, write_csv
-<<<<<<< HEAD
 from hope_megatron.sweep.frontier import SAME_COMPUTE
-=======
->>>>>>> house
 from hope_megatron.sweep.hyper import grid_steps_moved
 from hope_megatron.sweep.recommend import Recommendation
 

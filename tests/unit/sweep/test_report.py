@@ -11,11 +11,8 @@ import pytest
 
 from hope_megatron.config import load_run_config
 from hope_megatron.config.accounting import num_parameters
-<<<<<<< HEAD
 from hope_megatron.eval.token_kinds import METRICS
-=======
 from hope_megatron.report.document import Table, to_html
->>>>>>> house
 from hope_megatron.sweep.analysis import analyse
 from hope_megatron.sweep.collect import Observation, read_csv
 from hope_megatron.sweep.errors import SweepError
