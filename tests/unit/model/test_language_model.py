@@ -161,7 +161,7 @@ def test_inputs_of_layers_on_the_host_change_nothing(case, monkeypatch):
     """Bit for bit, with one copy there and one back for each layer."""
     tokens, targets = random_batch(CASES[case], seq_length=40)
     there, back, found = [], [], []
-    monkeypatch.setattr(offload, "LARGE", 0)
+    monkeypatch.setattr(offload, "LARGE", 1)  # the empty tensor that torch 2.11 saves beside the input stays
     for name, seen in (("_to_host", there), ("_back", back)):
         plain = getattr(offload, name)
         monkeypatch.setattr(offload, name, lambda x, plain=plain, seen=seen: seen.append(x) or plain(x))

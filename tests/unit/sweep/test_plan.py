@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,6 +139,18 @@ def test_a_sweep_for_no_hardware_is_priced_on_this_machine_too(sweep_file, monke
     text = " ".join(capsys.readouterr().out.split())
     assert " 0s " not in text and "<1s" in text
     assert ("this machine has no GPU. On its CPU" in text) == ("hardware: {name: cpu}" in text) == said
+
+
+def test_plan_and_status_as_json(sweep_file, capsys):
+    file = str(sweep_file())
+    cells = {cell.name: cell for cell in plan(file).cells}
+    assert main(["sweep", "plan", file, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert {row["cell"]: row["flops"] for row in planned["cells"]} == {name: cell.flops for name, cell in cells.items()}
+    assert planned["device_hours"] == sum(row["device_hours"] for row in planned["cells"])
+    assert main(["sweep", "status", file, "--json"]) == 0
+    standing = json.loads(capsys.readouterr().out)
+    assert [row["cell"] for row in standing] == list(cells) and {row["state"] for row in standing} == {"waiting"}
 
 
 def test_only_sizes_around_the_optimum(sweep_file: Write) -> None:
