@@ -13,6 +13,7 @@ A sweep is a file of configs/sweeps (by name) or any YAML file of that form; doc
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -72,6 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help="results of finished cells: those that FILE has are taken as they are, new ones are added to it, "
             "so that another machine goes on",
         )
+    for command in (plan, status, fit):
+        command.add_argument("--json", action="store_true", help="print JSON")
     run.add_argument("--retry", action="store_true", help="take cells that were set aside up again")
     status.add_argument(
         "--follow", action="store_true", help="renew the table until every cell has ended; Ctrl-C leaves"
@@ -106,6 +109,10 @@ def _plan(args: argparse.Namespace) -> int:
     from hope_megatron.sweep.plan import check_budget
 
     plan = _load(args)
+    if args.json:
+        print(json.dumps(plan.facts(), indent=1))
+        check_budget(plan)
+        return 0
     table = Table(box=None, pad_edge=False)
     for name in (
         "cell",
@@ -236,6 +243,9 @@ def _status(args: argparse.Namespace) -> int:
     plan = _load(args)
     directory = SweepDirectory(plan.sweep.directory)
     statuses = sweep_status(plan, directory)
+    if args.json:
+        print(json.dumps([status.facts() for status in statuses], indent=1))
+        return 0
     if not args.follow or not sys.stdout.isatty():
         _console().print(status_table(statuses, plan.sweep.name))
         return 0
@@ -253,7 +263,7 @@ def _fit(args: argparse.Namespace) -> int:
     from hope_megatron.sweep.analysis import analyse
     from hope_megatron.sweep.collect import read_csv
     from hope_megatron.sweep.recommend import target_flops
-    from hope_megatron.sweep.report import coefficient_rows, interval_text
+    from hope_megatron.sweep.report import coefficient_rows, interval_text, summary
     from hope_megatron.sweep.schema import FitConfig
 
     if Path(args.sweep).suffix == ".csv":
@@ -264,6 +274,9 @@ def _fit(args: argparse.Namespace) -> int:
         config = _with_options(plan.sweep.fit, args)
         families = analyse(_observations(plan), config)
     flops = target_flops(families, config.target_flops)
+    if args.json:
+        print(json.dumps(summary(families, flops), indent=1))
+        return 0
     table = Table(box=None, pad_edge=False, title=f"{config.level:.0%} intervals", title_justify="left")
     for name in ("family", "law", "coefficient", "value"):
         table.add_column(name, header_style="dim")

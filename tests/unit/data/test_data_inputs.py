@@ -172,10 +172,10 @@ def test_an_invalid_string_of_parquet_costs_no_other(tmp_path: Path, kind: str) 
 
 
 def test_struct_columns_of_parquet_are_read_by_dotted_names(tmp_path: Path) -> None:
-    structs = [{"text": "alpha", "id": 1}, None, {"text": None, "id": 2}, {"text": "beta", "id": 3}]
+    structs = [{"id": 1, "text": "alpha"}, None, {"id": 2, "text": None}, {"id": 3, "text": "beta"}]
     (tmp_path / "a.parquet").write_bytes(parquet_of(structs, "meta"))
     assert texts_and_rejections(tmp_path, text_field="meta.text") == (["alpha", "beta"], {"missing_field": 2})
-    with pytest.raises(SourceError, match=r"no column 'text', only meta\.text, meta\.id\. .*--text-field"):
+    with pytest.raises(SourceError, match=r"no column 'text', only meta\.id, meta\.text\. .*--text-field"):
         texts_and_rejections(tmp_path)
     with pytest.raises(SourceError, match=r"'meta\.id' of .* holds int64, not text"):
         texts_and_rejections(tmp_path, text_field="meta.id")

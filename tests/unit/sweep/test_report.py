@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hope_megatron.cli.main import main
 from hope_megatron.config import load_run_config
 from hope_megatron.config.accounting import num_parameters
 from hope_megatron.eval.token_kinds import METRICS
@@ -74,7 +75,7 @@ def test_recommendation_beyond_the_data_says_so(plan: Plan, tmp_path: Path) -> N
         assert ("passes over the data" in (tmp_path / "report.md").read_text()) is warned
 
 
-def test_report_is_complete_and_self_contained(plan: Plan, tmp_path: Path) -> None:
+def test_report_is_complete_and_self_contained(plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     observations = observed(plan)
     families = analyse(observations, plan.sweep.fit)
     recommendations = recommend(plan, families, 1e16)
@@ -95,6 +96,9 @@ def test_report_is_complete_and_self_contained(plan: Plan, tmp_path: Path) -> No
     assert [o.loss for o in read_csv(tmp_path / "cells.csv")] == [o.loss for o in observations]
     (tmp_path / "bom.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "cells.csv").read_bytes())  # from a spreadsheet
     assert read_csv(tmp_path / "bom.csv") == read_csv(tmp_path / "cells.csv")
+    assert main(["sweep", "fit", str(tmp_path / "cells.csv"), "--bootstrap", "20", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)["families"]["hope"]["laws"]["approach 3"]
+    assert printed["E"]["value"] == fitted["E"]["value"]
 
 
 def test_losses_on_what_repeats_are_compared_at_one_compute(plan: Plan, tmp_path: Path) -> None:
