@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from hope_megatron.checkpoint.unsharded import UnshardedCheckpoint
 
 
+_RUN = "a run directory (its newest checkpoint), RUN@STEP or a checkpoint; with :ema its averaged weights"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the actions and their arguments."""
     inspect, reshard, average, weights = add_actions(
@@ -39,14 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         },
     )
     for action, do in ((inspect, _inspect), (reshard, _reshard), (weights, _weights)):
-        action.add_argument("run", metavar="RUN")
+        action.add_argument("run", metavar="RUN", help=_RUN)
         action.set_defaults(do=do)
-    average.add_argument("runs", nargs="+", metavar="RUN")
+    average.add_argument("runs", nargs="+", metavar="RUN", help=_RUN)
     average.set_defaults(do=_average)
     inspect.add_argument("--json", action="store_true", help="print JSON")
     average.add_argument("--weights", metavar="W,W,...", help="one number per checkpoint (default: all alike)")
     for action in (reshard, average, weights):
-        action.add_argument("out", type=Path, metavar="OUT")
+        action.add_argument("out", type=Path, metavar="OUT", help="directory of the new checkpoint, made new")
         add_layout_arguments(action)
 
 

@@ -1,6 +1,12 @@
 """What this machine has, what is missing, and what to do about it.
 
 Exit code 1 only if something that every run needs is missing.
+
+Examples:
+
+    hope doctor                     a line for each thing, with advice where something is wrong
+    hope doctor --kernels hope      also check the Triton kernels of a family
+    hope doctor --json              for programs, and for bug reports
 """
 
 from __future__ import annotations

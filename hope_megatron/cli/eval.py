@@ -51,7 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MANIFEST",
         help="also unigram and bigram, counted on the run's (or these) shards",
     )
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: the one the model was trained with")
     add_learning_arguments(parser)
     add_output_arguments(parser)
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import re
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hope_megatron.checkpoint.errors import ModelReferenceError
@@ -57,7 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--samples", type=int, default=4, metavar="N", help="haystacks of each kind, length and depth")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="draws questions and places (default 0)")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: the one the model was trained with")
     add_output_arguments(parser)
 
 

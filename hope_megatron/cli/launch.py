@@ -9,7 +9,7 @@
   hope launch cancel RUN [--now]                                      save and end the job; --now: without saving
   hope launch resume RUN [--nodes N] [key.sub=value ...]              submit again, from the newest checkpoint
   hope launch array CONFIG --cluster NAME --vary optim.lr=1e-3,3e-3   one run per combination, as a job array
-  hope launch chain CHAIN.yaml --cluster NAME                         jobs that follow each other (launch/chain.py)
+  hope launch chain CHAIN.yaml --cluster NAME                         jobs that follow each other (docs/launch.md)
 
 NAME is a file in configs/clusters, or the path of one. RUN is a run directory.
 """
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     where = parser.add_argument_group("where to run")
     parser.set_defaults(**_DEFAULTS)
-    where.add_argument("--cluster", metavar="NAME", help="cluster file")
+    where.add_argument("--cluster", metavar="NAME", help="a file of configs/clusters by name, or its path")
     where.add_argument("--nodes", type=int, metavar="N", help="nodes (default: 1; resume: as before)")
     where.add_argument("--dry-run", action="store_true", help="show the batch script and the checks, submit nothing")
     where.add_argument("--explain", action="store_true", help="every key of a cluster file, and leave")

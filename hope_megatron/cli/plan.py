@@ -53,7 +53,7 @@ def add_planned(parser: argparse.ArgumentParser, example: str, **config: Any) ->
     """What is planned, or rehearsed, and for how many GPUs of which kind. example: of an override."""
     parser.add_argument("config", metavar="CONFIG", help="run file, model file, or the name of one", **config)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help=f"changes, for example {example}")
-    parser.add_argument("--world", type=int, metavar="N", help="number of GPUs (default: one tensor-parallel group)")
+    parser.add_argument("--world", type=int, metavar="N", help="number of GPUs (default: tensor x context parallel)")
     parser.add_argument(
         "--hardware", default="h100", metavar="NAME", help=f"one of {', '.join(HARDWARE)} (default: %(default)s)"
     )

@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html)")
     parser.add_argument("--samples", type=int, default=0, metavar="N", help="continuations to sample (default: 0)")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="what they continue (default: nothing)")
-    parser.add_argument("--max-new-tokens", type=int, default=120, metavar="N", help="of each (default: %(default)s)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=120, metavar="N", help="tokens of each (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print the facts as JSON, and write nothing")
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 
+from hope_megatron.cli.models import add_local_arguments
 from hope_megatron.config import RunConfig, dump_config, load_run_config
 from hope_megatron.runtime.launchers import adopt_launcher
 from hope_megatron.runtime.process import count_gpus
@@ -31,11 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `hope train`."""
     parser.add_argument("config", help="run file, or the name of one in configs/runs")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the configuration")
-    parser.add_argument(
-        "--nproc",
-        type=int,
-        help="processes to start on this machine (default: one for each visible GPU; without GPUs tensor x context parallel)",
-    )
+    add_local_arguments(parser)
     parser.add_argument(
         "--resume",
         default="auto",
@@ -50,20 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "in the run's data_ledger.jsonl. Without it a change is refused",
     )
     parser.add_argument(
-        "--max-restarts",
-        type=int,
-        default=3,
-        metavar="N",
-        help="stop after N restarts that came no further than the attempts before (default: %(default)s; 0: never restart)",
-    )
-    parser.add_argument(
         "--in-process",
         action="store_true",
         help="train in this very process, for a debugger: one rank, nothing watches it or starts it again",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and leave")
-    parser.add_argument("--oversubscribe", action="store_true", help="allow more processes than cores or GPUs")
-    parser.add_argument("--port", type=int, help="rendezvous port on this machine (default: a free one)")
+    parser.add_argument("--port", type=int, metavar="N", help="rendezvous port on this machine (default: a free one)")
 
 
 def run(args: argparse.Namespace) -> int:
