@@ -11,7 +11,8 @@ lines of punctuation alone. White space is folded. Three counts, of pairs of fil
     alike    the lines are the same once variables, strings and numbers are replaced. What is called, accessed or passed by name
              stays: lines that do other things are not alike. Lines that do nothing are left out: heads of classes,
              fields, parameters, rows of tables
-    shape    every name, string and number is replaced, and nothing is left out: any two lists of six parameters are a pair
+    shape    every name, string and number is replaced. Left out are only bare declarations: heads of classes, annotated
+             fields, parameters. Rows of tables count, so any two lists of six values are a pair
 
 A run in more than eight places is an idiom, such as `if __name__ == "__main__":`, and does not count.
 """
@@ -56,7 +57,8 @@ class Line:
     same: str
     alike: str | None
     """None if the line does nothing."""
-    shape: str
+    shape: str | None
+    """None if the line only declares."""
 
 
 def read_lines(source: str) -> list[Line]:
@@ -76,7 +78,8 @@ def read_lines(source: str) -> list[Line]:
         idle = number in declares or all(map(_does_nothing, around))
         alike = None if idle else " ".join(map(_role, around))
         same = " ".join(token.string for token in found)
-        lines.append(Line(number, same, alike, " ".join(map(_shape, found))))
+        shape = None if number in declares else " ".join(map(_shape, found))
+        lines.append(Line(number, same, alike, shape))
     return lines
 
 

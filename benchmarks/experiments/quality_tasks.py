@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipeline import Tokenizer, TokenStream, iterate_texts, train_tokenizer
+from data_pipeline import TokenStream, iterate_texts, load_tokenizer, train_tokenizer
 from data_pipeline.prepare import prepare
 from hope_megatron.config.load import load_model_config
 from hope_megatron.config.optim import OptimConfig
@@ -108,7 +108,7 @@ class LanguageModel:
 def prepared_corpus(directory: Path, vocab_size: int) -> Path:
     """Tokenizer and shards of the corpus, made if they are not there yet; an interrupted preparation continues."""
     path = directory / "tokenizer.model"
-    tokenizer = Tokenizer.load(path) if path.exists() else train_tokenizer(iterate_texts(CORPUS), path, vocab_size)
+    tokenizer = load_tokenizer(path) if path.exists() else train_tokenizer(iterate_texts(CORPUS), path, vocab_size)
     if not (directory / "heldout/manifest.json").exists():
         prepare(CORPUS, tokenizer, directory, held_out_fraction=HELD_OUT_FRACTION)
     return directory

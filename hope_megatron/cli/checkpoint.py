@@ -23,7 +23,6 @@ from hope_megatron.cli.models import prepare_process
 from hope_megatron.config.changes import describe_entry
 
 if TYPE_CHECKING:
-    from hope_megatron.checkpoint.find import CheckpointSource
     from hope_megatron.checkpoint.reshard import Rewritten
     from hope_megatron.checkpoint.unsharded import UnshardedCheckpoint
 
@@ -110,32 +109,13 @@ def _parse_weights(text: str | None, count: int) -> list[float]:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    from hope_megatron.checkpoint.facts import read_facts
     from hope_megatron.checkpoint.find import find_checkpoint
 
     source = find_checkpoint(args.run)
     source.checkpoint.verify()
-    facts = _facts(source)
+    facts = read_facts(source)
     print(json.dumps(facts, indent=1) if args.json else _in_words(facts))
-
-
-def _facts(source: CheckpointSource) -> dict[str, Any]:
-    checkpoint, description = source.checkpoint, source.checkpoint.description
-    return {
-        "path": str(source.path),
-        "files": len(checkpoint.digests),
-        "bytes": sum(digest.size for digest in checkpoint.digests.values()),
-        "foreign_files": checkpoint.foreign_files(),
-        "run": source.config.name,
-        "steps": source.config.training.steps,
-        "progress": description["progress"],
-        "layout": description["layout"],
-        "commit": description["provenance"]["commit"],
-        "history": list(description.get("history", ())),
-        "parameters": {
-            name: {"shape": list(record.full_shape(checkpoint.tp_size)), "states": sorted(checkpoint.states(name))}
-            for name, record in checkpoint.parameters.items()
-        },
-    }
 
 
 def _in_words(facts: dict[str, Any]) -> str:

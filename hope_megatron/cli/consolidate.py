@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hope_megatron.cli.models import prepare_process
-from hope_megatron.cli.train import PRELOAD, be_a_rank, default_processes, heartbeat_limits
+from hope_megatron.cli.train import PRELOAD
 from hope_megatron.consolidation.options import NightOptions
 from hope_megatron.runtime.launchers import adopt_launcher
 from hope_megatron.runtime.process import count_gpus
+from hope_megatron.runtime.rank import be_a_rank, default_processes
 from hope_megatron.runtime.world import launched_world
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def _sleep(night: Night, args: argparse.Namespace, speaks: bool) -> int:
     from hope_megatron.runtime.heartbeat import HEART
     from hope_megatron.training.sources import open_sources
 
-    HEART.limits = heartbeat_limits(night.config)
+    HEART.limits = night.config.resilience.hang.limits
     finished = sleep_on_ranks(night, *open_sources(night.config))
     shutdown_distributed()
     return 128 + finished.stop_signal if finished.stop_signal else 0

@@ -83,16 +83,11 @@ def _argv(args: argparse.Namespace) -> list[str]:
 
 def _work(args: argparse.Namespace, world: World) -> int:
     """Be one process of a world that a launcher has started."""
-    from hope_megatron.runtime.failures import report_failure
-    from hope_megatron.runtime.process import die_with_parent
+    from hope_megatron.runtime.rank import reported_failures
 
-    die_with_parent()
-    try:
-        return _evaluate(args, num_threads=1)
-    except Exception as error:
-        if report_failure(world.rank, error):
-            os._exit(2 if getattr(error, "is_user_error", False) else 1)  # peers may wait for this one
-        raise
+    with reported_failures(world):
+        _evaluate(args, num_threads=1)
+    return 0
 
 
 def _evaluate(args: argparse.Namespace, num_threads: int | None) -> int:

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the page."""
-    from hope_megatron.cli.run_report import read_run, write_page
+    from hope_megatron.report.run_page import read_run, write_page
 
     if not args.run.is_dir():
         raise ModelReferenceError(f"{args.run} is no run directory; name one, for example runs/my_run")

@@ -112,6 +112,7 @@ def _kept_for_backward(config: RunConfig, on_gpu: bool) -> tuple[float, float, f
     model, parallel, training = config.model, config.parallel, config.training
     tp, number = parallel.tensor_parallel, compute_bytes(training)
     tokens = training.micro_batch_size * (training.truncate_tokens or training.seq_length) / parallel.context_parallel
+    tokens *= 1 + model.attention.memory_tokens_per_token
     residual = model.hidden_size / (tp if parallel.sequence_parallel else 1)
     layers = [
         _layer_bytes(model, mixer, training.seq_length, number, tp, residual, training.recompute, on_gpu)

@@ -107,6 +107,8 @@ def why_not_counted(config: RunConfig) -> str | None:
             return f"memory.kernel={memory.kernel}; they are of the Triton kernels"
     if config.model.cms.learns_in_context:
         return "it learns in context"
+    if config.model.attention.segment_tokens:
+        return "attention.segment_tokens reads segment after segment"
     return None
 
 

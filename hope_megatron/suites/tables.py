@@ -12,6 +12,7 @@ from hope_megatron.suites.suite import Suite, SuiteOptions
 TABLE_FAMILIES = (
     "hope", "hope_w1", "hope_attention", "transformer_pp", "samba", "linear_attention", "retnet", "deltanet",
     "gated_deltanet", "comba", "rwkv7", "dla", "ttt_linear", "ttt_mlp", "moneta", "yaad", "memora", "titans",
+    "armt",
 )  # fmt: skip
 _TEXT = "text"
 _LANGUAGES = ("parity", "a^n b^n")

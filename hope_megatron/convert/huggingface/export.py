@@ -85,6 +85,11 @@ def export_huggingface(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model of {source.path} {config.vocab_size}; "
             f"give the one it was trained with"
         )
+    if config.attention.segment_tokens:
+        raise ConversionError(
+            f"{source.path} has attention.segment_tokens={config.attention.segment_tokens} (ARMT), which the exported model's code "
+            "does not compute; use hope generate and hope eval on the run itself, or export torch_dist"
+        )
     with fresh_directory(out_dir, is_huggingface_model) as directory:
         weight_bytes = write_weights(directory, to_transformers(source.tensors(), config), max_shard_bytes)
         _write_json(directory / CONFIG_NAME, _config_json(config, tokenizer, source.config.training.seq_length))

@@ -15,6 +15,7 @@ from hope_megatron.sweep.sizes import scale_to_flops, scale_to_width, train_flop
 from hope_megatron.sweep.store import SweepDirectory
 
 Write = Callable[..., Path]
+CONFIGS = Path(__file__).parents[3] / "configs" / "sweeps"
 LADDER = {"flops_per_token": [2e6, 4e6, 8e6], "depths": [2, 2, 3], "head_size": 16}
 
 
@@ -163,3 +164,10 @@ def test_only_sizes_around_the_optimum(sweep_file: Write) -> None:
     }
     with pytest.raises(ConfigError, match="goes with isoflop_budgets"):
         load_sweep(sweep_file(design={"tokens": [10_000], "between_tokens_per_parameter": [1, 2]}))
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_sweeps_that_come_with_the_package_can_be_planned(path: Path) -> None:
+    plan = make_plan(load_sweep(path))
+    assert {cell.family for cell in plan.cells} == {*plan.sweep.families}
+    assert len({cell.name for cell in plan.cells}) == len(plan.cells) > 8
