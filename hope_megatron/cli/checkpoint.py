@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from hope_megatron.checkpoint.errors import ModelReferenceError
 from hope_megatron.cli.layout_options import add_layout_arguments, asked_layout, changed_layout
-from hope_megatron.cli.models import prepare_process
+from hope_megatron.cli.models import add_actions, prepare_process
 from hope_megatron.config.changes import describe_entry
 
 if TYPE_CHECKING:
@@ -29,11 +29,15 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the actions and their arguments."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    inspect = actions.add_parser("inspect", help="what a checkpoint holds; verifies every digest")
-    reshard = actions.add_parser("reshard", help="the same checkpoint for another number or arrangement of ranks")
-    average = actions.add_parser("average", help="the mean of the weights of several checkpoints of one model")
-    weights = actions.add_parser("weights", help="the weights alone, a quarter or less of the size")
+    inspect, reshard, average, weights = add_actions(
+        parser,
+        {
+            "inspect": "what a checkpoint holds; verifies every digest",
+            "reshard": "the same checkpoint for another number or arrangement of ranks",
+            "average": "the mean of the weights of several checkpoints of one model",
+            "weights": "the weights alone, a quarter or less of the size",
+        },
+    )
     for action, do in ((inspect, _inspect), (reshard, _reshard), (weights, _weights)):
         action.add_argument("run", metavar="RUN")
         action.set_defaults(do=do)

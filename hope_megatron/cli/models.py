@@ -1,9 +1,10 @@
-"""What the commands that use a model in this process share."""
+"""What commands share: actions, the model and its text, the process."""
 
 from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 from hope_megatron.config.training import data_location
@@ -23,6 +24,12 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", type=data_location, metavar="MANIFEST", help="token shards; default: the run's held-out split"
     )
     source.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 text files")
+
+
+def add_actions(parser: argparse.ArgumentParser, summaries: Mapping[str, str]) -> list[argparse.ArgumentParser]:
+    """A parser for each action of a command, in order; `args.action` is the name of the chosen one."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    return [actions.add_parser(name, help=summary) for name, summary in summaries.items()]
 
 
 def prepare_process(num_threads: int | None = None) -> None:

@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hope_megatron.cli.models import add_actions
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -35,12 +37,16 @@ _REFRESH_S = 2.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `hope sweep`."""
-    commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    plan = commands.add_parser("plan", help="list the cells and what they cost; refuse what does not fit")
-    run = commands.add_parser("run", help="run the cells that have not finished")
-    status = commands.add_parser("status", help="where every cell stands")
-    fit = commands.add_parser("fit", help="fit laws and print their coefficients")
-    report = commands.add_parser("report", help="write the report and the recommended run files")
+    plan, run, status, fit, report = add_actions(
+        parser,
+        {
+            "plan": "list the cells and what they cost; refuse what does not fit",
+            "run": "run the cells that have not finished",
+            "status": "where every cell stands",
+            "fit": "fit laws and print their coefficients",
+            "report": "write the report and the recommended run files",
+        },
+    )
     for command in (plan, run, status, report):
         command.add_argument("sweep", metavar="SWEEP", help="sweep file, or the name of one in configs/sweeps")
     fit.add_argument(

@@ -37,7 +37,9 @@ class Footprint:
     """Bytes per GPU."""
 
     weights: float
+    """Parameters as the forward pass reads them."""
     gradients: float
+    """Their float32 sums; from stage 2 on bf16 ones too."""
     optimizer: float
     """Master weights and optimizer states, unless they are offloaded."""
     memory_states: float

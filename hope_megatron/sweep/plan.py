@@ -31,6 +31,7 @@ class Cell:
     name: str
     """Name of its run and of its directory."""
     family: str
+    """Name in the sweep file."""
     config: RunConfig
     settings: dict[str, Any]
     """Value on each axis."""
