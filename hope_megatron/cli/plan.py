@@ -29,6 +29,7 @@ from hope_megatron.cli.plan_time import (
     tune,
     write_overrides,
 )
+from hope_megatron.cli.tables import new_table
 from hope_megatron.config import RunConfig
 from hope_megatron.config.base import ConfigError
 from hope_megatron.config.calibration import read_efficiency
@@ -199,30 +200,23 @@ def _estimate_text(plan: dict[str, Any]) -> str:
 
 def _print(plan: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(highlight=False)
     mesh, run, estimated = plan["mesh"], plan["run"], plan["estimate"]
     hardware = estimated["hardware"]
     context = f" x context parallel {mesh['context_parallel']}" if mesh["context_parallel"] > 1 else ""
 
-    def table(title: str, *columns: str) -> Table:
-        made = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False, box=None)
-        for column in columns:
-            made.add_column(column, justify="left" if column == columns[0] else "right", header_style="dim")
-        return made
-
     console.print(f"[bold]{plan['name']}[/bold] · model {plan['model']}\n")
 
     counts = dict(plan["parameters"])
     total, non_embedding = counts.pop("total"), counts.pop("non_embedding")
-    parameters = table("Parameters", "", "count", "share")
+    parameters = new_table("Parameters", "", "count", "share")
     for part, count in counts.items():
         parameters.add_row(part, count_text(count), percent_text(count / total))
     parameters.add_row("[bold]total[/bold]", f"[bold]{count_text(total)}[/bold]", f"{total:,}", end_section=True)
     parameters.add_row("without embeddings", count_text(non_embedding), percent_text(non_embedding / total))
 
-    flops = table("FLOPs per token", "", "forward", "backward", "share")
+    flops = new_table("FLOPs per token", "", "forward", "backward", "share")
     spent = plan["flops_per_token"]
     for name, value in spent["forward"].items():
         if name != "total" and value:
@@ -235,7 +229,7 @@ def _print(plan: dict[str, Any]) -> None:
     flops.add_row("recompute", "", count_text(spent["recompute"]), percent_text(spent["recompute"] / spent["total"]))
     flops.add_row("[bold]total[/bold]", "", f"[bold]{count_text(spent['total'])}[/bold]", "")
 
-    memory = table("Bytes per GPU", "", "", "of the device")
+    memory = new_table("Bytes per GPU", "", "", "of the device")
     for name, value in plan["bytes_per_gpu"].items():
         if name not in ("total", "capacity", "host"):
             memory.add_row(name.replace("_", " "), bytes_text(value), percent_text(value / hardware["memory_bytes"]))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hope_megatron.cli.tables import new_table
 from hope_megatron.config.base import ConfigError
 from hope_megatron.config.calibration import calibrate, measured_step_s, write_efficiency
 from hope_megatron.config.efficiency import Efficiency
@@ -25,11 +26,8 @@ def print_time(console: Any, time: dict[str, Any], world_size: int) -> None:
     if "unknown" in time:
         console.print(f"\ntime by phase unknown: {time['unknown']}; `hope rehearse` counts it", soft_wrap=True)
         return
-    from rich.table import Table
-
-    table = Table(title="Time of a step, counted", title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for column in ("", "launches", "memory", "math", "small kernels", "network", "takes"):
-        table.add_column(column, justify="left" if not column else "right", header_style="dim")
+    columns = ("", "launches", "memory", "math", "small kernels", "network", "takes")
+    table = new_table("Time of a step, counted", *columns)
     for name, phase in time["phases"].items():
         keys = ("launch_s", "memory_s", "math_s", "latency_s", "network_s", "total_s")
         table.add_row(name, *(seconds_text(phase[key]) for key in keys))

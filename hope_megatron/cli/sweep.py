@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hope_megatron.cli.models import add_actions
+from hope_megatron.cli.tables import new_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,8 +103,6 @@ def _load(args: argparse.Namespace) -> Plan:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from rich.table import Table
-
     from hope_megatron.config.hardware import find_hardware
     from hope_megatron.runtime.formatting import bytes_text, count_text, duration_text
     from hope_megatron.sweep.plan import check_budget
@@ -113,22 +112,8 @@ def _plan(args: argparse.Namespace) -> int:
         print(json.dumps(plan.facts(), indent=1))
         check_budget(plan)
         return 0
-    table = Table(box=None, pad_edge=False)
-    for name in (
-        "cell",
-        "width",
-        "layers",
-        "parameters",
-        "tokens",
-        "steps",
-        "lr",
-        "FLOPs",
-        "bytes/device",
-        "time",
-        "device hours",
-        "USD",
-    ):
-        table.add_column(name, justify="left" if name == "cell" else "right", header_style="dim")
+    sizes = ("width", "layers", "parameters", "tokens", "steps", "lr")
+    table = new_table("", "cell", *sizes, "FLOPs", "bytes/device", "time", "device hours", "USD")
     for cell in plan.cells:
         model, config = cell.config.model, cell.config
         table.add_row(

@@ -65,38 +65,19 @@ def check_torch(torch: dict[str, Any]) -> list[Finding]:
             findings.append(Finding("GPU", OK, text))
         if not torch["bf16"]:
             findings.append(Finding("bf16", WARNING, "not supported by this GPU", "set training.precision=fp32"))
-    elif shutil.which("nvidia-smi") and torch["cuda_build"] is None:
-        findings.append(
-            Finding(
-                "GPU",
-                WARNING,
-                "nvidia-smi is here, but torch is a CPU build",
-                "install torch from pytorch.org for CUDA",
-            )
-        )
     elif shutil.which("nvidia-smi"):
-        findings.append(
-            Finding(
-                "GPU",
-                WARNING,
-                "nvidia-smi is here, but torch sees no device",
-                "compare nvidia-smi and CUDA_VISIBLE_DEVICES",
-            )
-        )
+        seen, advice = ("sees no device", "compare nvidia-smi and CUDA_VISIBLE_DEVICES")
+        if torch["cuda_build"] is None:
+            seen, advice = ("is a CPU build", "install torch from pytorch.org for CUDA")
+        findings.append(Finding("GPU", WARNING, f"nvidia-smi is here, but torch {seen}", advice))
     else:
         findings.append(Finding("GPU", NOTE, "none: runs use the CPU over gloo (tests, quickstart, small models)"))
-    if torch["gloo"]:
-        findings.append(Finding("gloo", OK, "available"))
-    else:
-        findings.append(
-            Finding("gloo", MISSING, "torch was built without it", "install a torch from PyPI or pytorch.org")
-        )
+    built_without = (MISSING, "torch was built without it", "install a torch from PyPI or pytorch.org")
+    findings.append(Finding("gloo", OK, "available") if torch["gloo"] else Finding("gloo", *built_without))
     if torch["nccl"]:
         findings.append(Finding("NCCL", OK, torch["nccl"]))
     elif torch["devices"]:
-        findings.append(
-            Finding("NCCL", MISSING, "torch was built without it", "install a torch from PyPI or pytorch.org")
-        )
+        findings.append(Finding("NCCL", *built_without))
     else:
         findings.append(Finding("NCCL", NOTE, "not used without a GPU"))
     return findings
