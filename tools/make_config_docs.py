@@ -112,7 +112,7 @@ def _type(field: FieldInfo, section: type[Section] | None) -> str:
     if section is not None:
         return "section" if section is field.annotation else "list of sections"
     text = field.annotation.__name__ if isinstance(field.annotation, type) else str(field.annotation)
-    text = re.sub(r"typing\.|pathlib\.|, \.\.\.", "", text)
+    text = re.sub(r"typing\.|pathlib\.(_local\.)?|, \.\.\.", "", text)
     text = re.sub(r"Annotated\[([^,]*), \w+\([^)]*\)\]", r"\1", text)  # how a value is validated is no type
     text = re.sub(r"Optional\[(.*)\]", r"\1 | None", text)
     text = re.sub(r"Literal\[([^]]*)\]", lambda match: match[1].replace("'", ""), text)

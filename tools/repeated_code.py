@@ -65,7 +65,7 @@ def read_lines(source: str) -> list[Line]:
     """The lines of a file that count, in order."""
     left_out, declares = _roles(ast.parse(source))
     tokens: dict[int, list[tokenize.TokenInfo]] = defaultdict(list)
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+    for token in _tokens(source):
         if token.type not in WHITE:
             tokens[token.start[0]].append(token)
     lines = []
@@ -81,6 +81,32 @@ def read_lines(source: str) -> list[Line]:
         shape = None if number in declares else " ".join(map(_shape, found))
         lines.append(Line(number, same, alike, shape))
     return lines
+
+
+def _tokens(source: str) -> Iterator[tokenize.TokenInfo]:
+    """Tokens as Python 3.11 has them: an f-string is one string, which newer ones take apart."""
+    starts, ends = (getattr(tokenize, name, None) for name in ("FSTRING_START", "FSTRING_END"))
+    depth, first, lines = 0, None, source.splitlines(keepends=True)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == starts:
+            depth, first = depth + 1, first or token
+        if first is None:
+            yield token
+        if token.type == ends:
+            depth -= 1
+            if depth == 0 and first is not None:
+                yield tokenize.TokenInfo(
+                    tokenize.STRING, _between(lines, first.start, token.end), first.start, token.end, token.line
+                )
+                first = None
+
+
+def _between(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> str:
+    """The source from (line, column) to (line, column); lines count from 1."""
+    (first, column), (last, stop) = start, end
+    if first == last:
+        return lines[first - 1][column:stop]
+    return "".join([lines[first - 1][column:], *lines[first : last - 1], lines[last - 1][:stop]])
 
 
 def _does_nothing(neighbours: Neighbours) -> bool:

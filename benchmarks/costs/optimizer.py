@@ -35,7 +35,7 @@ from hope_megatron.testing.benchmark import machine, print_table, write_json
 from importlib.metadata import version  # isort: skip  (common has put the repository on the path)
 from optimizer_counts import SLOW_PERIOD, Shape, collect_matrices, count, model_shapes, zero1_layouts  # isort: skip
 from optimizer_engines import OPTIMIZERS, measure  # isort: skip
-from hope_megatron.optim.plan import Topology  # isort: skip
+from hope_megatron.config.matrices.plan import Topology  # isort: skip
 
 PARTS = ("timing", "counting")
 PAIR = ("muon", "m3")

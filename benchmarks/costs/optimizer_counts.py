@@ -12,9 +12,7 @@ from typing import Any
 import torch
 
 from hope_megatron.config.load import load_model_config
-from hope_megatron.ops.newton_schulz import newton_schulz_flops
-from hope_megatron.optim import read_tags
-from hope_megatron.optim.plan import (
+from hope_megatron.config.matrices.plan import (
     ExchangePlan,
     Matrix,
     ParamLayout,
@@ -26,8 +24,10 @@ from hope_megatron.optim.plan import (
     owner_loads,
     param_flops,
 )
+from hope_megatron.config.matrices.runs import split_runs
+from hope_megatron.ops.newton_schulz_cost import newton_schulz_flops
+from hope_megatron.optim import read_tags
 from hope_megatron.optim.tags import ParamTags
-from hope_megatron.optim.zero import split_runs
 
 SLOW_PERIOD = 10
 NS_STEPS = 5

@@ -28,7 +28,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hope_megatron.checkpoint.digested_file import DigestedFile, FileDigest, SafetensorsFile
-from hope_megatron.optim.geometry import full_shape, merge_shards, split_shards
+from hope_megatron.config.matrices.geometry import full_shape
+from hope_megatron.optim.geometry import merge_shards, split_shards
 from hope_megatron.optim.tags import ParamTags
 from hope_megatron.runtime.files import sync_directory
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from hope_megatron.checkpoint.format import MASTER, Checkpoint, CheckpointError
+from hope_megatron.config.matrices.geometry import full_shape
+from hope_megatron.config.matrices.plan import ParamLayout
 from hope_megatron.engine.engine import Engine
 from hope_megatron.optim.bound import BoundVector
-from hope_megatron.optim.geometry import full_shape
-from hope_megatron.optim.plan import ParamLayout
 from hope_megatron.optim.zero import refresh_model_params
 
 

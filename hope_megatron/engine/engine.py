@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hope_megatron.config.matrices.geometry import full_shape
 from hope_megatron.config.run import RunConfig
 from hope_megatron.engine.canonical import TreeSum
 from hope_megatron.engine.clipping import clip_together
@@ -20,7 +21,6 @@ from hope_megatron.model import IGNORE
 from hope_megatron.optim import BoundOptimizer, apply_lr
 from hope_megatron.optim.adaptive import adapt_periods
 from hope_megatron.optim.average import EMA
-from hope_megatron.optim.geometry import full_shape
 from hope_megatron.optim.zero import refresh_model_params
 from hope_megatron.parallel.control import ControlGroup
 from hope_megatron.parallel.distributed import Mesh, set_group_timeouts
