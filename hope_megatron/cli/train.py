@@ -74,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
     if nproc is None:
         gpus = 0 if args.in_process else count_gpus()
         nproc = default_processes(config.parallel.ranks_per_sequence, gpus)
+    if nproc < 1:
+        raise LaunchError(f"--nproc {nproc}: a run needs at least one process")
     accumulation = config.accumulation_steps(nproc)
     if world is not None and world.rank > 0:
         return 0  # a dry run of several processes: the first one speaks

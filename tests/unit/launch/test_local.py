@@ -27,9 +27,11 @@ def test_more_processes_than_cores_are_refused():
         run_local(["train"], 1000)
 
 
-def test_no_process_at_all_is_refused():
+def test_no_process_at_all_is_refused(capsys):
     with pytest.raises(LaunchError, match="at least one"):
         run_local(["train"], 0)
+    assert main(["train", "hope_tiny_cpu", "--nproc", "0", "--dry-run"]) == 2
+    assert capsys.readouterr().err == "error: --nproc 0: a run needs at least one process\n"
 
 
 def test_port_in_use_is_named(tmp_path):
