@@ -37,7 +37,7 @@ DOMAINS = ("code", "docs")
 PHASES, PHASE_STEPS, BATCH, CONTEXT, WIDTH = 6, 60, 8, 64, 32
 WARMUP = 10
 TRY_SEED, SEEDS = 1000, (0, 1, 2)
-RATES = {"adamw": (1e-3, 3e-3, 1e-2), "m3": (3e-3, 1e-2, 3e-2)}
+RATES = {"adamw": (1e-3, 3e-3, 1e-2, 3e-2), "m3": (1e-2, 3e-2, 1e-1)}
 SETTINGS: dict[str, dict[str, Any]] = {
     "m3, a 0": {"name": "m3", "slow_weight": 0.0},
     "m3, a 0.5, f 10": {"name": "m3"},

@@ -40,5 +40,7 @@ def build(options: SuiteOptions) -> Suite:
         starts=("own", "forgetting"),
         quantity="text: nats per byte (lower is better); the others: share that is right (higher is better)",
         losses=(_TEXT,),
-        notes="Languages are read and written token by token. " + "; ".join(LIKE[name] for name in sorted(LIKE)) + ".",
+        notes="Languages are read and written token by token. ARMT has segments of 16 tokens with 4 memory tokens. "
+        + "; ".join(LIKE[name] for name in sorted(LIKE))
+        + ".",
     )
