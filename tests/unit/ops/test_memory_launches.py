@@ -51,3 +51,16 @@ def test_launches_do_not_depend_on_length(name):
     short, long = launches(name, 512), launches(name, 2048)
     assert short == long
     assert long[0] <= FORWARD and long[1] <= BACKWARD, long
+
+
+def test_streams_whose_programs_wait_for_each_other_go_in_groups_that_run_at_once():
+    """Four programs of four warps for each of 100 streams; 264 run at once."""
+    from hope_megatron.ops.memory.backends.triton import launching
+
+    with launching.recorded() as found:
+        launching.launch_together(launching.kernel(_waits), (100, 4), 7, C=64)
+    assert [(x.grid, x.arguments["first"]) for x in found] == [((66, 4), 0), ((34, 4), 66)]
+
+
+def _waits(chunks, first, C):
+    """Stands for a kernel; it is not run."""

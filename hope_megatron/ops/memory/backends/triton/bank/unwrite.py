@@ -18,6 +18,7 @@ from hope_megatron.ops.memory.backends.triton.language import (
     mm,
     rows,
     store,
+    store_each,
     store_rows,
     unit_backward,
     whole,
@@ -26,10 +27,14 @@ from hope_megatron.ops.memory.backends.triton.language import (
 
 
 @triton.jit
-def gram_gradient(d_r_at, u_at, stride, table_at, C: tl.constexpr, W: tl.constexpr, PRECISION: tl.constexpr):
-    """Minus the gradient of the gram of keys in r = u + (table . gram) u, its both sides added up: [C, C]."""
+def through_gram(
+    d_keys, keys, d_r_at, u_at, stride, table_at, C: tl.constexpr, W: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """d_keys [C, .] with what the gram of keys in r = u + (table . gram) u gives, one side after the other: fewer registers."""
     d = mm(rows(d_r_at, stride, C, W), columns(u_at, stride, C, W), PRECISION) * load(table_at, C, C)
-    return d + mm(rows(u_at, stride, C, W), columns(d_r_at, stride, C, W), PRECISION) * load_t(table_at, C, C)
+    d_keys = add_mm(d_keys, -d, keys, PRECISION)
+    d = mm(rows(u_at, stride, C, W), columns(d_r_at, stride, C, W), PRECISION) * load_t(table_at, C, C)
+    return add_mm(d_keys, -d, keys, PRECISION)
 
 
 @triton.jit
@@ -44,10 +49,10 @@ def through_features(
 
 @triton.jit
 def gradient_of_r(
-    write_at, d_V_at, V_end, u_at, missed_at, d_r_read_at, d_r_at, HEADS,
+    write_at, d_V_at, V_end, u_at, missed_at, d_r_read_at, d_r_at, rates_at, HEADS,
     C: tl.constexpr, X: tl.constexpr, Y: tl.constexpr, READ: tl.constexpr, DGD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of a layer, V^T [X, Y]: d_r [C, Y], stored too; drive, lost [C] and <d V_C, V_C>."""
+    """Of a layer, V^T [X, Y]: d_r [C, Y], stored too, and <d V_C, V_C>. drive and lost [C] are stored, one after the other."""
     d_V = load(d_V_at, X, Y)
     ends = tl.sum(tl.sum(d_V * load(V_end, X, Y), 1), 0)
     d_r = -mm(rows(write_at, HEADS * X, C, X), d_V, PRECISION)
@@ -58,13 +63,15 @@ def gradient_of_r(
     lost = drive * 0.0
     if DGD:
         lost = drive + tl.sum(d_r * rows(missed_at, HEADS * Y, C, Y), 1)
-    return d_r, drive, lost, ends
+    store_each(rates_at, drive, 1, C)  # summed here: else compilers hold the tiles until the sums are wanted
+    store_each(rates_at + C, lost, 1, C)
+    return d_r, ends
 
 
 @triton.jit
 def input_layer(
     d_z_k, d_k, k_at, v_at, d_z_v_at, d_r_in_at, u_in_at, table_at, w_in_at, anchor_in_at, d_in_at, d_new_in,
-    d_k_at, HEADS, since, strength, kept,
+    d_k_at, row_d, HEADS, since, strength, kept,
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     ADDED: tl.constexpr, DGD_IN: tl.constexpr, OWN: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -77,9 +84,8 @@ def input_layer(
         d_z_k += reached
         if ANCHORED:
             d_k = add_mm(d_k, rows(d_r_in_at, row_h, C, H), load_t(anchor_in_at, D, H), PRECISION)
-        d_gram = gram_gradient(d_r_in_at, u_in_at, row_h, table_at, C, H, PRECISION)
-        d_k = add_mm(d_k, -d_gram, rows(k_at, row, C, D), PRECISION)
-    store_rows(d_k_at, d_k, row, C, D)
+        d_k = through_gram(d_k, rows(k_at, row, C, D), d_r_in_at, u_in_at, row_h, table_at, C, H, PRECISION)
+    store_rows(d_k_at, d_k, row_d, C, D)
     d_in = load(d_in_at, D, H) * kept
     if ADDED:
         d_in += load(d_new_in, D, H)
@@ -103,24 +109,25 @@ def keys_of_vector(
         d_keys = add_mm(d_keys, rows(d_r_at, row, C, D) * since[:, None], load_t(V_at, H, D), PRECISION)
         if ANCHORED:
             d_keys = add_mm(d_keys, rows(d_r_at, row, C, D), load_t(A_at, H, D), PRECISION)
-        d_gram = gram_gradient(d_r_at, u_at, row, table_at, C, D, PRECISION)
-        d_keys = add_mm(d_keys, -d_gram, rows(keys_at, row_h, C, H), PRECISION)
+        d_keys = through_gram(d_keys, rows(keys_at, row_h, C, H), d_r_at, u_at, row, table_at, C, D, PRECISION)
     return d_keys
 
 
 @triton.jit
 def values_of_vector(
-    d_target, d_v_at, slope_v_at, d_z_v_at, V_at, A_at, w_in_at, anchor_in_at, row, row_h,
+    d_target, d_v_at, slope_v_at, d_z_v_at, V_at, A_at, w_in_at, anchor_in_at, row_d, row_h,
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
-    MOVING: tl.constexpr, OWN: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
+    ALONE: tl.constexpr, MOVING: tl.constexpr, OWN: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What the target gives to values: added; and d_z of their features, stored."""
-    d_v = rows(d_v_at, row, C, D) + d_target
+    """What the target gives to values: added, or ALONE stored; and d_z of their features, stored."""
+    d_v = d_target
+    if not ALONE:
+        d_v += rows(d_v_at, row_d, C, D)
     if OWN:
         d_z_v = mm(d_target, whole_t(V_at, A_at, H, D, ANCHORED), PRECISION) * rows(slope_v_at, row_h, C, H)
         store_rows(d_z_v_at, d_z_v, row_h, C, H)
         d_v = add_mm(d_v, d_z_v, input_weights_t(w_in_at, anchor_in_at, D, H, MOVING, ANCHORED), PRECISION)
-    store_rows(d_v_at, d_v, row, C, D)
+    store_rows(d_v_at, d_v, row_d, C, D)
 
 
 @triton.jit
@@ -133,45 +140,52 @@ def unwrite_vector(
     d_new, d_new_in,  # and at its start; ADDED: hold what is added
     d_r_read_at, d_keys_read_at, d_r_in_read_at,  # READ: what M_mem's read adds
     d_r_at, d_target_at, d_z_k_at, d_z_v_at, d_r_in_at, d_hidden_at,  # out
-    d_k_at, d_v_at,  # added to
+    d_k_at, d_v_at,  # added to; ALONE: this memory's [C, d], filled
+    rates_at,  # out: drive and lost of every token, and MOVING those of the input layer, [4, C]
     HEADS, since, strength, kept,
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
-    ADDED: tl.constexpr, READ: tl.constexpr, MOVING: tl.constexpr, DGD: tl.constexpr, DGD_IN: tl.constexpr,
+    ALONE: tl.constexpr, ADDED: tl.constexpr, READ: tl.constexpr, MOVING: tl.constexpr, DGD: tl.constexpr, DGD_IN: tl.constexpr,
     OWN: tl.constexpr, UNIT_TARGET: tl.constexpr, RESIDUAL: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Returns drive, lost of every token, summed over both layers, and <dV_C, V_C> (fixed/gradients.py has what they mean)."""
+    """Returns <dV_C, V_C>, of both layers (fixed/gradients.py has what it, drive and lost mean)."""
     row, row_h = HEADS * D, HEADS * H
-    d_r, drive, lost, ends = gradient_of_r(
-        write_at, d_V_at, V_end, u_at, missed_at, d_r_read_at, d_r_at, HEADS, C, H, D, READ, DGD, PRECISION
+    row_d = row
+    if ALONE:
+        row_d = D
+    d_r, ends = gradient_of_r(
+        write_at, d_V_at, V_end, u_at, missed_at, d_r_read_at, d_r_at, rates_at, HEADS, C, H, D, READ, DGD, PRECISION
     )
     d_target = -d_r
     if MOVING:  # through hidden = W^T e
-        d_r_in, drive_in, lost_in, ends_in = gradient_of_r(
-            write_in_at, d_in_at, end_in, u_in_at, missed_in_at, d_r_in_read_at, d_r_in_at, HEADS,
+        d_r_in, ends_in = gradient_of_r(
+            write_in_at, d_in_at, end_in, u_in_at, missed_in_at, d_r_in_read_at, d_r_in_at, rates_at + 2 * C, HEADS,
             C, D, H, READ, DGD_IN, PRECISION,
         )  # fmt: skip
-        drive, lost, ends = drive + drive_in, lost + lost_in, ends + ends_in
+        ends += ends_in
         d_hidden = d_r_in * rows(slope_k_at, row_h, C, H)
         store_rows(d_hidden_at, d_hidden, row_h, C, H)
         d_target = add_mm(d_target, -d_hidden, whole(V_at, A_at, H, D, ANCHORED), PRECISION)
-    d_k = rows(d_k_at, row, C, D)
+    if ALONE:
+        d_k = tl.zeros([C, D], tl.float32)
+    else:
+        d_k = rows(d_k_at, row, C, D)
     if RESIDUAL:
         d_k -= d_target
-    store_rows(d_k_at, d_k, row, C, D)
-    # the target, and the gradient of V
-    d_V = load(d_V_at, H, D) * kept
-    if ADDED:
-        d_V += load(d_new, H, D)
+    store_rows(d_k_at, d_k, row_d, C, D)
     if OWN:
         if UNIT_TARGET:
             d_target = unit_backward(d_target, rows(target_at, row, C, D), each(target_scale_at, HEADS, C))
         store_rows(d_target_at, d_target, row, C, D)
-        d_V = add_mm(d_V, columns(phi_v_at, row_h, C, H), d_target, PRECISION)
     values_of_vector(
-        d_target, d_v_at, slope_v_at, d_z_v_at, V_at, A_at, w_in_at, anchor_in_at, row, row_h,
-        C, D, H, MOVING, OWN, ANCHORED, PRECISION,
+        d_target, d_v_at, slope_v_at, d_z_v_at, V_at, A_at, w_in_at, anchor_in_at, row_d, row_h,
+        C, D, H, ALONE, MOVING, OWN, ANCHORED, PRECISION,
     )  # fmt: skip
-    tl.debug_barrier()  # d_r, d_r_in and d_hidden, stored as rows, are read as columns
+    tl.debug_barrier()  # d_r, d_target, d_r_in and d_hidden, stored by other threads, are read
+    d_V = load(d_V_at, H, D) * kept
+    if ADDED:
+        d_V += load(d_new, H, D)
+    if OWN:
+        d_V = add_mm(d_V, columns(phi_v_at, row_h, C, H), rows(d_target_at, row, C, D), PRECISION)
     if MOVING:
         d_V = add_mm(d_V, columns(d_hidden_at, row_h, C, H), rows(e_at, row, C, D), PRECISION)
     if DGD:
@@ -187,15 +201,15 @@ def unwrite_vector(
         d_z_k += rows(d_r_in_at, row_h, C, H).to(tl.float32) * rows(curve_at, row_h, C, H)
     store_rows(d_z_k_at, d_z_k, row_h, C, H)
     W2_t = input_weights_t(w_in_at, anchor_in_at, D, H, MOVING, ANCHORED)
-    d_k = add_mm(rows(d_k_at, row, C, D), d_z_k, W2_t, PRECISION)
+    d_k = add_mm(rows(d_k_at, row_d, C, D), d_z_k, W2_t, PRECISION)
     if MOVING:
         input_layer(
             d_z_k, d_k, k_at, v_at, d_z_v_at, d_r_in_at, u_in_at, table_at, w_in_at, anchor_in_at, d_in_at, d_new_in,
-            d_k_at, HEADS, since, strength, kept, C, D, H, ADDED, DGD_IN, OWN, ANCHORED, PRECISION,
+            d_k_at, row_d, HEADS, since, strength, kept, C, D, H, ADDED, DGD_IN, OWN, ANCHORED, PRECISION,
         )  # fmt: skip
     else:
-        store_rows(d_k_at, d_k, row, C, D)
-    return drive, lost, ends
+        store_rows(d_k_at, d_k, row_d, C, D)
+    return ends
 
 
 @triton.jit
@@ -214,14 +228,15 @@ def unwrite_scalar(
     V_at, A_at, w_in_at, anchor_in_at, V_end, end_in,  # V, A [h]
     d_V_at, d_in_at, d_new, d_new_in, d_A_at,  # d_A_at: gradient of A, added to
     d_z_k_at, d_z_v_at, d_r_in_at,
-    d_k_at, d_v_at,
+    d_k_at, d_v_at,  # this memory's, [C, d]; filled
+    rates_at,
     HEADS, since, strength, kept,
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     ADDED: tl.constexpr, MOVING: tl.constexpr, DGD: tl.constexpr, DGD_IN: tl.constexpr,
     UNIT_TARGET: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As `unwrite_vector`."""
-    row, row_h, i_h = HEADS * D, HEADS * H, tl.arange(0, H)
+    row_d, row_h, i_h = D, HEADS * H, tl.arange(0, H)
     d_end, V = tl.load(d_V_at + i_h), tl.load(V_at + i_h)
     W = V
     if ANCHORED:
@@ -233,14 +248,16 @@ def unwrite_scalar(
     lost = drive * 0.0
     if DGD:
         lost = drive + d_r * each(missed_at, HEADS, C)
+    store_each(rates_at, drive, 1, C)
+    store_each(rates_at + C, lost, 1, C)
     ends = tl.sum(d_end * tl.load(V_end + i_h), 0)
     d_target, d_A = -d_r, d_end * 0.0
     if MOVING:
-        d_r_in, drive_in, lost_in, ends_in = gradient_of_r(
-            write_in_at, d_in_at, end_in, u_in_at, missed_in_at, d_r_in_at, d_r_in_at, HEADS,
+        d_r_in, ends_in = gradient_of_r(
+            write_in_at, d_in_at, end_in, u_in_at, missed_in_at, d_r_in_at, d_r_in_at, rates_at + 2 * C, HEADS,
             C, D, H, False, DGD_IN, PRECISION,
         )  # fmt: skip
-        drive, lost, ends = drive + drive_in, lost + lost_in, ends + ends_in
+        ends += ends_in
         d_hidden = d_r_in * rows(slope_k_at, row_h, C, H)
         d_target -= tl.sum(d_hidden * W[None, :], 1)
         d_A += tl.sum(each(e_at, HEADS, C)[:, None] * d_hidden, 0)
@@ -254,7 +271,7 @@ def unwrite_scalar(
     d_z_v = d_target[:, None] * W[None, :] * rows(slope_v_at, row_h, C, H)
     store_rows(d_z_v_at, d_z_v, row_h, C, H)
     W2_t = input_weights_t(w_in_at, anchor_in_at, D, H, MOVING, ANCHORED)
-    store_rows(d_v_at, add_mm(rows(d_v_at, row, C, D), d_z_v, W2_t, PRECISION), row, C, D)
+    store_rows(d_v_at, mm(d_z_v, W2_t, PRECISION), row_d, C, D)
 
     d_keys = (u * -strength)[:, None] * d_end[None, :]
     if DGD:
@@ -264,8 +281,9 @@ def unwrite_scalar(
         if ANCHORED:
             d_keys += d_r[:, None] * A[None, :]
             d_A += tl.sum(d_r[:, None] * keys, 0)
-        d_gram = d_r[:, None] * u[None, :] * load(table_at, C, C) + u[:, None] * d_r[None, :] * load_t(table_at, C, C)
-        d_keys = add_mm(d_keys, -d_gram, keys, PRECISION)
+        # As `through_gram`.
+        d_keys = add_mm(d_keys, -d_r[:, None] * u[None, :] * load(table_at, C, C), keys, PRECISION)
+        d_keys = add_mm(d_keys, -u[:, None] * d_r[None, :] * load_t(table_at, C, C), keys, PRECISION)
     tl.store(d_new + i_h, d_V)
     if ANCHORED:
         tl.store(d_A_at + i_h, tl.load(d_A_at + i_h) + d_A)
@@ -274,13 +292,13 @@ def unwrite_scalar(
         d_z_k += d_r_in * rows(curve_at, row_h, C, H)
     store_rows(d_z_k_at, d_z_k, row_h, C, H)
     W2_t = input_weights_t(w_in_at, anchor_in_at, D, H, MOVING, ANCHORED)
-    d_k = add_mm(rows(d_k_at, row, C, D), d_z_k, W2_t, PRECISION)
+    d_k = mm(d_z_k, W2_t, PRECISION)
     if MOVING:
         tl.debug_barrier()  # d_r_in, stored as rows, is read as columns
         input_layer(
             d_z_k, d_k, k_at, v_at, d_z_v_at, d_r_in_at, u_in_at, table_at, w_in_at, anchor_in_at, d_in_at, d_new_in,
-            d_k_at, HEADS, since, strength, kept, C, D, H, ADDED, DGD_IN, True, ANCHORED, PRECISION,
+            d_k_at, row_d, HEADS, since, strength, kept, C, D, H, ADDED, DGD_IN, True, ANCHORED, PRECISION,
         )  # fmt: skip
     else:
-        store_rows(d_k_at, d_k, row, C, D)
-    return drive, lost, ends
+        store_rows(d_k_at, d_k, row_d, C, D)
+    return ends
