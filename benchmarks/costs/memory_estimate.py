@@ -62,7 +62,9 @@ def _seconds(row: dict[str, Any], name: str, planes: int, streams: int, chunks: 
     if "chain" in name:  # a program per stream (and self-memory) goes from chunk to chunk
         cycles = row["walk_cycles"] + (ASSUMED["meeting_cycles"] if planes > 1 else 0)
         return chunks * cycles * _rounds(streams, planes) / ASSUMED["clock_hz"], "latency of a chunk"
-    taken = row["loop_instructions"] / (2 if name.startswith("bank_tape") else 1)  # of as many vector as scalar memories
+    taken = row["loop_instructions"] / (
+        2 if name.startswith("bank_tape") else 1
+    )  # of as many vector as scalar memories
     per_cycle = ASSUMED["multiprocessors"] * ASSUMED["schedulers"] * ASSUMED["issued_per_cycle"]
     issued = streams * chunks * taken * row["warps"] * planes / per_cycle
     alone = row["walk_cycles"]  # what one program takes

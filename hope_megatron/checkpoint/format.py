@@ -28,7 +28,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hope_megatron.checkpoint.digested_file import DigestedFile, FileDigest, SafetensorsFile
-from hope_megatron.optim.geometry import full_shape, merge_shards, split_shards
+from hope_megatron.config.matrices.geometry import full_shape
+from hope_megatron.optim.geometry import merge_shards, split_shards
 from hope_megatron.optim.tags import ParamTags
 from hope_megatron.runtime.files import sync_directory
 
@@ -59,11 +60,13 @@ class ShardFile:
     """`numel` elements from `offset` of the flattened shard that `tp_rank` has of a parameter."""
 
     file: str
+    """Name in the directory of the checkpoint."""
     parameter: str
     tp_rank: int
     offset: int
     numel: int
     states: tuple[str, ...]
+    """What the file holds of it: `master`, then the optimizer's states."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,9 @@ class ParameterRecord:
     """A parameter as the layout that wrote it saw it."""
 
     name: str
+    """As the model names it."""
     shard_shape: tuple[int, ...]
+    """On one tensor-parallel rank."""
     dtype: str
     """Compute dtype; the master weights are fp32."""
     tags: ParamTags

@@ -9,8 +9,8 @@ import torch
 
 from hope_megatron.checkpoint.unsharded import UnshardedParameter
 from hope_megatron.config.layout import ParallelLayout
-from hope_megatron.optim.geometry import shard_runs
-from hope_megatron.optim.zero import Run, partition_runs, split_runs
+from hope_megatron.config.matrices.geometry import shard_runs
+from hope_megatron.config.matrices.runs import Run, partition_runs, split_runs
 
 _ALIGNMENT = 2  # DeepSpeed's nccl_start_alignment_factor: partitions of a flat vector are multiples of this
 _SUB_GROUP_NUMEL = 1_000_000_000  # DeepSpeed's default sub_group_size: at stage 3 a rank begins a new vector there

@@ -31,8 +31,8 @@ from hope_megatron.checkpoint.skeleton import skeleton_of
 from hope_megatron.checkpoint.unsharded import UnshardedCheckpoint, compare_unsharded, read_unsharded
 from hope_megatron.config import in_layout
 from hope_megatron.config.layout import ParallelLayout
+from hope_megatron.config.matrices.runs import Run
 from hope_megatron.optim import split_shards
-from hope_megatron.optim.zero import Run
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from hope_megatron.checkpoint.format import MASTER, Checkpoint, CheckpointError
+from hope_megatron.config.matrices.geometry import full_shape
+from hope_megatron.config.matrices.plan import ParamLayout
 from hope_megatron.engine.engine import Engine
 from hope_megatron.optim.bound import BoundVector
-from hope_megatron.optim.geometry import full_shape
-from hope_megatron.optim.plan import ParamLayout
 from hope_megatron.optim.zero import refresh_model_params
 
 
@@ -23,6 +23,7 @@ class LiveShard:
 
     parameter: str
     offset: int
+    """Elements before it in the flattened shard of this tensor-parallel rank."""
     numel: int
     tensors: dict[str, Tensor]
     """Flat views by state."""

@@ -20,6 +20,8 @@ from hope_megatron.config.efficiency import DEFAULT, Efficiency, End
 from hope_megatron.config.features import frame_features, layer_features, slice_tokens, variant
 from hope_megatron.config.footprint import layer_input_bytes
 from hope_megatron.config.hardware import Hardware
+from hope_megatron.config.matrices.layout import in_portions, matrix_params
+from hope_megatron.config.matrices.update import m3_update
 from hope_megatron.config.roofline import (
     HOST_COPY,
     Bound,
@@ -35,14 +37,12 @@ from hope_megatron.config.run import RunConfig
 
 _COUNTS = Path(__file__).with_name("step_counts.json")
 # Reduction, and what the update does to vectors and to all of AdamW's: a term for each operator, in bytes per number, within 2 %
-# of rehearsals in bf16 at ZeRO-1. Updates of matrices: counted for hope_760m and transformer_pp_760m on 8 ranks, within 10 %; all
-# but M3's and AdamW's are guesses. Kernels within 12 % there.
+# of rehearsals in bf16 at ZeRO-1. M3's update of matrices: matrices/update.py. Those of other optimizers are guesses.
 _NEWTON_SCHULZ_FLOPS = 35e3
 """Per parameter at matrices of width 2048."""
 _DEEP_FLOPS = {"dgd": 8.2e3, "delta_momentum": 8.2e3, "dmgd": 28.7e3}
 """The same for products in float32: two, and seven of DMGD, of 2 MN min(M, N) FLOPs."""
 _UPDATE_BYTES = {
-    "m3": 318,
     "muon": 150,
     "adamuon": 160,
     "sgd": 60,
@@ -51,7 +51,7 @@ _UPDATE_BYTES = {
     "dmgd": 240,
 }
 """Per number of a shard's matrices; AdamW's are vectors to it."""
-_UPDATE_KERNELS = {"m3": 250, "adamw": 0, "sgd": 0, "dmgd": 300}
+_UPDATE_KERNELS = {"m3": 0, "adamw": 0, "sgd": 0, "dmgd": 300}
 """Beside those of vectors; 200 of an optimizer that is not named."""
 _ADAM_BYTES, _DECAY_BYTES = 8 + 28 + 12 + 4, 8
 """Per number that is updated: an empty update, Adam's kernel, the step, its norm; and weight decay."""
@@ -64,6 +64,8 @@ _FLATTEN_BYTES, _COPY_BYTES, _MEAN_BYTES, _SUM_BYTES = 8, 12, 8, 18
 raised to float32 and added."""
 _TOGETHER = 640 << 16
 """Numbers that an operator on lists covers with one kernel."""
+_TENSORS_TOGETHER = 128
+"""Tensors that it covers with one."""
 _BUCKET = 5e8
 """Gradients that DeepSpeed reduces together."""
 _PORTION = 2**26
@@ -105,6 +107,8 @@ def why_not_counted(config: RunConfig) -> str | None:
             return f"memory.kernel={memory.kernel}; they are of the Triton kernels"
     if config.model.cms.learns_in_context:
         return "it learns in context"
+    if config.model.attention.segment_tokens:
+        return "attention.segment_tokens reads segment after segment"
     return None
 
 
@@ -171,20 +175,27 @@ def step_works(config: RunConfig, world_size: int) -> Works:
     shard = local / (replicas if config.parallel.zero_stage else 1)
     name, groups = config.optim.name, _groups(config)
     works["reduction"] = {"pointwise": _reduction(config, groups, times, replicas)}
+    deep, m3 = name in _DEEP_FLOPS, name == "m3"
     matrices = sum(row.total for row in rows if row.matrix) / world_size * config.model.hidden_size / 2048
-    deep = config.optim.name in _DEEP_FLOPS
     flops = {"float32": matrices * _DEEP_FLOPS[name]} if deep else {}
-    if name in ("m3", "muon", "adamuon") or (deep and config.optim.orthogonal_output):
-        often = 1 + (1 / config.optim.slow_period_steps if name == "m3" else 0)
-        flops["bfloat16"] = often * matrices * _NEWTON_SCHULZ_FLOPS
+    if name in ("muon", "adamuon") or (deep and config.optim.orthogonal_output):
+        flops["bfloat16"] = matrices * _NEWTON_SCHULZ_FLOPS
     clip = _CLIP_BYTES if config.optim.grad_clip > 0 else 0
     num_bytes = (_NORM_BYTES + clip + _CLEAR_BYTES) * local
     for row in rows:
         num_bytes += _row_bytes(row, name) * row.total / (tp if row.sharded else 1) * shard / local
-    kernels = 26 + 2 * max(1, local / _TOGETHER) + _UPDATE_KERNELS.get(name, 200)
+    lists = max(math.ceil(sum(map(len, _tensors(config).values())) / _TENSORS_TOGETHER), math.ceil(local / _TOGETHER))
+    kernels = 26 + 2 * lists + _UPDATE_KERNELS.get(name, 200)
     # a group is cleared twice and gathered; at ticks it is updated, and the sum of a slow one copied and cleared
-    for _, period, decays in groups:
-        kernels += 3 + (5 + decays) / period + ((1 + 2 / period) if period > 1 else 0)
+    for matrix, period, decays in groups:
+        update = 0 if m3 and matrix else (5 + decays) / period
+        kernels += 3 + update + ((1 + 2 / period) if period > 1 else 0)
+    if m3:
+        own = m3_update(config, world_size)
+        kernels, num_bytes = kernels + own.kernels, num_bytes + own.bytes
+        flops = {config.training.float32_products: own.measured_flops}
+        dtype = config.training.float32_products if config.optim.ns_dtype == "float32" else "bfloat16"
+        flops[dtype] = flops.get(dtype, 0.0) + own.flops
     works["update"] = {"pointwise": Work(kernels, num_bytes), "products": Work(0, 0.0, flops)}
     return works
 
@@ -208,28 +219,54 @@ def _reduction(config: RunConfig, groups: dict[tuple[bool, int, bool], float], t
         config.training.libraries.weight_gradient == "apex"
     )  # then linears, whose weights decay, have added theirs
     added = {key: 0.0 if in_products and key[0] and key[2] else numbers for key, numbers in groups.items()}
-    means = _MEAN_BYTES if replicas > 1 else 0
-    # gradients are raised, and added, in portions; an operator on two lists covers half as many of each
-    portions = [divmod(numbers, _PORTION) for numbers in added.values() if numbers]
+    buckets, means = _buckets(groups), _MEAN_BYTES if replicas > 1 else 0
+    # gradients are raised, and added, in portions, by operators on two lists
     lists = sum(
-        full * math.ceil(2 * _PORTION / _TOGETHER) + max(1, math.ceil(2 * rest / _TOGETHER)) for full, rest in portions
+        max(1, math.ceil(2 * len(some) / _TENSORS_TOGETHER), math.ceil(2 * sum(some) / _TOGETHER))
+        for key, sizes in _tensors(config).items()
+        if added[key]
+        for some in in_portions(sizes, _PORTION)
     )
-    kernels = times * (2 * lists + 1) + len(groups) + 2 + (replicas > 1)
+    flattened = [sum(bucket) for bucket in buckets if len(bucket) > 1]  # a bucket of one group is flat already
+    kernels = times * (2 * lists + 1) + len(groups) + 1 + len(flattened) + (replicas > 1) * len(buckets)
     local, summed = sum(groups.values()), sum(added.values())
-    moved = local * (_COPY_BYTES + means) + _flattened(groups) * _FLATTEN_BYTES + times * summed * _SUM_BYTES
+    moved = local * (_COPY_BYTES + means) + sum(flattened) * _FLATTEN_BYTES + times * summed * _SUM_BYTES
     return Work(kernels, moved)
 
 
-def _flattened(groups: dict[tuple[bool, int, bool], float]) -> float:
-    """Numbers that DeepSpeed's buckets bring together; a bucket of one group is there already."""
-    bucket: list[float] = []
-    found = 0.0
+def _tensors(config: RunConfig) -> dict[tuple[bool, int, bool], list[int]]:
+    """Sizes of a rank's tensors in each of the optimizer's groups, those of matrices in the order of the model."""
+    tp, found = config.parallel.tensor_parallel, dict[tuple[bool, int, bool], list[int]]()
+    for row in weight_table(config.model):
+        if not row.matrix:
+            size = row.size // (tp if row.sharded else 1)
+            found.setdefault((False, row.update_period_steps, _decays(row)), []).extend([size] * row.copies)
+    for _, shape, tags in matrix_params(config.model, tp):
+        key = (True, tags.update_period_steps, tags.weight_decay)
+        found.setdefault(key, []).append(math.prod(shape))
+    return found
+
+
+def _tensors(config: RunConfig) -> dict[tuple[bool, int, bool], list[int]]:
+    """Sizes of a rank's tensors in each of the optimizer's groups, those of matrices in the order of the model."""
+    tp, found = config.parallel.tensor_parallel, dict[tuple[bool, int, bool], list[int]]()
+    for row in weight_table(config.model):
+        if not row.matrix:
+            size = row.size // (tp if row.sharded else 1)
+            found.setdefault((False, row.update_period_steps, _decays(row)), []).extend([size] * row.copies)
+    for _, shape, tags in matrix_params(config.model, tp):
+        found.setdefault((True, tags.update_period_steps, tags.weight_decay), []).append(math.prod(shape))
+    return found
+
+
+def _buckets(groups: dict[tuple[bool, int, bool], float]) -> list[list[float]]:
+    """Groups that DeepSpeed reduces together."""
+    found: list[list[float]] = [[]]
     for _, numbers in sorted(groups.items(), key=lambda item: (not item[0][0], item[0][1], not item[0][2])):
-        bucket.append(numbers)
-        if sum(bucket) > _BUCKET:
-            found += sum(bucket) if len(bucket) > 1 else 0
-            bucket = []
-    return found + (sum(bucket) if len(bucket) > 1 else 0)
+        if sum(found[-1]) > _BUCKET:
+            found.append([])
+        found[-1].append(numbers)
+    return found
 
 
 def _row_bytes(row: Weight, optimizer: str) -> float:
@@ -239,6 +276,8 @@ def _row_bytes(row: Weight, optimizer: str) -> float:
     update = (
         _ADAM_BYTES + _DECAY_BYTES * _decays(row) if vector else _UPDATE_BYTES.get(optimizer, 160)
     )  # one added: a guess
+    if row.matrix and optimizer == "m3":
+        update = 0  # matrices/update.py
     slow = _PENDING_BYTES + _TICK_BYTES / period if period > 1 else 0
     return update / period + _GATHERED_BYTES + slow
 
@@ -252,7 +291,8 @@ def step_transfers(config: RunConfig, world_size: int) -> list[Transfer]:
     found = []
     if config.replicas(world_size) > 1:
         ranks = tuple(range(0, world_size, tp))
-        found += _over_data_parallel(config.parallel.zero_stage, ranks, times, size * local, 2 * local)
+        buckets = len(_buckets(_groups(config)))
+        found += _over_data_parallel(config.parallel.zero_stage, ranks, times, size * local, 2 * local, buckets)
     if tp > 1:
         blocks = config.model.num_layers * (1 + len(config.model.cms.levels))
         each = 2.0 * slice_tokens(config) * config.model.hidden_size
@@ -260,7 +300,24 @@ def step_transfers(config: RunConfig, world_size: int) -> list[Transfer]:
         for phase, operator in itertools.product(_passes(config), operators):
             calls, ranks = blocks * times, tuple(range(tp))
             found.append(Transfer(phase, operator, "tensor parallel", ranks, calls, calls * each, False))
-    return found + _over_context_parallel(config, times) + _over_the_bus(config, times)
+    beside = _of_matrices(config, world_size) + _over_context_parallel(config, times) + _over_the_bus(config, times)
+    return found + beside
+
+
+def _of_matrices(config: RunConfig, world_size: int) -> list[Transfer]:
+    """M3's momentum to the owners of matrices and back, and its means over matrices."""
+    parallel = config.parallel
+    if config.optim.name != "m3" or (world_size if parallel.zero_stage else parallel.tensor_parallel) == 1:
+        return []
+    found, ranks = (
+        m3_update(config, world_size),
+        tuple(range(world_size if parallel.zero_stage else parallel.tensor_parallel)),
+    )
+    group = "all ranks" if parallel.tensor_parallel > 1 else "data parallel"
+    return [
+        Transfer("update", "alltoall", group, ranks, found.exchanges, found.exchanged_bytes, False),
+        Transfer("update", "allreduce", group, ranks, found.sums, found.summed_bytes, False),
+    ]
 
 
 def _over_the_bus(config: RunConfig, times: int) -> list[Transfer]:
@@ -296,13 +353,13 @@ def _over_context_parallel(config: RunConfig, times: int) -> list[Transfer]:
 
 
 def _over_data_parallel(
-    stage: int, ranks: tuple[int, ...], accumulation: int, gradients: float, weights: float
+    stage: int, ranks: tuple[int, ...], accumulation: int, gradients: float, weights: float, buckets: int
 ) -> list[Transfer]:
-    """Gradients and weights, in bytes of a rank's whole model. From stage 2 on gradients are reduced in each micro-batch; at stage
-    3 weights are gathered for each pass."""
+    """Gradients, in buckets, and weights, in bytes of a rank's whole model. From stage 2 on gradients are reduced in each
+    micro-batch; at stage 3 weights are gathered for each pass."""
     group = "data parallel"
     if stage < 2:
-        found = [Transfer("reduction", "allreduce", group, ranks, 1, gradients, False)]
+        found = [Transfer("reduction", "allreduce", group, ranks, buckets, gradients, False)]
     else:
         found = [Transfer("reduction", "reduce_scatter", group, ranks, accumulation, accumulation * gradients, False)]
     if stage == 3:

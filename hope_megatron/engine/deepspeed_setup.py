@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import contextvars
+import itertools
 import logging
 import os
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hope_megatron.config.matrices.layout import in_portions
 from hope_megatron.config.run import RunConfig
 from hope_megatron.engine.mpu import ModelParallelUnit
 from hope_megatron.layers.memory_mixer import MemoryMixer
@@ -171,7 +173,9 @@ def accumulate_together(zero: Any) -> None:
             for i, parameter in enumerate(group):
                 if parameter.grad is not None or hasattr(parameter, "main_grad"):  # add_in_products
                     parameter._hp_grad, present[i] = sums[i], True
-            for some in _in_portions(found, [sums[i].numel() for i in found]):
+            numbers = iter(found)
+            for sizes in in_portions([sums[i].numel() for i in found], _NUMEL_AT_ONCE):
+                some = list(itertools.islice(numbers, len(sizes)))
                 raised = [torch.empty_like(sums[i]) for i in some]
                 torch._foreach_copy_(raised, [group[i].grad.view(sums[i].shape) for i in some])
                 torch._foreach_add_([sums[i] for i in some], raised)
@@ -179,19 +183,6 @@ def accumulate_together(zero: Any) -> None:
                 group[i].grad = None
 
     zero.update_hp_grads = update_hp_grads
-
-
-def _in_portions(numbers: list[int], sizes: list[int]) -> list[list[int]]:
-    """Consecutive numbers whose sizes add up to no more than `_NUMEL_AT_ONCE`, or a single one."""
-    portions: list[list[int]] = []
-    room = 0
-    for number, size in zip(numbers, sizes):
-        if size > room:
-            portions.append([])
-            room = _NUMEL_AT_ONCE
-        portions[-1].append(number)
-        room -= size
-    return portions
 
 
 _answer: contextvars.ContextVar[Callable[[Any], float] | None] = contextvars.ContextVar(

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hope_megatron.config.matrices.geometry import full_shape
 from hope_megatron.config.run import RunConfig
 from hope_megatron.engine.canonical import TreeSum
 from hope_megatron.engine.clipping import clip_together
@@ -20,7 +21,6 @@ from hope_megatron.model import IGNORE
 from hope_megatron.optim import BoundOptimizer, apply_lr
 from hope_megatron.optim.adaptive import adapt_periods
 from hope_megatron.optim.average import EMA
-from hope_megatron.optim.geometry import full_shape
 from hope_megatron.optim.zero import refresh_model_params
 from hope_megatron.parallel.control import ControlGroup
 from hope_megatron.parallel.distributed import Mesh, set_group_timeouts
@@ -264,7 +264,13 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(
-        self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None, *, learn: bool = True
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        documents: Tensor | None = None,
+        *,
+        masks: Sequence[Tensor] = (),
+        learn: bool = True,
     ) -> Tensor:
         """Sum of losses and number of valid tokens of a batch, over the data-parallel ranks. A model with inner clocks
         learns in context, as it does in training.
@@ -274,15 +280,18 @@ class Engine:
                 rank's slice of them (`own_spans`).
             targets: [B, T] int64; -100 does not count.
             documents: see `LanguageModel.forward`.
+            masks: K times [B, T] bool: targets that are summed apart too.
             learn: False reads with static levels, in one piece.
 
         Returns:
-            [2] float64 on the device: sum of losses, number of valid tokens.
+            [1 + K, 2] float64 on the device: sum of losses and number of valid tokens, of all and of those of each mask.
         """
         self.model.eval()
         losses = self.model(tokens, targets, documents=documents, learn=learn and self._learns).losses
         self.model.train()
-        sums = torch.stack([losses.double().sum(), (targets != IGNORE).sum().double()])
+        losses, valid = losses.double(), targets != IGNORE
+        parts = [(losses, valid), *((losses * mask, valid & mask) for mask in masks)]
+        sums = torch.stack([torch.stack([part.sum(), count.sum().double()]) for part, count in parts])
         dist.all_reduce(sums, group=self.mesh.dp_group)
         return sums
 

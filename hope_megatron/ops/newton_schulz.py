@@ -10,10 +10,10 @@ U S V^T with S close to one: 0.68-1.20 for `quintic`, 0.87-1.15 for `varying` an
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
+
+from hope_megatron.ops.newton_schulz_cost import GRAM_RESTART_STEP, Form, preferred_form
 
 Coefficients = tuple[tuple[float, float, float], ...]
 
@@ -44,11 +44,6 @@ _POLAR_EXPRESS: Coefficients = tuple(
 
 COEFFICIENTS: dict[str, Coefficients] = {"quintic": _QUINTIC, "varying": _VARYING, "polar_express": _POLAR_EXPRESS}
 
-Form = Literal["auto", "direct", "gram"]
-
-# The Gram form squares the condition number. Two steps lift small singular values far enough for another two or three;
-# without this restart it diverges in half precision.
-_GRAM_RESTART_STEP = 2
 # Zero matrices stay zero, and smaller ones come out small. Norms are summed in float64: squares of entries below 1e-19 are zero in
 # float32, and a matrix divided by a norm that is too small diverges.
 _SMALLEST_NORM = 1e-30
@@ -112,7 +107,7 @@ def _iterate_gram(x_BMN: Tensor, table: Coefficients) -> Tensor:
     up."""
     start, total = 0, len(table)
     while start < total:
-        stop = min(total, _GRAM_RESTART_STEP) if start == 0 else total
+        stop = min(total, GRAM_RESTART_STEP) if start == 0 else total
         x_BMN = _gram_segment(x_BMN, table[start:stop])
         start = stop
     return x_BMN
@@ -129,24 +124,6 @@ def _gram_segment(x_BMN: Tensor, table: Coefficients) -> Tensor:
             gram_BMM = factor_BMM @ gram_BMM @ factor_BMM
     assert product_BMM is not None
     return product_BMM @ x_BMN
-
-
-def newton_schulz_flops(rows: int, cols: int, steps: int, form: Form = "auto") -> int:
-    """Floating-point operations for one matrix (a multiply-add counts as two)."""
-    if form == "auto":
-        form = preferred_form(rows, cols, steps)
-    m, n = min(rows, cols), max(rows, cols)
-    if form == "direct":
-        return steps * (4 * m * m * n + 2 * m**3)
-    segments = [steps] if steps <= _GRAM_RESTART_STEP else [_GRAM_RESTART_STEP, steps - _GRAM_RESTART_STEP]
-    # per segment of s steps: X X^T and P X, s squares, s - 1 products of factors, s - 1 congruences of two products
-    return sum(4 * m * m * n + 2 * m**3 * (s + 3 * (s - 1)) for s in segments)
-
-
-def preferred_form(rows: int, cols: int, steps: int) -> Form:
-    """The cheaper of the two forms; the Gram form wins from an aspect ratio of about 1.5 on."""
-    gram = newton_schulz_flops(rows, cols, steps, "gram")
-    return "gram" if gram < newton_schulz_flops(rows, cols, steps, "direct") else "direct"
 
 
 def polar_factor(matrices: Tensor) -> Tensor:

@@ -12,17 +12,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hope_megatron.config.clock import UpdateClock, update_clock
+from hope_megatron.config.matrices.plan import ParamLayout, assign_phases, param_flops
+from hope_megatron.config.matrices.runs import Run
 from hope_megatron.optim.average import EMA, update_average
 from hope_megatron.optim.bound import BoundVector
 from hope_megatron.optim.dtensors import local_tensor, row_shard
 from hope_megatron.optim.errors import OptimError, UnboundShardError
 from hope_megatron.optim.exchange import Communicator, MatrixExchange, NewtonSchulz
-from hope_megatron.optim.plan import ParamLayout, assign_phases, param_flops
 from hope_megatron.optim.sorting import sorted_groups
 from hope_megatron.optim.statistics import last_step_stats, relative_updates
 from hope_megatron.optim.tags import read_tags
 from hope_megatron.optim.update import UpdateContext, adam_update
-from hope_megatron.optim.zero import FlatVector, Run, check_wrapper, flat_vectors, shard_shape
+from hope_megatron.optim.zero import FlatVector, check_wrapper, flat_vectors, shard_shape
 
 
 class SharedSettings(TypedDict, total=False):
@@ -30,12 +31,14 @@ class SharedSettings(TypedDict, total=False):
 
     vector_lr: learning rate of embeddings, norms, convolutions and biases; None means lr. weight_decay: decoupled, of matrices and
     embeddings (0.1). betas, eps: decay of the moments ((0.9, 0.95)), and what is added to the root of the second (1e-8).
+    ns: how matrices are orthogonalised, where they are.
     """
 
     vector_lr: float | None
     weight_decay: float
     betas: tuple[float, float]
     eps: float
+    ns: NewtonSchulz | None
 
 
 class BoundOptimizer(torch.optim.Optimizer):

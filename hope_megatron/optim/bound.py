@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hope_megatron.config.matrices.plan import ParamLayout
 from hope_megatron.optim.exchange import MatrixExchange
-from hope_megatron.optim.plan import ParamLayout
 
 
 @dataclass

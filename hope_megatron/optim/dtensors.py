@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hope_megatron.config.matrices.runs import Run
 from hope_megatron.optim.errors import UnboundShardError
-from hope_megatron.optim.zero import Run
 
 
 class RowShard(NamedTuple):

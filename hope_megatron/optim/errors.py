@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-
-class OptimError(Exception):
-    """A wrong setting or a wrong use of an optimizer; the message names the parameter or group and the remedy."""
-
-    is_user_error = True
+from hope_megatron.config.matrices.errors import OptimError as OptimError
 
 
 class UnboundShardError(OptimError):

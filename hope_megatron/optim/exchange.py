@@ -11,9 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hope_megatron.ops.newton_schulz import newton_schulz, orthogonality_residual
-from hope_megatron.optim.errors import OptimError
-from hope_megatron.optim.plan import (
+from hope_megatron.config.matrices.plan import (
     ExchangePlan,
     ParamLayout,
     Topology,
@@ -22,6 +20,8 @@ from hope_megatron.optim.plan import (
     collect_matrices,
     owner_loads,
 )
+from hope_megatron.ops.newton_schulz import newton_schulz, orthogonality_residual
+from hope_megatron.optim.errors import OptimError
 
 # Larger batches of equal shape are cut: Newton-Schulz needs about four times its input as scratch memory, which on a CPU
 # should stay in the cache and below the size from which the allocator asks the kernel for zeroed pages every time.

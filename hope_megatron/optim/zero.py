@@ -15,17 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hope_megatron.config.matrices.runs import Run, partition_runs, split_runs
 from hope_megatron.optim.errors import ZeroLayoutError
-
-
-@dataclass(frozen=True)
-class Run:
-    """`numel` consecutive elements of a flattened TP shard, held by one data-parallel rank."""
-
-    dp_rank: int
-    flat_start: int
-    shard_start: int
-    numel: int
 
 
 @dataclass(frozen=True)
@@ -98,15 +89,6 @@ def _get(wrapper: Any, name: str) -> Any:
     return getattr(wrapper, name)
 
 
-def split_runs(offset: int, numel: int, partition: int, dp_size: int) -> tuple[Run, ...]:
-    """Runs of a parameter at `offset` of a group vector that is cut into `dp_size` equal partitions."""
-    runs = []
-    for rank in range(offset // partition, min(dp_size, (offset + numel - 1) // partition + 1)):
-        low, high = max(offset, rank * partition), min(offset + numel, (rank + 1) * partition)
-        runs.append(Run(rank, low - rank * partition, low - offset, high - low))
-    return tuple(runs)
-
-
 class _Stage12:
     mark = "round_robin_bit16_groups"
 
@@ -173,12 +155,3 @@ class _Stage3:
         persistent = _get(wrapper, "persistent_parameters")
         if persistent:
             persistent[0].all_gather(persistent)
-
-
-def partition_runs(offset: int, partition: int, numel: int, dp_size: int) -> tuple[Run, ...]:
-    """ZeRO-3 cuts every parameter into equal partitions, the last ones padded; all ranks have the same offsets."""
-    return tuple(
-        Run(rank, offset, rank * partition, min(partition, numel - rank * partition))
-        for rank in range(dp_size)
-        if rank * partition < numel
-    )

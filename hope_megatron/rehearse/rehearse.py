@@ -8,8 +8,9 @@ import warnings
 from typing import Any
 
 from hope_megatron.config.run import RunConfig
+from hope_megatron.config.update_kinds import update_kinds
 from hope_megatron.rehearse.cheap_pass import cheap_passes
-from hope_megatron.rehearse.depth import Depths, shallow, short_tokens, update_kinds
+from hope_megatron.rehearse.depth import Depths, shallow, short_tokens
 from hope_megatron.rehearse.fake_world import fake_world, stand_in
 from hope_megatron.rehearse.gpu_path import cpu_path, gpu_path
 from hope_megatron.rehearse.step import Recording, Stage, staged

@@ -17,7 +17,7 @@ from hope_megatron.config.model import ModelConfig
 from hope_megatron.config.step_time import PROGRAMS_AT_ONCE
 from hope_megatron.ops.memory.backends import registry
 from hope_megatron.ops.memory.backends.registry import Backend, Case
-from hope_megatron.ops.memory.backends.triton import backend as triton_backend
+from hope_megatron.ops.memory.backends.triton import unchecked
 from hope_megatron.ops.memory.rule import MemoryCompute
 from hope_megatron.rehearse.operators import tensors_in
 from hope_megatron.rehearse.watch import Watch
@@ -56,7 +56,7 @@ class TritonLaunches:
         B, T, H, _ = q.shape
         flops = 2.0 * sum(memory_macs(self._model, T)) * B * T * H
         dtype = "bfloat16" if compute.precision == "bf16" else "float32"  # these kernels never take TF32 for it
-        y, groups = triton_backend.scan(tensors, rule, groups, compute=compute, recompute=recompute)
+        y, groups = unchecked.scan(tensors, rule, groups, compute=compute, recompute=recompute)
         self._count_flops(dtype, flops)
         if y.requires_grad:
             y.register_hook(lambda _gradient: self._count_flops(dtype, _BACKWARD * flops))
@@ -85,4 +85,4 @@ class TritonLaunches:
 def why_not(case: Case) -> str | None:
     """Why the kernels cannot take a case on a GPU where they are trusted."""
     case = case._replace(plain=True)
-    return triton_backend._why_not_rule(case) or triton_backend._why_not_shape(case)
+    return unchecked._why_not_rule(case) or unchecked._why_not_shape(case)

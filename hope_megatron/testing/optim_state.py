@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hope_megatron.config.matrices.plan import ParamLayout
 from hope_megatron.optim.base import BoundOptimizer
 from hope_megatron.optim.bound import BoundVector
 from hope_megatron.optim.errors import OptimError
-from hope_megatron.optim.plan import ParamLayout
 from hope_megatron.optim.tags import ParamTags
 from hope_megatron.optim.zero import refresh_model_params
 

@@ -47,7 +47,7 @@ def test_a_change_falls_on_an_update(changes, message):
 
 
 def test_rehearsals_weigh_the_steps_of_the_run():
-    from hope_megatron.rehearse.depth import update_kinds
+    from hope_megatron.config.update_kinds import update_kinds
 
     slow = CMSLevelConfig(
         hidden_size=8, update_period_steps=8, update_period_changes=[PeriodChange(from_step=40, period=2)]

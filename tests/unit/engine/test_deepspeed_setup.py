@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from hope_megatron.config import ConfigError
-from hope_megatron.engine import deepspeed_setup
 from hope_megatron.engine.deepspeed_setup import deepspeed_config
 from hope_megatron.testing.tiny import tiny_run_config
 
@@ -32,8 +31,3 @@ def test_bf16_accumulates_in_fp32_and_refuses_overflow():
 def test_zero_0_in_bf16_is_refused():
     with pytest.raises(ValueError, match="set zero_stage=1"):
         tiny_run_config(zero_stage=0, precision="bf16")
-
-
-def test_gradients_are_added_in_portions_of_bounded_size(monkeypatch):
-    monkeypatch.setattr(deepspeed_setup, "_NUMEL_AT_ONCE", 10)
-    assert deepspeed_setup._in_portions([0, 1, 2, 4, 5], [4, 6, 1, 50, 3]) == [[0, 1], [2], [4], [5]]

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hope_megatron.config.matrices.geometry import full_shape, matrix_blocks, matrix_shapes
 from hope_megatron.optim.errors import OptimError
-from hope_megatron.optim.geometry import full_shape, matrix_blocks, matrix_shapes, merge_shards, split_shards
+from hope_megatron.optim.geometry import merge_shards, split_shards
 from hope_megatron.optim.tags import ParamTags
 
 LAYOUTS = [

@@ -7,9 +7,7 @@ import itertools
 import pytest
 import torch
 
-from hope_megatron.ops.newton_schulz import newton_schulz_flops
-from hope_megatron.optim.errors import OptimError
-from hope_megatron.optim.plan import (
+from hope_megatron.config.matrices.plan import (
     ExchangePlan,
     ParamLayout,
     Topology,
@@ -20,8 +18,10 @@ from hope_megatron.optim.plan import (
     owner_loads,
     param_flops,
 )
+from hope_megatron.config.matrices.runs import Run, partition_runs, split_runs
+from hope_megatron.ops.newton_schulz_cost import newton_schulz_flops
+from hope_megatron.optim.errors import OptimError
 from hope_megatron.optim.tags import ParamTags
-from hope_megatron.optim.zero import Run, partition_runs, split_runs
 
 STEPS = 5
 PARAMS = [

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hope_megatron.config.matrices.runs import partition_runs, split_runs
 from hope_megatron.optim import ZeroLayoutError
-from hope_megatron.optim.zero import flat_vectors, partition_runs, split_runs
+from hope_megatron.optim.zero import flat_vectors
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,11 @@ kernel = functools.partial(triton.jit, do_not_specialize=("T", "HEADS", "chunks"
 """Decorates a kernel. Lengths and counts of heads are arguments like others: one compilation serves all."""
 
 
+def constants(setting: Any, *names: str) -> dict[str, Any]:
+    """Fields of a setting as what kernels are specialised on: `anchored` is ANCHORED there."""
+    return {name.upper(): getattr(setting, name) for name in names}
+
+
 class Launch(NamedTuple):
     """One launch, as `recorded` keeps it."""
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import triton
 
-from hope_megatron.ops.memory.backends.triton.backend import UNCHECKED
 from hope_megatron.ops.memory.backends.triton.launching import Launch, recorded
+from hope_megatron.ops.memory.backends.triton.unchecked import UNCHECKED
 from hope_megatron.ops.memory.rule import MemoryCompute, MemoryRule
 from hope_megatron.ops.memory.types import Bank, MemoryParams, RateLogits
 

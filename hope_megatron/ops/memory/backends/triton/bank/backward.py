@@ -5,25 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hope_megatron.ops.memory.backends.triton import language as p
 from hope_megatron.ops.memory.backends.triton.bank.forward import pace
 from hope_megatron.ops.memory.backends.triton.bank.unwrite import input_weights_t, unwrite_scalar, unwrite_vector
-from hope_megatron.ops.memory.backends.triton.language import (
-    add_mm,
-    columns,
-    each,
-    load,
-    load_t,
-    meet,
-    mm,
-    one_minus_exp,
-    place,
-    rows,
-    store,
-    store_each,
-    store_rows,
-    unit_backward,
-    whole_t,
-)
 from hope_megatron.ops.memory.backends.triton.launching import kernel
 
 
@@ -33,11 +17,11 @@ def unapplied(
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, MOVING: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of V^T (and V2^T) of a vector memory that was applied to x are added; d_raw [C, d]."""
-    store(d_V_at, add_mm(load(d_V_at, H, D), columns(phi_at, row_h, C, H), d_raw, PRECISION), H, D)
+    p.store(d_V_at, p.add_mm(p.load(d_V_at, H, D), p.columns(phi_at, row_h, C, H), d_raw, PRECISION), H, D)
     if MOVING:
-        d_z = mm(d_raw, whole_t(V_at, A_at, H, D, ANCHORED), PRECISION) * rows(slope_at, row_h, C, H)
-        store_rows(d_z_at, d_z, row_h, C, H)
-        store(d_in_at, add_mm(load(d_in_at, D, H), columns(x_at, row, C, D), d_z, PRECISION), D, H)
+        d_z = p.mm(d_raw, p.whole_t(V_at, A_at, H, D, ANCHORED), PRECISION) * p.rows(slope_at, row_h, C, H)
+        p.store_rows(d_z_at, d_z, row_h, C, H)
+        p.store(d_in_at, p.add_mm(p.load(d_in_at, D, H), p.columns(x_at, row, C, D), d_z, PRECISION), D, H)
 
 
 @triton.jit
@@ -47,16 +31,16 @@ def unapplied_scalar(
 ):  # fmt: skip
     """The same of a scalar memory; d_logit [C]."""
     i_h = tl.arange(0, H)
-    d_w = tl.sum(d_logit[:, None] * rows(phi_at, row_h, C, H), 0)
+    d_w = tl.sum(d_logit[:, None] * p.rows(phi_at, row_h, C, H), 0)
     tl.store(d_V_at + i_h, tl.load(d_V_at + i_h) + d_w)
     w = tl.load(V_at + i_h)
     if ANCHORED:
         w += tl.load(A_at + i_h)
         tl.store(d_A_at + i_h, tl.load(d_A_at + i_h) + d_w)
     if MOVING:
-        d_z = d_logit[:, None] * w[None, :] * rows(slope_at, row_h, C, H)
-        store_rows(d_z_at, d_z, row_h, C, H)
-        store(d_in_at, add_mm(load(d_in_at, D, H), columns(x_at, row, C, D), d_z, PRECISION), D, H)
+        d_z = d_logit[:, None] * w[None, :] * p.rows(slope_at, row_h, C, H)
+        p.store_rows(d_z_at, d_z, row_h, C, H)
+        p.store(d_in_at, p.add_mm(p.load(d_in_at, D, H), p.columns(x_at, row, C, D), d_z, PRECISION), D, H)
 
 
 @triton.jit
@@ -67,9 +51,9 @@ def unmake_vector(
 ):  # fmt: skip
     """From the gradient d [C, d] of keys or values y to that of what y was made of, stored, and to their memory's weights."""
     row, row_h = HEADS * D, HEADS * H
-    y = rows(y_at, row, C, D) * tl.where(unit, 1.0, 0.0)
-    d = unit_backward(d, y, each(norm_at, HEADS, C))
-    store_rows(d_raw_at, d, row, C, D)
+    y = p.rows(y_at, row, C, D) * tl.where(unit, 1.0, 0.0)
+    d = p.unit_backward(d, y, p.each(norm_at, HEADS, C))
+    p.store_rows(d_raw_at, d, row, C, D)
     if ADAPTIVE:
         unapplied(
             x_at, d, phi_at, slope_at, d_z_at, V_at, A_at, d_V_at, d_in_at, row, row_h, C, D, H, MOVING, ANCHORED, PRECISION
@@ -84,37 +68,37 @@ def unmake_rate(
 ):  # fmt: skip
     """From the gradient of log rates [C] to that of logits, stored, and to their memory's weights. log_rate: log sigmoid."""
     if ADAPTIVE:
-        d_rate = d_rate * one_minus_exp(log_rate)
+        d_rate = d_rate * p.one_minus_exp(log_rate)
         unapplied_scalar(
             x_at, d_rate, phi_at, slope_at, d_z_at, V_at, A_at, d_V_at, d_A_at, d_in_at, HEADS * D, HEADS * H,
             C, D, H, MOVING, ANCHORED, PRECISION,
         )  # fmt: skip
-    store_each(d_logit_at, d_rate, HEADS, C)
+    p.store_each(d_logit_at, d_rate, HEADS, C)
 
 
 @triton.jit
 def restart(d_state, d_first, R: tl.constexpr, S: tl.constexpr):
     """A stream starts anew here: what came back belongs to the first state, and nothing goes further."""
-    d = load(d_state, R, S)
-    store(d_first, load(d_first, R, S) + d, R, S)
-    store(d_state, d * 0.0, R, S)
+    d = p.load(d_state, R, S)
+    p.store(d_first, p.load(d_first, R, S) + d, R, S)
+    p.store(d_state, d * 0.0, R, S)
 
 
 @triton.jit
 def all_rows(given_at, part, row, N: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
     """Gradients [C, d]: what was given, and the parts of N memories, in order."""
-    d = rows(given_at, row, C, D)
+    d = p.rows(given_at, row, C, D)
     for j in tl.static_range(N):
-        d += load(part + j * C * D, C, D)
+        d += p.load(part + j * C * D, C, D)
     return d
 
 
 @triton.jit
 def all_rates(given_at, part, HEADS, N: tl.constexpr, C: tl.constexpr):
     """The same of rates, [C]."""
-    d = each(given_at, HEADS, C)
+    d = p.each(given_at, HEADS, C)
     for j in tl.static_range(N):
-        d += each(part + j * 6 * C, 1, C)
+        d += p.each(part + j * 6 * C, 1, C)
     return d
 
 
@@ -139,9 +123,9 @@ def unmake_given(
             x_v, v, d, value_norm, UNIT_VALUE, d_raw_v, v, v, v, v, v, v, v, HEADS, C, D, D, False, False, False, PRECISION
         )  # fmt: skip
     if ETA < 0:
-        store_each(d_logit_eta, all_rates(d_log_eta, part_rates, HEADS, N, C), HEADS, C)
+        p.store_each(d_logit_eta, all_rates(d_log_eta, part_rates, HEADS, N, C), HEADS, C)
     if ALPHA < 0:
-        store_each(d_logit_alpha, all_rates(d_log_alpha, part_rates + C, HEADS, N, C), HEADS, C)
+        p.store_each(d_logit_alpha, all_rates(d_log_alpha, part_rates + C, HEADS, N, C), HEADS, C)
 
 
 @triton.jit
@@ -179,7 +163,7 @@ def unmake(
             )  # fmt: skip
         d_rate = all_rates(given_rate, part_rate, HEADS, N, C)
         unmake_rate(
-            x_k, d_rate, each(made, HEADS, C) - most, phi_x, slope_x, d_z_x, V, A, d_V, d_A, d_in, logit, HEADS,
+            x_k, d_rate, p.each(made, HEADS, C) - most, phi_x, slope_x, d_z_x, V, A, d_V, d_A, d_in, logit, HEADS,
             C, D, H, True, MOVING, ANCHORED, PRECISION,
         )  # fmt: skip
 
@@ -203,15 +187,14 @@ def unwrite_chunks(
     all_in = N * H * D
     for back in tl.range(0, chunks, disable_licm=True):
         i = chunks - 1 - back
-        at, square = place(i, n, T, HEADS, C), table + i * C * C
+        at, square = p.place(i, n, T, HEADS, C), table + i * C * C
         _, since, _, kept, strength = pace(log_eta + at, log_alpha + at, HEADS, C, PRECISION)
-        token, alike = m * plane + at, (m - first_alike) * plane + at
+        token, alike, half = m * plane + at, (m - first_alike) * plane + at, (back % 2) * ring
         wide, narrow, state, state_in = token * H, alike * D, i * each_state, i * all_in
         now_in, end_in = matrices_in, matrices_in
         if MOVING:
             now_in = matrices_in + state_in
             end_in = now_in + all_in
-        half = (back % 2) * ring
         rates = part_rates + (half + m * C) * 6
         mine_k, mine_v = d_k + at * D, d_v + at * D
         if SELF:
@@ -240,14 +223,14 @@ def unwrite_chunks(
                 ADDED, MOVING, DGD, DGD_IN, UNIT_TARGET, ANCHORED, PRECISION,
             )  # fmt: skip
         tl.debug_barrier()
-        drive, lost = each(rates, 1, C), each(rates + C, 1, C)
+        drive, lost = p.each(rates, 1, C), p.each(rates + C, 1, C)
         if MOVING:
-            drive, lost = drive + each(rates + 2 * C, 1, C), lost + each(rates + 3 * C, 1, C)
+            drive, lost = drive + p.each(rates + 2 * C, 1, C), lost + p.each(rates + 3 * C, 1, C)
         d_step = tl.cumsum(lost - drive, 0, reverse=True) - lost + ends
         if SELF:
-            store_each(rates + 4 * C, drive, 1, C)
-            store_each(rates + 5 * C, d_step, 1, C)
-            meet(met, (back + 1) * N, N)
+            p.store_each(rates + 4 * C, drive, 1, C)
+            p.store_each(rates + 5 * C, d_step, 1, C)
+            p.meet(met, (back + 1) * N, N)
             unmake(
                 x_k + at * D, x_v + at * D, k + at * D, v + at * D, d_k + at * D, d_v + at * D, d_log_eta + at, d_log_alpha + at,
                 log_eta + at, log_alpha + at, key_norm + at, value_norm + at, d_raw_k + at * D, d_raw_v + at * D,
@@ -256,8 +239,8 @@ def unwrite_chunks(
                 m, log_eta_max, HEADS, C, D, H, VECTOR, N, KEY, VALUE, ETA, ALPHA, UNIT_VALUE, MOVING, ANCHORED, PRECISION,
             )  # fmt: skip
         else:
-            store_each(d_log_eta + at, each(d_log_eta + at, HEADS, C) + drive, HEADS, C)
-            store_each(d_log_alpha + at, each(d_log_alpha + at, HEADS, C) + d_step, HEADS, C)
+            p.store_each(d_log_eta + at, p.each(d_log_eta + at, HEADS, C) + drive, HEADS, C)
+            p.store_each(d_log_alpha + at, p.each(d_log_alpha + at, HEADS, C) + d_step, HEADS, C)
         tl.debug_barrier()
         if RESETS:  # noqa: SIM102 (decided when compiling, the next one when running)
             if tl.load(begins + n * (chunks + 1) + i) != 0:
@@ -345,31 +328,31 @@ def input_gradients(
 ):  # fmt: skip
     """Gradients of x_k and x_v, from those of what the memories made of them."""
     i, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    at, row, row_h = place(i, n, T, HEADS, C), HEADS * D, HEADS * H
+    at, row, row_h = p.place(i, n, T, HEADS, C), HEADS * D, HEADS * H
     chunk, i_h = n * (chunks + 1) + i, tl.arange(0, H)
-    d_x = rows(d_raw_k + at * D, row, C, D)
+    d_x = p.rows(d_raw_k + at * D, row, C, D)
     for m in tl.static_range(NV + NS):
         token, of_in, of = (m * plane + at) * H, (n * (NV + NS) + m) * H * D, (chunk * (NV + NS) + m) * H * D
         if MOVING:
-            d_z = rows(d_z_x + token, row_h, C, H)
+            d_z = p.rows(d_z_x + token, row_h, C, H)
         else:
-            slope = rows(slope_x + token, row_h, C, H)
+            slope = p.rows(slope_x + token, row_h, C, H)
             if m < NV:
-                W_t = load_t(states_vector + (chunk * NV + m) * D * H, H, D)
+                W_t = p.load_t(states_vector + (chunk * NV + m) * D * H, H, D)
                 if ANCHORED:
-                    W_t += load_t(anchor_vector + (n * NV + m) * D * H, H, D)
-                d_z = mm(rows((d_raw_v if m == VALUE else d_raw_k) + at * D, row, C, D), W_t, PRECISION) * slope
+                    W_t += p.load_t(anchor_vector + (n * NV + m) * D * H, H, D)
+                d_z = p.mm(p.rows((d_raw_v if m == VALUE else d_raw_k) + at * D, row, C, D), W_t, PRECISION) * slope
             else:
                 w = tl.load(states_scalar + (chunk * NS + m - NV) * H + i_h)
                 if ANCHORED:
                     w += tl.load(anchor_scalar + (n * NS + m - NV) * H + i_h)
-                d_z = each((d_logit_eta if m == ETA else d_logit_alpha) + at, HEADS, C)[:, None] * w[None, :] * slope
-            store_rows(d_z_x + token, d_z, row_h, C, H)
+                d_z = p.each((d_logit_eta if m == ETA else d_logit_alpha) + at, HEADS, C)[:, None] * w[None, :] * slope
+            p.store_rows(d_z_x + token, d_z, row_h, C, H)
         W2_t = input_weights_t(w_in + (of if MOVING else of_in), anchor_in + of_in, D, H, MOVING, ANCHORED)
         if m == VALUE:
-            store_rows(d_x_v + at * D, add_mm(rows(d_raw_v + at * D, row, C, D), d_z, W2_t, PRECISION), row, C, D)
+            p.store_rows(d_x_v + at * D, p.add_mm(p.rows(d_raw_v + at * D, row, C, D), d_z, W2_t, PRECISION), row, C, D)
         else:
-            d_x = add_mm(d_x, d_z, W2_t, PRECISION)
-    store_rows(d_x_k + at * D, d_x, row, C, D)
+            d_x = p.add_mm(d_x, d_z, W2_t, PRECISION)
+    p.store_rows(d_x_k + at * D, d_x, row, C, D)
     if VALUE < 0:
-        store_rows(d_x_v + at * D, rows(d_raw_v + at * D, row, C, D), row, C, D)
+        p.store_rows(d_x_v + at * D, p.rows(d_raw_v + at * D, row, C, D), row, C, D)

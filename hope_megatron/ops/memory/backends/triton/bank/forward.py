@@ -10,28 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hope_megatron.ops.memory.backends.triton import language as p
 from hope_megatron.ops.memory.backends.triton.bank.write import input_weights, write_scalar, write_vector
-from hope_megatron.ops.memory.backends.triton.language import (
-    add_mm,
-    columns,
-    dsilu,
-    each,
-    exp,
-    inverse_norm,
-    load,
-    load_t,
-    log_sigmoid,
-    meet,
-    mm,
-    mm_if,
-    place,
-    rows,
-    silu,
-    store,
-    store_each,
-    store_rows,
-    whole,
-)
 from hope_megatron.ops.memory.backends.triton.launching import kernel
 from hope_megatron.ops.memory.backends.triton.system import decay, unit_lower_inverse
 
@@ -42,15 +22,15 @@ def input_system_of(
     C: tl.constexpr, D: tl.constexpr, DGD_IN: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """K_in = Y_in^T (strength k) of a chunk, which all its input layers share; Y_in is stored too."""
-    k = rows(k_at, row, C, D)
+    k = p.rows(k_at, row, C, D)
     written = k * strength[:, None]
     if DGD_IN:
-        gram = mm_if(k, columns(k_at, row, C, D), EXACT, PRECISION)
-        inverse = unit_lower_inverse(gram * load(table_at, C, C), EXACT, PRECISION, C)
-        store(inverse_in_at, inverse, C, C)
+        gram = p.mm_if(k, p.columns(k_at, row, C, D), EXACT, PRECISION)
+        inverse = unit_lower_inverse(gram * p.load(table_at, C, C), EXACT, PRECISION, C)
+        p.store(inverse_in_at, inverse, C, C)
         tl.debug_barrier()
-        written = mm_if(load_t(inverse_in_at, C, C), written, EXACT, PRECISION)
-    store_rows(write_in_at, written, row_in, C, D)
+        written = p.mm_if(p.load_t(inverse_in_at, C, C), written, EXACT, PRECISION)
+    p.store_rows(write_in_at, written, row_in, C, D)
 
 
 @kernel
@@ -62,12 +42,12 @@ def input_system(
 ):  # fmt: skip
     """The decay table of all chunks, exp(since_t - total_s) eta_s, and `input_system_of` for keys that are known."""
     i, n = tl.program_id(0), tl.program_id(1)
-    at, square = place(i, n, T, HEADS, C), (n.to(tl.int64) * chunks + i) * C * C
-    eta, step = exp(each(log_eta + at, HEADS, C), PRECISION), each(log_alpha + at, HEADS, C)
+    at, square = p.place(i, n, T, HEADS, C), (n.to(tl.int64) * chunks + i) * C * C
+    eta, step = p.exp(p.each(log_eta + at, HEADS, C), PRECISION), p.each(log_alpha + at, HEADS, C)
     total = tl.cumsum(step, 0)
-    store(table + square, decay(total - step, total, True, PRECISION, C) * eta[None, :], C, C)
+    p.store(table + square, decay(total - step, total, True, PRECISION, C) * eta[None, :], C, C)
     tl.debug_barrier()
-    strength = eta * exp(tl.sum(step, 0) - total, PRECISION)
+    strength = eta * p.exp(tl.sum(step, 0) - total, PRECISION)
     input_system_of(
         k + at * D, table + square, write_in + at * D, inverse_in + square, HEADS * D, HEADS * D, strength,
         C, D, DGD_IN, EXACT, PRECISION,
@@ -78,11 +58,11 @@ def input_system(
 def decay_tables(log_eta, log_alpha, table, T, HEADS, chunks, C: tl.constexpr, PRECISION: tl.constexpr):
     """exp(since_t - total_s) eta_s for s < t, [N, chunks, C, C]."""
     i, n = tl.program_id(0), tl.program_id(1)
-    at = place(i, n, T, HEADS, C)
-    eta, step = exp(each(log_eta + at, HEADS, C), PRECISION), each(log_alpha + at, HEADS, C)
+    at = p.place(i, n, T, HEADS, C)
+    eta, step = p.exp(p.each(log_eta + at, HEADS, C), PRECISION), p.each(log_alpha + at, HEADS, C)
     total = tl.cumsum(step, 0)
     reach = decay(total - step, total, True, PRECISION, C) * eta[None, :]
-    store(table + (n.to(tl.int64) * chunks + i) * C * C, reach, C, C)
+    p.store(table + (n.to(tl.int64) * chunks + i) * C * C, reach, C, C)
 
 
 @kernel
@@ -95,7 +75,7 @@ def input_features(
 ):  # fmt: skip
     """What the self-memories' input layers make of the inputs. VALUE: number of M_v, which alone reads x_v."""
     i, n, m, memories = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2), tl.num_programs(2)
-    at = place(i, n, T, HEADS, C)
+    at = p.place(i, n, T, HEADS, C)
     memory = (n * memories + m) * H * D
     layer = memory
     if MOVING:
@@ -104,11 +84,11 @@ def input_features(
     if m == VALUE:
         x = x_v
     W = input_weights(w_in + layer, anchor_in + memory, D, H, MOVING, ANCHORED, PRECISION)
-    z = mm(rows(x + at * D, HEADS * D, C, D), W, PRECISION)
+    z = p.mm(p.rows(x + at * D, HEADS * D, C, D), W, PRECISION)
     token = (m * plane + at) * H
-    store_rows(phi_x + token, silu(z, PRECISION), HEADS * H, C, H)
+    p.store_rows(phi_x + token, p.silu(z, PRECISION), HEADS * H, C, H)
     if SLOPE:
-        store_rows(slope_x + token, dsilu(z, PRECISION), HEADS * H, C, H)
+        p.store_rows(slope_x + token, p.dsilu(z, PRECISION), HEADS * H, C, H)
 
 
 @triton.jit
@@ -119,9 +99,9 @@ def features_of_inputs(
     """silu(W2 x), [C, h]; known where W2 is fixed."""
     if MOVING:
         W = input_weights(w_in, anchor_in, D, H, MOVING, ANCHORED, PRECISION)
-        return silu(mm(rows(x_at, row, C, D), W, PRECISION), PRECISION)
+        return p.silu(p.mm(p.rows(x_at, row, C, D), W, PRECISION), PRECISION)
     else:
-        return rows(phi_at, row_h, C, H)
+        return p.rows(phi_at, row_h, C, H)
 
 
 @triton.jit
@@ -130,9 +110,9 @@ def applied(
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, MOVING: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x + W silu(W2 x) of a vector memory, [C, d]."""
-    W = whole(V_at, A_at, H, D, ANCHORED)
+    W = p.whole(V_at, A_at, H, D, ANCHORED)
     phi = features_of_inputs(x_at, phi_at, w_in, anchor_in, row, row_h, C, D, H, MOVING, ANCHORED, PRECISION)
-    return add_mm(rows(x_at, row, C, D).to(tl.float32), phi, W, PRECISION)
+    return p.add_mm(p.rows(x_at, row, C, D).to(tl.float32), phi, W, PRECISION)
 
 
 @triton.jit
@@ -156,14 +136,14 @@ def make_vector(
 ):  # fmt: skip
     """Keys or values of x [C, d], by their memory if ADAPTIVE; with `unit` of length 1. They and what scaled them are stored."""
     row, row_h = HEADS * D, HEADS * H
-    made = rows(x_at, row, C, D).to(tl.float32)
+    made = p.rows(x_at, row, C, D).to(tl.float32)
     if ADAPTIVE:
         made = applied(
             x_at, phi_at, w_in, anchor_in, V_at, A_at, row, row_h, C, D, H, MOVING, ANCHORED, PRECISION
         )  # fmt: skip
-    scale = tl.where(unit, inverse_norm(made, PRECISION), 1.0)
-    store_each(norm_at, scale, HEADS, C)
-    store_rows(out_at, made * scale[:, None], row, C, D)
+    scale = tl.where(unit, p.inverse_norm(made, PRECISION), 1.0)
+    p.store_each(norm_at, scale, HEADS, C)
+    p.store_rows(out_at, made * scale[:, None], row, C, D)
 
 
 @triton.jit
@@ -173,13 +153,13 @@ def make_rate(
     ADAPTIVE: tl.constexpr, MOVING: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Log rates [C], stored: of logits and their memory if ADAPTIVE, else as they are given."""
-    rate = each(given_at, HEADS, C).to(tl.float32)
+    rate = p.each(given_at, HEADS, C).to(tl.float32)
     if ADAPTIVE:
         rate += applied_scalar(
             x_at, phi_at, w_in, anchor_in, V_at, A_at, HEADS * D, HEADS * H, C, D, H, MOVING, ANCHORED, PRECISION
         )
-        rate = log_most + log_sigmoid(rate)
-    store_each(out_at, rate, HEADS, C)
+        rate = log_most + p.log_sigmoid(rate)
+    p.store_each(out_at, rate, HEADS, C)
 
 
 @triton.jit
@@ -244,9 +224,9 @@ def make(
 @triton.jit
 def pace(log_eta, log_alpha, HEADS, C: tl.constexpr, PRECISION: tl.constexpr):
     """Of a chunk: log eta, since, total [C], kept, strength [C]; see write.py."""
-    rate, step = each(log_eta, HEADS, C), each(log_alpha, HEADS, C)
+    rate, step = p.each(log_eta, HEADS, C), p.each(log_alpha, HEADS, C)
     total, end = tl.cumsum(step, 0), tl.sum(step, 0)
-    return rate, exp(total - step, PRECISION), total, exp(end, PRECISION), exp(rate + end - total, PRECISION)
+    return rate, p.exp(total - step, PRECISION), total, p.exp(end, PRECISION), p.exp(rate + end - total, PRECISION)
 
 
 @triton.jit
@@ -263,7 +243,7 @@ def write_chunks(
     """One memory along its stream."""
     row, all_in, all_out, all_scalar = HEADS * D, (NV + NS) * H * D, NV * D * H, NS * H
     for i in tl.range(0, chunks, disable_licm=True):  # hoisted addresses would fill the registers
-        at = place(i, n, T, HEADS, C)
+        at = p.place(i, n, T, HEADS, C)
         wide, narrow = (m * plane + at) * H, at * D
         now_in = matrices_in
         if MOVING:
@@ -278,13 +258,13 @@ def write_chunks(
                 now_in, anchors_in, now, anchors, now_s, anchors_s, m, log_eta_max, HEADS,
                 C, D, H, VECTOR, KEY, VALUE, ETA, ALPHA, UNIT_VALUE, MOVING, ANCHORED, PRECISION,
             )  # fmt: skip
-            meet(met, (i + 1) * (NV + NS), NV + NS)
+            p.meet(met, (i + 1) * (NV + NS), NV + NS)
         else:
             square = table + i * C * C
         rate, since, total, kept, strength = pace(log_eta + at, log_alpha + at, HEADS, C, PRECISION)
         if SELF and (DGD or DGD_IN):
-            step = each(log_alpha + at, HEADS, C)
-            store(square, decay(total - step, total, True, PRECISION, C) * exp(rate, PRECISION)[None, :], C, C)
+            step = p.each(log_alpha + at, HEADS, C)
+            p.store(square, decay(total - step, total, True, PRECISION, C) * p.exp(rate, PRECISION)[None, :], C, C)
             tl.debug_barrier()
         if MOVING and SELF:
             input_system_of(k + narrow, square, own, inverse_in, row, row_in, strength, C, D, DGD_IN, EXACT, PRECISION)
@@ -381,11 +361,11 @@ def bank_tape(
 ):  # fmt: skip
     """One program per chunk, stream and memory: what backward (and M_mem's read) needs of what was written."""
     i, n, m = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    at = place(i, n, T, HEADS, C)
-    step = each(log_alpha + at, HEADS, C)
+    at = p.place(i, n, T, HEADS, C)
+    step = p.each(log_alpha + at, HEADS, C)
     total, end = tl.cumsum(step, 0), tl.sum(step, 0)
-    since, kept = exp(total - step, PRECISION), exp(end, PRECISION)
-    strength = exp(each(log_eta + at, HEADS, C) + end - total, PRECISION)
+    since, kept = p.exp(total - step, PRECISION), p.exp(end, PRECISION)
+    strength = p.exp(p.each(log_eta + at, HEADS, C) + end - total, PRECISION)
     token, chunk, square = m * plane + at, n * (chunks + 1) + i, (n * chunks + i) * C * C
     wide = token * H
     memory_in = (n * (NV + NS) + m) * H * D

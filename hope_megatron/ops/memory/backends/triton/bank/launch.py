@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hope_megatron.ops.memory.backends.triton.bank import backward as back
 from hope_megatron.ops.memory.backends.triton.bank import forward as fore
-from hope_megatron.ops.memory.backends.triton.launching import launch, launch_together
+from hope_megatron.ops.memory.backends.triton.launching import constants, launch, launch_together
 from hope_megatron.ops.memory.backends.triton.sizes import Sizes, operand_dtype
 from hope_megatron.ops.memory.backends.triton.sums import outer_sum
 
@@ -48,21 +48,12 @@ class Setting(NamedTuple):
 
     def write(self) -> dict[str, Any]:
         """Constants of kernels that write or unwrite."""
-        return dict(
-            NV=self.num_vector, NS=self.num_scalar, MOVING=self.moving, DGD=self.dgd, DGD_IN=self.dgd_in, OWN=self.own,
-            UNIT_TARGET=self.unit_target, RESIDUAL=self.residual, ANCHORED=self.anchored, PRECISION=self.precision,
-        )  # fmt: skip
+        named = constants(self, "moving", "dgd", "dgd_in", "own", "unit_target", "residual", "anchored", "precision")
+        return dict(NV=self.num_vector, NS=self.num_scalar, **named)
 
     def made(self) -> dict[str, Any]:
         """Constants of chains."""
-        return dict(
-            SELF=self.own_chain,
-            KEY=self.key,
-            VALUE=self.value,
-            ETA=self.eta,
-            ALPHA=self.alpha,
-            UNIT_VALUE=self.unit_value,
-        )
+        return dict(SELF=self.own_chain, **constants(self, "key", "value", "eta", "alpha", "unit_value"))
 
 
 class Layers(NamedTuple):

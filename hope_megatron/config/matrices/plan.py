@@ -13,11 +13,11 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hope_megatron.ops.newton_schulz import newton_schulz_flops
-from hope_megatron.optim.errors import OptimError
-from hope_megatron.optim.geometry import Block, matrix_blocks, matrix_shapes
-from hope_megatron.optim.tags import ParamTags
-from hope_megatron.optim.zero import Run
+from hope_megatron.config.matrices.errors import OptimError
+from hope_megatron.config.matrices.geometry import Block, matrix_blocks, matrix_shapes
+from hope_megatron.config.matrices.runs import Run
+from hope_megatron.config.matrices.tags import ParamTags
+from hope_megatron.ops.newton_schulz_cost import newton_schulz_flops
 
 # Locality may cost at most this much balance: keeping a matrix where it lies saves its traffic.
 _BALANCE_SLACK = 1.02
