@@ -72,8 +72,6 @@ _PORTION = 2**26
 """Gradients that are raised to float32 together (engine/deepspeed_setup.py)."""
 PROGRAMS_AT_ONCE = 264
 """Programs of a loop over chunks that an H100 runs side by side: two on each of 132 multiprocessors."""
-_LOOPS = 2
-"""Kernels of a layer and phase that go from chunk to chunk: that of the self-memories and that of the main memory."""
 _MEMORY_BACKWARD = 3
 """Products of the memories' backward over those of their forward."""
 
@@ -397,7 +395,10 @@ def _loop_steps(config: RunConfig) -> float:
     model, training = config.model, config.training
     streams = training.micro_batch_size * model.num_heads // config.parallel.ranks_per_sequence
     chunks = training.seq_length // model.memory.chunk_tokens
-    return model.mixers.count("memory") * _LOOPS * chunks * -(-streams // PROGRAMS_AT_ONCE)
+    rule = model.memory.rule
+    programs = (streams, streams * (rule.num_vector + rule.num_scalar))  # of the main memory, and of the self-memories
+    rounds = sum(-(-some // PROGRAMS_AT_ONCE) for some in programs)
+    return model.mixers.count("memory") * chunks * rounds
 
 
 def _dtype(config: RunConfig) -> str:

@@ -7,6 +7,7 @@ what they compute again. A kernel that goes from chunk to chunk takes as long as
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 from torch import Tensor
@@ -76,8 +77,8 @@ class TritonLaunches:
     ) -> None:
         operands = {x.untyped_storage()._cdata: x for x in tensors_in(list(arguments.values()), [])}
         steps = 0
-        if len(grid) == 1:  # a program per stream, which goes from chunk to chunk
-            steps = arguments["chunks"] * -(-grid[0] // PROGRAMS_AT_ONCE)
+        if len(grid) == 1 or "first" in arguments:  # a program per stream (and memory), which goes from chunk to chunk
+            steps = arguments["chunks"] * -(-math.prod(grid) // PROGRAMS_AT_ONCE)
         self._watch.count_kernel(function.__name__, "memories", list(operands.values()), [], steps=steps)
 
 

@@ -23,7 +23,7 @@ from hope_megatron.ops.memory.types import Bank, MemoryParams, RateLogits
 
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int8: "*i8"}
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int8: "*i8", torch.int32: "*i32"}
 
 # Guesses, in cycles: when a result is there, and how long a unit that four warps share is busy with one warp's instruction.
 _LATENCY = {

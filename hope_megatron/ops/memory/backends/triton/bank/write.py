@@ -34,7 +34,7 @@ def features_of_keys(
 ):  # fmt: skip
     """z, silu'(z), keys, stored too, and MOVING: what the input layer holds, since V2 k + A2 k; all [C, h].
 
-    TAPE: silu'(z) and 1 / |silu(z)| (DGD, else 1) are stored.
+    TAPE: silu'(z) and 1 / |p.silu(z)| (DGD, else 1) are stored.
     """
     z = p.mm(k, p.load(w_in_at, D, H), PRECISION)
     held = z
@@ -88,7 +88,7 @@ def write_vector(
     next_V, next_in, first_V, first_in, anew,  # where the chunk's end goes, unless the next chunk starts anew from the first
     phi_v_at, write_at, u_at, target_at, missed_at, slope_k_at, slope_v_at, key_scale_at, target_scale_at, inverse_at,  # the tape
     e_at, u_in_at, missed_in_at, curve_at,  # the tape, MOVING
-    HEADS, since, strength, kept,
+    HEADS, row_in, since, strength, kept,  # row_in: from token to token of K_in
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     TAPE: tl.constexpr, MOVING: tl.constexpr, DGD: tl.constexpr, DGD_IN: tl.constexpr,
     OWN: tl.constexpr, UNIT_TARGET: tl.constexpr, RESIDUAL: tl.constexpr, ANCHORED: tl.constexpr,
@@ -117,6 +117,15 @@ def write_vector(
     e = -e
     if RESIDUAL:
         e += k
+    if MOVING:  # before the system is solved: registers
+        hidden = p.mm(e, p.whole_t(V_at, A_at, H, D, ANCHORED), PRECISION)
+        if TAPE:
+            p.store_rows(e_at, e, row, C, D)
+            p.store_rows(curve_at, hidden * p.d2silu(z, PRECISION), row_h, C, H)
+        write_input(
+            hidden * slope, held_in, k_at, write_in_at, inverse_in_at, w_in_at, anchor_in_at, next_in, first_in, anew,
+            u_in_at, missed_in_at, row_in, row, row_h, since, kept, C, D, H, TAPE, DGD_IN, ANCHORED, EXACT, PRECISION,
+        )  # fmt: skip
     r = e
     if DGD:
         if ANCHORED:
@@ -136,21 +145,12 @@ def write_vector(
         if anew:
             new = p.load(first_V, H, D)
         p.store(next_V, new, H, D)
-    if MOVING:
-        hidden = p.mm(e, p.whole_t(V_at, A_at, H, D, ANCHORED), PRECISION)
-        if TAPE:
-            p.store_rows(e_at, e, row, C, D)
-            p.store_rows(curve_at, hidden * p.d2silu(z, PRECISION), row_h, C, H)
-        write_input(
-            hidden * slope, held_in, k_at, write_in_at, inverse_in_at, w_in_at, anchor_in_at, next_in, first_in, anew,
-            u_in_at, missed_in_at, row, row_h, since, kept, C, D, H, TAPE, DGD_IN, ANCHORED, EXACT, PRECISION,
-        )  # fmt: skip
 
 
 @triton.jit
 def write_input(
     r, held, k_at, write_in_at, inverse_in_at, w_in_at, anchor_in_at, next_in, first_in, anew, u_in_at, missed_in_at,
-    row, row_h, since, kept,
+    row_in, row, row_h, since, kept,
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     TAPE: tl.constexpr, DGD_IN: tl.constexpr, ANCHORED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -168,7 +168,7 @@ def write_input(
         p.store_rows(u_in_at, r, row_h, C, H)
     else:
         new = p.load(w_in_at, D, H) * kept
-        new += p.mm_if(p.columns(write_in_at, row, C, D), -r, EXACT, PRECISION)
+        new += p.mm_if(p.columns(write_in_at, row_in, C, D), -r, EXACT, PRECISION)
         if anew:
             new = p.load(first_in, D, H)
         p.store(next_in, new, D, H)
@@ -181,7 +181,7 @@ def write_scalar(
     next_V, next_in, first_V, first_in, anew,
     phi_v_at, write_at, u_at, target_at, missed_at, slope_k_at, slope_v_at, key_scale_at, inverse_at,  # u, target, missed: [C]
     e_at, u_in_at, missed_in_at, curve_at,
-    HEADS, since, strength, kept,
+    HEADS, row_in, since, strength, kept,  # row_in: from token to token of K_in
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     TAPE: tl.constexpr, MOVING: tl.constexpr, DGD: tl.constexpr, DGD_IN: tl.constexpr,
     UNIT_TARGET: tl.constexpr, ANCHORED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
@@ -209,6 +209,15 @@ def write_scalar(
         p.store_rows(slope_v_at, p.dsilu(z_v, PRECISION), row_h, C, H)
         p.store_each(target_at, target, HEADS, C)
     e = -target
+    if MOVING:  # before the system is solved: registers
+        hidden = e[:, None] * W[None, :]
+        if TAPE:
+            p.store_each(e_at, e, HEADS, C)
+            p.store_rows(curve_at, hidden * p.d2silu(z, PRECISION), row_h, C, H)
+        write_input(
+            hidden * slope, held_in, k_at, write_in_at, inverse_in_at, w_in_at, anchor_in_at, next_in, first_in, anew,
+            u_in_at, missed_in_at, row_in, row, row_h, since, kept, C, D, H, TAPE, DGD_IN, ANCHORED, EXACT, PRECISION,
+        )  # fmt: skip
     r = e
     if DGD:
         if ANCHORED:
@@ -227,12 +236,3 @@ def write_scalar(
         if anew:
             new = tl.load(first_V + i_h)
         tl.store(next_V + i_h, new)
-    if MOVING:
-        hidden = e[:, None] * W[None, :]
-        if TAPE:
-            p.store_each(e_at, e, HEADS, C)
-            p.store_rows(curve_at, hidden * p.d2silu(z, PRECISION), row_h, C, H)
-        write_input(
-            hidden * slope, held_in, k_at, write_in_at, inverse_in_at, w_in_at, anchor_in_at, next_in, first_in, anew,
-            u_in_at, missed_in_at, row, row_h, since, kept, C, D, H, TAPE, DGD_IN, ANCHORED, EXACT, PRECISION,
-        )  # fmt: skip
