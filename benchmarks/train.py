@@ -91,7 +91,7 @@ def _run_config(name: str, args: argparse.Namespace) -> RunConfig:
 def measure(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
     """Train a few steps; see the module's docstring for the figures."""
     silence_import_warnings()  # what Megatron-Core and DeepSpeed do without
-    from hope_megatron.engine.build import build_engine
+    from hope_megatron.engine.new_engine import build_engine
     from hope_megatron.parallel.distributed import init_distributed, shutdown_distributed
     from hope_megatron.training.batches import BatchReader
     from hope_megatron.training.state import TrainingState

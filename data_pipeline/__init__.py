@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from data_pipeline.ledger import Ledger
     from data_pipeline.manifest import Manifest, ShardInfo
     from data_pipeline.mixture import MixtureStream
+    from data_pipeline.open_tokenizer import load_tokenizer
     from data_pipeline.report import PrepareReport
     from data_pipeline.samples import NO_TOKEN, DocumentSpan, SampleStream
     from data_pipeline.stream import TokenStream
@@ -48,6 +49,7 @@ __all__ = [
     "Tokenizer",
     "iterate_documents",
     "iterate_texts",
+    "load_tokenizer",
     "python_stdlib_documents",
     "resume",
     "train_tokenizer",
@@ -61,6 +63,7 @@ _NAMES = {
     "filters": ["Filters"],
     "history": ["DataHistory"],
     "ledger": ["Ledger"],
+    "open_tokenizer": ["load_tokenizer"],
     "manifest": ["Manifest", "ShardInfo"],
     "mixture": ["MixtureStream"],
     "report": ["PrepareReport"],

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from data_pipeline.columns import column_items, find_column
 from data_pipeline.errors import SourceError, require
 from data_pipeline.formats import split_compression
-from data_pipeline.readers import Item, ReadOptions, checked_item, find_column, text_column
-from data_pipeline.sources import SourceFile
+from data_pipeline.items import Item, ReadOptions
+from data_pipeline.source_files import SourceFile
 from data_pipeline.streams import Opened
 
 _FOOTED = b"ARROW1\0\0"
@@ -27,12 +28,7 @@ def read_arrow(opened: Opened, file: SourceFile, options: ReadOptions) -> Iterat
     for batch in _batches(opened, file):
         path = path or find_column(batch.schema, options.text_field, file.path)
         column = batch.column(batch.schema.get_field_index(path[0]))
-        for value in text_column(column, path, file.path):
-            data = value.as_py()
-            if data is None:
-                yield Item(b"", "text", "missing_field")
-            else:
-                yield checked_item(data, "text", len(data) > options.max_document_bytes)
+        yield from column_items(column, path, file.path, options)
 
 
 def _batches(opened: Opened, file: SourceFile) -> Iterator[Any]:

@@ -7,23 +7,14 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from data_pipeline.cli_epilogs import EPILOGS
+
 if TYPE_CHECKING:
     from data_pipeline.commands import RunSamples
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 OpenRun = Callable[[str], "RunSamples"]
-
-_SOURCES = """\
-sources:
-  files           text (.txt .md .rst .py), JSON lines (.jsonl .ndjson), .json, .parquet, .arrow, .tar of such files;
-                  all but .parquet and .arrow also with .gz .zst .bz2 .xz
-  directories     every such file in them; the rest is left out and counted
-  patterns        'corpus/*.log': files of other names are taken as text
-                  (a directory of the datasets library is one of .arrow files)
-  URLs            https://..., s3://..., gs://..., hf://datasets/... and whatever fsspec knows
-  python-stdlib   the Python standard library's own sources, which every machine has
-"""
 
 
 def register(subparsers: Commands) -> None:
@@ -72,12 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _add(subparsers: Commands, name: str, summary: str, details: str) -> argparse.ArgumentParser:
+def _add(subparsers: Commands, name: str, summary: str) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
-        epilog=details,
+        epilog=EPILOGS[name],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(func=_command(name))
@@ -155,18 +146,7 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_tokenizer(subparsers: Commands) -> None:
-    parser = _add(
-        subparsers,
-        "tokenizer",
-        "train a SentencePiece tokenizer, or take an existing one",
-        _SOURCES
-        + """
-examples:
-  hope data tokenizer python-stdlib --vocab-size 4096 --out tokenizer.model
-  hope data tokenizer 'corpus/*.jsonl.zst' --vocab-size 32000 --max-bytes 2G --out tokenizer.model
-  hope data tokenizer --existing llama.model --out tokenizer.model
-""",
-    )
+    parser = _add(subparsers, "tokenizer", "train a SentencePiece tokenizer, or take an existing one")
     parser.add_argument("sources", nargs="*", metavar="SOURCE")
     parser.add_argument("--out", required=True, metavar="FILE", help="where the model goes")
     parser.add_argument("--vocab-size", type=int, default=32000, metavar="N", help="number of token ids (32000)")
@@ -180,26 +160,7 @@ examples:
 
 
 def _add_prepare(subparsers: Commands) -> None:
-    parser = _add(
-        subparsers,
-        "prepare",
-        "tokenize text into shards with a manifest and a held-out split",
-        _SOURCES
-        + """
-An interrupted command continues when it is run again, and ends with the same bytes.
-
-examples:
-  hope data prepare python-stdlib --tokenizer tokenizer.model --out data/stdlib --held-out 0.05
-  hope data prepare corpus/ --tokenizer tokenizer.model --out data/corpus --text-field content --near-duplicates 0.8
-  hope data prepare corpus/ --tokenizer gpt2/tokenizer.json --out data/gpt2
-  hope data prepare book.txt --text-unit chunk --tokenizer tokenizer.model --out data/book
-
-  # an array of Slurm jobs, then one merge
-  sbatch --array=0-15 --wrap \\
-    'hope data prepare corpus/ --tokenizer tokenizer.model --out data/corpus --slice $SLURM_ARRAY_TASK_ID/16'
-  hope data merge data/corpus
-""",
-    )
+    parser = _add(subparsers, "prepare", "tokenize text into shards with a manifest and a held-out split")
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="text: see the list below")
     parser.add_argument("--tokenizer", required=True, metavar="FILE", help="a SentencePiece model, or a tokenizer.json")
     _add_output_options(parser)
@@ -222,17 +183,7 @@ examples:
 
 def _add_import(subparsers: Commands) -> None:
     parser = _add(
-        subparsers,
-        "import",
-        "take tokens from Megatron's or GPT-NeoX's .bin/.idx files, without tokenizing again",
-        """\
-The ids stay as they are; an end mark at the end of a document is taken off, because streams add it. An interrupted command
-continues when it is run again.
-
-examples:
-  hope data import /data/pile_text_document --tokenizer gpt-neox/tokenizer.json --out data/pile --dry-run
-  hope data import part-0 part-1 --tokenizer tokenizer.model --out data/web --held-out 0.005
-""",
+        subparsers, "import", "take tokens from Megatron's or GPT-NeoX's .bin/.idx files, without tokenizing again"
     )
     parser.add_argument(
         "prefixes", nargs="+", metavar="PREFIX", help="path without .bin and .idx, or of one of the two"
@@ -246,24 +197,13 @@ examples:
 
 
 def _add_merge(subparsers: Commands) -> None:
-    parser = _add(
-        subparsers,
-        "merge",
-        "join the slices of an array into one data set",
-        "Exact duplicates between slices are removed.\n\nexample:\n  hope data merge data/corpus\n",
-    )
+    parser = _add(subparsers, "merge", "join the slices of an array into one data set")
     parser.add_argument("out", metavar="DIR", help="the --out of the slices")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result; the slices stay")
 
 
 def _add_verify(subparsers: Commands) -> None:
-    parser = _add(
-        subparsers,
-        "verify",
-        "check every digest, tar and token id",
-        "The exit status is 1 if anything is wrong.\n\nexamples:\n  hope data verify data/corpus\n"
-        "  hope data verify data/corpus/train --text   # also decode every document and check its text\n",
-    )
+    parser = _add(subparsers, "verify", "check every digest, tar and token id")
     _add_path(parser)
     parser.add_argument("--text", action="store_true", help="decode every document and compare the digest of its text")
     _add_tokenizer_option(parser)
@@ -271,15 +211,7 @@ def _add_verify(subparsers: Commands) -> None:
 
 def _add_inspect(subparsers: Commands) -> None:
     parser = _add(
-        subparsers,
-        "inspect",
-        "show documents as text with their origin, or the documents of a training step",
-        """\
-examples:
-  hope data inspect data/corpus/train                        # the first documents
-  hope data inspect data/corpus/train --document 1234 --chars 0
-  hope data inspect runs/hope_760m --step 900                 # what step 900 of a run read, or will read
-""",
+        subparsers, "inspect", "show documents as text with their origin, or the documents of a training step"
     )
     parser.add_argument("path", metavar="PATH", help="a prepared directory, a split, a manifest; with --step a run")
     parser.add_argument("--document", type=int, metavar="N", help="first document to show (0)", default=0)
@@ -290,28 +222,13 @@ examples:
 
 
 def _add_stats(subparsers: Commands) -> None:
-    parser = _add(
-        subparsers,
-        "stats",
-        "count documents and tokens, with a histogram of lengths",
-        "examples:\n  hope data stats data/corpus\n  hope data stats data/corpus --png lengths.png --json\n",
-    )
+    parser = _add(subparsers, "stats", "count documents and tokens, with a histogram of lengths")
     _add_path(parser)
     parser.add_argument("--png", metavar="FILE", help="draw the histogram")
 
 
 def _add_decode(subparsers: Commands) -> None:
-    parser = _add(
-        subparsers,
-        "decode",
-        "print the exact text of a document, a training sample, or token ids",
-        """\
-examples:
-  hope data decode data/corpus/train --document 7 > document.txt
-  hope data decode runs/hope_760m --sample 41                 # of a run: a directory of one, or its run file
-  hope data decode --tokenizer tokenizer.model --ids 17 4 921
-""",
-    )
+    parser = _add(subparsers, "decode", "print the exact text of a document, a training sample, or token ids")
     parser.add_argument(
         "path", nargs="?", metavar="PATH", help="a prepared split, or its manifest; with --sample a run"
     )
@@ -323,17 +240,7 @@ examples:
 
 
 def _add_drop(subparsers: Commands) -> None:
-    parser = _add(
-        subparsers,
-        "drop",
-        "write a manifest without some shards, to go on when they are lost",
-        """\
-The shards and the old manifest stay. A run goes on with the new manifest by a recorded --data-transition.
-
-example:
-  hope data drop data/corpus/train shard-000017.tar --out manifest-without-17.json
-""",
-    )
+    parser = _add(subparsers, "drop", "write a manifest without some shards, to go on when they are lost")
     _add_path(parser)
     parser.add_argument("shards", nargs="+", metavar="SHARD", help="names of shards to leave out")
     parser.add_argument(

@@ -19,10 +19,11 @@ from data_pipeline.import_indexed import import_indexed
 from data_pipeline.indexed import IndexedFile
 from data_pipeline.manifest import Manifest
 from data_pipeline.merge import merge
+from data_pipeline.open_tokenizer import load_tokenizer
 from data_pipeline.prepare import prepare
 from data_pipeline.report import PrepareReport
 from data_pipeline.samples import NO_TOKEN
-from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from data_pipeline.tokenizer import train_tokenizer
 
 
 def _print(arguments: argparse.Namespace, value: Any, text: str) -> None:
@@ -35,7 +36,7 @@ def _read_options(arguments: argparse.Namespace) -> ReadOptions:
 
 def run_tokenizer(arguments: argparse.Namespace) -> int:
     if arguments.existing:
-        tokenizer = Tokenizer.load(arguments.existing)
+        tokenizer = load_tokenizer(arguments.existing)
         tokenizer.save(arguments.out)
     elif arguments.sources:
         check_writable(Path(arguments.out).parent)
@@ -219,7 +220,7 @@ def run_decode(arguments: argparse.Namespace) -> int:
     if arguments.ids is not None:
         if not arguments.tokenizer:
             raise TokenizerError("token ids need a tokenizer to decode them: name it with --tokenizer.")
-        tokenizer, tokens = Tokenizer.load(arguments.tokenizer), arguments.ids
+        tokenizer, tokens = load_tokenizer(arguments.tokenizer), arguments.ids
     elif arguments.path is None:
         raise ManifestError(
             "name the prepared split that holds the document, e.g. data/corpus/train, or the run of the sample."
@@ -227,7 +228,7 @@ def run_decode(arguments: argparse.Namespace) -> int:
     elif arguments.sample is not None:
         run = _open_run(arguments)
         stream, number = run.history.locate(arguments.sample)
-        tokenizer = Tokenizer.load(arguments.tokenizer or run.tokenizer_path)
+        tokenizer = load_tokenizer(arguments.tokenizer or run.tokenizer_path)
         tokens = [token for token in stream.sample(number).tolist() if token != NO_TOKEN]
     else:
         (manifest,) = inspection.find_manifests(arguments.path)[:1]

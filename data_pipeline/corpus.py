@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import SourceError
-from data_pipeline.readers import Encoding, ReadOptions, TextUnit, read_items
-from data_pipeline.sources import PYTHON_STDLIB, SourceFile, expand_sources, find_sources
+from data_pipeline.items import Encoding, ReadOptions, TextUnit
+from data_pipeline.readers import read_items
+from data_pipeline.source_files import SourceFile
+from data_pipeline.sources import PYTHON_STDLIB, expand_sources, find_sources
 from data_pipeline.streams import is_damage, open_source
 
 __all__ = [

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 
@@ -13,10 +14,12 @@ from data_pipeline.encode import EncodedDocument, Encoder
 from data_pipeline.errors import TokenizerError
 from data_pipeline.filters import Filters
 from data_pipeline.indexed import IndexedFile
-from data_pipeline.prepare import prepare_files
+from data_pipeline.open_tokenizer import load_tokenizer
+from data_pipeline.prepare import Running, prepare_files
 from data_pipeline.prepare_settings import Settings
 from data_pipeline.report import PrepareReport
-from data_pipeline.sources import SourceFile, find_sources
+from data_pipeline.source_files import SourceFile
+from data_pipeline.sources import find_sources
 from data_pipeline.tokenizer import Tokenizer
 
 FORMAT = "hope-import-v1"
@@ -29,10 +32,8 @@ def import_indexed(
     *,
     held_out_fraction: float = 0.01,
     shard_tokens: int = 1 << 24,
-    workers: int | None = None,
     deduplicate: bool = False,
-    overwrite: bool = False,
-    progress: Callable[[PrepareReport, float | None], None] | None = None,
+    **running: Unpack[Running],
 ) -> PrepareReport:
     """Write ``out_dir/train`` and ``out_dir/heldout`` as `data_pipeline.prepare.prepare` does, from ids that exist.
 
@@ -42,7 +43,7 @@ def import_indexed(
     Args:
         prefixes: paths with or without `.bin` or `.idx`.
         tokenizer: the one whose ids the files hold: a `Tokenizer`, or the path of a SentencePiece model or a tokenizer.json.
-        out_dir, held_out_fraction, shard_tokens, workers, overwrite, progress: as for `prepare`.
+        out_dir, held_out_fraction, shard_tokens, running: as for `prepare`.
         deduplicate: reject documents whose text occurred before.
 
     Raises:
@@ -51,7 +52,7 @@ def import_indexed(
     """
     files = [IndexedFile(prefix) for prefix in prefixes]
     if not isinstance(tokenizer, Tokenizer):
-        tokenizer = Tokenizer.load(tokenizer)
+        tokenizer = load_tokenizer(tokenizer)
     settings = Settings(held_out_fraction, shard_tokens, ReadOptions(), Filters(), deduplicate, None, 0, 1)
     return prepare_files(
         find_sources([file.bin_path for file in files]),
@@ -61,9 +62,7 @@ def import_indexed(
         reader=read_indexed,
         encoder=IdsEncoder(tokenizer, settings.filters, settings.read.text_field, with_signature=False),
         format_name=FORMAT,
-        workers=workers,
-        overwrite=overwrite,
-        progress=progress,
+        **running,
     )
 
 

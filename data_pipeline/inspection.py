@@ -15,6 +15,7 @@ import numpy as np
 from data_pipeline.errors import DataError, ManifestError, SamplingError, ShardError, TokenizerError, require
 from data_pipeline.files import atomic_file
 from data_pipeline.manifest import MANIFEST_NAME, Manifest, ShardInfo
+from data_pipeline.open_tokenizer import load_tokenizer
 from data_pipeline.prepare import SPLITS
 from data_pipeline.shards import ShardReader
 from data_pipeline.tokenizer import Tokenizer, tokenizer_beside
@@ -35,7 +36,7 @@ def _local(manifest: Manifest) -> Manifest:
 def find_tokenizer(manifest: Manifest, path: str | Path | None = None) -> Tokenizer:
     """The tokenizer of a manifest: the given model, or the one stored beside the splits; another one is refused."""
     chosen = Path(path) if path is not None else tokenizer_beside(Path(manifest.location).parent)
-    tokenizer = Tokenizer.load(chosen)
+    tokenizer = load_tokenizer(chosen)
     if tokenizer.digest != manifest.tokenizer_sha256:
         raise TokenizerError(
             f"{chosen} (SHA-256 {tokenizer.digest[:16]}...) is not the tokenizer of {manifest.location} "

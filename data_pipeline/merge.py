@@ -17,6 +17,7 @@ from typing import Any
 from data_pipeline.errors import EmptySplitError, OutputError
 from data_pipeline.files import exclusive, read_json, write_json, writing
 from data_pipeline.manifest import Manifest
+from data_pipeline.open_tokenizer import load_tokenizer
 from data_pipeline.prepare import (
     FORMAT,
     PROGRESS_NAME,
@@ -31,7 +32,7 @@ from data_pipeline.prepare import (
     slice_name,
 )
 from data_pipeline.shards import ShardReader, ShardWriter
-from data_pipeline.tokenizer import Tokenizer, tokenizer_beside
+from data_pipeline.tokenizer import tokenizer_beside
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ class _Merge:
         self._duplicates = self._duplicate_bytes = 0
 
     def run(self) -> PrepareReport:
-        tokenizer = Tokenizer.load(tokenizer_beside(self._paths[0]))
+        tokenizer = load_tokenizer(tokenizer_beside(self._paths[0]))
         tokenizer.save(self._directory / tokenizer.file_name)
         writers = {}
         for split in SPLITS if self._reports[0].documents.keys() == set(SPLITS) else (TRAIN,):

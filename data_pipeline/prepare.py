@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from data_pipeline.corpus import (
     FIELDS_SHOWN,
@@ -35,6 +35,7 @@ from data_pipeline.errors import EmptySplitError, OutputError, ShardError
 from data_pipeline.files import canonical_json, exclusive, read_json, write_json, writing
 from data_pipeline.filters import Filters
 from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAMES, WIDS_NAME, Manifest, ShardInfo
+from data_pipeline.open_tokenizer import load_tokenizer
 from data_pipeline.prepare_settings import Settings
 from data_pipeline.report import PrepareReport
 from data_pipeline.shards import ShardWriter
@@ -51,6 +52,20 @@ PROGRESS_NAME = ".progress.json"
 FORMAT = "hope-prepare-v1"
 
 
+class Running(TypedDict, total=False):
+    """What does not change the result.
+
+    workers: processes that tokenize; all cores of this process by default. overwrite: remove an earlier result first. progress:
+    called about once a second with the counts so far and the part of the input that is read, 0 to 1 (None when the sources do not
+    say how large they are). commit_seconds: time between two points from which an interrupted run can continue (5).
+    """
+
+    workers: int | None
+    overwrite: bool
+    progress: Callable[[PrepareReport, float | None], None] | None
+    commit_seconds: float
+
+
 Reader = Callable[[SourceFile, ReadOptions], Iterator[Document]]
 """The documents of a file, in order."""
 
@@ -62,16 +77,13 @@ def prepare(
     *,
     held_out_fraction: float = 0.01,
     shard_tokens: int = 1 << 24,
-    workers: int | None = None,
     read: ReadOptions | None = None,
     filters: Filters | None = None,
     deduplicate: bool = True,
     near_duplicates: float | None = None,
     slice: tuple[int, int] = (0, 1),
     follow_links: bool = False,
-    overwrite: bool = False,
-    progress: Callable[[PrepareReport, float | None], None] | None = None,
-    commit_seconds: float = 5.0,
+    **running: Unpack[Running],
 ) -> PrepareReport:
     """Write ``out_dir/train`` and ``out_dir/heldout``: shards, index and ``manifest.json`` each.
 
@@ -81,17 +93,13 @@ def prepare(
         out_dir: made if missing. Refused if it holds the result of other settings, unless ``overwrite``.
         held_out_fraction: part of the documents, chosen by the hash of their text, that goes to ``heldout``.
         shard_tokens: tokens from which a new shard begins; documents are never cut.
-        workers: processes that tokenize; all cores of this process by default. Does not change the result.
         read: how files become documents.
         filters: which documents are kept.
         deduplicate: reject documents whose text occurred before.
         near_duplicates: reject documents of at least this estimated similarity with an earlier one, in (0, 1].
         slice: ``(i, n)``: only every n-th source file from the i-th, into ``out_dir/slice-i-of-n``, for `merge`.
         follow_links: read links that lead out of a directory or pattern too.
-        overwrite: remove an earlier result first.
-        progress: called about once a second with the counts so far and the part of the input that is read, 0 to 1
-            (None when the sources do not say how large they are).
-        commit_seconds: time between two points from which an interrupted run can continue.
+        running: see `Running`.
 
     Raises:
         SourceError, TokenizerError, OutputError, EmptySplitError: each with the remedy.
@@ -109,20 +117,11 @@ def prepare(
     found = find_sources(sources, follow_links=follow_links)
     found.files = found.files[settings.slice_index :: settings.slice_count]
     if not isinstance(tokenizer, Tokenizer):
-        tokenizer = Tokenizer.load(tokenizer)
+        tokenizer = load_tokenizer(tokenizer)
     directory = Path(out_dir)
     if settings.slice_count > 1:
         directory = directory / slice_name(*slice)
-    return prepare_files(
-        found,
-        tokenizer,
-        directory,
-        settings,
-        workers=workers,
-        overwrite=overwrite,
-        progress=progress,
-        commit_seconds=commit_seconds,
-    )
+    return prepare_files(found, tokenizer, directory, settings, **running)
 
 
 def prepare_files(
@@ -134,10 +133,7 @@ def prepare_files(
     reader: Reader = read_documents,
     encoder: Encoder | None = None,
     format_name: str = FORMAT,
-    workers: int | None = None,
-    overwrite: bool = False,
-    progress: Callable[[PrepareReport, float | None], None] | None = None,
-    commit_seconds: float = 5.0,
+    **running: Unpack[Running],
 ) -> PrepareReport:
     """`prepare`, of files that are found already.
 
@@ -155,9 +151,10 @@ def prepare_files(
     settings.check()
     with exclusive(directory):
         run = _Preparation(found, encoder, directory, settings, reader, format_name)
-        if overwrite:
+        if running.get("overwrite"):
             remove_result(directory)
-        return run.run(_number_of_workers(workers, found.files), progress, commit_seconds)
+        workers = _number_of_workers(running.get("workers"), found.files)
+        return run.run(workers, running.get("progress"), running.get("commit_seconds", 5.0))
 
 
 def slice_name(index: int, count: int) -> str:

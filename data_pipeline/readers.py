@@ -6,40 +6,21 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import IO, Any, Literal, NamedTuple, cast
+from typing import IO, Any, cast
 
+from data_pipeline.arrow_reader import read_arrow
+from data_pipeline.columns import column_items, find_column
 from data_pipeline.errors import SourceError, require
 from data_pipeline.formats import Kind, kind_of, split_compression
+from data_pipeline.items import Encoding, Item, ReadOptions, checked_item
 from data_pipeline.json_values import json_values
-from data_pipeline.sources import SourceFile
+from data_pipeline.source_files import SourceFile
 from data_pipeline.streams import Opened, decompressed, size_of
 
 BOM = b"\xef\xbb\xbf"
 _BLOCK = tarfile.BLOCKSIZE
 # How a value begins that is written over several lines: a brace, and at most a key behind it.
 _OPEN_OBJECT = re.compile(rb'\{\s*("(?:[^"\\]|\\.)*"\s*:.*)?', re.DOTALL)
-
-TextUnit = Literal["file", "line", "chunk"]
-Encoding = Literal["text", "json"]
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """How files become documents."""
-
-    text_field: str = "text"  # JSON field or parquet column with the text; meta.text is the field text of meta
-    text_unit: TextUnit = "file"  # what one document of a plain text file is
-    chunk_bytes: int = 1 << 16  # text_unit "chunk": cut at the first line end at or after this many bytes
-    max_document_bytes: int = 1 << 24  # longer documents are rejected without being held in memory
-
-
-class Item(NamedTuple):
-    """A document as its file holds it, or the reason why it cannot be used."""
-
-    data: bytes
-    encoding: Encoding = "text"
-    problem: str | None = None
 
 
 def read_items(opened: Opened, file: SourceFile, options: ReadOptions) -> Iterator[Item]:
@@ -53,8 +34,6 @@ def read_items(opened: Opened, file: SourceFile, options: ReadOptions) -> Iterat
     if kind == "parquet":
         yield from _read_parquet(opened, file, options)
     elif kind == "arrow":
-        from data_pipeline.arrow_reader import read_arrow
-
         yield from read_arrow(opened, file, options)
     elif kind == "tar":
         yield from _read_tar(opened.stream, options)
@@ -74,11 +53,6 @@ def _read_stream(stream: IO[bytes], kind: Kind, options: ReadOptions) -> Iterato
     else:
         data = stream.read(options.max_document_bytes + len(BOM) + 1).removeprefix(BOM)
         yield checked_item(data, "text", len(data) > options.max_document_bytes)
-
-
-def checked_item(data: bytes, encoding: Encoding, too_long: bool) -> Item:
-    """A document, or its rejection for its length."""
-    return Item(b"", encoding, "too_long") if too_long else Item(data, encoding)
 
 
 # ---- text ----------------------------------------------------------------------------------------------------------
@@ -211,54 +185,6 @@ def _read_parquet(opened: Opened, file: SourceFile, options: ReadOptions) -> Ite
     done, rows, size = 0, max(1, table.metadata.num_rows), size_of(file)
     opened.position = lambda: size * done // rows  # the reader jumps about in the file
     for batch in table.iter_batches(batch_size=256, columns=[".".join(path)]):
-        for value in text_column(batch.column(0), path, file.path):
+        for item in column_items(batch.column(0), path, file.path, options):
             done += 1
-            data = value.as_py()
-            if data is None:
-                yield Item(b"", "text", "missing_field")
-            else:
-                yield checked_item(data, "text", len(data) > options.max_document_bytes)
-
-
-def find_column(schema: Any, field: str, where: str) -> list[str]:
-    """The path to a column of an Arrow schema: ``[field]``, or its parts when it names a field of a struct."""
-    if field in schema.names:
-        return [field]
-    known = dict(_columns(schema))
-    if field in known:
-        return known[field]
-    raise SourceError(
-        f"{where} has no column '{field}', only {', '.join(known)}. Name the one that holds the text with --text-field."
-    )
-
-
-def _columns(fields: Any, parents: tuple[str, ...] = ()) -> Iterator[tuple[str, list[str]]]:
-    """The dotted name and the path of every column, those inside of structs too."""
-    import pyarrow
-
-    for field in fields:
-        path = (*parents, field.name)
-        if pyarrow.types.is_struct(field.type):
-            yield from _columns(field.type, path)
-        else:
-            yield ".".join(path), list(path)
-
-
-def text_column(column: Any, path: list[str], where: str) -> Any:
-    """A column of text as one of bytes, not checked to be UTF-8: whoever decodes a document counts what is not."""
-    import pyarrow
-    from pyarrow import compute
-
-    if len(path) > 1:
-        column = compute.struct_field(column, path[1:])
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    types = pyarrow.types
-    if types.is_string(column.type) or types.is_large_string(column.type):
-        return column.cast(pyarrow.large_binary())
-    if types.is_string_view(column.type):
-        return column.cast(pyarrow.binary_view())
-    binary = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_null, types.is_fixed_size_binary)
-    if not any(is_kind(column.type) for is_kind in binary):
-        raise SourceError(f"column '{'.'.join(path)}' of {where} holds {column.type}, not text.")
-    return column
+            yield item

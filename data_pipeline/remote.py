@@ -20,7 +20,7 @@ from typing import IO, Any, TypeVar, cast
 
 from data_pipeline.errors import DataError, SourceError, StoreError, require
 from data_pipeline.formats import kind_of, split_compression
-from data_pipeline.sources import LeftOut, SourceFile, refuse_unreadable_kind
+from data_pipeline.source_files import LeftOut, SourceFile, refuse_unreadable_kind
 
 log = logging.getLogger(__name__)
 

@@ -13,12 +13,13 @@ import os
 import stat
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from data_pipeline.errors import SourceError
 from data_pipeline.formats import KNOWN, kind_of, refusal, split_compression
+from data_pipeline.remote import list_remote
+from data_pipeline.source_files import LeftOut, SourceFile, refuse_unreadable_kind
 
 PYTHON_STDLIB = "python-stdlib"
 # Parts of the standard library's directory that are not for reading: installed packages, tests, copies, code tables.
@@ -26,56 +27,9 @@ STDLIB_EXCLUDED = {
     "site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "encodings",
     "__pycache__",
 }  # fmt: skip
-NAMES_KEPT = 5  # names shown of the files left out for one reason
-REASONS_KEPT = 24  # further kinds of files are counted together
-
 LINK_OUT = "link out of the source"
 SAME_DIRECTORY = "link to a directory that is read anyway"
 SAME_FILE = "link to a file that is read anyway"
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """One input file. ``name`` is what provenance records; ``size`` is in bytes, None when the store does not say."""
-
-    path: str
-    name: str
-    size: int | None = None
-    modified: str = ""
-
-    @property
-    def is_remote(self) -> bool:
-        return "://" in self.path
-
-
-@dataclass
-class LeftOut:
-    """Files that are not read, by reason: how many, and the first names of each."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-    names: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, reason: str, name: str) -> None:
-        if reason not in self.counts and len(self.counts) >= REASONS_KEPT:
-            reason = "other kinds"
-        self.counts[reason] = self.counts.get(reason, 0) + 1
-        names = self.names.setdefault(reason, [])
-        if len(names) < NAMES_KEPT:
-            names.append(name)
-
-    def __bool__(self) -> bool:
-        return bool(self.counts)
-
-    def __str__(self) -> str:
-        """``2 kind .bin (a.bin, b.bin), 1 named pipe (p.txt)``"""
-        return ", ".join(f"{count:,} {reason} ({self.examples(reason)})" for reason, count in self.counts.items())
-
-    def examples(self, reason: str) -> str:
-        names = self.names[reason]
-        return ", ".join(names) + (", ..." if self.counts[reason] > len(names) else "")
-
-    def to_dict(self) -> dict[str, Any]:
-        return {reason: {"files": count, "names": self.names[reason]} for reason, count in self.counts.items()}
 
 
 @dataclass
@@ -117,8 +71,6 @@ def _expand_one(source: str, follow_links: bool, left_out: LeftOut) -> Iterable[
     if source == PYTHON_STDLIB:
         return _stdlib_files()
     if "://" in source:
-        from data_pipeline.remote import list_remote
-
         return list_remote(source, left_out)
     if os.path.isdir(source):
         found = _Finder(source, follow_links, left_out)
@@ -152,13 +104,6 @@ def _named_file(path: str) -> SourceFile:
         raise SourceError(f"{path} is a {special}, not a regular file: write its content to a file first.")
     refuse_unreadable_kind(path)
     return _local_file(path)
-
-
-def refuse_unreadable_kind(path: str) -> None:
-    """Raise SourceError for archives, tables and other kinds that are not read; any other unknown kind is taken as text."""
-    if refused := refusal(path):
-        suffix, advice = refused
-        raise SourceError(f"{path}: files of kind {suffix} are not read. {advice}; these are read: {KNOWN}.")
 
 
 def _mode(path: str) -> int | str:

@@ -17,7 +17,7 @@ from typing import IO, cast
 
 from data_pipeline.errors import require
 from data_pipeline.formats import split_compression
-from data_pipeline.sources import SourceFile
+from data_pipeline.source_files import SourceFile
 
 BUFFER_BYTES = 1 << 20
 MAX_ZSTD_WINDOW_LOG = 31  # files made with --long=31 ask for a window of 2 GiB; the library's own limit is 128 MiB

@@ -1,5 +1,5 @@
 """SentencePiece tokenizers whose round trip is exact for every valid UTF-8 text; a Hugging Face `tokenizer.json` is in
-hf_tokenizer.py, and `make_tokenizer` tells which it is.
+hf_tokenizer.py, and open_tokenizer.py tells which it is.
 
 Settings that make it exact: identity normalisation, no dummy prefix, no collapsing of whitespace, byte fallback for
 what the vocabulary lacks. One character is left that SentencePiece cannot carry, its own space mark U+2581, which it
@@ -23,10 +23,9 @@ from typing import Any, Literal
 import numpy as np
 
 from data_pipeline.corpus import Document, Rejected, document_text
-from data_pipeline.errors import StoreError, TokenizerError, VocabularyError, require
+from data_pipeline.errors import TokenizerError, VocabularyError, require
 from data_pipeline.files import write_atomic
 from data_pipeline.manifest import TOKENIZER_NAME, TOKENIZER_NAMES
-from data_pipeline.remote import read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -80,18 +79,6 @@ class Tokenizer:
         if self._byte_ids is None:
             return False
         return self._join(self._processor.encode(text)) == text and self._join(self._processor.encode("a")) == "a"
-
-    @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """Read a model file or object: ours, any other SentencePiece model, or a Hugging Face tokenizer.json."""
-        try:
-            model = read_bytes(str(path)) if "://" in str(path) else Path(path).read_bytes()
-        except (OSError, StoreError) as error:
-            reason = error.reason if isinstance(error, StoreError) else error.strerror
-            raise TokenizerError(f"cannot read the tokenizer {path}: {reason}. Check the path.") from error
-        if not model:
-            raise TokenizerError(f"the tokenizer {path} is an empty file. Train it again.")
-        return make_tokenizer(model, str(path), beside=None if "://" in str(path) else Path(path))
 
     def save(self, path: str | Path) -> None:
         """Write the model file, atomically."""
@@ -148,21 +135,6 @@ class Tokenizer:
 
     def _join(self, ids: Iterable[int]) -> str:
         return b"".join([self._piece_bytes[i] for i in ids]).decode("utf-8", errors="replace")
-
-
-def make_tokenizer(model: bytes, name: str = "tokenizer model", beside: Path | None = None) -> Tokenizer:
-    """The tokenizer of a file's content.
-
-    Args:
-        model: a SentencePiece model, or the JSON of a tokenizer.json.
-        name: for messages.
-        beside: the file, whose neighbour tokenizer_config.json names the special tokens of a tokenizer.json.
-    """
-    if not model.lstrip().startswith(b"{"):
-        return Tokenizer(model, name)
-    from data_pipeline.hf_tokenizer import HuggingFaceTokenizer, read_config
-
-    return HuggingFaceTokenizer(model, name, read_config(beside) if beside is not None else None)
 
 
 def tokenizer_beside(directory: Path) -> Path:
@@ -254,23 +226,20 @@ def train_tokenizer(
 
 
 def _training_error(message: str, vocab_size: int) -> TokenizerError:
-    if found := re.search(r"Please set it to a value <= (\d+)", message):
-        limit = int(found.group(1))
-        return VocabularyError(
-            f"vocab_size={vocab_size} is more than the corpus supports. The largest that works is {limit}: "
-            f"set vocab_size={limit} or less, or give more text.",
-            limit,
-        )
-    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        limit = int(found.group(1))
-        return VocabularyError(
-            f"vocab_size={vocab_size} is too small: 256 bytes, 4 special tokens and the characters of the corpus "
-            f"need at least {limit}. Set vocab_size above that, or lower character_coverage.",
-            limit,
-        )
+    for pattern, advice in _VOCABULARY_ERRORS.items():
+        if found := re.search(pattern, message):
+            limit = int(found.group(1))
+            return VocabularyError(f"vocab_size={vocab_size} is {advice.format(limit=limit)}", limit)
     return TokenizerError(f"SentencePiece could not train a tokenizer: {message}")
 
 
+_VOCABULARY_ERRORS = {
+    r"Please set it to a value <= (\d+)": "more than the corpus supports. The largest that works is {limit}: "
+    "set vocab_size={limit} or less, or give more text.",
+    r"smaller than required_chars\. \d+ vs (\d+)": "too small: 256 bytes, 4 special tokens and the characters of the corpus "
+    "need at least {limit}. Set vocab_size above that, or lower character_coverage.",
+}
+"""What SentencePiece says of a vocabulary size that does not fit, with the limit in brackets; and what to do."""
 _MAX_LINE_BYTES = 1 << 16
 
 

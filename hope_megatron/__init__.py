@@ -5,8 +5,9 @@ What is listed here is the library (docs/library.md). A name is imported when it
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hope_megatron.runtime.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hope_megatron.library import Run, evaluate, generate, load_model, load_weights
@@ -40,12 +41,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'hope_megatron' has no attribute {name!r}; it offers {', '.join(sorted(_HOMES))}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

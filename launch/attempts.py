@@ -37,7 +37,9 @@ class Attempt:
     """One start of the ranks."""
 
     number: int
+    """Counted from 1."""
     job_id: str
+    """Of the batch system, or what stands for it."""
     restart: int
     """How often Slurm had requeued the job."""
     nodes: tuple[str, ...]

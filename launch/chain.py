@@ -164,8 +164,24 @@ def _submit(
     return Link(link.name, slurm.submit(script, options), str(log), None)
 
 
-def chain_status(directory: Path) -> list[str]:
-    """A line per link: its state, and why the rest was cancelled.
+@dataclass(frozen=True)
+class LinkStatus:
+    """A link of a chain at this moment."""
+
+    name: str
+    state: str
+    because: str
+    """Whose failure cancelled it, or empty."""
+    job_id: str
+    log: str
+
+    def __str__(self) -> str:
+        reason = f", because {self.because} failed" if self.because else ""
+        return f"  {self.name}: {self.state}{reason}, job {self.job_id}, log {self.log}"
+
+
+def chain_status(directory: Path) -> list[LinkStatus]:
+    """Each link: its state, and why the rest was cancelled.
 
     Raises:
         LaunchError: if the directory is not that of a chain.
@@ -177,16 +193,15 @@ def chain_status(directory: Path) -> list[str]:
         raise LaunchError(
             f"{directory} is not the directory of a chain: chain.json is missing or damaged; ask for its runs one by one"
         ) from None
-    lines: list[str] = []
+    found: list[LinkStatus] = []
     failed = ""
     for link in links:
         state = _link_state(link)
-        if state == "cancelled" and failed:
-            state += f", because {failed} failed"
-        elif not failed and state in ("failed", "cancelled", "timeout", "node_fail", "out_of_memory"):
+        because = failed if state == "cancelled" else ""
+        if not failed and state in ("failed", "cancelled", "timeout", "node_fail", "out_of_memory"):
             failed = link.name
-        lines.append(f"  {link.name}: {state}, job {link.job_id}, log {link.log}")
-    return lines
+        found.append(LinkStatus(link.name, state, because, link.job_id, link.log))
+    return found
 
 
 def _link_state(link: Link) -> str:

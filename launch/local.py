@@ -31,11 +31,12 @@ from hope_megatron.runtime.process import (
 )
 from hope_megatron.runtime.reports import read_worker_pids, record_stop_signal
 from hope_megatron.runtime.token import TOKEN_VARIABLE
+from launch.attempt_runner import Supervisor
+from launch.causes import Cause
 from launch.errors import LaunchError
 from launch.processes import FreshProcesses, Nursery, Starter
 from launch.step import TaskError, free_port
 from launch.submission import LaunchDirectory, Submission, write_submission
-from launch.supervisor import Cause, Supervisor
 
 _PEERS_S = 8.0
 """So long the others may take to report and leave after a rank has failed; then they are ended."""

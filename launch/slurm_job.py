@@ -19,11 +19,11 @@ from hope_megatron.runtime.failures import ATTEMPT_VARIABLE, LAUNCH_DIR_VARIABLE
 from hope_megatron.runtime.process import LAUNCH_TIME_VARIABLE
 from hope_megatron.runtime.token import TOKEN_VARIABLE
 from launch import slurm
+from launch.attempt_runner import STOP_SIGNALS, Supervisor, signal_text
 from launch.attempts import STOPPED, UNHEALTHY, Attempt
 from launch.health import check_nodes
 from launch.step import Step, free_port, srun_command
 from launch.submission import LaunchDirectory, read_submission
-from launch.supervisor import STOP_SIGNALS, Supervisor, signal_text
 
 _END_JOB_S = 120.0
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from hope_megatron.cli.plan import load_for_plan
 from hope_megatron.config.features import frame_features, layer_features, variant
+from hope_megatron.config.planned_run import load_for_plan
 from hope_megatron.config.run import RunConfig
 
 OUT = Path(__file__).resolve().parents[1] / "hope_megatron" / "config" / "step_counts.json"

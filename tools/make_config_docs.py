@@ -14,6 +14,7 @@ from pydantic_core import PydanticUndefined
 
 from hope_megatron.config import RunConfig, Section
 from hope_megatron.config.messages import section_in
+from launch.explain import explain_keys
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 
@@ -88,7 +89,17 @@ knows it. A resume takes it from your run file or override again, from `MLFLOW_T
 
 def document() -> str:
     """The whole page."""
-    return "\n".join([INTRODUCTION, *_sections(RunConfig, ())])
+    return "\n".join([INTRODUCTION, *_sections(RunConfig, ()), *_cluster_files()])
+
+
+def _cluster_files() -> Iterator[str]:
+    yield "## Cluster files\n"
+    yield "The keys of a file in `configs/clusters` ([launch](launch.md)). `hope launch --explain` prints them too.\n"
+    yield "| key | default | meaning |\n|---|---|---|"
+    for key, default, meaning in explain_keys():
+        shown = default if default in ("required", "a section") else f"`{default}`"
+        yield f"| `{key}` | {shown} | {_escaped(meaning)} |"
+    yield ""
 
 
 def _sections(section: type[Section], path: tuple[str, ...]) -> Iterator[str]:
@@ -112,7 +123,7 @@ def _type(field: FieldInfo, section: type[Section] | None) -> str:
     if section is not None:
         return "section" if section is field.annotation else "list of sections"
     text = field.annotation.__name__ if isinstance(field.annotation, type) else str(field.annotation)
-    text = re.sub(r"typing\.|pathlib\.|, \.\.\.", "", text)
+    text = re.sub(r"typing\.|pathlib\.(_local\.)?|, \.\.\.", "", text)
     text = re.sub(r"Annotated\[([^,]*), \w+\([^)]*\)\]", r"\1", text)  # how a value is validated is no type
     text = re.sub(r"Optional\[(.*)\]", r"\1 | None", text)
     text = re.sub(r"Literal\[([^]]*)\]", lambda match: match[1].replace("'", ""), text)
@@ -145,7 +156,11 @@ def _yaml(value: Any) -> str:
 
 def _meaning(field: FieldInfo, section: type[Section] | None) -> str:
     text = field.description or ("see below" if section is not None else "")
-    return " ".join(text.split()).replace("|", "\\|")
+    return _escaped(" ".join(text.split()))
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def main(arguments: list[str]) -> int:

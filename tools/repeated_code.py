@@ -11,7 +11,8 @@ lines of punctuation alone. White space is folded. Three counts, of pairs of fil
     alike    the lines are the same once variables, strings and numbers are replaced. What is called, accessed or passed by name
              stays: lines that do other things are not alike. Lines that do nothing are left out: heads of classes,
              fields, parameters, rows of tables
-    shape    every name, string and number is replaced, and nothing is left out: any two lists of six parameters are a pair
+    shape    every name, string and number is replaced. Left out are only bare declarations: heads of classes, annotated
+             fields, parameters. Rows of tables count, so any two lists of six values are a pair
 
 A run in more than eight places is an idiom, such as `if __name__ == "__main__":`, and does not count.
 """
@@ -56,14 +57,15 @@ class Line:
     same: str
     alike: str | None
     """None if the line does nothing."""
-    shape: str
+    shape: str | None
+    """None if the line only declares."""
 
 
 def read_lines(source: str) -> list[Line]:
     """The lines of a file that count, in order."""
     left_out, declares = _roles(ast.parse(source))
     tokens: dict[int, list[tokenize.TokenInfo]] = defaultdict(list)
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+    for token in _tokens(source):
         if token.type not in WHITE:
             tokens[token.start[0]].append(token)
     lines = []
@@ -76,8 +78,35 @@ def read_lines(source: str) -> list[Line]:
         idle = number in declares or all(map(_does_nothing, around))
         alike = None if idle else " ".join(map(_role, around))
         same = " ".join(token.string for token in found)
-        lines.append(Line(number, same, alike, " ".join(map(_shape, found))))
+        shape = None if number in declares else " ".join(map(_shape, found))
+        lines.append(Line(number, same, alike, shape))
     return lines
+
+
+def _tokens(source: str) -> Iterator[tokenize.TokenInfo]:
+    """Tokens as Python 3.11 has them: an f-string is one string, which newer ones take apart."""
+    starts, ends = (getattr(tokenize, name, None) for name in ("FSTRING_START", "FSTRING_END"))
+    depth, first, lines = 0, None, source.splitlines(keepends=True)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == starts:
+            depth, first = depth + 1, first or token
+        if first is None:
+            yield token
+        if token.type == ends:
+            depth -= 1
+            if depth == 0 and first is not None:
+                yield tokenize.TokenInfo(
+                    tokenize.STRING, _between(lines, first.start, token.end), first.start, token.end, token.line
+                )
+                first = None
+
+
+def _between(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> str:
+    """The source from (line, column) to (line, column); lines count from 1."""
+    (first, column), (last, stop) = start, end
+    if first == last:
+        return lines[first - 1][column:stop]
+    return "".join([lines[first - 1][column:], *lines[first : last - 1], lines[last - 1][:stop]])
 
 
 def _does_nothing(neighbours: Neighbours) -> bool:

@@ -26,7 +26,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 from hope_megatron.checkpoint.checkpointer import Checkpointer
 from hope_megatron.checkpoint.format import list_checkpoints
 from hope_megatron.config import DataConfig, RunConfig, TrainingConfig, load_model_config
-from hope_megatron.engine.build import build_engine
+from hope_megatron.engine.new_engine import build_engine
 from hope_megatron.parallel.distributed import init_distributed
 from hope_megatron.testing.benchmark import machine, print_table, seconds, spread, write_json
 from hope_megatron.testing.tiny import RepeatingSource

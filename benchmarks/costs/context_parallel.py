@@ -21,7 +21,7 @@ from hope_megatron.testing.distributed import run_distributed
 def step(rank: int, world_size: int, tokens: int, kernel: Any) -> dict[str, Any]:
     """What one rank sees of the step."""
     from hope_megatron.config import CMSConfig, CMSLevelConfig, MemoryConfig, ModelConfig
-    from hope_megatron.engine.build import build_engine
+    from hope_megatron.engine.new_engine import build_engine
     from hope_megatron.parallel.distributed import init_distributed
     from hope_megatron.testing.tiny import VOCAB_SIZE, RepeatingSource, tiny_run_config
     from hope_megatron.training.batches import BatchReader

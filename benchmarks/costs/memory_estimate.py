@@ -16,6 +16,7 @@ ASSUMED = {
     "issued_per_cycle": 0.5,  # of a scheduler, where programs are many
     "programs_per_multiprocessor": 2,
     "pair_slowdown": 1.25,  # of a loop when two programs share a multiprocessor
+    "meeting_cycles": 2000,  # of programs on several multiprocessors, once a chunk
     "launch_s": 4e-6,
     "torch_launches": {"hope": 90, "hope_w1": 80},  # operators around the kernels, forward + recomputation + backward
 }
@@ -36,7 +37,7 @@ def layer_seconds(
     found: dict[str, dict[str, Any]] = {}
     grids = {name: launch.grid for name, launch in variants(launches).items()}
     for name in [*(forward if recompute == "layer" else []), *_names(launches, launches)]:
-        planes = grids[name][2] if len(grids[name]) == 3 else 1
+        planes = grids[name][-1] if len(grids[name]) == 3 or "bank_chain" in name else 1
         seconds, limit = _seconds(by_name[name], name, planes, batch * heads, T // MODELS[model].chunk_tokens)
         row = found.setdefault(name, {"kernel": name, "runs": 0, "seconds": 0.0, "limit": limit})
         row["runs"] += 1
@@ -58,11 +59,21 @@ def _names(some: list[Launch], launches: list[Launch]) -> list[str]:
 
 
 def _seconds(row: dict[str, Any], name: str, planes: int, streams: int, chunks: int) -> tuple[float, str]:
-    if "chain" in name:  # a program per stream goes from chunk to chunk
-        at_once = ASSUMED["multiprocessors"] * ASSUMED["programs_per_multiprocessor"]
-        slower = 1.0 if streams <= ASSUMED["multiprocessors"] else ASSUMED["pair_slowdown"] * -(-streams // at_once)
-        return chunks * row["walk_cycles"] * slower / ASSUMED["clock_hz"], "latency of a chunk"
+    if "chain" in name:  # a program per stream (and self-memory) goes from chunk to chunk
+        cycles = row["walk_cycles"] + (ASSUMED["meeting_cycles"] if planes > 1 else 0)
+        return chunks * cycles * _rounds(streams, planes) / ASSUMED["clock_hz"], "latency of a chunk"
+    taken = row["loop_instructions"] / (
+        2 if name.startswith("bank_tape") else 1
+    )  # of as many vector as scalar memories
     per_cycle = ASSUMED["multiprocessors"] * ASSUMED["schedulers"] * ASSUMED["issued_per_cycle"]
-    issued = streams * chunks * row["loop_instructions"] * row["warps"] * planes / per_cycle
+    issued = streams * chunks * taken * row["warps"] * planes / per_cycle
     alone = row["walk_cycles"]  # what one program takes
     return max(issued, alone) / ASSUMED["clock_hz"], "instruction issue"
+
+
+def _rounds(streams: int, planes: int) -> float:
+    """How long the loops of all streams take, in loops of one stream that runs alone."""
+    processors, pair = ASSUMED["multiprocessors"], ASSUMED["pair_slowdown"]
+    most = processors * ASSUMED["programs_per_multiprocessor"] // planes  # streams at once
+    whole, rest = divmod(streams, most)
+    return whole * pair + (pair if rest * planes > processors else 1.0 if rest else 0.0)

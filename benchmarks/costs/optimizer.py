@@ -4,8 +4,8 @@
     python benchmarks/costs/optimizer.py --parts timing --ranks 2      one part, or one number of ranks
     python benchmarks/costs/optimizer.py --layers 1 --steps 2          a minute, to see that it runs
 
-timing: time and memory of AdamW, Muon, AdaMuon, M3 and DeepSpeed's own Muon inside real ZeRO-1 engines on the parameter
-shapes of hope_60m, in fp32: from the loss to new weights (a trivial backward, reduction of gradients, the optimizer,
+timing: time and memory of AdamW, Muon, AdaMuon, M3, the deep optimizers and DeepSpeed's own Muon inside real ZeRO-1 engines on the
+parameter shapes of hope_60m, in fp32: from the loss to new weights (a trivial backward, reduction of gradients, the optimizer,
 all-gather of weights; DeepSpeed's Muon works during the reduction), state per rank, peak memory of the process. Every
 level is updated in every step, as DeepSpeed's Muon knows no update clock; it takes fused projections whole, which is less
 work than matrix by matrix, and convolutions too. Muon and M3 take turns, step by step, over one slow period; the others have
@@ -148,6 +148,16 @@ def _print_counts(rows: list[dict[str, Any]]) -> None:
     print_table(header, cells)
     print(
         "bound: if the work were divisible down to one matrix; clocks: steps in which slower levels are updated too\n"
+    )
+    print("deep optimizers, without an output map: float32 products, and float32 state that travels")
+    header = ["model", "DP", "optimizer", "GFLOP", "sends MB", "state MB"]
+    print_table(
+        header,
+        [
+            [row["model"], row["data_parallel"], name, *deep.values()]
+            for row in rows
+            for name, deep in row["deep"].items()
+        ],
     )
 
 

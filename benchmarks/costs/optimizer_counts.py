@@ -34,6 +34,8 @@ NS_STEPS = 5
 BF16_BYTES = 2
 FP32_BYTES = 4
 M3_STATE_TENSORS = 4
+DEEP = {"dgd": (2, 3, 1), "delta_momentum": (2, 4, 1), "dmgd": (7, 6, 2)}
+"""Products of 2 MN min(M, N) FLOPs, tensors that owners get and return, and state tensors (hope_megatron/optim/README.md)."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ class GroupCount:
     """By slow phase: the work of every step and the slow tick of that phase."""
     m3_bound: float
     """The mean over phases if work were divisible down to one matrix."""
+    product_flop: int
+    """One product of every matrix with a square one, as the deep optimizers multiply."""
     muon_sent: int
     m3_sent: float
     runs: int
@@ -138,10 +142,20 @@ def count_group(shapes: list[Shape], dp_size: int) -> GroupCount:
         muon_flop=max(fast),
         m3_flop=m3_flop,
         m3_bound=statistics.mean(bounds),
+        product_flop=max(_product_loads(matrices, owners, dp_size)),
         muon_sent=fast_sent,
         m3_sent=fast_sent + statistics.mean(slow_sent),
         runs=runs,
     )
+
+
+def _product_loads(matrices: list[Matrix], owners: list[int], dp_size: int) -> list[int]:
+    """FLOPs of each owner."""
+    loads = [0] * dp_size
+    for matrix, owner in zip(matrices, owners):
+        rows, cols = matrix.shape
+        loads[owner] += 2 * rows * cols * min(rows, cols)
+    return loads
 
 
 def _traffic(matrices: list[Matrix], owners: list[int], topology: Topology) -> tuple[int, int]:
@@ -186,6 +200,14 @@ def count(preset: str, dp_size: int, shapes: list[Shape]) -> dict[str, Any]:
         "saved_gflop_per_rank": per_step(lambda g: g.total_flop - g.muon_flop) / 1e9,
         "muon_sent_mb_per_rank": per_step(lambda g: g.muon_sent) * BF16_BYTES / 1e6,
         "m3_sent_mb_per_rank": per_step(lambda g: g.m3_sent) * BF16_BYTES / 1e6,
+        "deep": {
+            name: {
+                "gflop_per_rank": products * per_step(lambda g: g.product_flop) / 1e9,
+                "sent_mb_per_rank": tensors * per_step(lambda g: g.muon_sent) / 2 * FP32_BYTES / 1e6,
+                "state_mb_per_rank": states * FP32_BYTES * numel / dp_size / 1e6,
+            }
+            for name, (products, tensors, states) in DEEP.items()
+        },
         "gradient_reduction_mb_per_rank": 2 * numel * (dp_size - 1) / dp_size * BF16_BYTES / 1e6,
         "m3_state_mb_per_rank": M3_STATE_TENSORS * FP32_BYTES * numel / dp_size / 1e6,
     }

@@ -24,7 +24,7 @@ from torch import nn
 from hope_megatron.config.optim import OptimConfig
 from hope_megatron.optim import build_optimizer
 
-OPTIMIZERS = ("adamw", "muon", "adamuon", "m3", "deepspeed_muon")
+OPTIMIZERS = ("adamw", "muon", "adamuon", "m3", "deepspeed_muon", "dgd", "delta_momentum", "dmgd")
 TIMEOUT_S = 600
 
 

@@ -7,7 +7,8 @@ The text is the Python standard library, one document per module, as JSON lines 
 the same tokenizer.json on the same number of cores and write ids to disk. What each does beside: `hope data prepare` removes
 duplicates, splits off held-out documents, writes shards with an index and digests; `tokenizers` writes bare ids.
 
-Times are wall time and CPU seconds of the process and its children; the second hardly depends on what else runs.
+Tokens are those that each wrote. Times are wall time and CPU seconds of the process and its children; the second hardly
+depends on what else runs.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,11 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.corpus import document_text, python_stdlib_documents
+from data_pipeline.manifest import MANIFEST_NAME
+from data_pipeline.prepare import SPLITS
 from hope_megatron.testing.benchmark import machine, print_table, spread, write_json
 
-UNITS = ("mb_per_s", "mb_per_cpu_s")
+UNITS = {"tokens_per_s": 0, "mb_per_s": 2, "mb_per_cpu_s": 2}  # and digits shown
 
 PREPARE = """
 import sys
@@ -81,35 +85,75 @@ def train_bpe(texts: list[str], path: Path) -> None:
     bpe.save(str(path))
 
 
+def write_old_layout(path: Path, target: Path) -> None:
+    """The same tokenizer.json with each merge as one string "a b": tokenizers before 0.20, which Dolma asks for, reads no pairs."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    merges = content["model"]["merges"]
+    content["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    target.write_text(json.dumps(content), encoding="utf-8")
+
+
+def tokens_written(path: Path) -> int:
+    """Tokens of shards of ours with their manifests, of Dolma's arrays (uint16 without a header), or of bare ids."""
+    manifests = [path / split / MANIFEST_NAME for split in SPLITS]
+    if all(manifest.is_file() for manifest in manifests):
+        return sum(json.loads(manifest.read_text())["tokens"] for manifest in manifests)
+    arrays = [path] if path.is_file() else sorted(path.rglob("*.npy"))
+    return sum(array.stat().st_size for array in arrays) // np.dtype(np.uint16).itemsize
+
+
 def measured(command: list[str], workers: int) -> tuple[float, float]:
     """(wall, CPU) seconds of a command and its children."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     env = {**os.environ, "RAYON_NUM_THREADS": str(workers), "TOKENIZERS_PARALLELISM": "true"}
-    subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise SystemExit(
+            f"{command[0]} ended with exit code {done.returncode}:\n{done.stdout[-1000:]}{done.stderr[-3000:]}"
+        )
     wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def commands(
-    directory: Path, files: list[Path], workers: int, dolma: str | None
-) -> dict[str, Callable[[int], list[str]]]:
-    """What is measured: number of the repetition -> command."""
-    names, tokenizer = [str(path) for path in files], str(directory / "tokenizer.json")
+@dataclass(frozen=True)
+class Contender:
+    """A name in the table; the command that reads the files and writes to `output` + the number of the repetition."""
 
-    def python(code: str, model: str, name: str) -> Callable[[int], list[str]]:
-        return lambda i: [sys.executable, "-c", code, model, str(directory / f"{name}-{i}"), str(workers), *names]
+    name: str
+    output: Path
+    command: Callable[[Path], list[str]]
 
-    found = {
-        "hope data prepare, tokenizer.json": python(PREPARE, tokenizer, "ours"),
-        "hope data prepare, SentencePiece": python(PREPARE, str(directory / "tokenizer.model"), "pieces"),
-        "tokenizers.encode_batch": python(BARE, tokenizer, "bare"),
-    }
+
+def contenders(directory: Path, files: list[Path], workers: int, dolma: str | None) -> list[Contender]:
+    """What is measured."""
+    names = [str(path) for path in files]
+
+    def python(name: str, code: str, model: str, out: str) -> Contender:
+        model = str(directory / model)
+        return Contender(
+            name, directory / out, lambda out: [sys.executable, "-c", code, model, str(out), str(workers), *names]
+        )
+
+    found = [
+        python("hope data prepare, tokenizer.json", PREPARE, "tokenizer.json", "ours"),
+        python("hope data prepare, SentencePiece", PREPARE, "tokenizer.model", "pieces"),
+        python("tokenizers.encode_batch", BARE, "tokenizer.json", "bare"),
+    ]
     if dolma:
-        found["dolma tokens"] = lambda i: [
-            dolma, "tokens", "--documents", *names, "--destination", str(directory / f"dolma-{i}"), "--processes", str(workers),
-            "--tokenizer.name_or_path", tokenizer, "--tokenizer.eos_token_id", "0", "--tokenizer.pad_token_id", "0",
+        tokenizer = directory / "old_layout.json"
+        write_old_layout(directory / "tokenizer.json", tokenizer)
+        options = [
+            "--tokenizer.name_or_path",
+            str(tokenizer),
+            "--tokenizer.eos_token_id",
+            "0",
+            "--tokenizer.pad_token_id",
+            "0",
+        ]
+        found.append(Contender("dolma tokens", directory / "dolma", lambda out: [
+            dolma, "tokens", "--documents", *names, "--destination", str(out), "--processes", str(workers), *options,
             "--dtype", "uint16",
-        ]  # fmt: skip
+        ]))  # fmt: skip
     return found
 
 
@@ -125,12 +169,24 @@ def main() -> None:
         files, megabytes = write_text(directory, 4)
         result = measure(directory, files, megabytes, args)
     rows = [
-        [name, *(f"{row[unit]['median']:.2f} ({row[unit]['min']:.2f} to {row[unit]['max']:.2f})" for unit in UNITS)]
+        [
+            name,
+            *(
+                f"{row[unit]['median']:,.{digits}f} ({row[unit]['min']:,.{digits}f} to {row[unit]['max']:,.{digits}f})"
+                for unit, digits in UNITS.items()
+            ),
+        ]
         for name, row in result["rows"].items()
     ]
-    print_table(["", "MB/s", "MB per CPU second"], rows)
-    print(f"{result['megabytes']:.1f} MB, {result['tokens_of_tokenizer_json']:,} tokens of tokenizer.json")
+    print_table(["", "tokens/s", "MB/s", "MB per CPU second"], rows)
+    written = ", ".join(f"{name} {row['tokens']:,}" for name, row in result["rows"].items())
+    print(f"{result['megabytes']:.1f} MB; tokens written: {written}")
     write_json(args.json, result)
+
+
+def repetition(one: Contender, i: int) -> Path:
+    """Where the i-th repetition writes."""
+    return one.output.with_name(f"{one.output.name}-{i}")
 
 
 def measure(directory: Path, files: list[Path], megabytes: float, args: argparse.Namespace) -> dict[str, Any]:
@@ -140,20 +196,22 @@ def measure(directory: Path, files: list[Path], megabytes: float, args: argparse
     texts = [json.loads(line)["text"] for path in files for line in path.read_text(encoding="utf-8").splitlines()]
     train_bpe(texts[::4], directory / "tokenizer.json")
     train_tokenizer(texts[::4], directory / "tokenizer.model", 8000, max_bytes=4 << 20)
+    found = contenders(directory, files, args.workers, args.dolma)
     times: dict[str, list[tuple[float, float]]] = {}
     for i in range(args.repeats):  # in turns, so that all see the same machine
-        for name, command in commands(directory, files, args.workers, args.dolma).items():
-            times.setdefault(name, []).append(measured(command(i), args.workers))
-    num_tokens = (directory / "bare-0").stat().st_size // np.dtype(np.uint16).itemsize
-    rows = {
-        name: {
-            UNITS[0]: spread([megabytes / wall for wall, _ in pairs]),
-            UNITS[1]: spread([megabytes / cpu for _, cpu in pairs]),
-        }
-        for name, pairs in times.items()
-    }
+        for one in found:
+            times.setdefault(one.name, []).append(measured(one.command(repetition(one, i)), args.workers))
+    rows = {}
+    for one in found:
+        tokens, pairs = tokens_written(repetition(one, 0)), times[one.name]
+        per_second = (
+            [tokens / wall for wall, _ in pairs],
+            [megabytes / wall for wall, _ in pairs],
+            [megabytes / cpu for _, cpu in pairs],
+        )
+        rows[one.name] = {"tokens": tokens, **{unit: spread(values) for unit, values in zip(UNITS, per_second)}}
     where = {"machine": machine(), "cores": args.workers, "tokenizers": version("tokenizers")}
-    return {"megabytes": megabytes, "tokens_of_tokenizer_json": num_tokens, **where, "rows": rows}
+    return {"megabytes": megabytes, **where, "rows": rows}
 
 
 if __name__ == "__main__":

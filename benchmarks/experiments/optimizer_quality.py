@@ -5,7 +5,8 @@
     python benchmarks/experiments/optimizer_quality.py --tasks digits --optimizers m3 adamw
 
 Tasks: hope_tiny and transformer_pp_tiny at the quickstart's size (two layers of width 128, vocabulary 1,024) on its corpus,
-Python's standard library; a vision transformer on scikit-learn's digits. For each task
+Python's standard library; vision transformers on scikit-learn's digits (8 x 8 pixels) and on letters of three alphabets that are
+rendered from matplotlib's fonts (32 x 32 pixels, 120 classes). For each task
 
 1. every optimizer with every learning rate of one grid, seed 0; the grid goes on while the best rate lies at its edge;
 2. two more seeds at the best rate: mean and spread;
@@ -29,14 +30,15 @@ from typing import Any
 from hope_megatron.testing.benchmark import machine, print_table
 
 import torch  # isort: skip  (after common has set OpenMP's wait policy)
-from quality_tasks import Budget, Digits, LanguageModel
+from quality_tasks import Budget, Images, LanguageModel
 
 from hope_megatron.config.optim import OptimConfig
 from hope_megatron.config.optimizers import OPTIMIZERS as REGISTRY
 from hope_megatron.config.parallel import ParallelConfig
 from hope_megatron.parallel.distributed import init_distributed
 
-TASKS = ("digits", "transformer_pp_tiny", "hope_tiny")
+TASKS = ("digits", "glyphs", "transformer_pp_tiny", "hope_tiny")
+IMAGES = ("digits", "glyphs")
 OPTIMIZERS = ("adamw", "muon", "adamuon", "m3")
 RATES = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064)
 MAX_EXTENSIONS = 4
@@ -174,13 +176,13 @@ class Study:
 
 def budget_of(task: str, args: argparse.Namespace) -> Budget:
     """The budget of a task; --quick keeps ten steps of it."""
-    budget = VISION if task == "digits" else LANGUAGE
+    budget = VISION if task in IMAGES else LANGUAGE
     return Budget(10, budget.batch, budget.seq_length, 8) if args.quick else budget
 
 
-def make_task(name: str, args: argparse.Namespace, budget: Budget, device: torch.device) -> Digits | LanguageModel:
+def make_task(name: str, args: argparse.Namespace, budget: Budget, device: torch.device) -> Images | LanguageModel:
     """The task of a name."""
-    return Digits(budget, device) if name == "digits" else LanguageModel(name, args.data, budget, device)
+    return Images(name, budget, device) if name in IMAGES else LanguageModel(name, args.data, budget, device)
 
 
 def key(task: str, optimizer: str, lr: float, seed: int, variant: dict[str, float]) -> str:
@@ -290,7 +292,7 @@ def main() -> None:
     results.content["summary"] = [study.summary() for study in studies]
     results.write()
     for study, summary in zip(studies, results.content["summary"], strict=True):
-        print_summary(summary, Digits.unit if study.name == "digits" else LanguageModel.unit)
+        print_summary(summary, Images.unit if study.name in IMAGES else LanguageModel.unit)
     if args.png:
         plot(studies, args.png)
 

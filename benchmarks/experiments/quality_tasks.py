@@ -1,4 +1,4 @@
-"""The tasks on which optimizers are compared: a language model on the quickstart corpus, a vision transformer on digits.
+"""The tasks on which optimizers are compared: a language model on the quickstart corpus, vision transformers on digits and glyphs.
 
 A task trains one *cell* (an optimizer with its settings, a learning rate, a seed) and returns its figures.
 """
@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from quality_glyphs import LETTERS, Labelled, glyphs
 from torch import Tensor, nn
 
-from data_pipeline import Tokenizer, TokenStream, iterate_texts, train_tokenizer
+from data_pipeline import TokenStream, iterate_texts, load_tokenizer, train_tokenizer
 from data_pipeline.prepare import prepare
 from hope_megatron.config.load import load_model_config
 from hope_megatron.config.optim import OptimConfig
@@ -108,32 +109,38 @@ class LanguageModel:
 def prepared_corpus(directory: Path, vocab_size: int) -> Path:
     """Tokenizer and shards of the corpus, made if they are not there yet; an interrupted preparation continues."""
     path = directory / "tokenizer.model"
-    tokenizer = Tokenizer.load(path) if path.exists() else train_tokenizer(iterate_texts(CORPUS), path, vocab_size)
+    tokenizer = load_tokenizer(path) if path.exists() else train_tokenizer(iterate_texts(CORPUS), path, vocab_size)
     if not (directory / "heldout/manifest.json").exists():
         prepare(CORPUS, tokenizer, directory, held_out_fraction=HELD_OUT_FRACTION)
     return directory
 
 
-class Digits:
-    """Classification of scikit-learn's 1,797 digits of 8 x 8 pixels by a small vision transformer."""
+def digits() -> tuple[Labelled, Labelled]:
+    """scikit-learn's 1,797 digits of 8 x 8 pixels, (training, held out)."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(0))
+    images, labels = torch.from_numpy(found.images).float()[order] / 8 - 1, torch.from_numpy(found.target).long()[order]
+    cut = len(labels) // 5
+    return (images[cut:], labels[cut:]), (images[:cut], labels[:cut])
+
+
+class Images:
+    """Classification of small images by a small vision transformer of 16 or 64 patches."""
 
     unit = "held-out loss, nats per image"
 
-    def __init__(self, budget: Budget, device: torch.device) -> None:
-        from sklearn.datasets import load_digits
-
+    def __init__(self, name: str, budget: Budget, device: torch.device) -> None:
         self.budget, self.device = budget, device
-        digits = load_digits()
-        order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
-        images = torch.from_numpy(digits.images).float()[order].to(device) / 8 - 1
-        labels = torch.from_numpy(digits.target).long()[order].to(device)
-        cut = len(labels) // 5
-        self.heldout, self.train = (images[:cut], labels[:cut]), (images[cut:], labels[cut:])
+        sets = digits() if name == "digits" else glyphs()
+        self.train, self.heldout = (tuple(part.to(device) for part in of) for of in sets)
+        self._model = (8, 2, 10) if name == "digits" else (32, 4, len(LETTERS))
 
     def run(self, optim: OptimConfig, seed: int) -> dict[str, Any]:
         """Train one model; seed decides its initial weights and the order of the images."""
         torch.manual_seed(seed)
-        model = VisionTransformer().to(self.device)
+        model = VisionTransformer(*self._model).to(self.device)
         generator = torch.Generator().manual_seed(seed)
         images, labels = self.train
 
@@ -158,21 +165,24 @@ class Digits:
 
 
 class VisionTransformer(nn.Module):
-    """16 patches of 2 x 2 pixels, width 64, pre-norm blocks, mean over patches. [B, 8, 8] -> logits [B, 10]."""
+    """Square patches, width 64, pre-norm blocks, mean over patches. [B, size, size] -> logits [B, classes]."""
 
-    def __init__(self, width: int = 64, depth: int = 3, num_heads: int = 4) -> None:
+    def __init__(
+        self, size: int, patch: int, classes: int, *, width: int = 64, depth: int = 3, num_heads: int = 4
+    ) -> None:
         super().__init__()
-        self.patches = nn.Linear(4, width)
-        self.positions = nn.Parameter(torch.randn(16, width) * 0.02)
+        self.patch = patch
+        self.patches = nn.Linear(patch**2, width)
+        self.positions = nn.Parameter(torch.randn((size // patch) ** 2, width) * 0.02)
         self.blocks = nn.Sequential(*[Block(width, num_heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, 10)
+        self.head = nn.Linear(width, classes)
         # As in the language models: what touches the input and the classes takes AdamW.
         for param in (self.patches.weight, self.positions, self.head.weight):
             param.optim_role = "vector"  # type: ignore[attr-defined]
 
     def forward(self, images: Tensor) -> Tensor:
-        patches = F.unfold(images.unsqueeze(1), kernel_size=2, stride=2).transpose(1, 2)
+        patches = F.unfold(images.unsqueeze(1), kernel_size=self.patch, stride=self.patch).transpose(1, 2)
         return self.head(self.norm(self.blocks(self.patches(patches) + self.positions)).mean(1))
 
 

@@ -9,12 +9,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor
-
-_Self = TypeVar("_Self", bound="DigestedFile")  # typing.Self is of Python 3.11
 
 _DTYPE_NAMES = {
     torch.float64: "F64",
@@ -58,7 +56,7 @@ class DigestedFile:
             self.digest = FileDigest(self._sha256.hexdigest(), self._size)
         return self.digest
 
-    def __enter__(self: _Self) -> _Self:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

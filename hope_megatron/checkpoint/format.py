@@ -60,11 +60,13 @@ class ShardFile:
     """`numel` elements from `offset` of the flattened shard that `tp_rank` has of a parameter."""
 
     file: str
+    """Name in the directory of the checkpoint."""
     parameter: str
     tp_rank: int
     offset: int
     numel: int
     states: tuple[str, ...]
+    """What the file holds of it: `master`, then the optimizer's states."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ class ParameterRecord:
     """A parameter as the layout that wrote it saw it."""
 
     name: str
+    """As the model names it."""
     shard_shape: tuple[int, ...]
+    """On one tensor-parallel rank."""
     dtype: str
     """Compute dtype; the master weights are fp32."""
     tags: ParamTags

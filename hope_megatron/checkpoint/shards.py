@@ -23,6 +23,7 @@ class LiveShard:
 
     parameter: str
     offset: int
+    """Elements before it in the flattened shard of this tensor-parallel rank."""
     numel: int
     tensors: dict[str, Tensor]
     """Flat views by state."""

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from hope_megatron.checkpoint.errors import ConversionError
 from hope_megatron.checkpoint.unsharded import UnshardedCheckpoint
 from hope_megatron.config import ParallelConfig, RunConfig
-from hope_megatron.engine.build import build_run_optimizer
+from hope_megatron.engine.new_engine import build_run_optimizer
 from hope_megatron.layers.transformer_config import megatron_config
 from hope_megatron.model import LanguageModel
 from hope_megatron.parallel.distributed import init_distributed

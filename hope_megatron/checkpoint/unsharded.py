@@ -30,7 +30,9 @@ class UnshardedParameter:
     """A parameter as one rank alone would have it."""
 
     name: str
+    """As in `ParameterRecord`."""
     shape: tuple[int, ...]
+    """Of the whole tensor."""
     dtype: str
     """Compute dtype; everything stored is float32."""
     tags: ParamTags

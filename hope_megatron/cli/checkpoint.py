@@ -19,31 +19,37 @@ from typing import TYPE_CHECKING, Any
 
 from hope_megatron.checkpoint.errors import ModelReferenceError
 from hope_megatron.cli.layout_options import add_layout_arguments, asked_layout, changed_layout
-from hope_megatron.cli.models import prepare_process
+from hope_megatron.cli.models import add_actions, prepare_process
 from hope_megatron.config.changes import describe_entry
 
 if TYPE_CHECKING:
-    from hope_megatron.checkpoint.find import CheckpointSource
     from hope_megatron.checkpoint.reshard import Rewritten
     from hope_megatron.checkpoint.unsharded import UnshardedCheckpoint
 
 
+_RUN = "a run directory (its newest checkpoint), RUN@STEP or a checkpoint; with :ema its averaged weights"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the actions and their arguments."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    inspect = actions.add_parser("inspect", help="what a checkpoint holds; verifies every digest")
-    reshard = actions.add_parser("reshard", help="the same checkpoint for another number or arrangement of ranks")
-    average = actions.add_parser("average", help="the mean of the weights of several checkpoints of one model")
-    weights = actions.add_parser("weights", help="the weights alone, a quarter or less of the size")
+    inspect, reshard, average, weights = add_actions(
+        parser,
+        {
+            "inspect": "what a checkpoint holds; verifies every digest",
+            "reshard": "the same checkpoint for another number or arrangement of ranks",
+            "average": "the mean of the weights of several checkpoints of one model",
+            "weights": "the weights alone, a quarter or less of the size",
+        },
+    )
     for action, do in ((inspect, _inspect), (reshard, _reshard), (weights, _weights)):
-        action.add_argument("run", metavar="RUN")
+        action.add_argument("run", metavar="RUN", help=_RUN)
         action.set_defaults(do=do)
-    average.add_argument("runs", nargs="+", metavar="RUN")
+    average.add_argument("runs", nargs="+", metavar="RUN", help=_RUN)
     average.set_defaults(do=_average)
     inspect.add_argument("--json", action="store_true", help="print JSON")
     average.add_argument("--weights", metavar="W,W,...", help="one number per checkpoint (default: all alike)")
     for action in (reshard, average, weights):
-        action.add_argument("out", type=Path, metavar="OUT")
+        action.add_argument("out", type=Path, metavar="OUT", help="directory of the new checkpoint, made new")
         add_layout_arguments(action)
 
 
@@ -110,32 +116,13 @@ def _parse_weights(text: str | None, count: int) -> list[float]:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    from hope_megatron.checkpoint.facts import read_facts
     from hope_megatron.checkpoint.find import find_checkpoint
 
     source = find_checkpoint(args.run)
     source.checkpoint.verify()
-    facts = _facts(source)
+    facts = read_facts(source)
     print(json.dumps(facts, indent=1) if args.json else _in_words(facts))
-
-
-def _facts(source: CheckpointSource) -> dict[str, Any]:
-    checkpoint, description = source.checkpoint, source.checkpoint.description
-    return {
-        "path": str(source.path),
-        "files": len(checkpoint.digests),
-        "bytes": sum(digest.size for digest in checkpoint.digests.values()),
-        "foreign_files": checkpoint.foreign_files(),
-        "run": source.config.name,
-        "steps": source.config.training.steps,
-        "progress": description["progress"],
-        "layout": description["layout"],
-        "commit": description["provenance"]["commit"],
-        "history": list(description.get("history", ())),
-        "parameters": {
-            name: {"shape": list(record.full_shape(checkpoint.tp_size)), "states": sorted(checkpoint.states(name))}
-            for name, record in checkpoint.parameters.items()
-        },
-    }
 
 
 def _in_words(facts: dict[str, Any]) -> str:

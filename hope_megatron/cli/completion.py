@@ -29,7 +29,11 @@ _hope() {{
 complete -o default -F _hope hope
 """
 _CASE = '        {name}) COMPREPLY=($(compgen -W "{words}" -- "$current")) ;;'
-_ZSH = "# completion of hope, by `hope completion zsh`\nautoload -U +X bashcompinit && bashcompinit\n"
+_ZSH = """\
+# completion of hope, by `hope completion zsh`
+(( $+functions[compdef] )) || { autoload -U +X compinit && compinit; }
+autoload -U +X bashcompinit && bashcompinit
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

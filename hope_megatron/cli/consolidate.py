@@ -20,11 +20,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hope_megatron.cli.models import prepare_process
-from hope_megatron.cli.train import PRELOAD, be_a_rank, default_processes, heartbeat_limits
+from hope_megatron.cli.models import add_local_arguments, prepare_process
+from hope_megatron.cli.train import PRELOAD
 from hope_megatron.consolidation.options import NightOptions
 from hope_megatron.runtime.launchers import adopt_launcher
 from hope_megatron.runtime.process import count_gpus
+from hope_megatron.runtime.rank import be_a_rank, default_processes
 from hope_megatron.runtime.world import launched_world
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 _LISTS: dict[str, tuple[str, str]] = {
     "wake": ("FILE", "UTF-8 text that is read by day"),
-    "unseen": ("FILE", "text of the kind that is only asked about, before and after"),
+    "unseen": ("FILE", "text of the same kind that is not read: scored before and after"),
     "general": ("FILE", "text whose answers shall not change (default: the run's training data)"),
     "levels": (
         "LEVEL[:PERIOD]",
@@ -43,13 +44,13 @@ _LISTS: dict[str, tuple[str, str]] = {
 _VALUES: dict[str, tuple[type, str, str]] = {
     "out": (str, "NAME", "name of the night's run (default: NAME-night-1, then -2)"),
     "replay": (int, "N", "rows kept at most"),
-    "reservoir": (float, "SHARE", "of them for a uniform sample of the less surprising"),
+    "reservoir": (float, "SHARE", "share of them that is a uniform sample of the less surprising rows"),
     "priority": (float, "POWER", "replay in proportion to surprise to this power; 0: without surprise"),
     "dreams": (int, "N", "rows that the adapted model makes up"),
-    "general_share": (float, "SHARE", "of general text in a batch"),
+    "general_share": (float, "SHARE", "share of general text in a batch"),
     "draws": (int, "N", "answers kept for every token"),
-    "steps": (int, "N", "of the night (default: every row about 8 times)"),
-    "seed": (int, "N", "of draws, dreams and order"),
+    "steps": (int, "N", "optimizer steps of the night (default: every row about 8 times)"),
+    "seed": (int, "N", "seed of draws, dreams and order"),
 }
 """Type, what stands for the value, and help; the defaults are those of `NightOptions`."""
 
@@ -69,11 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         shown = "" if default is None else f" (default {default})"
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=value_type, default=default, metavar=metavar, help=text + shown)
-    parser.add_argument("--nproc", type=int, metavar="N", help="processes on this machine (default as for hope train)")
-    parser.add_argument(
-        "--max-restarts", type=int, default=3, metavar="N", help="as for hope train (default %(default)s)"
-    )
-    parser.add_argument("--oversubscribe", action="store_true", help="allow more processes than cores or GPUs")
+    add_local_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and leave")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -145,7 +142,7 @@ def _sleep(night: Night, args: argparse.Namespace, speaks: bool) -> int:
     from hope_megatron.runtime.heartbeat import HEART
     from hope_megatron.training.sources import open_sources
 
-    HEART.limits = heartbeat_limits(night.config)
+    HEART.limits = night.config.resilience.hang.limits
     finished = sleep_on_ranks(night, *open_sources(night.config))
     shutdown_distributed()
     return 128 + finished.stop_signal if finished.stop_signal else 0

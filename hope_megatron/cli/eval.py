@@ -10,14 +10,14 @@ Examples:
     hope eval runs/NAME --context stream --learn cms.levels.0.inner_chunk_tokens=64 cms.levels.0.inner_rate=0.01
                                                 it goes on learning from what it reads
 
-Other evaluations: hope eval memory, hope eval lm, hope eval suite.
+Other evaluations: hope eval memory, hope eval length, hope eval lm, hope eval suite.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hope_megatron.checkpoint.errors import ModelReferenceError
 from hope_megatron.cli.eval_output import add_output_arguments, check_output, write_output
@@ -25,9 +25,6 @@ from hope_megatron.cli.learning import add_learning_arguments, prepare_learning
 from hope_megatron.cli.models import add_text_arguments, prepare_process
 from hope_megatron.config.training import data_location
 from hope_megatron.convert.open_model import OpenModel, open_model
-
-if TYPE_CHECKING:
-    pass
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MANIFEST",
         help="also unigram and bigram, counted on the run's (or these) shards",
     )
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: the one the model was trained with")
     add_learning_arguments(parser)
     add_output_arguments(parser)
 
@@ -104,6 +100,11 @@ def _tables(result: dict[str, Any]) -> str:
     if len(positions) > 1:
         rows = [[f"{row['from']:,} to {row['to']:,}", row["loss"], row["tokens"]] for row in positions]
         tables += "\n\n" + markdown_table(["position in the context", "nats per token", "tokens"], rows)
+    kinds = result["loss_by_kind"]
+    if kinds:
+        models = list(kinds[0]["loss"])
+        rows = [[row["kind"], f"{row['share']:.1%}", *row["loss"].values()] for row in kinds]
+        tables += "\n\n" + markdown_table(["the token completes or spells a", "of all", *models], rows)
     return tables
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from hope_megatron.checkpoint.errors import ModelReferenceError
 from hope_megatron.cli.eval_output import add_output_arguments, check_output, write_output
-from hope_megatron.cli.models import MODEL_HELP, prepare_process
+from hope_megatron.cli.models import add_model_argument, prepare_process
 from hope_megatron.convert.open_model import OpenModel, open_model
 from hope_megatron.runtime.launchers import adopt_launcher
 from hope_megatron.runtime.world import World, WorldError, launched_world
@@ -30,8 +30,14 @@ from hope_megatron.runtime.world import World, WorldError, launched_world
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("model", help=MODEL_HELP)
-    parser.add_argument("--tasks", nargs="+", required=True, metavar="NAME", help="tasks; paper: those of the paper")
+    add_model_argument(parser)
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        required=True,
+        metavar="NAME",
+        help="names of tasks; paper: WikiText and the eight of the paper's average",
+    )
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="files of the paper's tasks, such as DIR/piqa/validation.jsonl"
     )
@@ -42,7 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at once (default 8)")
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes side by side (default 1)")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: the one the model was trained with")
     add_output_arguments(parser)
 
 
@@ -83,16 +88,11 @@ def _argv(args: argparse.Namespace) -> list[str]:
 
 def _work(args: argparse.Namespace, world: World) -> int:
     """Be one process of a world that a launcher has started."""
-    from hope_megatron.runtime.failures import report_failure
-    from hope_megatron.runtime.process import die_with_parent
+    from hope_megatron.runtime.rank import reported_failures
 
-    die_with_parent()
-    try:
-        return _evaluate(args, num_threads=1)
-    except Exception as error:
-        if report_failure(world.rank, error):
-            os._exit(2 if getattr(error, "is_user_error", False) else 1)  # peers may wait for this one
-        raise
+    with reported_failures(world):
+        _evaluate(args, num_threads=1)
+    return 0
 
 
 def _evaluate(args: argparse.Namespace, num_threads: int | None) -> int:

@@ -29,7 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-tokens", type=int, metavar="N", help="read the first N tokens (default: twice the training length)"
     )
     parser.add_argument("--top", type=int, default=12, metavar="N", help="rows of the table of surprises (default 12)")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: the one the model was trained with")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="default: memory.json in the run's or model's directory"
     )

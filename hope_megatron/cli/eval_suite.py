@@ -59,28 +59,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN|RECORD",
         help=f"needles: {MODEL_HELP}; default: train small ones here. check: a suite's JSON file",
     )
-    several = partial(parser.add_argument, nargs="+")
+    several, number = partial(parser.add_argument, nargs="+"), partial(parser.add_argument, type=int, metavar="N")
     several(
         "--families",
         metavar="NAME",
         help="hope, transformer_pp, or of configs/families; or some of a suite's own rows",
     )
     several("--tasks", metavar="NAME", help="some of the suite's tasks (default: all)")
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="tested trainings of each cell (default 5)")
-    parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps of each training")
+    number("--seeds", default=5, help="trainings of each cell that are tested, a seed each (default 5)")
+    number("--steps", help="optimizer steps of each training")
     parser.add_argument(
         "--lr",
         type=float,
         metavar="RATE",
-        help="the one peak learning rate (default: several, chosen on validation data)",
+        help="train with this peak learning rate alone (default: several, chosen on validation data)",
     )
     parser.add_argument(
-        "--optimizer", choices=["adamw", "m3", "muon"], help="the one optimizer (default: chosen on validation data)"
+        "--optimizer",
+        choices=["adamw", "m3", "muon"],
+        help="train with this optimizer alone (default: chosen on validation data)",
     )
     parser.add_argument("--chunk-tokens", type=int, metavar="C", help="tokens per chunk of every memory")
     parser.add_argument("--width", type=int, metavar="D", help="model width")
-    parser.add_argument("--layers", type=int, metavar="N", help="layers (default 2)")
-    parser.add_argument("--heads", type=int, metavar="N", help="heads of every layer (default 2)")
+    number("--layers", help="layers (default 2)")
+    number("--heads", help="heads of every layer (default 2)")
     several(
         "--hope",
         default=[],
@@ -103,10 +105,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be trained, and what is there already")
     parser.add_argument("--quick", action="store_true", help="smaller tasks and models, fewer steps")
-    parser.add_argument(
-        "--threads", type=int, default=1, metavar="N", help="CPU threads (default 1: the models are small)"
-    )
-    parser.add_argument("--cells", type=int, default=3, metavar="N", help="check: trainings to run again (default 3)")
+    number("--threads", default=1, help="CPU threads (default 1: the models are small)")
+    number("--cells", default=3, help="check: trainings to run again (default 3)")
     parser.add_argument("--sample", type=int, default=0, metavar="SEED", help="check: which trainings (default 0)")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="DIR/NAME.json, DIR/NAME.md, DIR/NAME.png and DIR/NAME-steps.png"
@@ -122,7 +122,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the tables")
     parser.add_argument(
-        "--steps-png", type=Path, metavar="FILE", help="draw how the next longer bin went over the steps of training"
+        "--steps-png",
+        type=Path,
+        metavar="FILE",
+        help="draw the score at the next longer lengths over the steps of training",
     )
 
 

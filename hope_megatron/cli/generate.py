@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from hope_megatron.checkpoint.errors import ModelReferenceError
 from hope_megatron.cli.learning import add_learning_arguments, prepare_learning
-from hope_megatron.cli.models import MODEL_HELP, prepare_process
+from hope_megatron.cli.models import add_model_argument, prepare_process
 from hope_megatron.cli.output_files import check_writable
 from hope_megatron.convert.open_model import OpenModel, open_model
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("model", help=MODEL_HELP)
+    add_model_argument(parser)
     parser.add_argument(
         "--prompt", action="append", metavar="TEXT", help="text to continue; may be given several times"
     )
@@ -63,7 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="before --state is saved, also learn from the last tokens, which fill no chunk; the clocks then begin anew",
     )
     parser.add_argument("--ignore-end", action="store_true", help="go on after the end-of-document token")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: the one the model was trained with")
 
 
 def run(args: argparse.Namespace) -> int:

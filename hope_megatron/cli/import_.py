@@ -114,7 +114,7 @@ def _write_model_section(source: Format, args: argparse.Namespace) -> None:
 
 
 def _write_tokenizer(source: Format, args: argparse.Namespace) -> None:
-    from data_pipeline.tokenizer import make_tokenizer
+    from data_pipeline.open_tokenizer import make_tokenizer
 
     if source.read_tokenizer is None:
         raise ModelReferenceError(f"{args.format} holds no tokenizer; use the file that the model was trained with")

@@ -9,7 +9,7 @@
   hope launch cancel RUN [--now]                                      save and end the job; --now: without saving
   hope launch resume RUN [--nodes N] [key.sub=value ...]              submit again, from the newest checkpoint
   hope launch array CONFIG --cluster NAME --vary optim.lr=1e-3,3e-3   one run per combination, as a job array
-  hope launch chain CHAIN.yaml --cluster NAME                         jobs that follow each other (launch/chain.py)
+  hope launch chain CHAIN.yaml --cluster NAME                         jobs that follow each other (docs/launch.md)
 
 NAME is a file in configs/clusters, or the path of one. RUN is a run directory.
 """
@@ -17,14 +17,17 @@ NAME is a file in configs/clusters, or the path of one. RUN is a run directory.
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from launch.errors import LaunchError
 
 _ACTIONS = {
-    "status": (),
+    "status": ("json",),
     "logs": ("follow", "lines"),
     "cancel": ("now",),
     "resume": ("cluster", "nodes"),
@@ -45,6 +48,7 @@ _DEFAULTS: dict[str, Any] = {
     "now": False,
     "vary": [],
     "limit": 4,
+    "json": False,
 }
 
 
@@ -61,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     where = parser.add_argument_group("where to run")
     parser.set_defaults(**_DEFAULTS)
-    where.add_argument("--cluster", metavar="NAME", help="cluster file")
+    where.add_argument("--cluster", metavar="NAME", help="a file of configs/clusters by name, or its path")
     where.add_argument("--nodes", type=int, metavar="N", help="nodes (default: 1; resume: as before)")
     where.add_argument("--dry-run", action="store_true", help="show the batch script and the checks, submit nothing")
     where.add_argument("--explain", action="store_true", help="every key of a cluster file, and leave")
@@ -75,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions.add_argument(
         "--vary", action="append", metavar="KEY=V1,V2", help="array: values of one key; may be repeated"
     )
+    actions.add_argument("--json", action="store_true", help="status, --explain: print JSON")
     actions.add_argument("--limit", type=int, metavar="N", help="array: runs at the same time (default: %(default)s)")
 
 
@@ -83,9 +88,10 @@ def run(args: argparse.Namespace) -> int:
     if args.nodes is not None and args.nodes < 1:
         raise LaunchError(f"--nodes {args.nodes}: a job needs at least one")
     if args.explain:
-        from launch.explain import explanation
+        from launch.explain import explain_keys, explanation
 
-        print(explanation())
+        rows = [dict(zip(("key", "default", "meaning"), row)) for row in explain_keys()] if args.json else []
+        print(json.dumps(rows, indent=1) if args.json else explanation())
         return 0
     if not args.words:
         raise LaunchError("hope launch needs a run file, or an action and its target; see hope launch --help")
@@ -157,10 +163,16 @@ def _status(args: argparse.Namespace, target: str, overrides: list[str]) -> None
 
     path = Path(target).absolute()
     if (path / "chain.json").exists():
-        print("\n".join([f"chain {path.name}", *chain_status(path)]))
+        links = chain_status(path)
+        print(_as_json(links) if args.json else "\n".join([f"chain {path.name}", *map(str, links)]))
         return
-    for run_dir in array_runs(path) or [path]:
-        print(run_status(run_dir))
+    runs = (run_status(run_dir) for run_dir in array_runs(path) or [path])
+    for shown in [_as_json(list(runs))] if args.json else runs:
+        print(shown)
+
+
+def _as_json(found: Sequence[Any]) -> str:
+    return json.dumps([asdict(one) for one in found], indent=1)
 
 
 def _logs(args: argparse.Namespace, target: str, overrides: list[str]) -> None:

@@ -51,6 +51,7 @@ COMMANDS = {
     "eval": Command("hope_megatron.cli.eval", "held-out loss and perplexity of a checkpoint"),
     "eval lm": Command("hope_megatron.cli.eval_lm", "tasks of lm-evaluation-harness on a model", joins_world=True),
     "eval memory": Command("hope_megatron.cli.eval_memory", "what a text does to a model's memories, as a picture"),
+    "eval length": Command("hope_megatron.cli.eval_length", "a text far beyond the trained length, and needles in it"),
     "eval suite": Command(
         "hope_megatron.cli.eval_suite", "the paper's tests: small models of each family, trained here"
     ),

@@ -24,28 +24,20 @@ from hope_megatron.cli.output_files import check_writable
 from hope_megatron.cli.plan_time import (
     calibrate_by,
     choices_data,
-    plan_time,
     print_choices,
     print_time,
     tune,
     write_overrides,
 )
-from hope_megatron.config import RunConfig, load_run_config, resolve_run_config
-from hope_megatron.config.accounting import (
-    forward_flops,
-    num_non_embedding,
-    num_parameters,
-    parameters_by_part,
-    recompute_flops,
-)
+from hope_megatron.cli.tables import new_table
+from hope_megatron.config import RunConfig
 from hope_megatron.config.base import ConfigError
 from hope_megatron.config.calibration import read_efficiency
 from hope_megatron.config.efficiency import DEFAULT, Efficiency
-from hope_megatron.config.footprint import estimate, footprint
-from hope_megatron.config.goodput import Faults, expected_goodput, parse_failures
-from hope_megatron.config.hardware import HARDWARE, Hardware, find_hardware
-from hope_megatron.config.load import read_mapping
-from hope_megatron.config.presets import find_config, split_family
+from hope_megatron.config.goodput import Faults
+from hope_megatron.config.hardware import HARDWARE, find_hardware
+from hope_megatron.config.planned_run import has_data, load_for_plan
+from hope_megatron.config.run_plan import make_plan, plan_goodput
 from hope_megatron.config.tuning import sequences_per_step
 from hope_megatron.runtime.formatting import bytes_text, count_text, duration_text, percent_text
 
@@ -56,17 +48,12 @@ _COSTS = {
     "write_s": "until a save is whole on disk",
 }
 
-TOKENS_PER_PARAMETER = 20
-"""Training length of a bare model preset (Hoffmann et al., arXiv 2203.15556)."""
-_NO_DATA = "no-data"
-"""Stands for the data of a bare model preset."""
-
 
 def add_planned(parser: argparse.ArgumentParser, example: str, **config: Any) -> None:
     """What is planned, or rehearsed, and for how many GPUs of which kind. example: of an override."""
     parser.add_argument("config", metavar="CONFIG", help="run file, model file, or the name of one", **config)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help=f"changes, for example {example}")
-    parser.add_argument("--world", type=int, metavar="N", help="number of GPUs (default: one tensor-parallel group)")
+    parser.add_argument("--world", type=int, metavar="N", help="number of GPUs (default: tensor x context parallel)")
     parser.add_argument(
         "--hardware", default="h100", metavar="NAME", help=f"one of {', '.join(HARDWARE)} (default: %(default)s)"
     )
@@ -131,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     efficiency = DEFAULT if args.efficiency is None else read_efficiency(args.efficiency)
     if args.tune:
         return _tune(args, config, world_size, efficiency, own, longer)
-    plan = {"data": plan_data(config)} | make_plan(config, world_size, args.hardware, args.utilization, efficiency)
+    plan = {"data": _data(config)} | make_plan(config, world_size, args.hardware, args.utilization, efficiency)
     if args.failures is not None:
         faults = Faults(**{name: getattr(args, name) for name in asdict(Faults())})
         plan["goodput"] = plan_goodput(plan, args.failures, args.nodes or max(1, world_size // 8), faults)
@@ -177,129 +164,17 @@ def _calibrate(args: argparse.Namespace) -> int:
     return 0
 
 
-def plan_goodput(plan: dict[str, Any], failures: str, num_nodes: int, faults: Faults) -> dict[str, Any]:
-    """What failures leave of the time, with the best interval between checkpoints."""
-    if num_nodes < 1 or min(asdict(faults).values()) < 0:
-        raise ConfigError(f"--nodes {num_nodes} and the costs of a fault must be positive")
-    found = expected_goodput(parse_failures(failures, num_nodes), faults)
-    step_s = plan["time"].get("step_s") or 3600 * plan["estimate"]["hours"] / plan["run"]["steps"]
-    every = max(1, round(found.interval_s / step_s))
-    return {"num_nodes": num_nodes, **asdict(found), "checkpoint_every": every, "assumed": asdict(faults)}
-
-
-def load_for_plan(name_or_path: str, overrides: list[str]) -> RunConfig:
-    """A run; or a model alone, put into a run of the usual shape (0.5M tokens per step, bf16, layers recomputed).
-
-    Raises:
-        ConfigError: if there is no such configuration or it is wrong.
-    """
-    name, model = name_or_path, name_or_path
-    if split_family(name_or_path) is None:
-        file = find_config(name_or_path, "runs", "models")
-        if any(key.partition(".")[0] == "training" for key in read_mapping(file)):  # training.steps: 10 is a run's too
-            return load_run_config(file, overrides)
-        name, model = file.stem, str(file)
-    data: dict[str, Any] = {
-        "name": name,
-        "model": model,
-        "training": {"steps": 1, "seq_length": 4096, "global_batch_size": 128, "recompute": "layer"},
-        "optim": {"warmup_steps": 0},
-        "data": {"train": _NO_DATA, "tokenizer": _NO_DATA},
-    }
-    config = resolve_run_config(data, overrides, source=model)
-    if config.training.steps > 1:
-        return config
-    steps = -(-TOKENS_PER_PARAMETER * num_parameters(config.model) // config.training.tokens_per_step)
-    return config.model_copy(update={"training": config.training.model_copy(update={"steps": steps})})
-
-
-def plan_data(config: RunConfig) -> dict[str, Any]:
+def _data(config: RunConfig) -> dict[str, Any]:
     """`passes` over the data sets and a `warning` where they are many; or `unknown`, why they cannot be counted."""
-    from hope_megatron.training.epochs import planned_passes, repetition_warning
-    from hope_megatron.training.sources import open_sources
+    from hope_megatron.training.epochs import repetition_warning
+    from hope_megatron.training.sources import count_passes
 
-    if config.data.train == Path(_NO_DATA).absolute():
+    if not has_data(config):
         return {"unknown": "a model alone has no data; plan a run file for epochs"}
-    try:
-        passes = planned_passes(open_sources(config)[0], config)
-    except Exception as error:
-        if not getattr(error, "is_user_error", False):
-            raise
-        return {"unknown": str(error)}
+    passes, why_not = count_passes(config)
+    if why_not:
+        return {"unknown": why_not}
     return {"passes": [one.to_dict() for one in passes], "warning": repetition_warning(passes)}
-
-
-def make_plan(
-    config: RunConfig,
-    world_size: int,
-    hardware_name: str,
-    utilization: float | None = None,
-    efficiency: Efficiency = DEFAULT,
-) -> dict[str, Any]:
-    """Everything `hope plan` says, as plain data."""
-    model, training = config.model, config.training
-    hardware = find_hardware(hardware_name)
-    forward = forward_flops(model, training.seq_length)
-    recompute = recompute_flops(model, training.seq_length, training.recompute)
-    bytes_per_gpu = footprint(config, world_size, on_gpu=hardware_name.lower() != "cpu")
-    return {
-        "name": config.name,
-        "model": model.name,
-        "levels": [
-            {**level.clock.plan(training.steps), "text": level.period_text}
-            | ({"adaptive": True, "updates": None} if level.update_period_adaptive else {"adaptive": False})
-            for level in model.cms.levels
-        ],
-        "parameters": {
-            **parameters_by_part(model),
-            "total": num_parameters(model),
-            "non_embedding": num_non_embedding(model),
-        },
-        "flops_per_token": {
-            "forward": {**asdict(forward), "total": forward.total},
-            "backward": {name: 2 * value for name, value in {**asdict(forward), "total": forward.total}.items()},
-            "recompute": recompute,
-            "total": 3 * forward.total + recompute,
-        },
-        "bytes_per_gpu": {
-            **asdict(bytes_per_gpu),
-            "total": bytes_per_gpu.total,
-            "capacity": hardware.memory_bytes,
-        },
-        "mesh": {
-            "world_size": world_size,
-            "tensor_parallel": config.parallel.tensor_parallel,
-            "context_parallel": config.parallel.context_parallel,
-            "sequence_parallel": config.parallel.sequence_parallel,
-            "data_parallel": config.data_parallel(world_size),
-            "zero_stage": config.parallel.zero_stage,
-            "accumulation_steps": config.accumulation_steps(world_size),
-        },
-        "run": {
-            "seq_length": training.seq_length,
-            "global_batch_size": training.global_batch_size,
-            "micro_batch_size": training.micro_batch_size,
-            "precision": training.precision,
-            "recompute": training.recompute,
-            "optimizer": config.optim.name,
-            "steps": training.steps,
-            "tokens_per_step": training.tokens_per_step,
-            "tokens": training.tokens,
-            "tokens_per_parameter": training.tokens / num_parameters(model),
-        },
-        "time": _time(config, world_size, hardware, efficiency, utilization),
-        "estimate": {**asdict(estimate(config, world_size, hardware, utilization)), "hardware": asdict(hardware)},
-    }
-
-
-def _time(
-    config: RunConfig, world_size: int, hardware: Hardware, efficiency: Efficiency, utilization: float | None
-) -> dict[str, Any]:
-    if hardware.name.startswith("CPU"):
-        return {"unknown": "it is counted for GPUs"}
-    if utilization is not None:
-        return {"unknown": "--utilization asks for an estimate"}
-    return plan_time(config, world_size, hardware, efficiency)
 
 
 def _data_text(data: dict[str, Any]) -> str:
@@ -325,30 +200,23 @@ def _estimate_text(plan: dict[str, Any]) -> str:
 
 def _print(plan: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(highlight=False)
     mesh, run, estimated = plan["mesh"], plan["run"], plan["estimate"]
     hardware = estimated["hardware"]
     context = f" x context parallel {mesh['context_parallel']}" if mesh["context_parallel"] > 1 else ""
 
-    def table(title: str, *columns: str) -> Table:
-        made = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False, box=None)
-        for column in columns:
-            made.add_column(column, justify="left" if column == columns[0] else "right", header_style="dim")
-        return made
-
     console.print(f"[bold]{plan['name']}[/bold] · model {plan['model']}\n")
 
     counts = dict(plan["parameters"])
     total, non_embedding = counts.pop("total"), counts.pop("non_embedding")
-    parameters = table("Parameters", "", "count", "share")
+    parameters = new_table("Parameters", "", "count", "share")
     for part, count in counts.items():
         parameters.add_row(part, count_text(count), percent_text(count / total))
     parameters.add_row("[bold]total[/bold]", f"[bold]{count_text(total)}[/bold]", f"{total:,}", end_section=True)
     parameters.add_row("without embeddings", count_text(non_embedding), percent_text(non_embedding / total))
 
-    flops = table("FLOPs per token", "", "forward", "backward", "share")
+    flops = new_table("FLOPs per token", "", "forward", "backward", "share")
     spent = plan["flops_per_token"]
     for name, value in spent["forward"].items():
         if name != "total" and value:
@@ -361,7 +229,7 @@ def _print(plan: dict[str, Any]) -> None:
     flops.add_row("recompute", "", count_text(spent["recompute"]), percent_text(spent["recompute"] / spent["total"]))
     flops.add_row("[bold]total[/bold]", "", f"[bold]{count_text(spent['total'])}[/bold]", "")
 
-    memory = table("Bytes per GPU", "", "", "of the device")
+    memory = new_table("Bytes per GPU", "", "", "of the device")
     for name, value in plan["bytes_per_gpu"].items():
         if name not in ("total", "capacity", "host"):
             memory.add_row(name.replace("_", " "), bytes_text(value), percent_text(value / hardware["memory_bytes"]))

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hope_megatron.cli.tables import new_table
 from hope_megatron.config.base import ConfigError
 from hope_megatron.config.calibration import calibrate, measured_step_s, write_efficiency
 from hope_megatron.config.efficiency import Efficiency
 from hope_megatron.config.hardware import Hardware
 from hope_megatron.config.load import load_run_config
-from hope_megatron.config.roofline import LIMIT_IN_WORDS, seconds_by_limit
+from hope_megatron.config.roofline import LIMIT_IN_WORDS
 from hope_megatron.config.run import RunConfig
 from hope_megatron.config.step_time import step_time, why_not_counted
 from hope_megatron.config.tuning import Choice, best_choices, changed_config
@@ -20,46 +21,13 @@ from hope_megatron.runtime.formatting import bytes_text, duration_text, seconds_
 from hope_megatron.runtime.records import parse_records
 
 
-def plan_time(config: RunConfig, world_size: int, hardware: Hardware, efficiency: Efficiency) -> dict[str, Any]:
-    """Time of a step as plain data; `unknown` says why it cannot be counted in closed form."""
-    if (reason := why_not_counted(config)) is not None:
-        return {"unknown": reason}
-    found, steps = step_time(config, world_size, hardware, efficiency), config.training.steps
-    phases = {
-        name: {
-            "launch_s": phase.launch,
-            "memory_s": phase.memory,
-            "math_s": phase.math,
-            "latency_s": phase.latency,
-            "network_s": phase.network,
-            "total_s": phase.total,
-        }
-        for name, phase in found.phases.items()
-    }
-    return {
-        "phases": phases,
-        "bound": found.bound,
-        "limit": found.limit,
-        "seconds_by_limit": seconds_by_limit(found.phases),
-        "step_s": found.seconds,
-        "step_s_interval": [found.fastest_s, found.slowest_s],
-        "tokens_per_second": found.tokens_per_second,
-        "tokens_per_second_per_gpu": found.tokens_per_second / world_size,
-        "hours": found.seconds * steps / 3600,
-        "hours_interval": [found.fastest_s * steps / 3600, found.slowest_s * steps / 3600],
-    }
-
-
 def print_time(console: Any, time: dict[str, Any], world_size: int) -> None:
     """Phases, bound and interval."""
     if "unknown" in time:
         console.print(f"\ntime by phase unknown: {time['unknown']}; `hope rehearse` counts it", soft_wrap=True)
         return
-    from rich.table import Table
-
-    table = Table(title="Time of a step, counted", title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for column in ("", "launches", "memory", "math", "small kernels", "network", "takes"):
-        table.add_column(column, justify="left" if not column else "right", header_style="dim")
+    columns = ("", "launches", "memory", "math", "small kernels", "network", "takes")
+    table = new_table("Time of a step, counted", *columns)
     for name, phase in time["phases"].items():
         keys = ("launch_s", "memory_s", "math_s", "latency_s", "network_s", "total_s")
         table.add_row(name, *(seconds_text(phase[key]) for key in keys))

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from hope_megatron.cli.output_files import check_writable
-from hope_megatron.cli.plan import add_planned, load_for_plan
+from hope_megatron.cli.plan import add_planned
 from hope_megatron.config.base import ConfigError
 from hope_megatron.config.hardware import find_hardware
+from hope_megatron.config.planned_run import load_for_plan
 from hope_megatron.config.sharing import slice_config
 from hope_megatron.runtime.files import write_text
 

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hope_megatron.cli.tables import new_table
 from hope_megatron.config.roofline import LIMIT_IN_WORDS
 from hope_megatron.runtime.formatting import bytes_text, count_text, percent_text, seconds_text
 
@@ -64,7 +65,7 @@ def _sharing_text(found: dict[str, Any]) -> str:
 def print_comparison(a: dict[str, Any], b: dict[str, Any], console: Console | None = None) -> None:
     """The main figures of two configurations side by side."""
     console = console or Console(highlight=False)
-    table = _table("", "", a["name"], b["name"], "")
+    table = new_table("", "", a["name"], b["name"], "")
     rows: list[tuple[str, str, Callable[[Any], str]]] = [
         ("tokens/s per GPU", "tokens_per_second", lambda x: f"{x:,.0f}"),
         ("step", "step_s", seconds_text),
@@ -93,15 +94,8 @@ def print_comparison(a: dict[str, Any], b: dict[str, Any], console: Console | No
     console.print(f"\ncounted for {a['world_size']} and {b['world_size']} x {a['hardware']}, not measured")
 
 
-def _table(title: str, *columns: str) -> Table:
-    made = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False, box=None)
-    for column in columns:
-        made.add_column(column, justify="left" if column == columns[0] else "right", header_style="dim")
-    return made
-
-
 def _phases(found: dict[str, Any]) -> Table:
-    table = _table("Time of a step", "", "kernels", "to launch", "on the device", "network", "takes")
+    table = new_table("Time of a step", "", "kernels", "to launch", "on the device", "network", "takes")
     for name, phase in found["phases"].items():
         table.add_row(
             name,
@@ -115,7 +109,7 @@ def _phases(found: dict[str, Any]) -> Table:
 
 
 def _memory(found: dict[str, Any]) -> Table:
-    table = _table(f"Memory at the peak ({found['peak_at']})", "", "bytes", "share")
+    table = new_table(f"Memory at the peak ({found['peak_at']})", "", "bytes", "share")
     for name, size in found["peak_memory_breakdown"].items():
         table.add_row(name, bytes_text(size), percent_text(size / found["peak_memory_bytes"]))
     table.add_row("[bold]total[/bold]", f"[bold]{bytes_text(found['peak_memory_bytes'])}[/bold]", "")
@@ -127,7 +121,7 @@ def _memory(found: dict[str, Any]) -> Table:
 def _alive(found: dict[str, Any]) -> Table | None:
     if not found["alive_at_peak"]:
         return None
-    table = _table("Alive at the peak, by what made it", "", "bytes")
+    table = new_table("Alive at the peak, by what made it", "", "bytes")
     for label, size in found["alive_at_peak"][:8]:
         table.add_row(label, bytes_text(size))
     return table
@@ -136,7 +130,7 @@ def _alive(found: dict[str, Any]) -> Table | None:
 def _collectives(found: dict[str, Any]) -> Table | None:
     if not found["collectives"]:
         return None
-    table = _table("Collectives of a step", "phase", "operator", "group", "count", "bytes", "time", "")
+    table = new_table("Collectives of a step", "phase", "operator", "group", "count", "bytes", "time", "")
     for row in found["collectives"]:
         group = f"{row['group']} ({row['ranks']})"
         table.add_row(
@@ -152,7 +146,7 @@ def _collectives(found: dict[str, Any]) -> Table | None:
 
 
 def _waits(found: dict[str, Any]) -> Table:
-    table = _table(f"The host waits {found['host_waits_per_step']} times a step", "where", "times")
+    table = new_table(f"The host waits {found['host_waits_per_step']} times a step", "where", "times")
     for where, count in list(found["host_waits"].items())[:_WAITS_SHOWN]:
         table.add_row(where, f"{count:,}")
     return table

@@ -25,13 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html)")
     parser.add_argument("--samples", type=int, default=0, metavar="N", help="continuations to sample (default: 0)")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="what they continue (default: nothing)")
-    parser.add_argument("--max-new-tokens", type=int, default=120, metavar="N", help="of each (default: %(default)s)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=120, metavar="N", help="tokens of each (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print the facts as JSON, and write nothing")
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the page."""
-    from hope_megatron.cli.run_report import read_run, write_page
+    from hope_megatron.report.run_page import read_run, write_page
 
     if not args.run.is_dir():
         raise ModelReferenceError(f"{args.run} is no run directory; name one, for example runs/my_run")

@@ -20,23 +20,24 @@ from pathlib import Path
 from typing import Any
 
 from hope_megatron.checkpoint.errors import ModelReferenceError
-from hope_megatron.cli.models import MODEL_HELP, prepare_process
+from hope_megatron.cli.models import add_model_argument, prepare_process
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_model_argument(parser)
     parser.add_argument("--name", help="what clients call the model (default: the directory's name)")
     parser.add_argument(
-        "--host", default="127.0.0.1", help="other than this machine's own needs --token-file (default 127.0.0.1)"
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; one that other machines reach needs --token-file (default 127.0.0.1)",
     )
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="default 8000")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen on (default 8000)")
     parser.add_argument(
         "--token-file", type=Path, metavar="FILE", help="tokens that clients send as Bearer, one a line"
     )
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: the one the model was trained with")
     parser.add_argument("--device", default=None, help="default: cuda where there is one (not run there yet), else cpu")
     batch = parser.add_argument_group("limits")
     batch.add_argument("--max-batch", type=int, default=32, metavar="N", help="streams at once (default 32)")
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     batch.add_argument("--max-body-mib", type=float, default=16, metavar="N", help="longest request (default 16)")
     batch.add_argument(
-        "--max-client-requests", type=int, default=64, metavar="N", help="of one token at once (default 64)"
+        "--max-client-requests", type=int, default=64, metavar="N", help="requests of one token at once (default 64)"
     )
     batch.add_argument("--timeout", type=float, default=600, metavar="S", help="seconds for a request (default 600)")
     sessions = parser.add_argument_group("sessions")
@@ -60,10 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--session-disk-mib", type=float, default=16384, metavar="N", help="states on disk (default 16384)"
     )
     sessions.add_argument(
-        "--session-hours", type=float, default=24, metavar="H", help="unused so long they expire (default 24)"
+        "--session-hours",
+        type=float,
+        default=24,
+        metavar="H",
+        help="hours without use after which a session expires (default 24)",
     )
     sessions.add_argument(
-        "--max-client-sessions", type=int, default=1000, metavar="N", help="of one token (default 1000)"
+        "--max-client-sessions", type=int, default=1000, metavar="N", help="sessions of one token (default 1000)"
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="load the model, print the settings as JSON, start nothing"

@@ -13,10 +13,14 @@ A sweep is a file of configs/sweeps (by name) or any YAML file of that form; doc
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from hope_megatron.cli.models import add_actions
+from hope_megatron.cli.tables import new_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,12 +38,16 @@ _REFRESH_S = 2.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `hope sweep`."""
-    commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    plan = commands.add_parser("plan", help="list the cells and what they cost; refuse what does not fit")
-    run = commands.add_parser("run", help="run the cells that have not finished")
-    status = commands.add_parser("status", help="where every cell stands")
-    fit = commands.add_parser("fit", help="fit laws and print their coefficients")
-    report = commands.add_parser("report", help="write the report and the recommended run files")
+    plan, run, status, fit, report = add_actions(
+        parser,
+        {
+            "plan": "list the cells and what they cost; refuse what does not fit",
+            "run": "run the cells that have not finished",
+            "status": "where every cell stands",
+            "fit": "fit laws and print their coefficients",
+            "report": "write the report and the recommended run files",
+        },
+    )
     for command in (plan, run, status, report):
         command.add_argument("sweep", metavar="SWEEP", help="sweep file, or the name of one in configs/sweeps")
     fit.add_argument(
@@ -66,6 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help="results of finished cells: those that FILE has are taken as they are, new ones are added to it, "
             "so that another machine goes on",
         )
+    for command in (plan, status, fit):
+        command.add_argument("--json", action="store_true", help="print JSON")
     run.add_argument("--retry", action="store_true", help="take cells that were set aside up again")
     status.add_argument(
         "--follow", action="store_true", help="renew the table until every cell has ended; Ctrl-C leaves"
@@ -93,29 +103,17 @@ def _load(args: argparse.Namespace) -> Plan:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from rich.table import Table
-
     from hope_megatron.config.hardware import find_hardware
     from hope_megatron.runtime.formatting import bytes_text, count_text, duration_text
     from hope_megatron.sweep.plan import check_budget
 
     plan = _load(args)
-    table = Table(box=None, pad_edge=False)
-    for name in (
-        "cell",
-        "width",
-        "layers",
-        "parameters",
-        "tokens",
-        "steps",
-        "lr",
-        "FLOPs",
-        "bytes/device",
-        "time",
-        "device hours",
-        "USD",
-    ):
-        table.add_column(name, justify="left" if name == "cell" else "right", header_style="dim")
+    if args.json:
+        print(json.dumps(plan.facts(), indent=1))
+        check_budget(plan)
+        return 0
+    sizes = ("width", "layers", "parameters", "tokens", "steps", "lr")
+    table = new_table("", "cell", *sizes, "FLOPs", "bytes/device", "time", "device hours", "USD")
     for cell in plan.cells:
         model, config = cell.config.model, cell.config
         table.add_row(
@@ -230,6 +228,9 @@ def _status(args: argparse.Namespace) -> int:
     plan = _load(args)
     directory = SweepDirectory(plan.sweep.directory)
     statuses = sweep_status(plan, directory)
+    if args.json:
+        print(json.dumps([status.facts() for status in statuses], indent=1))
+        return 0
     if not args.follow or not sys.stdout.isatty():
         _console().print(status_table(statuses, plan.sweep.name))
         return 0
@@ -247,7 +248,7 @@ def _fit(args: argparse.Namespace) -> int:
     from hope_megatron.sweep.analysis import analyse
     from hope_megatron.sweep.collect import read_csv
     from hope_megatron.sweep.recommend import target_flops
-    from hope_megatron.sweep.report import coefficient_rows, interval_text
+    from hope_megatron.sweep.report import coefficient_rows, interval_text, summary
     from hope_megatron.sweep.schema import FitConfig
 
     if Path(args.sweep).suffix == ".csv":
@@ -258,6 +259,9 @@ def _fit(args: argparse.Namespace) -> int:
         config = _with_options(plan.sweep.fit, args)
         families = analyse(_observations(plan), config)
     flops = target_flops(families, config.target_flops)
+    if args.json:
+        print(json.dumps(summary(families, flops), indent=1))
+        return 0
     table = Table(box=None, pad_edge=False, title=f"{config.level:.0%} intervals", title_justify="left")
     for name in ("family", "law", "coefficient", "value"):
         table.add_column(name, header_style="dim")

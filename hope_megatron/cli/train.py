@@ -14,20 +14,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from hope_megatron.cli.models import add_local_arguments
 from hope_megatron.config import RunConfig, dump_config, load_run_config
 from hope_megatron.runtime.launchers import adopt_launcher
 from hope_megatron.runtime.process import count_gpus
-from hope_megatron.runtime.reports import LAUNCH_DIR_VARIABLE
-from hope_megatron.runtime.world import REQUIRED, World, WorldError, launched_world
+from hope_megatron.runtime.rank import be_a_rank, default_processes
+from hope_megatron.runtime.world import REQUIRED, WorldError, launched_world
 from hope_megatron.training.run_directory import RunDirectory
 from hope_megatron.training.tracking import check_tracking
-
-if TYPE_CHECKING:
-    from hope_megatron.runtime.heartbeat import Limits
 
 PRELOAD = ("hope_megatron.training.run", "hope_megatron.engine.preload")
 """What every rank imports; on a machine without GPUs it is imported once."""
@@ -37,11 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `hope train`."""
     parser.add_argument("config", help="run file, or the name of one in configs/runs")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the configuration")
-    parser.add_argument(
-        "--nproc",
-        type=int,
-        help="processes to start on this machine (default: one for each visible GPU; without GPUs tensor x context parallel)",
-    )
+    add_local_arguments(parser)
     parser.add_argument(
         "--resume",
         default="auto",
@@ -56,20 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "in the run's data_ledger.jsonl. Without it a change is refused",
     )
     parser.add_argument(
-        "--max-restarts",
-        type=int,
-        default=3,
-        metavar="N",
-        help="stop after N restarts that came no further than the attempts before (default: %(default)s; 0: never restart)",
-    )
-    parser.add_argument(
         "--in-process",
         action="store_true",
         help="train in this very process, for a debugger: one rank, nothing watches it or starts it again",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and leave")
-    parser.add_argument("--oversubscribe", action="store_true", help="allow more processes than cores or GPUs")
-    parser.add_argument("--port", type=int, help="rendezvous port on this machine (default: a free one)")
+    parser.add_argument("--port", type=int, metavar="N", help="rendezvous port on this machine (default: a free one)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -91,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
     if nproc is None:
         gpus = 0 if args.in_process else count_gpus()
         nproc = default_processes(config.parallel.ranks_per_sequence, gpus)
+    if nproc < 1:
+        raise LaunchError(f"--nproc {nproc}: a run needs at least one process")
     accumulation = config.accumulation_steps(nproc)
     if world is not None and world.rank > 0:
         return 0  # a dry run of several processes: the first one speaks
@@ -135,47 +120,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _outlook(config: RunConfig) -> list[str]:
     """How often a run will read its data, and what it will do otherwise than at its newest start."""
-    from hope_megatron.training.epochs import passes_text, planned_passes, repetition_warning
+    from hope_megatron.training.epochs import passes_text, repetition_warning
     from hope_megatron.training.history import outlook
-    from hope_megatron.training.sources import open_sources
+    from hope_megatron.training.sources import count_passes
 
     lines = outlook(config, RunDirectory(config.run_dir))
-    try:
-        passes = planned_passes(open_sources(config)[0], config)
-    except Exception as error:
-        if not getattr(error, "is_user_error", False):
-            raise
-        return [f"epochs unknown: {error}", *lines]
+    passes, why_not = count_passes(config)
+    if why_not:
+        return [f"epochs unknown: {why_not}", *lines]
     warning = repetition_warning(passes)
     return [passes_text(passes), *([f"warning: {warning}"] if warning else []), *lines]
-
-
-def default_processes(group: int, gpus: int) -> int:
-    """Processes to start where nobody says how many: all visible GPUs in whole groups (tensor x context parallel); without GPUs
-    one group."""
-    return max(gpus // group, 1) * group
-
-
-def be_a_rank(
-    world: World, launcher: str | None, load: Callable[[], RunConfig], train: Callable[[RunConfig], object]
-) -> int:
-    """Be one process of a world that a launcher has started: read the configuration, then train."""
-    from hope_megatron.runtime.failures import report_failure
-    from hope_megatron.runtime.heartbeat import attach_heartbeat
-    from hope_megatron.runtime.process import apply_process_environment, die_with_parent
-
-    die_with_parent()
-    _say_what_is_waited_for(world, launcher)
-    try:
-        attach_heartbeat(world.rank)
-        config = load()
-        apply_process_environment(config.training.num_threads)
-        train(config)
-        return 0
-    except Exception as error:
-        if report_failure(world.rank, error):
-            _leave(2 if getattr(error, "is_user_error", False) else 1)
-        raise
 
 
 def _transition_argument(args: argparse.Namespace) -> list[str]:
@@ -189,7 +143,7 @@ def _train(config: RunConfig, args: argparse.Namespace) -> int:
     from hope_megatron.training.phases import PhaseClock
 
     silence_import_warnings()
-    HEART.limits = heartbeat_limits(config)
+    HEART.limits = config.resilience.hang.limits
     if os.environ.get("HOPE_FAULTS"):
         from hope_megatron.testing.faults import install_faults
 
@@ -213,27 +167,3 @@ def _train(config: RunConfig, args: argparse.Namespace) -> int:
     )
     shutdown_distributed()
     return 128 + finished.stop_signal if finished.stop_signal else 0
-
-
-def heartbeat_limits(config: RunConfig) -> Limits:
-    """How long each kind of phase may take."""
-    from hope_megatron.runtime.heartbeat import Limits
-
-    hang = config.resilience.hang
-    return Limits(hang.min_s, hang.step_factor, hang.start_up_s, hang.first_step_s, hang.evaluation_s, hang.save_s)
-
-
-def _say_what_is_waited_for(world: World, launcher: str | None) -> None:
-    """Variables left over in a shell look like a launcher's: the first rank of a world then waits for peers that never come."""
-    if world.rank == 0 and world.world_size > 1 and LAUNCH_DIR_VARIABLE not in os.environ:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        by = launcher or " ".join(REQUIRED)
-        remedy = "" if launcher else ". Without a launcher, unset these"
-        print(f"process 0 of {world.world_size}, by {by}: waiting for the others at {where}{remedy}", file=sys.stderr)
-
-
-def _leave(code: int) -> None:
-    """Exit at once: a peer may be waiting for this rank in a collective, and destructors would wait for it in turn."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

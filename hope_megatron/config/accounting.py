@@ -64,6 +64,8 @@ def weight_table(model: ModelConfig) -> list[Weight]:
             )
     if model.cms.connection == "independent":
         rows.append(Weight("gates", "cms join", len(model.cms.levels) * D, layers, False, False, False))
+    if model.attention.segment_tokens:
+        rows += _segment_weights(model, layers)
     rows.append(Weight("norms", "final norm", D, matmul=False, sharded=False, matrix=False))
     if not model.tie_embeddings:
         rows.append(Weight("head", "head", model.padded_vocab_size * D, matrix=False))
@@ -113,6 +115,19 @@ def _attention_weights(model: ModelConfig, layers: int) -> list[Weight]:
     if model.attention.qk_norm:
         rows.append(Weight("norms", "query and key norms", 2 * d, layers, matmul=False, sharded=False, matrix=False))
     return rows
+
+
+def _segment_weights(model: ModelConfig, layers: int) -> list[Weight]:
+    """Of ARMT: memory tokens alone are multiplied with what makes keys, values and rates, which `_segment_flops` counts."""
+    D, H, keys = model.hidden_size, model.num_heads, model.num_heads * model.associative_key_size
+    return [
+        Weight("embedding", "memory tokens", model.attention.memory_tokens * D, 1, False, False, False),
+        Weight("projections", "associative queries", D * keys, layers),
+        Weight("projections", "associative keys", D * keys, layers, matmul=False),
+        Weight("projections", "associative values", D * D, layers, matmul=False),
+        Weight("gates", "associative rates", D * H, layers, matmul=False, matrix=False),
+        Weight("gates", "associative rate biases", H, layers, matmul=False, matrix=False),
+    ]
 
 
 class MemoryBank(NamedTuple):
@@ -194,12 +209,34 @@ def forward_flops(model: ModelConfig, seq_length: int) -> TokenFlops:
     window = model.attention.window_tokens
     if window is not None and window < seq_length:
         context = window - window * (window - 1) / (2 * seq_length)
+    if model.attention.segment_tokens:
+        return _segment_flops(model, seq_length)
     return TokenFlops(
         outer=2.0 * outer,
         attention=2.0 * model.mixers.count("attention") * 2 * model.num_heads * model.head_dim * context,
         memory_reads=2.0 * heads_of_memory * reads,
         memory_solve=2.0 * heads_of_memory * solve,
         memory_writes=2.0 * heads_of_memory * writes,
+    )
+
+
+def _segment_flops(model: ModelConfig, seq_length: int) -> TokenFlops:
+    """Of ARMT: memory tokens pass through the layers with the text. Windows inside segments are counted as whole segments."""
+    L, M = model.attention.segment_tokens or 1, model.attention.memory_tokens
+    D, H, keys = model.hidden_size, model.num_heads, model.num_heads * model.associative_key_size
+    full, rest = divmod(seq_length, L)
+    extra = full * M / seq_length  # memory tokens per token
+    head = model.padded_vocab_size * D
+    weights = [row for row in weight_table(model) if row.matmul]
+    layers = sum(row.total for row in weights if row.part != "head")
+    pairs = full * (L + M) * (L + M + 1) / 2 + rest * (rest + 1) / 2
+    held = 6 * model.associative_key_size * (D + H)  # z and A against the features of a token, in all heads
+    return TokenFlops(
+        outer=2.0 * (layers * (1 + extra) + head),
+        attention=2.0 * model.num_layers * 2 * H * model.head_dim * pairs / seq_length,
+        memory_reads=2.0 * model.num_layers * held * (1 + extra),
+        memory_solve=0.0,
+        memory_writes=2.0 * model.num_layers * extra * (D * (keys + D + H) + 2 * held),
     )
 
 

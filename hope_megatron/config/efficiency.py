@@ -53,13 +53,13 @@ class Efficiency:
     )
     """Seconds that any kernel takes on the device, however little it does."""
     chunk_s: Assumption = Assumption(
-        50e-6,
-        15e-6,
-        130e-6,
+        20e-6,
+        6e-6,
+        60e-6,
         "derived",
-        "docs/records/2026-11-27-memory-kernels.md: instructions and guessed stalls of the compiled loops, walked for one warp at "
-        "1.755 GHz, give 30 and 2 us a chunk forward with hope_w1, 78 and 17 with hope (mean 48), and 41 and 2 backward with "
-        "hope_w1; hope's backward is not compiled. Each may be off by a factor of two; no GPU has run them",
+        "docs/records/2026-11-28-memory-programs.md: instructions and guessed stalls of the compiled loops, walked for one warp at "
+        "1.755 GHz, and 1 us for the self-memories of a stream to meet, give 11 and 2 us a chunk forward with hope_w1, 30 and 17 "
+        "with hope, and 14 and 2 backward with hope_w1. Each may be off by a factor of two; no GPU has run them",
     )
     """Seconds that a loop over chunks takes per chunk of 64 tokens."""
     memory: Assumption = Assumption(

@@ -37,7 +37,9 @@ class Footprint:
     """Bytes per GPU."""
 
     weights: float
+    """Parameters as the forward pass reads them."""
     gradients: float
+    """Their float32 sums; from stage 2 on bf16 ones too."""
     optimizer: float
     """Master weights and optimizer states, unless they are offloaded."""
     memory_states: float
@@ -112,6 +114,7 @@ def _kept_for_backward(config: RunConfig, on_gpu: bool) -> tuple[float, float, f
     model, parallel, training = config.model, config.parallel, config.training
     tp, number = parallel.tensor_parallel, compute_bytes(training)
     tokens = training.micro_batch_size * (training.truncate_tokens or training.seq_length) / parallel.context_parallel
+    tokens *= 1 + model.attention.memory_tokens_per_token
     residual = model.hidden_size / (tp if parallel.sequence_parallel else 1)
     layers = [
         _layer_bytes(model, mixer, training.seq_length, number, tp, residual, training.recompute, on_gpu)

@@ -40,11 +40,15 @@ class Goodput:
     interval_s: float
     """Seconds of training between saves."""
     productive: float
+    """Share in which new steps are done."""
     saves: float
+    """What training waits for in saves."""
     redone: float
     """Work since the last whole checkpoint, done again."""
     detection: float
+    """Until faults are seen."""
     restarts: float
+    """From there to the next step."""
 
 
 def parse_failures(text: str, num_nodes: int) -> float:

@@ -22,6 +22,7 @@ class Hardware:
     peak_tf32: float
     """Dense matrix FLOP/s in TF32; that of float32 where there is none."""
     memory_bytes: float
+    """Of the device."""
     memory_bandwidth: float
     """Bytes per second between the device and its memory."""
     link_bandwidth: float

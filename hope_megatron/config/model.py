@@ -215,6 +215,18 @@ class AttentionConfig(Section):
     """Add a bias to queries, keys and values, as Qwen2 does."""
     qk_norm: bool = False
     """RMSNorm over each head's queries and keys before they are rotated, as Qwen3 does."""
+    segment_tokens: int | None = Field(default=None, gt=0)
+    """Attend within segments of so many tokens, which an associative memory per layer joins (ARMT, arXiv 2407.04841); None has no
+    segments. All layers have attention then."""
+    memory_tokens: int = Field(default=16, gt=0)
+    """Learned tokens behind every segment, which pass through all layers and write their memories."""
+    memory_key_size: int | None = Field(default=None, gt=0)
+    """Width of an associative memory's keys per head, of which it makes six times as many features; None means the head width."""
+
+    @property
+    def memory_tokens_per_token(self) -> float:
+        """Memory tokens for each token of text."""
+        return self.memory_tokens / self.segment_tokens if self.segment_tokens else 0.0
 
 
 class CMSConfig(Section):
@@ -340,8 +352,32 @@ class ModelConfig(Section):
         """The mixer of each layer."""
         return tuple(self.layer_pattern[i % len(self.layer_pattern)] for i in range(self.num_layers))
 
+    @property
+    def associative_key_size(self) -> int:
+        """Width of the keys of ARMT's memories, resolved."""
+        return self.attention.memory_key_size or self.head_dim
+
+    def _check_segments(self) -> None:
+        if "memory" in self.mixers:
+            raise ConfigError(
+                "attention.segment_tokens puts memory tokens between segments, which layers with memories would read as text; set "
+                "layer_pattern=[attention], or leave segment_tokens out"
+            )
+        if self.cms.learns_in_context:
+            raise ConfigError(
+                "attention.segment_tokens does not go with levels that learn in context (cms.levels.N.inner_chunk_tokens); leave "
+                "one out"
+            )
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"attention.segment_tokens: values of a memory are hidden_size / num_heads wide, and num_heads={self.num_heads} "
+                f"does not divide hidden_size={self.hidden_size}; change one"
+            )
+
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
+        if self.attention.segment_tokens:
+            self._check_segments()
         if self.head_size is None and self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"model.hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}; set head_size or change one"

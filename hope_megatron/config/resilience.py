@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Literal
 
 from pydantic import Field
 
 from hope_megatron.config.base import Section
+from hope_megatron.runtime.heartbeat import Limits
 
 Action = Literal["off", "warn", "act"]
 
@@ -28,6 +30,11 @@ class HangConfig(Section):
     """Limit of what training waits for in a save."""
     collective_timeout_s: float = Field(default=1800.0, gt=0)
     """Time-out of every process group: what ends a collective that a peer never joins where nobody watches."""
+
+    @property
+    def limits(self) -> Limits:
+        """How long each kind of phase may take."""
+        return Limits(**{field.name: getattr(self, field.name) for field in fields(Limits)})
 
 
 class BadStepConfig(Section):

@@ -53,11 +53,15 @@ class Transfer:
     """Collectives of one kind over one group in a phase."""
 
     phase: str
+    """Of the step: forward, backward, ..."""
     operator: str
     """allreduce, allgather, reduce_scatter, alltoall, broadcast, or HOST_COPY."""
     group: str
+    """Axis of the mesh."""
     ranks: tuple[int, ...]
+    """Global ranks of the group."""
     count: float
+    """Calls."""
     bytes: float
     """Of the largest operand, over all calls."""
     hidden: bool

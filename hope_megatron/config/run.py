@@ -45,6 +45,8 @@ class RunConfig(Section):
     def _check(self) -> RunConfig:
         check_parallel_fits_model(self.model, self.parallel, self.training)
         check_inner_clocks(self.model, self.parallel, self.training)
+        if self.model.attention.segment_tokens:
+            check_segments(self.model, self.parallel, self.training, self.data)
         adaptive = any(level.update_period_adaptive for level in self.model.cms.levels)
         if adaptive and self.optim.name not in HAVE_MOMENTUM:
             raise ConfigError(
@@ -209,6 +211,26 @@ def check_context_parallel(model: ModelConfig, parallel: ParallelConfig, trainin
             f"the fastest inner_chunk_tokens={model.cms.inner_segment_tokens} does not divide into {slices} slices "
             f"(parallel.context_parallel{' x tensor_parallel' if slices > cp else ''}), over which each chunk is split; use a "
             f"multiple of {slices}"
+        )
+
+
+def check_segments(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig, data: DataConfig) -> None:
+    """Refuse what segments that are read one after the other cannot have."""
+    segment = model.attention.segment_tokens or 0
+    for name, value, wanted in (
+        ("parallel.sequence_parallel", parallel.sequence_parallel, False),
+        ("parallel.context_parallel", parallel.context_parallel, 1),
+        ("data.reset_at_documents", data.reset_at_documents, False),
+    ):
+        if value != wanted:
+            raise ConfigError(
+                f"model.attention.segment_tokens={segment} with {name}={value}: a segment reads what the one before has "
+                f"written, from the sequence's start; set {name}={str(wanted).lower()}"
+            )
+    if training.seq_length <= segment:
+        raise ConfigError(
+            f"model.attention.segment_tokens={segment} with training.seq_length={training.seq_length}: no memory would ever be "
+            f"read; set segment_tokens to at most {max(1, training.seq_length // 2)}, or longer sequences"
         )
 
 

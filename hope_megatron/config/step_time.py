@@ -74,8 +74,6 @@ _PORTION = 2**26
 """Gradients that are raised to float32 together (engine/deepspeed_setup.py)."""
 PROGRAMS_AT_ONCE = 264
 """Programs of a loop over chunks that an H100 runs side by side: two on each of 132 multiprocessors."""
-_LOOPS = 2
-"""Kernels of a layer and phase that go from chunk to chunk: that of the self-memories and that of the main memory."""
 _MEMORY_BACKWARD = 3
 """Products of the memories' backward over those of their forward."""
 
@@ -111,6 +109,8 @@ def why_not_counted(config: RunConfig) -> str | None:
             return f"memory.kernel={memory.kernel}; they are of the Triton kernels"
     if config.model.cms.learns_in_context:
         return "it learns in context"
+    if config.model.attention.segment_tokens:
+        return "attention.segment_tokens reads segment after segment"
     return None
 
 
@@ -187,7 +187,7 @@ def step_works(config: RunConfig, world_size: int) -> Works:
     for row in rows:
         num_bytes += _row_bytes(row, name) * row.total / (tp if row.sharded else 1) * shard / local
     lists = max(math.ceil(sum(map(len, _tensors(config).values())) / _TENSORS_TOGETHER), math.ceil(local / _TOGETHER))
-    kernels = 26 + 2 * lists + _UPDATE_KERNELS.get(name, 200)
+    kernels: float = 26 + 2 * lists + _UPDATE_KERNELS.get(name, 200)
     # a group is cleared twice and gathered; at ticks it is updated, and the sum of a slow one copied and cleared
     for matrix, period, decays in groups:
         update = 0 if m3 and matrix else (5 + decays) / period
@@ -270,18 +270,6 @@ def _tensors(config: RunConfig) -> dict[tuple[bool, int, bool], list[int]]:
     for _, shape, tags in matrix_params(config.model, tp):
         key = (True, tags.update_period_steps, tags.weight_decay)
         found.setdefault(key, []).append(math.prod(shape))
-    return found
-
-
-def _tensors(config: RunConfig) -> dict[tuple[bool, int, bool], list[int]]:
-    """Sizes of a rank's tensors in each of the optimizer's groups, those of matrices in the order of the model."""
-    tp, found = config.parallel.tensor_parallel, dict[tuple[bool, int, bool], list[int]]()
-    for row in weight_table(config.model):
-        if not row.matrix:
-            size = row.size // (tp if row.sharded else 1)
-            found.setdefault((False, row.update_period_steps, _decays(row)), []).extend([size] * row.copies)
-    for _, shape, tags in matrix_params(config.model, tp):
-        found.setdefault((True, tags.update_period_steps, tags.weight_decay), []).append(math.prod(shape))
     return found
 
 
@@ -426,7 +414,10 @@ def _loop_steps(config: RunConfig) -> float:
     model, training = config.model, config.training
     streams = training.micro_batch_size * model.num_heads // config.parallel.ranks_per_sequence
     chunks = training.seq_length // model.memory.chunk_tokens
-    return model.mixers.count("memory") * _LOOPS * chunks * -(-streams // PROGRAMS_AT_ONCE)
+    rule = model.memory.rule
+    programs = (streams, streams * (rule.num_vector + rule.num_scalar))  # of the main memory, and of the self-memories
+    rounds = sum(-(-some // PROGRAMS_AT_ONCE) for some in programs)
+    return model.mixers.count("memory") * chunks * rounds
 
 
 def _dtype(config: RunConfig) -> str:

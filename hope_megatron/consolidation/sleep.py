@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline import Tokenizer
+from data_pipeline import load_tokenizer
 from hope_megatron.checkpoint.find import CheckpointSource, find_checkpoint
 from hope_megatron.config import RunConfig
 from hope_megatron.consolidation.day import Pairs, live, morning
@@ -98,7 +98,7 @@ def plan_night(
             f"{reference} are averaged weights; write them as a checkpoint first (hope checkpoint weights)"
         )
     run = base.config
-    tokenizer, length = Tokenizer.load(run.data.tokenizer), run.training.seq_length
+    tokenizer, length = load_tokenizer(run.data.tokenizer), run.training.seq_length
     wake = rows_of(text_tokens(list(options.wake), tokenizer), length)
     config = night_config(run, out or night_name(run.name), options, len(wake), overrides)
     if config.run_dir.resolve() == base.path.parent.parent.resolve():

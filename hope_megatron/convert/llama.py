@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from hope_megatron.checkpoint.errors import ConversionError, ExportCheckError
@@ -149,9 +150,12 @@ def check_against_transformers(model: LanguageModel, directory: Path) -> float |
     """
     if importlib.util.find_spec("transformers") is None:
         return None
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    source = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, use_safetensors=True).eval()
+    name = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
+    source = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, use_safetensors=True, **{name: torch.float32}
+    ).eval()
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.model_config.vocab_size, (1, NUM_CHECKED_TOKENS), generator=generator)
     with torch.no_grad():

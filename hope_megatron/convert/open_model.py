@@ -53,7 +53,7 @@ def open_model(reference: str, tokenizer_file: Path | None = None) -> OpenModel:
         reference: a run directory (its newest checkpoint), RUN@STEP, a checkpoint, or an exported Hugging Face directory.
         tokenizer_file: instead of the one the model was trained with.
     """
-    from data_pipeline.tokenizer import Tokenizer, make_tokenizer
+    from data_pipeline.open_tokenizer import load_tokenizer, make_tokenizer
     from hope_megatron.checkpoint.find import find_checkpoint
     from hope_megatron.checkpoint.local_model import build_local_model
     from hope_megatron.convert.huggingface.export import is_huggingface_model, load_huggingface
@@ -66,11 +66,11 @@ def open_model(reference: str, tokenizer_file: Path | None = None) -> OpenModel:
             beside = directory / "tokenizer.json"
             tokenizer = make_tokenizer(read_tokenizer(directory), f"the tokenizer of {directory}", beside)
         else:
-            tokenizer = Tokenizer.load(tokenizer_file)
+            tokenizer = load_tokenizer(tokenizer_file)
         opened = OpenModel(reference, loaded.model, tokenizer, loaded.train_tokens_per_sequence, None)
     else:
         source = find_checkpoint(reference)
-        tokenizer = Tokenizer.load(tokenizer_file or source.config.data.tokenizer)
+        tokenizer = load_tokenizer(tokenizer_file or source.config.data.tokenizer)
         model = build_local_model(source.config.model, source.tensors(), source=str(source.path))
         window = source.config.training.seq_length
         opened = OpenModel(reference, model, tokenizer, window, source.config, source.path, source.averaged)

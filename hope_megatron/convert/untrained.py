@@ -10,7 +10,7 @@ from hope_megatron.checkpoint.generators import fresh_generator_states
 from hope_megatron.checkpoint.unsharded import UnshardedCheckpoint, UnshardedParameter
 from hope_megatron.config import RunConfig
 from hope_megatron.config.layout import ParallelLayout
-from hope_megatron.engine.build import build_run_optimizer
+from hope_megatron.engine.new_engine import build_run_optimizer
 from hope_megatron.model import LanguageModel
 from hope_megatron.optim import read_tags
 

@@ -269,7 +269,13 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(
-        self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None, *, learn: bool = True
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        documents: Tensor | None = None,
+        *,
+        masks: Sequence[Tensor] = (),
+        learn: bool = True,
     ) -> Tensor:
         """Sum of losses and number of valid tokens of a batch, over the data-parallel ranks. A model with inner clocks
         learns in context, as it does in training.
@@ -279,15 +285,18 @@ class Engine:
                 rank's slice of them (`own_spans`).
             targets: [B, T] int64; -100 does not count.
             documents: see `LanguageModel.forward`.
+            masks: K times [B, T] bool: targets that are summed apart too.
             learn: False reads with static levels, in one piece.
 
         Returns:
-            [2] float64 on the device: sum of losses, number of valid tokens.
+            [1 + K, 2] float64 on the device: sum of losses and number of valid tokens, of all and of those of each mask.
         """
         self.model.eval()
         losses = self.model(tokens, targets, documents=documents, learn=learn and self._learns).losses
         self.model.train()
-        sums = torch.stack([losses.double().sum(), (targets != IGNORE).sum().double()])
+        losses, valid = losses.double(), targets != IGNORE
+        parts = [(losses, valid), *((losses * mask, valid & mask) for mask in masks)]
+        sums = torch.stack([torch.stack([part.sum(), count.sum().double()]) for part, count in parts])
         dist.all_reduce(sums, group=self.mesh.dp_group)
         return sums
 

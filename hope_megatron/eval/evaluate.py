@@ -11,6 +11,7 @@ import numpy as np
 from hope_megatron.eval.baselines import BigramModel, UnigramModel
 from hope_megatron.eval.heldout import manifest_counts
 from hope_megatron.eval.perplexity import heldout_score, loss_by_position, row_tokens, score_heldout, text_size
+from hope_megatron.eval.token_kinds import loss_by_kind
 
 if TYPE_CHECKING:
     from hope_megatron.convert.open_model import OpenModel
@@ -34,7 +35,8 @@ def evaluate(
         learn: the model learns in context.
 
     Returns:
-        `scores` by model name (see `HeldoutScore.as_dict`), baselines first, and how they came about.
+        `scores` by model name (see `HeldoutScore.as_dict`), baselines first, how they came about, and, unless rows overlap,
+        `loss_by_position` of the model and `loss_by_kind` of all (see the functions of these names).
     """
     losses = {}
     if baseline_manifest is not None:
@@ -54,7 +56,8 @@ def evaluate(
     seconds = time.monotonic() - started
     num_targets = len(tokens) - 1
     row_length = row_tokens(num_targets, context_tokens, batch_size)
-    size = text_size(tokens[1:], opened.tokenizer.decode, opened.tokenizer.eos_id)
+    decode = opened.tokenizer.decode
+    size = text_size(tokens[1:], decode, opened.tokenizer.eos_id)
     return {
         "model": opened.name,
         "tokens": num_targets,
@@ -67,4 +70,5 @@ def evaluate(
         "loss_by_position": []
         if stride_tokens
         else loss_by_position(losses["model"], row_length, opened.window_tokens),
+        "loss_by_kind": [] if stride_tokens else loss_by_kind(losses, tokens, row_length, decode),
     }

@@ -26,6 +26,7 @@ def megatron_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.d
         normalization="RMSNorm",
         add_bias_linear=False,
         add_qkv_bias=model.attention.qkv_bias,
+        qk_layernorm=model.attention.qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_parallel,

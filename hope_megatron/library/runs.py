@@ -51,17 +51,17 @@ class Run:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Text to ids and back."""
-        from data_pipeline.tokenizer import Tokenizer, make_tokenizer
+        from data_pipeline.open_tokenizer import load_tokenizer, make_tokenizer
         from hope_megatron.convert.huggingface.tokenizer_back import read_tokenizer
 
         if self._tokenizer_file is not None:
-            return Tokenizer.load(self._tokenizer_file)
+            return load_tokenizer(self._tokenizer_file)
         if self._exported:
             directory = Path(self.reference)
             return make_tokenizer(
                 read_tokenizer(directory), f"the tokenizer of {directory}", directory / "tokenizer.json"
             )
-        return Tokenizer.load(self._source.config.data.tokenizer)
+        return load_tokenizer(self._source.config.data.tokenizer)
 
     @property
     def window_tokens(self) -> int:

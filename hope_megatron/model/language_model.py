@@ -55,8 +55,13 @@ class LanguageModel(MegatronModule):
             config=config,
         )
         declare(self.embedding.weight, normal(model.init_std), shard_dim=0, weight_decay=True)
+        self.memory_tokens = None
+        if model.attention.segment_tokens:  # of ARMT
+            shape = (model.attention.memory_tokens, model.hidden_size)
+            tokens = nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
+            self.memory_tokens = declare(tokens, normal(model.init_std))
         self.layers = nn.ModuleList(
-            build_module(layer_spec(mixer), config=config, model=model, layer_number=i + 1)
+            build_module(layer_spec(mixer, model), config=config, model=model, layer_number=i + 1)
             for i, mixer in enumerate(model.mixers)
         )
         for layer in self.layers:
@@ -155,6 +160,9 @@ class LanguageModel(MegatronModule):
             keep_states: False drops the states at once, which else live as long as the pass; none are returned.
         """
         x = self._embed(tokens)
+        num_text = x.size(0)
+        if self.memory_tokens is not None:
+            x = torch.cat([x, self._memory_tokens(tokens, states)])
         ends = []
         nothing: tuple[FastLevels | None, ...] = (None,) * len(self.layers)
         for layer, layer_state, weights in zip(self.layers, states or nothing, fast or nothing, strict=True):
@@ -168,7 +176,7 @@ class LanguageModel(MegatronModule):
             if keep_states:
                 ends.append(layer_state)
             del layer_state  # else the last layer's lives on beside the logits
-        return self._head(self.norm(x)), tuple(ends)
+        return self._head(self.norm(x[:num_text])), tuple(ends)
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Losses [B, T] float32 of `read`'s logits, which backward overwrites."""
@@ -185,6 +193,13 @@ class LanguageModel(MegatronModule):
         """[B, T] -> [T, B, D], or [T/tp, B, D] under sequence parallelism."""
         x = self.embedding(tokens)
         return x if self.config.sequence_parallel else x.transpose(0, 1).contiguous()
+
+    def _memory_tokens(self, tokens: Tensor, states: tuple[Any, ...] | None) -> Tensor:
+        """Memory tokens [n M, B, D] of the n segments that tokens [B, T] fill up (ARMT)."""
+        assert self.memory_tokens is not None and self.model_config.attention.segment_tokens
+        B, T = tokens.shape
+        num_full = ((states[0].attention.position if states else 0) + T) // self.model_config.attention.segment_tokens
+        return self.memory_tokens.repeat(num_full, 1).unsqueeze(1).expand(-1, B, -1)
 
     def _head(self, x: Tensor) -> Tensor:
         """[T, B, D] -> this rank's logits [T, B, padded_vocab / tp]; the columns that pad the vocabulary are no tokens."""

@@ -347,6 +347,8 @@ class HopeLayer(nn.Module):
     def __init__(self, model: SimpleNamespace, mixer: str) -> None:
         super().__init__()
         self.norm = RMSNorm(model.hidden_size, model.norm_epsilon)
+        if getattr(model.attention, "segment_tokens", None):
+            raise ValueError("attention.segment_tokens (ARMT) is computed by hope_megatron alone; leave it out")
         self.mixer = MemoryMixer(model) if mixer == "memory" else AttentionMixer(model)
         self.mlp = ContinuumMLP(model)
 

@@ -31,12 +31,14 @@ class SharedSettings(TypedDict, total=False):
 
     vector_lr: learning rate of embeddings, norms, convolutions and biases; None means lr. weight_decay: decoupled, of matrices and
     embeddings (0.1). betas, eps: decay of the moments ((0.9, 0.95)), and what is added to the root of the second (1e-8).
+    ns: how matrices are orthogonalised, where they are.
     """
 
     vector_lr: float | None
     weight_decay: float
     betas: tuple[float, float]
     eps: float
+    ns: NewtonSchulz | None
 
 
 class BoundOptimizer(torch.optim.Optimizer):

@@ -99,14 +99,13 @@ class DeltaMomentum(BoundOptimizer):
         delta: float = 0.1,
         form: str = "ema",
         momentum_output: str = "identity",
-        ns: NewtonSchulz | None = None,
         **shared: Unpack[SharedSettings],
     ) -> None:
         _check_form(form)
         _check_delta(delta, 1 + momentum)
         self.form, self.output = form, _checked_output(momentum_output)
         self.grows_with_gradient = form == "paper" and momentum_output == "identity"
-        super().__init__(params, lr, ns=ns, own={"momentum": momentum, "delta": delta}, **shared)
+        super().__init__(params, lr, own={"momentum": momentum, "delta": delta}, **shared)
 
     def matrix_update(self, context: UpdateContext) -> Tensor:
         alpha, delta, paper = context.group["momentum"], context.group["delta"], self.form == "paper"
@@ -144,7 +143,6 @@ class DMGD(BoundOptimizer):
         inner_decay: float = 0.99,
         inner_objective: str = "l2",
         momentum_output: str = "identity",
-        ns: NewtonSchulz | None = None,
         **shared: Unpack[SharedSettings],
     ) -> None:
         if inner_objective not in OBJECTIVES:
@@ -154,7 +152,7 @@ class DMGD(BoundOptimizer):
                 f"DMGD needs inner_decay in [0, 1] and inner_lr in (0, 1], got inner_decay {inner_decay}, inner_lr {inner_lr}"
             )
         self.objective, self.output = inner_objective, _checked_output(momentum_output)
-        super().__init__(params, lr, ns=ns, own={"inner_lr": inner_lr, "inner_decay": inner_decay}, **shared)
+        super().__init__(params, lr, own={"inner_lr": inner_lr, "inner_decay": inner_decay}, **shared)
 
     def matrix_update(self, context: UpdateContext) -> Tensor:
         group, sigma = context.group, _output_map(self.output, self.ns)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hope_megatron.optim.base import BoundOptimizer, SharedSettings
 from hope_megatron.optim.errors import OptimError
-from hope_megatron.optim.exchange import Job, NewtonSchulz
+from hope_megatron.optim.exchange import Job
 from hope_megatron.optim.update import TINY, UPDATE_RMS, UpdateContext
 
 
@@ -50,7 +50,6 @@ class M3(BoundOptimizer):
         form: str = "ema",
         denominator_floor: float = 0.1,
         stagger: bool = True,
-        ns: NewtonSchulz | None = None,
         **shared: Unpack[SharedSettings],
     ) -> None:
         if form not in ("ema", "paper"):
@@ -61,7 +60,7 @@ class M3(BoundOptimizer):
             raise OptimError(f"denominator_floor is {denominator_floor}; it must be positive")
         self.form, self.stagger = form, stagger and form == "ema"
         own = {"slow_beta": slow_beta, "slow_period_steps": slow_period_steps, "slow_weight": slow_weight}
-        super().__init__(params, lr, ns=ns, own=own | {"denominator_floor": denominator_floor}, **shared)
+        super().__init__(params, lr, own=own | {"denominator_floor": denominator_floor}, **shared)
 
     def slow_period(self, group: dict[str, Any]) -> int:
         return group["slow_period_steps"] if self.stagger else 1

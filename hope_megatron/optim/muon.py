@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hope_megatron.optim.base import BoundOptimizer, SharedSettings
-from hope_megatron.optim.exchange import Job, NewtonSchulz
+from hope_megatron.optim.exchange import Job
 from hope_megatron.optim.update import TINY, UPDATE_RMS, UpdateContext, averaged_momentum
 
 
@@ -26,10 +26,9 @@ class Muon(BoundOptimizer):
         *,
         momentum: float = 0.95,
         nesterov: bool = True,
-        ns: NewtonSchulz | None = None,
         **shared: Unpack[SharedSettings],
     ) -> None:
-        super().__init__(params, lr, ns=ns, own={"momentum": momentum, "nesterov": nesterov}, **shared)
+        super().__init__(params, lr, own={"momentum": momentum, "nesterov": nesterov}, **shared)
 
     def matrix_update(self, context: UpdateContext) -> Tensor:
         exchange = context.matrices

@@ -17,15 +17,14 @@ from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
 from hope_megatron.config.run import RunConfig
-from hope_megatron.engine import build as engine_build
-from hope_megatron.engine import engine, overlap
+from hope_megatron.engine import engine, new_engine, overlap
 from hope_megatron.engine.libraries import choose_libraries
 from hope_megatron.engine.policy import matmul_precision, policy_restored
 from hope_megatron.ops.libraries import flex
 from hope_megatron.ops.memory import operator
 from hope_megatron.ops.memory.backends.registry import Case
 from hope_megatron.ops.regions import Region
-from hope_megatron.optim import build, exchange
+from hope_megatron.optim import exchange, new_optimizer
 from hope_megatron.rehearse.operators import Family, tensors_in
 from hope_megatron.rehearse.triton_launches import TritonLaunches
 from hope_megatron.rehearse.watch import Watch
@@ -42,13 +41,13 @@ def gpu_path(watch: Watch, config: RunConfig) -> Iterator[None]:
         stack.enter_context(policy_restored())
         stack.enter_context(choices_restored())
         stack.enter_context(patch.object(Region, "compiles", Region.compiles))
-        stack.enter_context(patch.object(engine_build, "choose_libraries", _as_on_a_gpu))
+        stack.enter_context(patch.object(new_engine, "choose_libraries", _as_on_a_gpu))
         stack.enter_context(
             patch.object(engine, "wants_overlap", lambda parallel, _: overlap.wants_overlap(parallel, "cuda"))
         )
         stack.enter_context(patch.object(overlap.OverlappedReduction, "send", _watched_send(watch)))
         torch.set_float32_matmul_precision(matmul_precision(config.training))
-        stack.enter_context(patch.object(build, "device_type", lambda named_parameters: "cuda"))
+        stack.enter_context(patch.object(new_optimizer, "device_type", lambda named_parameters: "cuda"))
         stack.enter_context(_memories_on("cuda"))
         stack.enter_context(patch.object(operator, "choose", triton.choose))
         stack.enter_context(patch.object(F, "rms_norm", stand_ins.rms_norm))

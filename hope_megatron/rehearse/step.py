@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hope_megatron.config.run import RunConfig
-from hope_megatron.engine.build import build_engine
 from hope_megatron.engine.engine import Engine
+from hope_megatron.engine.new_engine import build_engine
 from hope_megatron.parallel.distributed import Mesh
 from hope_megatron.rehearse.memory import Segment
 from hope_megatron.rehearse.tally import Tally

@@ -7,6 +7,7 @@ what they compute again. A kernel that goes from chunk to chunk takes as long as
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +17,7 @@ from hope_megatron.config.model import ModelConfig
 from hope_megatron.config.step_time import PROGRAMS_AT_ONCE
 from hope_megatron.ops.memory.backends import registry
 from hope_megatron.ops.memory.backends.registry import Backend, Case
-from hope_megatron.ops.memory.backends.triton import backend as triton_backend
+from hope_megatron.ops.memory.backends.triton import unchecked
 from hope_megatron.ops.memory.rule import MemoryCompute
 from hope_megatron.rehearse.operators import tensors_in
 from hope_megatron.rehearse.watch import Watch
@@ -55,7 +56,7 @@ class TritonLaunches:
         B, T, H, _ = q.shape
         flops = 2.0 * sum(memory_macs(self._model, T)) * B * T * H
         dtype = "bfloat16" if compute.precision == "bf16" else "float32"  # these kernels never take TF32 for it
-        y, groups = triton_backend.scan(tensors, rule, groups, compute=compute, recompute=recompute)
+        y, groups = unchecked.scan(tensors, rule, groups, compute=compute, recompute=recompute)
         self._count_flops(dtype, flops)
         if y.requires_grad:
             y.register_hook(lambda _gradient: self._count_flops(dtype, _BACKWARD * flops))
@@ -76,12 +77,12 @@ class TritonLaunches:
     ) -> None:
         operands = {x.untyped_storage()._cdata: x for x in tensors_in(list(arguments.values()), [])}
         steps = 0
-        if len(grid) == 1:  # a program per stream, which goes from chunk to chunk
-            steps = arguments["chunks"] * -(-grid[0] // PROGRAMS_AT_ONCE)
+        if len(grid) == 1 or "first" in arguments:  # a program per stream (and memory), which goes from chunk to chunk
+            steps = arguments["chunks"] * -(-math.prod(grid) // PROGRAMS_AT_ONCE)
         self._watch.count_kernel(function.__name__, "memories", list(operands.values()), [], steps=steps)
 
 
 def why_not(case: Case) -> str | None:
     """Why the kernels cannot take a case on a GPU where they are trusted."""
     case = case._replace(plain=True)
-    return triton_backend._why_not_rule(case) or triton_backend._why_not_shape(case)
+    return unchecked._why_not_rule(case) or unchecked._why_not_shape(case)

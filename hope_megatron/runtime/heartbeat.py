@@ -38,12 +38,17 @@ class Limits:
     """Seconds without progress after which a rank counts as hanging, by kind of phase."""
 
     min_s: float = 30.0
+    """Shortest limit of a phase of a step."""
     step_factor: float = 5.0
     """A phase of a step may take so many median steps."""
     start_up_s: float = 900.0
+    """Each phase of the start."""
     first_step_s: float = 1800.0
+    """Each phase of the first step."""
     evaluation_s: float = 1800.0
+    """An evaluation, and a measurement of the memories."""
     save_s: float = 1800.0
+    """What training waits for in a save."""
 
 
 class Beat(NamedTuple):

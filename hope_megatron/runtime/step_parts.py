@@ -112,7 +112,20 @@ _APEX_NORM = Candidate(
     modules=("apex.normalization.fused_layer_norm", "fused_layer_norm_cuda"),
     check=f"{_LIBRARIES}.checks:norm_of_apex",
 )
-_APEX_MULTI_TENSOR = ("apex.multi_tensor_apply", "amp_C")
+
+
+def _apex_multi_tensor(summary: str, name: str, check: str) -> Candidate:
+    """What apex does to many tensors by one kernel."""
+    return Candidate(
+        "apex",
+        summary,
+        f"{_LIBRARIES}.apex:{name}",
+        why_not=_first(_needs_gpu, _apex_has("multi-tensor kernels"), _states_on_device),
+        unwise=_not_by_itself,
+        modules=("apex.multi_tensor_apply", "amp_C"),
+        check=f"{_LIBRARIES}.checks:{check}",
+    )
+
 
 STEP_PARTS: Registry[Part] = Registry(
     "part of a step",
@@ -192,15 +205,7 @@ STEP_PARTS: Registry[Part] = Registry(
         "clipping": Part(
             "norm of all gradients, and scaling by it",
             (
-                Candidate(
-                    "apex",
-                    "multi_tensor_l2norm and multi_tensor_scale",
-                    f"{_LIBRARIES}.apex:CLIPPING",
-                    why_not=_first(_needs_gpu, _apex_has("multi-tensor kernels"), _states_on_device),
-                    unwise=_not_by_itself,
-                    modules=_APEX_MULTI_TENSOR,
-                    check=f"{_LIBRARIES}.checks:clipping_of_apex",
-                ),
+                _apex_multi_tensor("multi_tensor_l2norm and multi_tensor_scale", "CLIPPING", "clipping_of_apex"),
                 Candidate("torch", "PyTorch's _foreach_norm and _foreach_mul", f"{_LIBRARIES}.pytorch:CLIPPING"),
             ),
             "DeepSpeed's own elsewhere than in bf16 at ZeRO-1 and at ZeRO-0, where it computes the norm itself",
@@ -208,15 +213,7 @@ STEP_PARTS: Registry[Part] = Registry(
         "adam": Part(
             "Adam's update of flat vectors: all of AdamW's, and the vectors of the other optimizers",
             (
-                Candidate(
-                    "apex",
-                    "multi_tensor_adam: one kernel",
-                    f"{_LIBRARIES}.apex:adam_update",
-                    why_not=_first(_needs_gpu, _apex_has("multi-tensor kernels"), _states_on_device),
-                    unwise=_not_by_itself,
-                    modules=_APEX_MULTI_TENSOR,
-                    check=f"{_LIBRARIES}.checks:adam_of_apex",
-                ),
+                _apex_multi_tensor("multi_tensor_adam: one kernel", "adam_update", "adam_of_apex"),
                 Candidate(
                     "fused",
                     "PyTorch's fused Adam: one kernel",

@@ -13,7 +13,7 @@ from hope_megatron.suites.fit import FitOptions, Trained, Weights
 from hope_megatron.suites.grids import settings_of
 from hope_megatron.suites.held_out import score_test
 from hope_megatron.suites.models import changed, family_choices, family_model, matched
-from hope_megatron.suites.sequential import learn_in_sequence
+from hope_megatron.suites.sequential import NIGHT_ROWS, NIGHT_SHARE, learn_in_sequence
 from hope_megatron.suites.size import ModelSize, described
 from hope_megatron.suites.suite import Cell, Outcome, Scores, Suite, SuiteOptions, chosen
 from hope_megatron.suites.task import Task
@@ -29,6 +29,7 @@ from hope_megatron.suites.training_data import TrainingData
 TASK = "domains in sequence"
 PERIODS = (1, 4, 16)  # optimizer steps between changes of each level, fastest first
 RIVALS = ("titans", "deltanet", "gated_deltanet", "transformer_pp")
+ASLEEP = ", with sleep"
 _TEST_WINDOWS = 64
 _HELD_OUT = "held out"
 _RATES = (("adamw", 1e-3), ("adamw", 3e-3), ("adamw", 1e-2))
@@ -46,8 +47,10 @@ def build(options: SuiteOptions) -> Suite:
     size = ModelSize.of(options, width=32 if options.quick else 64, chunk_tokens=16)
     steps = options.steps or (50 if options.quick else 1000)
     hope = size.hope(256)
-    configs = {**cms_models(hope), **{family: family_model(family, hope) for family in family_choices()}}
-    subjects = chosen("number of levels or family", options.families or (*cms_models(hope), *RIVALS), tuple(configs))
+    levels = cms_models(hope)
+    asleep = {f"{name}{ASLEEP}": model for name, model in levels.items() if len(model.cms.levels) > 1}
+    configs = {**levels, **asleep, **{family: family_model(family, hope) for family in family_choices()}}
+    subjects = chosen("number of levels or family", options.families or (*levels, *asleep, *RIVALS), tuple(configs))
     grid = {s.name: s for s in settings_of(hope, options, ("own",), _RATES)}
     tasks = [Task(name, 256, (_HELD_OUT,), text_source(source, context), "loss") for name, source in sources.items()]
 
@@ -55,7 +58,8 @@ def build(options: SuiteOptions) -> Suite:
         setting = grid[cell.setting]
         fitting = FitOptions(steps, batch_size=_BATCH, lr=setting.lr, optimizer=setting.optimizer)
         data = [TrainingData(task, cell.seed) for task in tasks]
-        trained = learn_in_sequence(configs[cell.subject], data, fitting, cell.seed)
+        sleeps = cell.subject.endswith(ASLEEP)
+        trained = learn_in_sequence(configs[cell.subject], data, fitting, cell.seed, sleeps=sleeps)
         if cell.is_try:
             return Outcome(trained.validation)
         return Outcome(
@@ -74,6 +78,8 @@ def build(options: SuiteOptions) -> Suite:
             "update_period_steps": list(PERIODS),
             **size.settings,
             "steps_per_domain": steps,
+            "night_share": NIGHT_SHARE,
+            "night_rows": NIGHT_ROWS,
             "batch_size": _BATCH,
             "ema": FitOptions(steps).ema,
             "rates": list(grid),
@@ -84,6 +90,8 @@ def build(options: SuiteOptions) -> Suite:
         less_is_better=(TASK,),
         unbounded=(TASK,),
         notes="Every level beyond the first changes its weights only every 4, then every 16 steps; parameters are equal. "
+        f"With sleep: the last {NIGHT_SHARE:.0%} of every later domain's steps distil into the second level what the model says of "
+        f"{NIGHT_ROWS} rows of it with its adapted state, and what it said before the domain of {NIGHT_ROWS} rows of earlier ones. "
         "The rate is chosen by the mean validation loss over all domains at the end.",
         **described({name: configs[name] for name in subjects}),
     )

@@ -21,6 +21,7 @@ from hope_megatron.suites.episodes import CLASSES_PER_GROUP, LABEL, Groups, epis
 from hope_megatron.suites.fit import FitOptions, Trained, Weights, fit_task
 from hope_megatron.suites.grids import STARTS, settings_of, started
 from hope_megatron.suites.incremental_methods import Sentences, Stage, learn_in_context, learn_in_weights
+from hope_megatron.suites.incremental_sleep import learn_with_sleep
 from hope_megatron.suites.labelled import Labelled, load_labelled, synthetic_labelled
 from hope_megatron.suites.models import check_families, suite_model
 from hope_megatron.suites.scoring import Score
@@ -29,13 +30,14 @@ from hope_megatron.suites.size import ModelSize, described, training_settings
 from hope_megatron.suites.suite import Cell, Outcome, Scores, Suite, SuiteOptions, chosen
 from hope_megatron.suites.training_data import TrainingData
 
-METHODS = ("in context", "in context, InCA", "fine-tuned", "EWC")
+METHODS = ("in context", "in context, InCA", "fine-tuned", "EWC", "with sleep")
 FAMILIES = ("hope", "hope_w1", "titans", "deltanet", "gated_deltanet", "transformer_pp")
 # Tries of a method, equally many for each: how memories start, how fast weights are tuned, how hard EWC holds them.
 # EWC's strength multiplies mean squared gradients, which are tiny once a group is learnt.
 _STARTS = ("own", "keeping")
 _TUNING_RATES = (1e-3, 3e-3)
 _STRENGTHS = (1e6, 1e8)
+_NIGHT_RATES = (3e-3, 1e-2)
 _BASE_RATE = ("m3", 1e-2)
 
 
@@ -82,7 +84,7 @@ def build(options: SuiteOptions) -> Suite:
         this, labelled = grid[cell.subject][cell.setting], data[cell.task]
         trained = base(cell.task, family, this.base, cell.seed)
         train, validation = labelled.without_validation(cell.seed)
-        _, groups = split_classes(labelled, num_groups, cell.seed)
+        base_classes, groups = split_classes(labelled, num_groups, cell.seed)
         shown = {name: train.train[name][:shots] for group in groups for name in group}
         tuning = FitOptions(tuning_steps, batch_size, this.tuning_rate)
         validated: dict[Weights, Score] = {}
@@ -91,6 +93,9 @@ def build(options: SuiteOptions) -> Suite:
             model = trained.use(kind)
             if method.startswith("in context"):
                 stages = learn_in_context(model, shown, groups, cell.seed)
+            elif method == "with sleep":
+                known = [words for name in base_classes for words in train.train[name]]
+                stages = learn_with_sleep(model, shown, groups, known, tuning, cell.seed)
             else:
                 stages = learn_in_weights(model, shown, groups, tuning, this.strength, cell.seed)
             asked = _Asked(trained, stages, shown, groups, method, cell.seed)
@@ -131,6 +136,7 @@ def _settings(options: SuiteOptions, data: Mapping[str, Labelled], size: ModelSi
         "starts": {start: dict(STARTS[start]) for start in _STARTS},
         "tuning_rates": list(_TUNING_RATES),
         "ewc_strengths": list(_STRENGTHS),
+        "night_rates": list(_NIGHT_RATES),
         "classes": {name: len(labelled.classes) for name, labelled in data.items()},
         "hope": list(options.hope),
     }
@@ -147,7 +153,9 @@ def tries(model: ModelConfig, method: str, options: SuiteOptions) -> dict[str, T
     bases = settings_of(model, options, _STARTS, (_BASE_RATE,))
     if method.startswith("in context"):
         return {setting.name: Try(setting) for setting in bases}
-    if method == "fine-tuned":
+    if method == "with sleep":
+        found = {f"{bases[0].name}, night at {rate:g}": Try(bases[0], rate) for rate in _NIGHT_RATES}
+    elif method == "fine-tuned":
         found = {f"{bases[0].name}, tuned at {rate:g}": Try(bases[0], rate) for rate in _TUNING_RATES}
     else:
         found = {f"{bases[0].name}, held by {s:g}": Try(bases[0], strength=s) for s in _STRENGTHS}

@@ -4,7 +4,8 @@
 - "in context, InCA": an external continual learner keeps a mean per class and one covariance of sentence embeddings; the nearest
   classes become candidates, and their examples alone are read before each question (arXiv 2412.15563);
 - "fine-tuned": the weights are trained on each group's examples;
-- "EWC": the same, held where earlier groups need them by their Fisher information (arXiv 1612.00796).
+- "EWC": the same, held where earlier groups need them by their Fisher information (arXiv 1612.00796);
+- "with sleep" (`incremental_sleep`): each group is read once; what the adapted model answers is replayed into one CMS level.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def fixed_labels(groups: Groups) -> dict[str, int]:
 def learn_in_context(model: LanguageModel, shown: Sentences, groups: Groups, seed: int) -> list[Stage]:
     """The state after each group; it goes on from group to group, the weights stay."""
     model.eval()
-    labels, weights, state, stages = fixed_labels(groups), _copies(model), None, []
+    labels, weights, state, stages = fixed_labels(groups), copies(model), None, []
     for number, group in enumerate(groups):
         rng = np.random.default_rng((seed, _GROUPS + number))
         shots = max(len(shown[name]) for name in group)
@@ -68,7 +69,7 @@ def learn_in_weights(
         fit(model, lambda step: draw(options.batch_size, rng), options, penalty=penalty)  # noqa: B023 (used at once)
         if strength:
             anchors += fisher(model, lambda: draw(1, rng))  # noqa: B023
-        stages.append(Stage(list(labels)[: sum(map(len, groups[: number + 1]))], _copies(model)))
+        stages.append(Stage(list(labels)[: sum(map(len, groups[: number + 1]))], copies(model)))
     return stages
 
 
@@ -83,7 +84,8 @@ def _single_sentences(
     return pad_batch(rows)
 
 
-def _copies(model: LanguageModel) -> list[Tensor]:
+def copies(model: LanguageModel) -> list[Tensor]:
+    """The weights as they are now."""
     return [p.detach().clone() for p in model.parameters()]
 
 

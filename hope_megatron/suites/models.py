@@ -32,6 +32,7 @@ LIKE = {
 }
 """Families that lack a part of their paper's formulas, and which. Tables of them say so."""
 _FAST_CHUNK = 64  # tokens, where the length of a chunk changes nothing but the speed
+_SHORT_SEGMENTS = {"segment_tokens": 16, "memory_tokens": 4}  # the suites' sequences have some tens of tokens
 DEFAULT_FAMILIES = ("hope", "titans", "deltanet", "gated_deltanet", "retnet", "transformer_pp")
 
 
@@ -102,6 +103,8 @@ def family_model(family: str, hope: ModelConfig) -> ModelConfig:
         model = changed(model, {"memory": changes})
     if model.memory.any_chunk:
         model = changed(model, {"memory": {"chunk_tokens": max(chunk, _FAST_CHUNK)}})
+    if model.attention.segment_tokens:
+        model = changed(model, {"attention": _SHORT_SEGMENTS})
     return matched(model, hope)
 
 

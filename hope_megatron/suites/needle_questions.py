@@ -58,6 +58,14 @@ def multi_value(rng: np.random.Generator) -> Question:
     return Question([_special(name, v) for v in values], question, f" {values[0]} and {values[1]}")
 
 
+def last_value(rng: np.random.Generator) -> Question:
+    """Two names with a number each, both numbers changed once; the later one of one name is asked."""
+    names, values = _some(rng, _NAMES, 2), rng.integers(1_000_000, 10_000_000, 4)
+    needles = [_special(names[i % 2], value) for i, value in enumerate(values)]
+    question = f" What is the special number for {names[0]} now? The special number for {names[0]} is"
+    return Question(needles, question, f" {values[2]}")
+
+
 def one_fact(rng: np.random.Generator) -> Question:
     """bAbI 1. Someone goes from place to place; where are they now?"""
     (who, other), places = _some(rng, _PEOPLE, 2), _some(rng, _PLACES, 3)
@@ -108,6 +116,7 @@ NEEDLES: dict[str, Kind] = {
     "multi-key": multi_key,
     "multi-query": multi_query,
     "multi-value": multi_value,
+    "last value": last_value,
 }
 BABI: dict[str, Kind] = {
     "one fact": one_fact,

@@ -40,12 +40,14 @@ def haystack(
     rng: np.random.Generator,
     *,
     hide: bool = True,
+    depth: float | None = None,
 ) -> Batch:
-    """One sequence of exactly `length` tokens: filler with the needles at random depths, the question, the answer.
+    """One sequence of exactly `length` tokens: filler with the needles in it, the question, the answer.
 
     Args:
         filler: tokens, read from a random place on, and again from their start.
         hide: False leaves the needles out, filler in their place.
+        depth: share of the filler that stands before the needles, 0 to 1; None draws one for each.
 
     Raises:
         SuiteError: if the length has no room for filler.
@@ -56,11 +58,13 @@ def haystack(
     if room < 1:
         raise SuiteError(f"needles and question need {length + 1 - room} tokens; a length of {length} is too short")
     hay = np.take(filler, rng.integers(len(filler)) + np.arange(room), mode="wrap")
-    depths = np.sort(rng.integers(0, room + 1, len(question.needles)))
+    places = np.sort(rng.integers(0, room + 1, len(question.needles)))
+    if depth is not None:
+        places = np.full_like(places, round(depth * room))
     pieces, last = [], 0
-    for depth, needle in zip(depths, needles):
-        pieces += [hay[last:depth], needle]
-        last = depth
+    for place, needle in zip(places, needles):
+        pieces += [hay[last:place], needle]
+        last = place
     stream = np.concatenate([*pieces, hay[last:], asked, answer])
     targets = np.full(length, IGNORE)
     targets[-len(answer) :] = answer
@@ -80,7 +84,7 @@ def build(
     """
     lengths = options.lengths or ((256, 512) if options.quick else DEFAULT_LENGTHS)
     device = next(model.parameters()).device
-    filler = cache(lambda babi: encode(_filler(babi, options.data, _TOKEN_BYTES * max(lengths))))
+    filler = cache(lambda babi: encode(filler_text(babi, options.data, _TOKEN_BYTES * max(lengths))))
 
     @cache
     def ask(kind: str, length: int, seed: int, hide: bool) -> tuple[float, float]:
@@ -122,7 +126,7 @@ def build(
     )
 
 
-def _filler(babi: bool, data: tuple[Path, ...], size: int) -> str:
+def filler_text(babi: bool, data: tuple[Path, ...], size: int) -> str:
     """At most `size` bytes of the files named, else what a kind of needle hides in by default."""
     if not data and not babi:
         return _NOISE

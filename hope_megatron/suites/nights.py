@@ -131,7 +131,7 @@ def sleep_through(
             anchors += fisher(model, lambda: _learnt_before(life, day, rng))  # noqa: B023 (used at once)
             penalty = partial(ewc_penalty, anchors, setting.strength)
         batches = _batches(teacher, read, life, manner, (seed, day))
-        with _learning(model, setting.level if manner.one_level else None):
+        with learning(model, setting.level if manner.one_level else None):
             options = FitOptions(life.steps, life.batch_size, setting.lr)
             fit(model, batches, options, penalty=penalty, after=lambda steps: average.update())  # noqa: B023
         found.append(snapshot(model, average, (day + 1) * life.steps))
@@ -170,10 +170,25 @@ def _batches(
     shares = {kind: (1 - rest) / (len(kinds) - (rest > 0)) for kind in kinds if kind != "general"}
     if rest:
         shares["general"] = rest
-    source = NightSource(kinds, shares, priority=1.0 if manner.distills and manner.by_surprise else 0.0, seed=seed[0])
+    priority = 1.0 if manner.distills and manner.by_surprise else 0.0
+    return _drawn(NightSource(kinds, shares, priority=priority, seed=seed[0]), life.batch_size)
 
+
+def night_batches(
+    read: list[Experience], general: list[Experience], *, capacity: int, batch_size: int, seed: int
+) -> Callable[[int], Batch]:
+    """The batch of every step of a night: `general` beside the most surprising rows of `read`, each with a teacher's answers."""
+    buffer = ReplayBuffer(capacity, seed=seed)
+    for experience in read:
+        buffer.add(experience)
+    kinds = {"replay": Rows.of(buffer.kept()), "general": Rows.of(general)}
+    shares = {"replay": 1 - GENERAL_SHARE, "general": GENERAL_SHARE}
+    return _drawn(NightSource(kinds, shares, priority=1.0, seed=seed), batch_size)
+
+
+def _drawn(source: NightSource, batch_size: int) -> Callable[[int], Batch]:
     def batch(step: int) -> Batch:
-        samples = np.stack([source.sample(step * life.batch_size + i) for i in range(life.batch_size)])
+        samples = np.stack([source.sample(step * batch_size + i) for i in range(batch_size)])
         return Batch(samples[:, 0], np.where(samples[:, 1] < 0, IGNORE, samples[:, 1]))
 
     return batch
@@ -184,7 +199,7 @@ def _as_told(experience: Experience) -> Experience:
 
 
 @contextmanager
-def _learning(model: LanguageModel, level: int | None) -> Iterator[None]:
+def learning(model: LanguageModel, level: int | None) -> Iterator[None]:
     """All weights learn, or those of one CMS level."""
     frozen = [] if level is None else [p for name, p in model.named_parameters() if not _is_of(name, level)]
     _require(frozen, False)

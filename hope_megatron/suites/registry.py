@@ -49,12 +49,12 @@ SUITES: Registry[SuiteEntry] = Registry(
         ),
         "classes": SuiteEntry(
             "hope_megatron.suites.incremental:build",
-            "classes that arrive in groups: in context, InCA, fine-tuned, EWC",
+            "classes that arrive in groups: in context, InCA, fine-tuned, EWC, with sleep",
             ("hope", "data"),
         ),
         "domains": SuiteEntry(
             "hope_megatron.suites.domains:build",
-            "continual pretraining over domains of text, by number of CMS levels and beside other families",
+            "continual pretraining over domains of text, by number of CMS levels, with sleep, and beside other families",
             ("lengths", "data"),
         ),
         "consolidation": SuiteEntry(

@@ -12,6 +12,7 @@ from hope_megatron.suites.suite import Suite, SuiteOptions
 TABLE_FAMILIES = (
     "hope", "hope_w1", "hope_attention", "transformer_pp", "samba", "linear_attention", "retnet", "deltanet",
     "gated_deltanet", "comba", "rwkv7", "dla", "ttt_linear", "ttt_mlp", "moneta", "yaad", "memora", "titans",
+    "armt",
 )  # fmt: skip
 _TEXT = "text"
 _LANGUAGES = ("parity", "a^n b^n")
@@ -39,5 +40,7 @@ def build(options: SuiteOptions) -> Suite:
         starts=("own", "forgetting"),
         quantity="text: nats per byte (lower is better); the others: share that is right (higher is better)",
         losses=(_TEXT,),
-        notes="Languages are read and written token by token. " + "; ".join(LIKE[name] for name in sorted(LIKE)) + ".",
+        notes="Languages are read and written token by token. ARMT has segments of 16 tokens with 4 memory tokens. "
+        + "; ".join(LIKE[name] for name in sorted(LIKE))
+        + ".",
     )

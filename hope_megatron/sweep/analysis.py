@@ -51,6 +51,7 @@ class Outlier:
 
     name: str
     log_residual: float
+    """log of the measured loss minus that of the law's."""
     scales: float
     """Size of the residual in robust standard deviations."""
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from hope_megatron.eval.token_kinds import METRICS
 from hope_megatron.runtime.files import replacing
 from hope_megatron.sweep.errors import SweepError
 from hope_megatron.sweep.frontier import Curve
@@ -48,6 +49,8 @@ class Observation:
     """Tokens in the training data; fewer than `tokens` means repeated epochs."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Values on the sweep's axes."""
+    kinds: dict[str, float] = field(default_factory=dict)
+    """Held-out loss by kind of target, by the names of `METRICS` (hope_megatron/eval/token_kinds.py), where it was measured."""
     curve: Curve | None = None
 
     @property
@@ -98,8 +101,17 @@ def _observe(plan: Plan, cell: Cell, directory: SweepDirectory, unique_tokens: i
         batch_tokens=float(cell.config.training.tokens_per_step),
         unique_tokens=float(unique_tokens),
         settings=cell.settings,
+        kinds=last_kinds(records),
         curve=_curve(cell, float(parameters), train),
     )
+
+
+def last_kinds(records: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Losses by kind of target of the last evaluation; {} where there are none."""
+    found = [
+        {name: record[name] for name in METRICS if name in record} for record in records if "heldout/loss" in record
+    ]
+    return found[-1] if found else {}
 
 
 def _curve(cell: Cell, parameters: float, train: Sequence[tuple[int, float]]) -> Curve | None:
@@ -128,11 +140,16 @@ def best_of_tuning(observations: Iterable[Observation]) -> list[Observation]:
         settings.setdefault(_law_key(observation) + json.dumps(rest, sort_keys=True), []).append(observation)
     best: dict[str, Observation] = {}
     for seeds in settings.values():
-        mean = replace(seeds[0], loss=float(np.mean([seed.loss for seed in seeds])))
+        kinds = {name: float(np.mean([seed.kinds[name] for seed in seeds])) for name in _common_kinds(seeds)}
+        mean = replace(seeds[0], loss=float(np.mean([seed.loss for seed in seeds])), kinds=kinds)
         key = _law_key(mean)
         if key not in best or mean.loss < best[key].loss:
             best[key] = mean
     return list(best.values())
+
+
+def _common_kinds(seeds: Sequence[Observation]) -> set[str]:
+    return set.intersection(*(set(seed.kinds) for seed in seeds))
 
 
 def _law_key(run: Observation) -> str:

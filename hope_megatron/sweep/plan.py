@@ -31,6 +31,7 @@ class Cell:
     name: str
     """Name of its run and of its directory."""
     family: str
+    """Name in the sweep file."""
     config: RunConfig
     settings: dict[str, Any]
     """Value on each axis."""
@@ -68,6 +69,27 @@ class Plan:
     def usd(self) -> float:
         """Estimated price of all cells."""
         return sum(cell.usd for cell in self.cells)
+
+    def facts(self) -> dict[str, Any]:
+        """For programs."""
+        cells = [
+            {
+                "cell": cell.name,
+                "family": cell.family,
+                "settings": cell.settings,
+                "parameters": cell.num_parameters,
+                "tokens": cell.tokens,
+                "steps": cell.config.training.steps,
+                "lr": cell.config.optim.lr,
+                "flops": cell.flops,
+                "bytes_per_device": cell.bytes_per_device,
+                "hours": cell.hours,
+                "device_hours": cell.device_hours,
+                "usd": cell.usd,
+            }
+            for cell in self.cells
+        ]
+        return {"sweep": self.sweep.name, "device_hours": self.device_hours, "usd": self.usd, "cells": cells}
 
     def cell(self, name: str) -> Cell:
         """The cell of a name.

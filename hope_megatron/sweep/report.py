@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from hope_megatron.config.load import dump_config
+from hope_megatron.eval.token_kinds import KINDS, METRICS
+from hope_megatron.report.document import Block, Bullets, Code, Heading, Picture, Table, Text, to_html, to_markdown
 from hope_megatron.runtime.files import replacing, write_json, write_text
 from hope_megatron.sweep import plots
 from hope_megatron.sweep.analysis import SINGLE_EPOCH, FamilyAnalysis
 from hope_megatron.sweep.bootstrap import Estimate
 from hope_megatron.sweep.collect import Observation, write_csv
-from hope_megatron.sweep.document import Block, Bullets, Code, Heading, Picture, Table, Text, to_html, to_markdown
+from hope_megatron.sweep.frontier import SAME_COMPUTE
 from hope_megatron.sweep.hyper import grid_steps_moved
 from hope_megatron.sweep.recommend import Recommendation
 
@@ -57,6 +59,7 @@ def write_report(
     blocks = [
         *_recommendation(recommendations, flops, folder),
         *_families(families, flops, pictures),
+        *_kinds(families),
         *_laws(families, pictures),
         *_checks(families, pictures),
         *_tuning(families, pictures),
@@ -227,6 +230,24 @@ def _families(families: Sequence[FamilyAnalysis], flops: float, pictures: Path) 
             )
         )
     return blocks
+
+
+def _kinds(families: Sequence[FamilyAnalysis]) -> list[Block]:
+    """The best run of each family at the largest compute that all have measured so, by kind of token."""
+    measured = [[run for run in family.fresh if len(run.kinds) == len(METRICS)] for family in families]
+    if not measured or not all(measured):
+        return []
+    flops = min(max(run.flops for run in runs) for runs in measured)
+    at_equal = [[run for run in runs if abs(math.log(run.flops / flops)) <= SAME_COMPUTE] for runs in measured]
+    best = sorted((min(runs, key=lambda run: run.loss) for runs in at_equal if runs), key=lambda run: run.loss)
+    rows = [
+        [run.family, run.name, *(f"{loss:.4f}" for loss in (run.loss, *map(run.kinds.get, METRICS)))] for run in best
+    ]
+    return [
+        Heading("Where the context repeats itself"),
+        Text(f"Held-out loss at {flops:.2g} FLOPs, by what a token completes with those before it in its sequence."),
+        Table(("family", "best run", "all", *KINDS), rows),
+    ]
 
 
 def _laws(families: Sequence[FamilyAnalysis], pictures: Path) -> list[Block]:

@@ -1,6 +1,6 @@
 """What finished cells measured, in one file that can be committed: another machine goes on where this one stopped.
 
-The file holds, for each finished cell, its training curve and last held-out loss, with the commit and the seconds it took. It
+The file holds, for each finished cell, its training curve and last held-out losses, with the commit and the seconds it took. It
 does not hold checkpoints. `place` makes cells of a sweep finished that the file has, `gather` adds those that have finished since.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 from data_pipeline import Manifest
 from hope_megatron.runtime.files import write_json, write_text
 from hope_megatron.runtime.records import read_object, seal
+from hope_megatron.sweep.collect import last_kinds
 from hope_megatron.sweep.errors import SweepError
 from hope_megatron.sweep.plan import Cell, Plan
 from hope_megatron.sweep.store import State, SweepDirectory
@@ -137,7 +138,10 @@ class Results:
                 )
             try:
                 curve = [{"step": step, "train/loss": loss} for step, loss in found["curve"]]
-                records = [*curve, {"step": found["steps"], "heldout/loss": found["heldout_loss"]}]
+                records = [
+                    *curve,
+                    {"step": found["steps"], "heldout/loss": found["heldout_loss"], **found.get("kinds", {})},
+                ]
                 summary = {"complete": True, "step": found["steps"], "placed_from": self.file.name, **found["run"]}
             except (KeyError, TypeError, ValueError) as error:
                 raise SweepError(f"{self.file}: the cell {cell.name} is damaged ({error}); remove it there") from None
@@ -183,7 +187,13 @@ def _result(cell: Cell, run: Path) -> dict[str, Any]:
     summary = read_object(run / "summary.json") or {}
     provenance = summary.get("provenance") or {}
     kept = {"wall_s": summary.get("wall_s"), "provenance": {"commit": provenance.get("commit")}}
-    return {**_shape(cell), "heldout_loss": heldout[-1], "run": kept, "curve": _thinned(train)}
+    return {
+        **_shape(cell),
+        "heldout_loss": heldout[-1],
+        "kinds": last_kinds(records),
+        "run": kept,
+        "curve": _thinned(train),
+    }
 
 
 def _thinned(curve: list[tuple[int, float]]) -> list[tuple[int, float]]:

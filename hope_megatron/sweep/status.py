@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.table import Table
 
@@ -43,6 +44,19 @@ class CellStatus:
             return None
         training = self.cell.config.training
         return (training.steps - self.step) * training.tokens_per_step / self.tokens_per_s
+
+    def facts(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "cell": self.cell.name,
+            "state": self.state.value,
+            "step": self.step,
+            "steps": self.cell.config.training.steps,
+            "loss": self.loss,
+            "tokens_per_s": self.tokens_per_s,
+            "seconds_left": self.seconds_left,
+            "reason": self.reason,
+        }
 
 
 def sweep_status(plan: Plan, directory: SweepDirectory) -> list[CellStatus]:

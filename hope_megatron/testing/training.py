@@ -11,7 +11,7 @@ def build(config: Any) -> Any:
     """The engine of a run, on fresh process groups: a worker may build several, one after the other."""
     from megatron.core import parallel_state
 
-    from hope_megatron.engine.build import build_engine
+    from hope_megatron.engine.new_engine import build_engine
     from hope_megatron.parallel.distributed import init_distributed
 
     if parallel_state.model_parallel_is_initialized():

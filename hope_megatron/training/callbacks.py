@@ -126,13 +126,13 @@ class HeldoutEvaluation(Callback):
         due = run.is_complete or (every > 0 and run.state.step % every == 0)
         if source is None or not due:
             return
-        run.metrics["heldout/loss"] = self._loss(run, source)
+        run.metrics |= self._losses(run, source)
         if run.config.training.ema:
             with run.engine.averaged_weights():
-                run.metrics["heldout/loss_ema"] = self._loss(run, source)
+                run.metrics["heldout/loss_ema"] = self._losses(run, source)["heldout/loss"]
 
     @staticmethod
-    def _loss(run: Run, source: SampleSource) -> float:
+    def _losses(run: Run, source: SampleSource) -> dict[str, float]:
         HEART.enter("evaluate", HEART.limits.evaluation_s)
         training, mesh = run.config.training, run.engine.mesh
         spans = mesh_spans(run.config, mesh)

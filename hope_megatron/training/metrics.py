@@ -8,6 +8,8 @@ member of a line, `crc`, is its checksum (runtime/records.py).
 | train/lr | | learning rate of matrices |
 | train/tokens, train/samples | | consumed since step 0 |
 | heldout/loss | nats per token | mean over the held-out sequences |
+| heldout/loss_new, loss_pair, loss_run | nats per token | of targets that complete a pair new to their sequence, one that |
+| | | stood there before, four tokens that did (eval/token_kinds.py); not under context parallelism |
 | heldout/loss_ema | nats per token | the same with averaged weights, where `training.ema` keeps them |
 | optim/* | | what the optimizer reports of its last step |
 | memory/*, cms/* | | how memories and levels fare: see hope_megatron/eval/memory_health.py |

@@ -11,8 +11,8 @@ from hope_megatron.checkpoint.checkpointer import Checkpointer
 from hope_megatron.checkpoint.format import Checkpoint, list_checkpoints
 from hope_megatron.checkpoint.generators import seed_generators
 from hope_megatron.config import RunConfig, dump_config
-from hope_megatron.engine.build import build_engine
 from hope_megatron.engine.engine import Engine
+from hope_megatron.engine.new_engine import build_engine
 from hope_megatron.parallel.control import ControlGroup
 from hope_megatron.parallel.distributed import Mesh, init_distributed
 from hope_megatron.runtime.disks import best_effort

@@ -6,10 +6,20 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline import Ledger, MixtureStream, SampleStream, ShardCache, Tokenizer, TokenStream, resume
+from data_pipeline import (
+    Ledger,
+    MixtureStream,
+    SampleStream,
+    ShardCache,
+    Tokenizer,
+    TokenStream,
+    load_tokenizer,
+    resume,
+)
 from data_pipeline.cache import default_directory
 from hope_megatron.config import ConfigError, RunConfig
 from hope_megatron.config.training import DataConfig
+from hope_megatron.training.epochs import Passes, planned_passes
 from hope_megatron.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -28,7 +38,7 @@ def open_sources(config: RunConfig, ledger: Ledger | None = None) -> tuple[Sampl
         ConfigError: if they do not fit the model or each other.
     """
     data, seq_length = config.data, config.training.seq_length
-    tokenizer = Tokenizer.load(data.tokenizer)
+    tokenizer = load_tokenizer(data.tokenizer)
     cache = shard_cache(data)
     ledger = ledger or Ledger(RunDirectory(config.run_dir).data_ledger)
     skip_corrupt = ledger if data.on_corrupt == "skip" else None
@@ -92,3 +102,13 @@ def continuing(config: RunConfig, data_transition: str | None) -> ContinueData:
         return stream
 
     return continue_data
+
+
+def count_passes(config: RunConfig) -> tuple[list[Passes], str]:
+    """How often a run will read its data sets; or none, and why they cannot be counted."""
+    try:
+        return planned_passes(open_sources(config)[0], config), ""
+    except Exception as error:
+        if not getattr(error, "is_user_error", False):
+            raise
+        return [], str(error)

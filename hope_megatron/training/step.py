@@ -11,6 +11,7 @@ import torch
 
 from hope_megatron.config.run import RunConfig
 from hope_megatron.engine.engine import Engine, NonFiniteError
+from hope_megatron.eval.token_kinds import METRICS, repetition_kinds
 from hope_megatron.optim import lr_at
 from hope_megatron.runtime.heartbeat import HEART
 from hope_megatron.training.batches import IGNORE, BatchReader, document_numbers
@@ -129,14 +130,23 @@ def learning_rate_multiplier(step: int, config: RunConfig) -> float:
     return lr_at(step, SimpleNamespace(**config.optim.model_dump(), total_steps=config.training.steps))
 
 
-def evaluate(engine: Engine, batches, end_id: int | None = None) -> float:
+def evaluate(engine: Engine, batches, end_id: int | None = None) -> dict[str, float]:
     """Mean loss in nats per token over batches of (tokens, targets), as `heldout_batches` gives them.
 
-    end_id: read documents, which end with this token, apart.
+    Args:
+        end_id: read documents, which end with this token, apart.
+
+    Returns:
+        `heldout/loss`, and that of each kind of target (`KINDS` of hope_megatron/eval/token_kinds.py) that occurs. Ranks
+        that hold parts of sequences do not see what repeats, so that context parallelism has the first alone.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=engine.mesh.device)
+    names = ("heldout/loss",) if engine.mesh.cp_size > 1 else ("heldout/loss", *METRICS)
+    sums = torch.zeros(len(names), 2, dtype=torch.float64, device=engine.mesh.device)
     for tokens, targets in batches:
         documents = None if end_id is None else document_numbers(tokens, end_id, engine.mesh)
-        sums += engine.evaluate(tokens, targets, documents)
-    loss_sum, num_tokens = sums.tolist()
-    return loss_sum / num_tokens
+        masks = []
+        if len(names) > 1:
+            kinds = repetition_kinds(tokens, targets)
+            masks = [kinds == number for number in range(len(METRICS))]
+        sums += engine.evaluate(tokens, targets, documents, masks=masks)
+    return {name: loss_sum / count for name, (loss_sum, count) in zip(names, sums.tolist()) if count}

@@ -111,7 +111,7 @@ def train_steps(rank, world_size, changes, layouts):
     """Of each layout (loss, gradient norm) of three steps of M3, and the tokens; documents are read apart where no windows are."""
     from megatron.core import parallel_state
 
-    from hope_megatron.engine.build import build_engine
+    from hope_megatron.engine.new_engine import build_engine
     from hope_megatron.testing.tiny import RepeatingSource, tiny_run_config
     from hope_megatron.training.batches import BatchReader
     from hope_megatron.training.state import TrainingState

@@ -42,7 +42,7 @@ def global_batch(step):
 
 def train(config, mesh):
     """Losses and gradient norms of each step, and the held-out sums after the last."""
-    from hope_megatron.engine.build import build_engine
+    from hope_megatron.engine.new_engine import build_engine
 
     engine = build_engine(config, mesh)
     history = []
@@ -56,7 +56,7 @@ def train(config, mesh):
         history.append((loss, engine.step(1.0)))
     tokens, targets = global_batch(99)
     mine = slice(mesh.data_rank * 4 // mesh.data_size, (mesh.data_rank + 1) * 4 // mesh.data_size)
-    return engine, history, engine.evaluate(own_tokens(tokens[mine], 1), own_tokens(targets[mine], 1)).tolist()
+    return engine, history, engine.evaluate(own_tokens(tokens[mine], 1), own_tokens(targets[mine], 1))[0].tolist()
 
 
 def parameters_of(engine):
@@ -124,8 +124,8 @@ def test_replicated_parameters_stay_bit_identical_over_tensor_parallel(layout, r
 
 def refuse_non_finite(rank, world_size):
     """A NaN on one tensor-parallel rank: what each rank raises, and whether its state changed."""
-    from hope_megatron.engine.build import build_engine
     from hope_megatron.engine.engine import NonFiniteError
+    from hope_megatron.engine.new_engine import build_engine
     from hope_megatron.parallel.distributed import init_distributed
     from hope_megatron.testing.optim_state import export_state
 

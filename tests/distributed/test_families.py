@@ -20,7 +20,8 @@ from hope_megatron.testing.models import random_batch
 
 pytestmark = pytest.mark.distributed
 
-FAMILIES = ["hope", "transformer_pp", *config_names("families")]
+# armt takes tensor parallelism alone: test_tensor_parallel.py
+FAMILIES = ["hope", "transformer_pp", *(name for name in config_names("families") if name != "armt")]
 SMALL = [
     "vocab_size=61",
     "vocab_multiple=16",

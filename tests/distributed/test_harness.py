@@ -28,7 +28,7 @@ def answer(directory):
     """What rank 0 finds, and how many questions this process answered."""
     import datasets
 
-    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.open_tokenizer import load_tokenizer
     from hope_megatron.config import ParallelConfig
     from hope_megatron.eval.harness import HarnessModel, evaluate_tasks
     from hope_megatron.model import build_model
@@ -37,7 +37,7 @@ def answer(directory):
 
     datasets.config.HF_DATASETS_CACHE = f"{directory}/cache"
     init_distributed(ParallelConfig())
-    tokenizer = Tokenizer.load(f"{directory}/tokenizer.model")
+    tokenizer = load_tokenizer(f"{directory}/tokenizer.model")
     model = HarnessModel(build_model(tiny_model(vocab_size=300), seed=0), tokenizer, window_tokens=16)
     answered = []
     score = model._score

@@ -159,7 +159,7 @@ def global_batch(step):
 
 def train(config):
     """(loss, gradient norm) of each step; and the learned rates after the last."""
-    from hope_megatron.engine.build import build_engine
+    from hope_megatron.engine.new_engine import build_engine
 
     mesh = init_distributed(config.parallel)
     engine = build_engine(config, mesh)
@@ -179,7 +179,7 @@ def train(config):
     }
     tokens, targets = global_batch(99)
     mine = slice(mesh.data_rank * 4 // mesh.data_size, (mesh.data_rank + 1) * 4 // mesh.data_size)
-    return history, rates, engine.evaluate(own(tokens[mine]), own(targets[mine])).tolist()
+    return history, rates, engine.evaluate(own(tokens[mine]), own(targets[mine]))[0].tolist()
 
 
 def run_layouts(rank, world_size):

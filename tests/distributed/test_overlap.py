@@ -17,7 +17,7 @@ def train(rank, world_size):
     from unittest.mock import patch
 
     from hope_megatron.engine import overlap
-    from hope_megatron.engine.build import build_engine
+    from hope_megatron.engine.new_engine import build_engine
     from hope_megatron.parallel.distributed import init_distributed
 
     source, found, early = RepeatingSource(), {}, []

@@ -14,7 +14,7 @@ def norms_after_steps(rank, world_size):
     from unittest.mock import patch
 
     from hope_megatron.engine import engine as engine_module
-    from hope_megatron.engine.build import build_engine
+    from hope_megatron.engine.new_engine import build_engine
     from hope_megatron.parallel.distributed import init_distributed
     from hope_megatron.testing.optim_state import export_state
 

@@ -22,7 +22,7 @@ def train(rank, world_size, config):
     """Gradients of a step, and what two more steps give: as a CPU runs, and with what a GPU would choose."""
     from megatron.core.tensor_parallel import layers
 
-    from hope_megatron.engine import build as engine_build
+    from hope_megatron.engine import new_engine
     from hope_megatron.engine.libraries import choose_libraries
     from hope_megatron.testing.training import advance, build
     from hope_megatron.training.state import TrainingState
@@ -55,7 +55,7 @@ def train(rank, world_size, config):
     kernels = SimpleNamespace(wgrad_gemm_accum_fp32=wgrad_gemm_accum_fp32)
     with (
         patch.object(layers, "fused_weight_gradient_mlp_cuda", kernels, create=True),
-        patch.object(engine_build, "choose_libraries", as_on_a_gpu),
+        patch.object(new_engine, "choose_libraries", as_on_a_gpu),
     ):
         fused = run(config)
     return *plain, *fused, len(calls)

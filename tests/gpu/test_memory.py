@@ -9,8 +9,8 @@ import torch
 
 from hope_megatron.config import load_model_config
 from hope_megatron.ops.memory.backends.registry import Case
-from hope_megatron.ops.memory.backends.triton.backend import why_not_taken
 from hope_megatron.ops.memory.backends.triton.check import check
+from hope_megatron.ops.memory.backends.triton.unchecked import why_not_taken
 
 pytestmark = [
     pytest.mark.gpu,

@@ -109,10 +109,11 @@ def _placed(
 ) -> tuple[list[ParamLayout], int]:
     """Parameters with their runs, and numbers of a rank."""
     sizes = [math.prod(shape) for _, shape, _ in members]
+    runs: list[tuple[Run, ...]] = []
     if stage == 0:
         runs, numel = [(Run(0, 0, 0, size),) for size in sizes], sum(sizes)
     elif stage == 3:
-        pieces, runs, numel = [-(-size // replicas) for size in sizes], [], 0
+        pieces, numel = [-(-size // replicas) for size in sizes], 0
         for size, piece in zip(sizes, pieces):
             runs.append(partition_runs(numel, piece, size, replicas))
             numel += piece

@@ -23,7 +23,7 @@ from hope_megatron.checkpoint.unsharded import UnshardedCheckpoint, UnshardedPar
 from hope_megatron.config import RunConfig
 from hope_megatron.convert.deepspeed.zero import ZeroDirectory, is_zero_checkpoint
 from hope_megatron.convert.untrained import untrained_checkpoint
-from hope_megatron.engine.build import build_run_optimizer
+from hope_megatron.engine.new_engine import build_run_optimizer
 from hope_megatron.optim import BoundOptimizer, merge_shards
 
 ADAM = {"exp_avg": "m1", "exp_avg_sq": "v"}

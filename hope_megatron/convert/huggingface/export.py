@@ -85,6 +85,11 @@ def export_huggingface(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model of {source.path} {config.vocab_size}; "
             f"give the one it was trained with"
         )
+    if config.attention.segment_tokens:
+        raise ConversionError(
+            f"{source.path} has attention.segment_tokens={config.attention.segment_tokens} (ARMT), which the exported model's code "
+            "does not compute; use hope generate and hope eval on the run itself, or export torch_dist"
+        )
     with fresh_directory(out_dir, is_huggingface_model) as directory:
         weight_bytes = write_weights(directory, to_transformers(source.tensors(), config), max_shard_bytes)
         _write_json(directory / CONFIG_NAME, _config_json(config, tokenizer, source.config.training.seq_length))
@@ -144,9 +149,13 @@ def _read_config(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
     if not isinstance(values.get("train_tokens_per_sequence"), int):
         raise ConversionError(f"{path} lacks train_tokens_per_sequence, a whole number; export the model again")
     for name, value in _summary(config).items():
-        if values.get(name) != value:
+        if values.get(name, _LEFT_OUT.get(name)) != value:
             raise ConversionError(f"{path}: {name}={values.get(name)} contradicts its architecture, which says {value}")
     return config, values
+
+
+_LEFT_OUT = {"tie_word_embeddings": True}
+"""transformers 4 writes no value that is its default, so a model tuned and saved by it may lack this."""
 
 
 def _summary(config: ModelConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data_pipeline.open_tokenizer import load_tokenizer
 from data_pipeline.tokenizer import Tokenizer
 from hope_megatron.checkpoint.find import CheckpointSource
 from hope_megatron.config import RunConfig
@@ -21,7 +22,7 @@ from hope_megatron.model import LanguageModel
 
 
 def _export(source: CheckpointSource, directory: Path, options: ExportOptions) -> list[str]:
-    tokenizer = Tokenizer.load(options.tokenizer or source.config.data.tokenizer)
+    tokenizer = load_tokenizer(options.tokenizer or source.config.data.tokenizer)
     export = export_huggingface(
         source,
         directory,

@@ -8,10 +8,10 @@ and are equal to rounding. The derivation is in README.md beside this file.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hope_megatron.ops.memory.rule import MemoryCompute, MemoryRule, MemoryRuleError
+from hope_megatron.runtime.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hope_megatron.ops.memory.operator import memory_chunked
@@ -41,7 +41,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazy_names(__name__, {name: f"{__name__}.{module}" for name, module in _HOMES.items()})

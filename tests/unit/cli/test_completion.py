@@ -33,11 +33,29 @@ def test_every_command_is_there():
     assert set(command_words()) == {name.split()[0] for name in COMMANDS}
 
 
-@pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_other_shells_take_their_script(shell, capsys):
+@pytest.mark.parametrize(
+    ("shell", "ask"),
+    [
+        (
+            "fish",
+            "source {file}; complete -C 'hope tr'; complete -C 'hope train hope_tiny_c'; complete -C 'hope train --max-r'",
+        ),
+        (
+            "zsh",
+            "autoload -U +X compinit; compinit -u -D; source {file}; print $_comps[hope]; print ${{functions[_hope]}}",
+        ),
+    ],
+)
+def test_other_shells_complete(shell, ask, capsys, tmp_path):
     assert main(["completion", shell]) == 0
-    script = capsys.readouterr().out
-    assert "train" in script and "max-restarts" in script
+    (tmp_path / "script").write_text(capsys.readouterr().out)
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed: its script was made, not run")
-    subprocess.run([shell, "-n", "/dev/stdin"], input=script, text=True, check=True)
+    command = [shell, *(["-f"] if shell == "zsh" else []), "-c", ask.format(file=tmp_path / "script")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stderr == ""
+    words = done.stdout.split()
+    if shell == "fish":
+        assert words == ["train", "hope_tiny_cpu", "--max-restarts"]
+    else:
+        assert words[:2] == ["_bash_complete", "-o"] and "hope_tiny_cpu" in done.stdout

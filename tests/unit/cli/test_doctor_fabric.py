@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hope_megatron.cli.doctor_fabric import check_fabric
+from hope_megatron.doctor.fabric import check_fabric
 
 
 def write(root: Path, files: dict[str, str]) -> Path:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
-from hope_megatron.cli.main import COMMANDS, main
+from hope_megatron.cli.main import COMMANDS, command_parser, main
 
 HEAVY = ("torch", "megatron", "deepspeed", "mlflow", "rich", "sentencepiece", "matplotlib")
 
@@ -40,6 +42,26 @@ def test_help_lists_every_command(capsys):
     for name, command in COMMANDS.items():
         assert f"  {name} " in listed
         assert command.help in listed
+
+
+ACTS = {
+    "quickstart", "train", "sweep run", "sweep report", "generate", "completion", "serve", "checkpoint reshard",
+    "checkpoint average", "checkpoint weights", "export", "import", "convert",
+}  # fmt: skip
+"""Commands that do or write something, and print no facts: everything else reads, and takes --json."""
+
+
+def test_every_reading_command_prints_json():
+    def leaves(name: str, parser: argparse.ArgumentParser) -> Iterator[tuple[str, bool]]:
+        actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        for action in actions:
+            for word, below in action.choices.items():
+                yield from leaves(f"{name} {word}", below)
+        if not actions:
+            yield name, any("--json" in action.option_strings for action in parser._actions)
+
+    found = dict(leaf for name in COMMANDS for leaf in leaves(name, command_parser(name)))
+    assert {name for name, json in found.items() if not json} == ACTS
 
 
 def test_unknown_command_names_the_nearest(capsys):

@@ -7,9 +7,10 @@ import json
 import pytest
 
 from hope_megatron.cli.main import main
-from hope_megatron.cli.plan import load_for_plan, make_plan
 from hope_megatron.config import ConfigError, load_model_config
 from hope_megatron.config.accounting import num_parameters
+from hope_megatron.config.planned_run import load_for_plan
+from hope_megatron.config.run_plan import make_plan
 
 
 def test_json_adds_up(capsys):

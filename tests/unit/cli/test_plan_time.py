@@ -7,11 +7,11 @@ import json
 import pytest
 
 from hope_megatron.cli.main import main
-from hope_megatron.cli.plan import load_for_plan
 from hope_megatron.config import dump_config
 from hope_megatron.config.base import ConfigError
 from hope_megatron.config.footprint import footprint
 from hope_megatron.config.hardware import find_hardware
+from hope_megatron.config.planned_run import load_for_plan
 from hope_megatron.config.roofline import Transfer, seconds_by_limit, transfer_seconds
 from hope_megatron.config.step_time import step_time, step_works
 from hope_megatron.config.tuning import HEADROOM, best_choices, changed_config

@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from hope_megatron.cli.main import main
-from hope_megatron.cli.run_report import _LAYER
 from hope_megatron.config import dump_config
 from hope_megatron.config.changes import settings_entry
+from hope_megatron.report.run_page import _LAYER
 from hope_megatron.testing.tiny import tiny_run_config
 from hope_megatron.training.history import write_history
 from hope_megatron.training.ledger import RunLedger

@@ -111,6 +111,27 @@ def test_attention_flops_grow_with_the_context_up_to_the_window():
     assert forward_flops(full, 256).attention == 2 * 2 * 256 * 4 * (256 + 1) / 2
 
 
+@pytest.mark.usefixtures("world_of_one")
+@pytest.mark.parametrize("T", [32, 39])
+def test_segment_flops_equal_those_pytorch_counts(T):
+    """ARMT: every product of a forward pass, but for attention, which PyTorch computes without using that it is causal."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from hope_megatron.model import build_model
+
+    keys = ["num_layers=2", "hidden_size=32", "num_heads=4", "attention.segment_tokens=8", "attention.memory_tokens=3"]
+    config = load_model_config("transformer_pp_tiny", keys)
+    model, tokens = build_model(config), torch.zeros(1, T, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(tokens)
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(n for operator, n in counts.items() if "attention" not in str(operator))
+    assert T * (forward_flops(config, T).total - forward_flops(config, T).attention) == pytest.approx(products)
+    pairs = sum(t * (t + 1) / 2 for t in [11] * (T // 8) + [T % 8])
+    assert T * forward_flops(config, T).attention == pytest.approx(2 * 2 * 2 * 32 * pairs)
+
+
 def test_recompute_is_the_memories_or_a_forward_without_the_head():
     model = load_model_config("hope_tiny")
     flops = forward_flops(model, 128)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hope_megatron.cli.doctor import check_driver
 from hope_megatron.config.torch_build import TorchBuild, driver_problem, torch_of
+from hope_megatron.doctor.torch_here import check_driver
 from launch.cluster import ClusterConfig
 from launch.errors import LaunchError
 from launch.preflight import _torch

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_pipeline import Tokenizer
-from data_pipeline.tokenizer import make_tokenizer
+from data_pipeline.open_tokenizer import load_tokenizer, make_tokenizer
 from hope_megatron.cli.main import main
 from hope_megatron.convert.huggingface.tokenizer_back import read_tokenizer
 from hope_megatron.convert.open_model import open_model
@@ -29,7 +29,7 @@ def bpe(tmp_path) -> Tokenizer:
     )
     library.train_from_iterator([f"a text of some {i} words and words again\n" for i in range(300)], trainer)
     library.save(str(tmp_path / "bpe.json"))
-    return Tokenizer.load(tmp_path / "bpe.json")
+    return load_tokenizer(tmp_path / "bpe.json")
 
 
 def test_export_generation_and_the_way_back(make_checkpoint, bpe, tmp_path, capsys):
@@ -51,7 +51,7 @@ def test_export_generation_and_the_way_back(make_checkpoint, bpe, tmp_path, caps
     saved = make_tokenizer(read_tokenizer(again), "again", again / "tokenizer.json")
     assert saved.encode(text).tolist() == bpe.encode(text).tolist() and saved.special_ids == bpe.special_ids
     assert main(["import", "hf", str(out), "--tokenizer", str(tmp_path / "back.json")]) == 0
-    assert Tokenizer.load(tmp_path / "back.json").digest == bpe.digest
+    assert load_tokenizer(tmp_path / "back.json").digest == bpe.digest
 
 
 def test_evaluation_is_what_transformers_makes_of_the_same_ids(make_checkpoint, bpe, tmp_path):

@@ -40,7 +40,12 @@ VARIANTS = {
     ),
     "rope base": (
         transformers.LlamaConfig,
-        {"num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 777.0}},
+        # transformers 4 reads the first name, 5 the second
+        {
+            "num_key_value_heads": 1,
+            "rope_theta": 777.0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 777.0},
+        },
     ),
     "qwen2": (transformers.Qwen2Config, {"num_key_value_heads": 2, "sliding_window": 5, "use_sliding_window": False}),
     "qwen2, window": (

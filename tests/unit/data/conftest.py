@@ -10,6 +10,7 @@ import pytest
 
 from data_pipeline.corpus import ReadOptions
 from data_pipeline.manifest import Manifest
+from data_pipeline.open_tokenizer import load_tokenizer
 from data_pipeline.prepare import prepare
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 
@@ -61,7 +62,7 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_path: Path) -> Tokenizer:
-    return Tokenizer.load(tokenizer_path)
+    return load_tokenizer(tokenizer_path)
 
 
 @pytest.fixture

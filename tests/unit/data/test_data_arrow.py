@@ -8,7 +8,7 @@ import pytest
 
 from data_pipeline.corpus import document_text, find_sources, read_documents
 from data_pipeline.errors import SourceError
-from data_pipeline.readers import ReadOptions
+from data_pipeline.items import ReadOptions
 
 pyarrow = pytest.importorskip("pyarrow")
 

@@ -16,6 +16,7 @@ import pytest
 
 from data_pipeline.cli import byte_size, main, register, slice_of
 from data_pipeline.manifest import Manifest
+from data_pipeline.open_tokenizer import load_tokenizer
 from data_pipeline.stream import TokenStream
 from data_pipeline.tokenizer import Tokenizer
 
@@ -85,7 +86,7 @@ def test_the_whole_road(tmp_path: Path, capsys: pytest.CaptureFixture[str], writ
     assert capsys.readouterr().out == shown[0]["text"]
     sample = run_json(capsys, "decode", out / "train", "--document", 5)
     decoded = run_json(capsys, "decode", "--tokenizer", model, "--ids", *sample["tokens"])
-    assert decoded["text"] == sample["text"] == Tokenizer.load(model).decode(sample["tokens"])
+    assert decoded["text"] == sample["text"] == load_tokenizer(model).decode(sample["tokens"])
 
 
 def test_plain_output_of_every_report(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +114,7 @@ def test_slices_and_merge(tmp_path: Path, capsys: pytest.CaptureFixture[str], to
 def test_existing_model_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer: Tokenizer,
                                  tokenizer_path: Path) -> None:  # fmt: skip
     made = run_json(capsys, "tokenizer", "--existing", tokenizer_path, "--out", tmp_path / "copy.model")
-    assert made["sha256"] == tokenizer.digest == Tokenizer.load(tmp_path / "copy.model").digest
+    assert made["sha256"] == tokenizer.digest == load_tokenizer(tmp_path / "copy.model").digest
 
 
 def test_verify_finds_the_bad_shard(tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:

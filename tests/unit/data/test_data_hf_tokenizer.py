@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline import Manifest, Tokenizer, TokenStream
+from data_pipeline import Manifest, TokenStream, load_tokenizer
 from data_pipeline.errors import TokenizerError
 from data_pipeline.inspection import find_tokenizer, verify
 from data_pipeline.prepare import prepare
@@ -38,7 +38,7 @@ def write_bpe(path: Path, vocab_size: int = 300, specials: tuple[str, ...] = ("<
 
 def test_the_ids_are_those_of_the_library_without_marks(tmp_path):
     path = write_bpe(tmp_path / "tokenizer.json")
-    ours, theirs = Tokenizer.load(path), tokenizers.Tokenizer.from_file(str(path))
+    ours, theirs = load_tokenizer(path), tokenizers.Tokenizer.from_file(str(path))
     theirs.no_truncation()
     theirs.no_padding()
     plain = TEXTS[0].replace("<|endoftext|>", "")
@@ -69,21 +69,21 @@ def test_shards_carry_the_file_and_train(tmp_path):
 def test_special_tokens_come_from_the_config_beside(tmp_path):
     path = write_bpe(tmp_path / "tokenizer.json", specials=("<<end>>", "<<begin>>"))
     with pytest.raises(TokenizerError, match=r"names no end mark.*tokenizer_config.json"):
-        Tokenizer.load(path)
+        load_tokenizer(path)
     config = tmp_path / "tokenizer_config.json"
     config.write_text(json.dumps({"eos_token": {"content": "<<end>>"}, "bos_token": "<<begin>>"}))
-    tokenizer = Tokenizer.load(path)
+    tokenizer = load_tokenizer(path)
     assert (tokenizer.eos_id, tokenizer.bos_id) == (0, 1)
     (tmp_path / "copy").mkdir()
     tokenizer.save(tmp_path / "copy/tokenizer.json")
-    assert Tokenizer.load(tmp_path / "copy/tokenizer.json").special_ids == tokenizer.special_ids
+    assert load_tokenizer(tmp_path / "copy/tokenizer.json").special_ids == tokenizer.special_ids
     config.write_text(json.dumps({"eos_token": "<none>"}))
     with pytest.raises(TokenizerError, match="eos_token='<none>', which is no token"):
-        Tokenizer.load(path)
+        load_tokenizer(path)
 
 
 @pytest.mark.parametrize("content", ["{}", '{"model": 3}', "{"])
 def test_another_json_is_refused(tmp_path, content):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(TokenizerError, match=r"x.json is not a tokenizer.json"):
-        Tokenizer.load(tmp_path / "x.json")
+        load_tokenizer(tmp_path / "x.json")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline import Tokenizer
+from data_pipeline import load_tokenizer
 from data_pipeline.prepare import prepare
 from hope_megatron.eval.heldout import manifest_tokens
 
@@ -36,7 +36,7 @@ def test_a_data_set_of_the_hub_is_prepared_as_its_files_are(tmp_path: Path) -> N
         result = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=200)
         assert result.returncode == 0, result.stderr
         assert {line.rpartition("/")[2] for line in hub.asked if "/resolve/" in line} == {"0.jsonl", "1.jsonl"}
-    tokens = [manifest_tokens(tmp_path / name / "train", Tokenizer.load(tokenizer)) for name in ("local", "remote")]
+    tokens = [manifest_tokens(tmp_path / name / "train", load_tokenizer(tokenizer)) for name in ("local", "remote")]
     assert np.array_equal(*tokens) and len(tokens[0]) > len(TEXTS)
     with running_hub({}) as hub:
         command[4] = f"hf://datasets/{NAME}/data/1.jsonl"

@@ -19,13 +19,10 @@ from typing import Any
 
 import pytest
 from backports import zstd
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from data_pipeline.cli import main
 from data_pipeline.corpus import ReadOptions, Rejected, document_text, find_sources, iterate_texts, read_documents
 from data_pipeline.errors import EmptySplitError, SourceError
-from data_pipeline.json_values import IncompleteJsonError, json_values
 from data_pipeline.prepare import prepare
 from data_pipeline.report import PrepareReport
 from data_pipeline.tokenizer import Tokenizer
@@ -172,10 +169,10 @@ def test_an_invalid_string_of_parquet_costs_no_other(tmp_path: Path, kind: str) 
 
 
 def test_struct_columns_of_parquet_are_read_by_dotted_names(tmp_path: Path) -> None:
-    structs = [{"text": "alpha", "id": 1}, None, {"text": None, "id": 2}, {"text": "beta", "id": 3}]
+    structs = [{"id": 1, "text": "alpha"}, None, {"id": 2, "text": None}, {"id": 3, "text": "beta"}]
     (tmp_path / "a.parquet").write_bytes(parquet_of(structs, "meta"))
     assert texts_and_rejections(tmp_path, text_field="meta.text") == (["alpha", "beta"], {"missing_field": 2})
-    with pytest.raises(SourceError, match=r"no column 'text', only meta\.text, meta\.id\. .*--text-field"):
+    with pytest.raises(SourceError, match=r"no column 'text', only meta\.id, meta\.text\. .*--text-field"):
         texts_and_rejections(tmp_path)
     with pytest.raises(SourceError, match=r"'meta\.id' of .* holds int64, not text"):
         texts_and_rejections(tmp_path, text_field="meta.id")
@@ -248,48 +245,6 @@ def test_every_cut_of_a_small_file_is_seen(tmp_path: Path, suffix: str) -> None:
         (tmp_path / f"a.jsonl{suffix}").write_bytes(packed[:length])
         _, rejected = texts_and_rejections(tmp_path)
         assert rejected == {"unreadable": 1}, length
-
-
-# ---- JSON over several lines ----------------------------------------------------------------------------------------
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
-    max_leaves=12,
-)
-
-
-class Dripping(io.RawIOBase):
-    """A stream that gives a few bytes at a time."""
-
-    def __init__(self, data: bytes, step: int) -> None:
-        self._data, self._step = io.BytesIO(data), step
-
-    def read(self, size: int = -1) -> bytes:
-        return self._data.read(self._step)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    values=st.lists(JSON.filter(lambda value: not isinstance(value, list)), max_size=5),
-    indent=st.none() | st.integers(0, 3),
-    step=st.integers(1, 9),
-    ascii_=st.booleans(),
-)
-def test_array_elements_are_those_of_a_whole_parse(
-    values: list[Any], indent: int | None, step: int, ascii_: bool
-) -> None:
-    data = json.dumps(values, indent=indent, ensure_ascii=ascii_).encode("utf-8", "surrogatepass")
-    found = [json.loads(value or b"") for value in json_values(Dripping(data, step), 1 << 20)]  # type: ignore[arg-type]
-    assert found == json.loads(data)
-    if len(data) > 1:
-        with pytest.raises(IncompleteJsonError):
-            list(json_values(Dripping(data[:-1], step), 1 << 20))  # type: ignore[arg-type]
-
-
-def test_long_elements_are_passed_over_within_bounded_memory() -> None:
-    data = b'[{"text": "' + b"x" * 5000 + b'"}, {"text": "short"}, ' + b'{"a": 1}]'
-    assert list(json_values(io.BytesIO(data), 100)) == [None, b'{"text": "short"}', b'{"a": 1}']
 
 
 # ---- directories ---------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.corpus import python_stdlib_documents
 from data_pipeline.errors import TokenizerError, VocabularyError
+from data_pipeline.open_tokenizer import load_tokenizer
 from data_pipeline.tokenizer import Tokenizer, _sample_lines, train_tokenizer
 
 TRICKY = [
@@ -57,7 +58,7 @@ def test_training_twice_gives_the_same_file(tmp_path: Path) -> None:
     texts = ["one text", "another text with more words in it"] * 50
     digests = {train_tokenizer(texts, tmp_path / name, 280).digest for name in ("a", "b")}
     assert len(digests) == 1
-    assert Tokenizer.load(tmp_path / "a").digest in digests
+    assert load_tokenizer(tmp_path / "a").digest in digests
 
 
 def test_documents_of_the_standard_library_train_a_tokenizer(tmp_path: Path) -> None:
@@ -97,11 +98,11 @@ def test_no_text_is_refused(tmp_path: Path, texts: list[str]) -> None:
 
 def test_damaged_models_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(TokenizerError, match="cannot read"):
-        Tokenizer.load(tmp_path / "missing.model")
+        load_tokenizer(tmp_path / "missing.model")
     for content, message in ((b"", "empty file"), (b"not a model", "not a SentencePiece model")):
         (tmp_path / "bad.model").write_bytes(content)
         with pytest.raises(TokenizerError, match=message):
-            Tokenizer.load(tmp_path / "bad.model")
+            load_tokenizer(tmp_path / "bad.model")
 
 
 def test_ids_outside_the_vocabulary_and_surrogates_are_refused(tokenizer: Tokenizer) -> None:
@@ -117,7 +118,7 @@ def test_foreign_model_that_normalises_still_works(tmp_path: Path) -> None:
         sentence_iterator=iter(["hello world how are you"] * 10), model_prefix=str(tmp_path / "m"), vocab_size=30,
         model_type="bpe", minloglevel=2,
     )  # fmt: skip
-    foreign = Tokenizer.load(tmp_path / "m.model")
+    foreign = load_tokenizer(tmp_path / "m.model")
     assert not foreign.is_exact
     assert foreign.decode(foreign.encode("hello world")) == "hello world"
     assert foreign.pad_id == foreign.eos_id

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hope_megatron.engine.policy import apply_policy, matmul_precision, policy_restored
-from hope_megatron.optim.build import newton_schulz_dtype
+from hope_megatron.optim.new_optimizer import newton_schulz_dtype
 from hope_megatron.testing.tiny import tiny_run_config
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install -e '.[eval]'")
 
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.open_tokenizer import load_tokenizer
 from hope_megatron.cli import eval_lm
 from hope_megatron.cli.main import main
 from hope_megatron.eval.harness import HarnessError, HarnessModel, evaluate_tasks
@@ -145,7 +145,7 @@ def test_a_tokenizer_that_begins_texts_with_a_space(opened, tmp_path):
         byte_fallback=True, normalization_rule_name="identity", model_prefix=str(tmp_path / "llama"), pad_id=3,
         hard_vocab_limit=False,
     )  # fmt: skip
-    tokenizer = Tokenizer.load(tmp_path / "llama.model")
+    tokenizer = load_tokenizer(tmp_path / "llama.model")
     harness = HarnessModel(opened.model, tokenizer, window_tokens=16)
     pieces = lambda ids: [tokenizer._processor.id_to_piece(i) for i in ids]  # noqa: E731
     head, tail = harness._encode_pair("argu", "ment")

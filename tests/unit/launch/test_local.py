@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import sys
 
 import pytest
 
+from hope_megatron.cli.main import main
 from hope_megatron.runtime.process import available_cpus
 from launch.errors import LaunchError
 from launch.local import LocalRun, run_local, run_supervised
@@ -25,9 +27,11 @@ def test_more_processes_than_cores_are_refused():
         run_local(["train"], 1000)
 
 
-def test_no_process_at_all_is_refused():
+def test_no_process_at_all_is_refused(capsys):
     with pytest.raises(LaunchError, match="at least one"):
         run_local(["train"], 0)
+    assert main(["train", "hope_tiny_cpu", "--nproc", "0", "--dry-run"]) == 2
+    assert capsys.readouterr().err == "error: --nproc 0: a run needs at least one process\n"
 
 
 def test_port_in_use_is_named(tmp_path):
@@ -79,3 +83,17 @@ def test_a_killed_rank_is_named_with_its_step_and_the_way_on(tmp_path, monkeypat
     assert last.startswith("error: attempt 1 was the last (newest checkpoint: step 6): ") and "rank 1 on " in last
     assert f"{where} (the system does that when memory runs out)" in last
     assert way == "Go on with: hope train x.yaml"
+    capsys.readouterr()
+    assert main(["launch", "status", str(tmp_path), "--json"]) == 0
+    (status,) = json.loads(capsys.readouterr().out)
+    assert (status["state"], status["attempts"], status["checkpoint"], status["steps"]) == ("gave up", 1, 6, 9)
+
+
+def test_a_chain_says_its_links_as_json(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/summary.json").write_text('{"step": 9, "complete": true}')
+    link = {"name": "train", "job_id": "7", "log": "l.log", "run_dir": str(tmp_path / "run"), "steps": 9}
+    (tmp_path / "chain.json").write_text(json.dumps({"links": [link]}))
+    assert main(["launch", "status", str(tmp_path), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found == {"name": "train", "state": "completed", "because": "", "job_id": "7", "log": "l.log"}

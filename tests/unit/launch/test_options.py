@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -72,4 +73,6 @@ def test_every_key_is_explained(capsys):
     assert {"sbatch", "srun", "container.runtime", "health.timeout_s", "time_limit"} <= {key for key, _, _ in rows}
     assert main(["launch", "--explain"]) == 0
     assert "container.image  (required)" in capsys.readouterr().out
+    assert main(["launch", "--explain", "--json"]) == 0
+    assert [tuple(row.values()) for row in json.loads(capsys.readouterr().out)] == rows
     assert main(["launch"]) == 2

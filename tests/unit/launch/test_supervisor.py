@@ -12,13 +12,13 @@ import pytest
 
 from hope_megatron.runtime.failures import CRASH, TRANSIENT, USER, Failure, first_cause
 from launch.attempts import Attempt
+from launch.causes import explain_failure
 from launch.errors import LaunchError
 from launch.hangs import Hang
 from launch.slurm import parse_job
 from launch.slurm_job import attempt_name, has_gone_down, launch_began
 from launch.step import TaskError, free_port, srun_command
 from launch.submission import Submission
-from launch.supervisor import explain_failure
 from launch.worker import heartbeat_directory, rank_environment
 
 NODES = ["node1", "node2"]

@@ -36,6 +36,9 @@ VARIANTS = {
     ),
     "independent": tiny_model(cms=CMSConfig(levels=(CMSLevelConfig(hidden_size=8),) * 3, connection="independent")),
     "grouped_attention": tiny_model(layer_pattern=("attention", "memory"), attention=AttentionConfig(num_kv_heads=1)),
+    "segments": tiny_model(
+        layer_pattern=("attention",), attention=AttentionConfig(segment_tokens=8, memory_tokens=3, memory_key_size=5)
+    ),
     "biased_attention": tiny_model(
         layer_pattern=("attention",), attention=AttentionConfig(qkv_bias=True, qk_norm=True)
     ),

@@ -22,7 +22,7 @@ from hope_megatron.ops.memory import (
     memory_chunked,
     memory_recurrent,
 )
-from hope_megatron.ops.memory.backends.cpu import build
+from hope_megatron.ops.memory.backends.cpu import compiling
 from hope_megatron.ops.memory.backends.cpu.scan import CPU
 from hope_megatron.ops.memory.backends.manual.scan import MANUAL
 
@@ -37,7 +37,7 @@ def kernel():
     """A machine with a compiler must have the kernel: a fallback would test nothing."""
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no C++ compiler on this machine")
-    build.load()
+    compiling.load()
 
 
 def make_case(T: int, d: int, h: int, rule: MemoryRule, *, warm: int = 0):
@@ -181,27 +181,27 @@ def test_what_is_not_finite_is_not_hidden():
 
 
 def test_a_missing_kernel_says_why_once(monkeypatch, caplog, tmp_path):
-    monkeypatch.setattr(build, "_library", functools.cache(build._library.__wrapped__))
+    monkeypatch.setattr(compiling, "_library", functools.cache(compiling._library.__wrapped__))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            with pytest.raises(build.NoKernel, match=r"no C\+\+ compiler; install one"):
-                build.library()
+            with pytest.raises(compiling.NoKernel, match=r"no C\+\+ compiler; install one"):
+                compiling.library()
     assert len(caplog.records) == 1
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\necho out of order >&2; exit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(build.NoKernel, match=r"(?s)scan\.cpp.*failed:.*out of order"):
-        build.load()
+    with pytest.raises(compiling.NoKernel, match=r"(?s)scan\.cpp.*failed:.*out of order"):
+        compiling.load()
     assert not list((tmp_path / "cache" / "hope_megatron").glob("*.so"))
 
 
 def test_two_processes_build_it_once(tmp_path: Path):
     """Both have it in the end, and nothing else is left."""
-    code = "from hope_megatron.ops.memory.backends.cpu.build import load; print(load()._name)"
-    environment = {**build.os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    code = "from hope_megatron.ops.memory.backends.cpu.compiling import load; print(load()._name)"
+    environment = {**compiling.os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     command = [sys.executable, "-c", code]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
     names = {process.communicate(timeout=120)[0].strip() for process in both}

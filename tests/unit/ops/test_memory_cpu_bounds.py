@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hope_megatron.ops.memory import Bank, MemoryParams, MemoryRule, MemoryRuleError, RateLogits, memory_chunked
-from hope_megatron.ops.memory.backends.cpu import build
+from hope_megatron.ops.memory.backends.cpu import compiling
 from hope_megatron.ops.memory.backends.cpu.calls import Settings, TensorMismatch, call_backward, call_forward
 
 FORWARD = ("q", "x_k", "x_v", "eta", "alpha", "anchor", "y", "w", "kept")
@@ -33,7 +33,7 @@ ROWS, RATES = {"q", "x_k", "x_v", "y", "d_y", "d_q", "d_x_k", "d_x_v"}, {"eta", 
 def kernel():
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no C++ compiler on this machine")
-    build.load()
+    compiling.load()
 
 
 sizes = st.builds(

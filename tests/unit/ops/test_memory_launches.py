@@ -7,6 +7,7 @@ import torch
 
 from hope_megatron.ops.memory import Bank, MemoryParams, MemoryRule, RateLogits, memory_chunked
 from hope_megatron.ops.memory.backends.triton.backend import TRITON
+from hope_megatron.ops.memory.rule import MemoryCompute
 from hope_megatron.testing.launches import CountLaunches
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -51,3 +52,32 @@ def test_launches_do_not_depend_on_length(name):
     short, long = launches(name, 512), launches(name, 2048)
     assert short == long
     assert long[0] <= FORWARD and long[1] <= BACKWARD, long
+
+
+def test_streams_whose_programs_wait_for_each_other_go_in_groups_that_run_at_once():
+    """Four programs of four warps for each of 100 streams; 264 run at once."""
+    from hope_megatron.ops.memory.backends.triton import launching
+
+    with launching.recorded() as found:
+        launching.launch_together(launching.kernel(_waits), (100, 4), 7, C=64)
+    assert [(x.grid, x.arguments["first"]) for x in found] == [((66, 4), 0), ((34, 4), 66)]
+
+
+def _waits(chunks, first, C):
+    """Stands for a kernel; it is not run."""
+
+
+def test_an_ignored_keep_every_is_said_once(caplog):
+    from hope_megatron.ops.memory.backends.triton import launching, unchecked
+
+    unchecked._say_what_is_kept.cache_clear()
+    x = [torch.zeros(1, 32, 1, 16) for _ in range(3)]
+    params = MemoryParams(Bank(torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 16, 16)), None, None)
+    taken, asked = TRITON._replace(why_not=lambda case: None), MemoryCompute(kernel="triton", keep_every=4)
+    with launching.recorded():
+        for _ in range(2):
+            memory_chunked(
+                *x, RateLogits(torch.zeros(1, 32, 1), None, None), params, DESCENT, compute=asked, backends=(taken,)
+            )
+    said = [record.getMessage() for record in caplog.records if "keep_every" in record.getMessage()]
+    assert said == ["memory.keep_every=4 is ignored: the Triton kernels keep weights at every chunk's start"]

@@ -30,6 +30,10 @@ CASES = {
     "hope, towards zero": (MemoryRule(chunk_tokens=16, decay_to="zero"), 16),
     "hope_w1": (MemoryRule(chunk_tokens=16, written_layers="output"), 49),  # a token is left for PyTorch
     "hope_w1, towards zero": (MemoryRule(chunk_tokens=16, written_layers="output", decay_to="zero"), 32),
+    "hope_w1, some self-memories": (
+        MemoryRule(16, written_layers="output", adaptive_key=False, adaptive_eta=False, normalize_values=False),
+        32,
+    ),
     "gated deltanet": (MATRIX, 48),
     "retnet": (replace(MATRIX, dgd_layers="none", decay_erased=False), 48),
     "titans": (MemoryRule(4, eta_max=0.4, momentum_max=0.6, **DESCENT), 12),

@@ -14,7 +14,7 @@ from hope_megatron.ops.memory import MemoryRule
 from hope_megatron.ops.memory.backends.installed import BACKENDS
 from hope_megatron.ops.memory.backends.phases.scan import PHASES
 from hope_megatron.ops.memory.backends.registry import Case, KernelError, choose
-from hope_megatron.ops.memory.backends.triton import backend, trust
+from hope_megatron.ops.memory.backends.triton import backend, trust, unchecked
 from hope_megatron.ops.memory.backends.triton.backend import TRITON
 from hope_megatron.ops.memory.rule import AUTO, MemoryCompute
 
@@ -126,7 +126,7 @@ def test_auto_takes_the_kernels_on_a_gpu_where_they_were_found_right(monkeypatch
     assert choose(case, AUTO, BACKENDS).name == PHASES.name  # there is no CUDA device
     with pytest.raises(KernelError, match="sees no CUDA device"):
         choose(case, MemoryCompute(kernel="triton"), BACKENDS)
-    monkeypatch.setattr(backend, "_why_not_here", lambda device: None)
+    monkeypatch.setattr(unchecked, "_why_not_here", lambda device: None)
     for reason, rule in ((None, MemoryRule(16)), ("the self-check failed", MemoryRule(48))):
         monkeypatch.setattr(backend, "distrust", lambda case, reason=reason: reason)
         expected = TRITON if reason is None else PHASES

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hope_megatron.cli.plan import load_for_plan
 from hope_megatron.config.footprint import footprint
 from hope_megatron.config.hardware import find_hardware
+from hope_megatron.config.planned_run import load_for_plan
 from hope_megatron.config.step_time import micro_batch_works, step_transfers, step_works
 from hope_megatron.rehearse.rehearse import rehearse
 from hope_megatron.rehearse.tally import grouped, total

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from hope_megatron.cli.train import default_processes
 from hope_megatron.runtime.launchers import adopt_launcher, first_host, tasks_per_node
+from hope_megatron.runtime.rank import default_processes
 from hope_megatron.runtime.world import World, WorldError, launched_world
 
 SRUN = {

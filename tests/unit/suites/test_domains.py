@@ -6,14 +6,17 @@ import ast
 
 import numpy as np
 import pytest
+import torch
 
 from hope_megatron.config.accounting import num_parameters
 from hope_megatron.suites.domains import cms_models, named_sources, scores_by_domain
 from hope_megatron.suites.errors import SuiteError
-from hope_megatron.suites.fit import FitOptions
+from hope_megatron.suites.fit import FitOptions, fit, small_model
+from hope_megatron.suites.incremental_methods import copies
 from hope_megatron.suites.models import small_hope
 from hope_megatron.suites.registry import build_suite
-from hope_megatron.suites.sequential import learn_in_sequence
+from hope_megatron.suites.scoring import score_batch
+from hope_megatron.suites.sequential import learn_in_sequence, sleep_on
 from hope_megatron.suites.suite import SuiteOptions
 from hope_megatron.suites.task import SPLITS, Task
 from hope_megatron.suites.text import _bare, read_texts, split_text, system_text, text_source, windows
@@ -89,7 +92,36 @@ def test_a_domain_that_contradicts_the_first_is_learnt_over_it():
     assert trained.validation["raw"].value == pytest.approx(last, abs=0.3)
 
 
+def test_a_night_trains_one_level_and_brings_the_earlier_domain_back():
+    """Of two levels the second alone changes; its loss on the earlier domain falls towards what it was before the new one."""
+    tasks = [
+        Task(name, 256, ("held out",), text_source(lambda text=text: (text * 400,), 16), "loss")
+        for name, text in (("b", b"ab"), ("c", b"ac"))
+    ]
+    data = [TrainingData(task, 0) for task in tasks]
+    model = small_model(cms_models(small_hope(256, width=16, layers=1, heads=2, chunk_tokens=8))["2 levels"], 0)
+    options, weights = FitOptions(steps=40, batch_size=4, lr=3e-2), []
+    for domain in data:
+        fit(model, lambda step, domain=domain: domain.batch(step, 4), options)
+        weights.append(copies(model))
+    asked = data[0].validation(8)
+    spoilt = score_batch(model, asked, "loss").value
+    sleep_on(model, weights[0], data[:1], data[1], options, 0)
+    assert score_batch(model, asked, "loss").value < spoilt - 0.2
+    moved = {
+        name
+        for (name, now), then in zip(model.named_parameters(), weights[1], strict=True)
+        if not torch.equal(now, then)
+    }
+    assert moved and all(name.startswith("layers.0.mlp.levels.1.") for name in moved)
+
+
 def test_the_suite_is_there():
     suite = build_suite("domains", SuiteOptions(quick=True, families=("1 level", "deltanet")))
     assert suite.subjects == ("1 level", "deltanet") and suite.settings["domains"] == ["code", "docs", "system"]
-    assert set(build_suite("domains", SuiteOptions()).subjects) >= {"3 levels", "transformer_pp", "gated_deltanet"}
+    assert set(build_suite("domains", SuiteOptions()).subjects) >= {
+        "3 levels",
+        "2 levels, with sleep",
+        "transformer_pp",
+        "gated_deltanet",
+    }

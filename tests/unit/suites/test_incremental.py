@@ -18,6 +18,7 @@ from hope_megatron.suites.errors import SuiteError
 from hope_megatron.suites.fit import FitOptions, fit, small_model
 from hope_megatron.suites.incremental import METHODS, forgetting, tries
 from hope_megatron.suites.incremental_methods import learn_in_context, repeat_state
+from hope_megatron.suites.incremental_sleep import examples
 from hope_megatron.suites.labelled import load_labelled, synthetic_labelled, word_ids
 from hope_megatron.suites.models import family_model, small_hope
 from hope_megatron.suites.registry import build_suite
@@ -269,3 +270,10 @@ def test_every_method_has_as_many_tries():
     found = [tries(model, method, SuiteOptions()) for method in METHODS]
     assert {len(grid) for grid in found} == {2} and len(set(found[2].values())) == 2
     assert {this.strength for this in found[3].values()} == {1e6, 1e8}
+    assert {this.tuning_rate for this in found[4].values()} == {3e-3, 1e-2}
+
+
+def test_a_day_of_classes_is_read_example_by_example():
+    stream = [WORD + 3, WORD + 4, ASK, LABEL + 1, WORD + 5, ASK, LABEL]
+    rows = [(tokens.tolist(), targets.tolist()) for tokens, targets in examples(stream)]
+    assert rows == [(stream[:4], [IGNORE, IGNORE, LABEL + 1, IGNORE]), (stream[4:], [IGNORE, LABEL, IGNORE])]

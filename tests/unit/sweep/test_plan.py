@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hope_megatron.sweep.sizes import scale_to_flops, scale_to_width, train_flop
 from hope_megatron.sweep.store import SweepDirectory
 
 Write = Callable[..., Path]
+CONFIGS = Path(__file__).parents[3] / "configs" / "sweeps"
 LADDER = {"flops_per_token": [2e6, 4e6, 8e6], "depths": [2, 2, 3], "head_size": 16}
 
 
@@ -139,6 +141,18 @@ def test_a_sweep_for_no_hardware_is_priced_on_this_machine_too(sweep_file, monke
     assert ("this machine has no GPU. On its CPU" in text) == ("hardware: {name: cpu}" in text) == said
 
 
+def test_plan_and_status_as_json(sweep_file, capsys):
+    file = str(sweep_file())
+    cells = {cell.name: cell for cell in plan(file).cells}
+    assert main(["sweep", "plan", file, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert {row["cell"]: row["flops"] for row in planned["cells"]} == {name: cell.flops for name, cell in cells.items()}
+    assert planned["device_hours"] == sum(row["device_hours"] for row in planned["cells"])
+    assert main(["sweep", "status", file, "--json"]) == 0
+    standing = json.loads(capsys.readouterr().out)
+    assert [row["cell"] for row in standing] == list(cells) and {row["state"] for row in standing} == {"waiting"}
+
+
 def test_only_sizes_around_the_optimum(sweep_file: Write) -> None:
     budgets = {"isoflop_budgets": [1e11, 4e11]}
     low, high = 0.05, 0.4
@@ -150,3 +164,10 @@ def test_only_sizes_around_the_optimum(sweep_file: Write) -> None:
     }
     with pytest.raises(ConfigError, match="goes with isoflop_budgets"):
         load_sweep(sweep_file(design={"tokens": [10_000], "between_tokens_per_parameter": [1, 2]}))
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_sweeps_that_come_with_the_package_can_be_planned(path: Path) -> None:
+    plan = make_plan(load_sweep(path))
+    assert {cell.family for cell in plan.cells} == {*plan.sweep.families}
+    assert len({cell.name for cell in plan.cells}) == len(plan.cells) > 8

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from hope_megatron.cli.main import main
 from hope_megatron.config import load_run_config
 from hope_megatron.config.accounting import num_parameters
+from hope_megatron.eval.token_kinds import METRICS
+from hope_megatron.report.document import Table, to_html
 from hope_megatron.sweep.analysis import analyse
 from hope_megatron.sweep.collect import Observation, read_csv
-from hope_megatron.sweep.document import Table, to_html
 from hope_megatron.sweep.errors import SweepError
 from hope_megatron.sweep.laws import CHINCHILLA, LossLaw
 from hope_megatron.sweep.plan import Plan, make_plan
@@ -73,7 +75,7 @@ def test_recommendation_beyond_the_data_says_so(plan: Plan, tmp_path: Path) -> N
         assert ("passes over the data" in (tmp_path / "report.md").read_text()) is warned
 
 
-def test_report_is_complete_and_self_contained(plan: Plan, tmp_path: Path) -> None:
+def test_report_is_complete_and_self_contained(plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     observations = observed(plan)
     families = analyse(observations, plan.sweep.fit)
     recommendations = recommend(plan, families, 1e16)
@@ -93,7 +95,36 @@ def test_report_is_complete_and_self_contained(plan: Plan, tmp_path: Path) -> No
         assert {row["law"] for row in csv.DictReader(file)} >= {"approach 2", "approach 3"}
     assert [o.loss for o in read_csv(tmp_path / "cells.csv")] == [o.loss for o in observations]
     (tmp_path / "bom.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "cells.csv").read_bytes())  # from a spreadsheet
-    assert read_csv(tmp_path / "bom.csv") == read_csv(tmp_path / "cells.csv")
+    assert repr(read_csv(tmp_path / "bom.csv")) == repr(read_csv(tmp_path / "cells.csv"))  # NaN equals no NaN
+    assert main(["sweep", "fit", str(tmp_path / "cells.csv"), "--bootstrap", "20", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)["families"]["hope"]["laws"]["approach 3"]
+    assert printed["E"]["value"] == fitted["E"]["value"]
+
+
+def test_losses_on_what_repeats_are_compared_at_one_compute(plan: Plan, tmp_path: Path) -> None:
+    """Of the best run of each at the largest compute that all have; a family without these losses stays out of nothing."""
+    largest = max(run.flops for run in observed(plan))
+
+    def measured(run: Observation) -> Observation:
+        there = run.family == "hope" or run.flops < largest / 5  # transformer_pp lacks those of the largest
+        return replace(run, kinds=dict(zip(METRICS, (run.loss + 1, run.loss, run.loss / 2))) if there else {})
+
+    observations = [measured(run) for run in observed(plan)]
+    families = analyse(observations, plan.sweep.fit)
+    write_report("toy", tmp_path, observations, families, [], 1e16)
+    _, _, table = (tmp_path / "report.md").read_text().partition("## Where the context repeats itself")
+    rows = [line.split("|")[1:-1] for line in table.partition("##")[0].splitlines() if "-w" in line]
+    middle = [run for run in observations if largest / 20 < run.flops < largest / 5]
+    best = [
+        min((run for run in middle if run.family == name), key=lambda run: run.loss)
+        for name in ("hope", "transformer_pp")
+    ]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        [run.family, run.name, *(f"{loss:.4f}" for loss in (run.loss, run.loss + 1, run.loss, run.loss / 2))]
+        for run in best
+    ]
+    write_report("toy", tmp_path, observations, analyse(observed(plan), plan.sweep.fit), [], 1e16)
+    assert "Where the context" not in (tmp_path / "report.md").read_text()
 
 
 def test_report_without_a_law_says_what_is_missing(plan: Plan, tmp_path: Path) -> None:

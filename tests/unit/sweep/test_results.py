@@ -21,6 +21,7 @@ from hope_megatron.sweep.results import Results
 from hope_megatron.sweep.schema import load_sweep
 from hope_megatron.sweep.store import State, SweepDirectory
 
+KINDS = {"heldout/loss_new": 6.5, "heldout/loss_pair": 4.5, "heldout/loss_run": 1.5}
 Machine = Callable[..., tuple[Plan, SweepDirectory]]
 
 
@@ -60,7 +61,9 @@ def finish(plan: Plan, directory: SweepDirectory, number: int) -> None:
     run, steps = directory.runs / cell.name, cell.config.training.steps
     run.mkdir(parents=True)
     records = [seal({"step": step, "train/loss": 6 - step / steps}) for step in range(1, steps + 1)]
-    write_text(run / "metrics.jsonl", "\n".join([*records, seal({"step": steps, "heldout/loss": 5.25})]) + "\n")
+    write_text(
+        run / "metrics.jsonl", "\n".join([*records, seal({"step": steps, "heldout/loss": 5.25, **KINDS})]) + "\n"
+    )
     write_json(run / "summary.json", {"complete": True, "step": steps, "wall_s": 3.5, "provenance": {"commit": "abc"}})
 
 
@@ -82,6 +85,7 @@ def test_another_machine_takes_what_is_finished_and_adds_its_own(tmp_path: Path,
     Results(file, third, elsewhere).place()
     runs = collect(third, elsewhere, lambda path: 1000)
     assert [(run.name, run.loss) for run in runs] == [(cell.name, 5.25) for cell in first.cells[:2]]
+    assert runs[0].kinds == KINDS
     assert runs[0].curve is not None and len(runs[0].curve.loss) <= 60
 
 

@@ -153,7 +153,7 @@ def mlflow_server(tmp_path: Path) -> Iterator[str]:
     store = [f"--backend-store-uri=sqlite:///{tmp_path}/server.db", f"--artifacts-destination={tmp_path}/artifacts"]
     command = [sys.executable, "-m", "mlflow", "server", "--host=127.0.0.1", f"--port={port}", "--workers=1", *store]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 90
+    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 240
     try:
         while True:
             with suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from hope_megatron.ops.memory.backends.cpu.build import library
+from hope_megatron.ops.memory.backends.cpu.compiling import library
 
 
 class TensorMismatch(RuntimeError):

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hope_megatron.ops.memory.backends.cpu.build import NoKernel, library
 from hope_megatron.ops.memory.backends.cpu.calls import Settings, call_backward, call_forward, why_not_sizes
+from hope_megatron.ops.memory.backends.cpu.compiling import NoKernel, library
 from hope_megatron.ops.memory.backends.registry import Backend, Case, computes_in_full
 from hope_megatron.ops.memory.layout import Group, Weights
 from hope_megatron.ops.memory.recompute import segment_periods

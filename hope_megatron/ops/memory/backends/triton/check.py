@@ -16,6 +16,7 @@ from torch import Tensor
 from hope_megatron.ops.memory.backends.autograd import AUTOGRAD
 from hope_megatron.ops.memory.backends.phases.scan import PHASES
 from hope_megatron.ops.memory.backends.registry import Backend, Case
+from hope_megatron.ops.memory.backends.triton.unchecked import UNCHECKED
 from hope_megatron.ops.memory.rule import AUTO, MemoryCompute
 from hope_megatron.ops.memory.types import Bank, MemoryParams, RateLogits
 
@@ -78,8 +79,6 @@ def _share(error: float, limit: float) -> float:
 
 def _errors(case: Case, kind: str, size: Size) -> dict[str, tuple[float, float]]:
     """Of every result: its error relative to its norm, and the limit."""
-    from hope_megatron.ops.memory.backends.triton.backend import UNCHECKED
-
     asked, reference = MemoryCompute(kernel="triton", precision=case.precision), _reference(case)
     inputs = list(_inputs(case, kind, size))
     run = functools.partial(_results, case, inputs, size)

@@ -155,6 +155,21 @@ def store_each(base, x, stride, C: tl.constexpr):
     tl.store(base + tl.arange(0, C) * stride, x)
 
 
+@triton.jit
+def meet(met, count, PROGRAMS: tl.constexpr):
+    """Wait until `count` programs have come here, counted at `met`: then each sees what the others stored before.
+
+    All of them run at once, by a cooperative launch (`launching.launch_together`). The count decides no result: the same bits
+    whoever comes first.
+    """
+    tl.debug_barrier()  # of all threads of this program, before one of them says so
+    if PROGRAMS > 1:
+        tl.atomic_add(met, 1, sem="release", scope="gpu")
+        while tl.atomic_add(met, 0, sem="acquire", scope="gpu") < count:
+            pass
+        tl.debug_barrier()
+
+
 # Functions
 
 

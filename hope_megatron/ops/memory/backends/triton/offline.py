@@ -16,14 +16,14 @@ from typing import Any
 import torch
 import triton
 
-from hope_megatron.ops.memory.backends.triton.backend import UNCHECKED
 from hope_megatron.ops.memory.backends.triton.launching import Launch, recorded
+from hope_megatron.ops.memory.backends.triton.unchecked import UNCHECKED
 from hope_megatron.ops.memory.rule import MemoryCompute, MemoryRule
 from hope_megatron.ops.memory.types import Bank, MemoryParams, RateLogits
 
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int8: "*i8"}
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int8: "*i8", torch.int32: "*i32"}
 
 # Guesses, in cycles: when a result is there, and how long a unit that four warps share is busy with one warp's instruction.
 _LATENCY = {

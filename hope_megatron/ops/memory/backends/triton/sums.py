@@ -6,7 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from hope_megatron.ops.memory.backends.triton.language import add_mm, columns, rows, store
+from hope_megatron.ops.memory.backends.triton import language as p
 from hope_megatron.ops.memory.backends.triton.launching import kernel, launch
 
 
@@ -21,18 +21,18 @@ def _outer(
     found = tl.zeros([P, Q], tl.float32)
     for t in tl.range(split * span, tl.minimum(T, (split + 1) * span), C):
         at = ((n // HEADS).to(tl.int64) * T + t) * HEADS + n % HEADS
-        left = columns(a0 + at * P, HEADS * P, C, P)
-        found = add_mm(found, left, rows(b0 + at * Q, HEADS * Q, C, Q), PRECISION)
+        left = p.columns(a0 + at * P, HEADS * P, C, P)
+        found = p.add_mm(found, left, p.rows(b0 + at * Q, HEADS * Q, C, Q), PRECISION)
         if PAIRS > 1:
-            left = columns(a1 + at * P, HEADS * P, C, P)
-            found = add_mm(found, left, rows(b1 + at * Q, HEADS * Q, C, Q), PRECISION)
+            left = p.columns(a1 + at * P, HEADS * P, C, P)
+            found = p.add_mm(found, left, p.rows(b1 + at * Q, HEADS * Q, C, Q), PRECISION)
         if PAIRS > 2:
-            left = columns(a2 + at * P, HEADS * P, C, P)
-            found = add_mm(found, left, rows(b2 + at * Q, HEADS * Q, C, Q), PRECISION)
+            left = p.columns(a2 + at * P, HEADS * P, C, P)
+            found = p.add_mm(found, left, p.rows(b2 + at * Q, HEADS * Q, C, Q), PRECISION)
         if PAIRS > 3:
-            left = columns(a3 + at * P, HEADS * P, C, P)
-            found = add_mm(found, left, rows(b3 + at * Q, HEADS * Q, C, Q), PRECISION)
-    store(out + (split.to(tl.int64) * tl.num_programs(1) + n) * P * Q, found, P, Q)
+            left = p.columns(a3 + at * P, HEADS * P, C, P)
+            found = p.add_mm(found, left, p.rows(b3 + at * Q, HEADS * Q, C, Q), PRECISION)
+    p.store(out + (split.to(tl.int64) * tl.num_programs(1) + n) * P * Q, found, P, Q)
 
 
 def outer_sum(*pairs: tuple[Tensor, Tensor], precision: str) -> Tensor:

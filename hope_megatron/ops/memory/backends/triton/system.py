@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hope_megatron.ops.memory.backends.triton.language import exp, mm, mm_exact
+from hope_megatron.ops.memory.backends.triton import language as p
 
 
 @triton.jit
@@ -13,7 +13,7 @@ def decay(later, earlier, STRICT: tl.constexpr, PRECISION: tl.constexpr, C: tl.c
     """exp(later_t - earlier_s) for s <= t (STRICT: s < t), 0 above: [C] twice -> [C, C]. Masked before exp, which may overflow."""
     t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     keep = (s < t) if STRICT else (s <= t)
-    return exp(tl.where(keep, later[:, None] - earlier[None, :], float("-inf")), PRECISION)
+    return p.exp(tl.where(keep, later[:, None] - earlier[None, :], float("-inf")), PRECISION)
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def decay_t(later, earlier, STRICT: tl.constexpr, PRECISION: tl.constexpr, C: tl
     """The transpose of `decay`."""
     s, t = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     keep = (s < t) if STRICT else (s <= t)
-    return exp(tl.where(keep, later[None, :] - earlier[:, None], float("-inf")), PRECISION)
+    return p.exp(tl.where(keep, later[None, :] - earlier[:, None], float("-inf")), PRECISION)
 
 
 @triton.jit
@@ -62,6 +62,6 @@ def _double(X, L, i, j, BLOCK: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.
     below = (i // (2 * BLOCK) == j // (2 * BLOCK)) & (i // BLOCK > j // BLOCK)
     corner = tl.where(below, L, 0.0)
     if EXACT:
-        return X - mm_exact(mm_exact(X, corner, PRECISION), X, PRECISION)
+        return X - p.mm_exact(p.mm_exact(X, corner, PRECISION), X, PRECISION)
     else:
-        return X - mm(mm(X, corner, PRECISION), X, PRECISION)
+        return X - p.mm(p.mm(X, corner, PRECISION), X, PRECISION)

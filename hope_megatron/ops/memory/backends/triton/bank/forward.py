@@ -10,46 +10,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hope_megatron.ops.memory.backends.triton import language as p
 from hope_megatron.ops.memory.backends.triton.bank.write import input_weights, write_scalar, write_vector
-from hope_megatron.ops.memory.backends.triton.language import (
-    add_mm,
-    columns,
-    dsilu,
-    each,
-    exp,
-    inverse_norm,
-    load,
-    load_t,
-    log_sigmoid,
-    mm,
-    mm_if,
-    place,
-    rows,
-    silu,
-    store,
-    store_each,
-    store_rows,
-    whole,
-)
 from hope_megatron.ops.memory.backends.triton.launching import kernel
 from hope_megatron.ops.memory.backends.triton.system import decay, unit_lower_inverse
 
 
 @triton.jit
 def input_system_of(
-    k_at, table_at, write_in_at, inverse_in_at, row, strength,
+    k_at, table_at, write_in_at, inverse_in_at, row, row_in, strength,
     C: tl.constexpr, D: tl.constexpr, DGD_IN: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """K_in = Y_in^T (strength k) of a chunk, which all its input layers share; Y_in is stored too."""
-    k = rows(k_at, row, C, D)
+    k = p.rows(k_at, row, C, D)
     written = k * strength[:, None]
     if DGD_IN:
-        gram = mm_if(k, columns(k_at, row, C, D), EXACT, PRECISION)
-        inverse = unit_lower_inverse(gram * load(table_at, C, C), EXACT, PRECISION, C)
-        store(inverse_in_at, inverse, C, C)
+        gram = p.mm_if(k, p.columns(k_at, row, C, D), EXACT, PRECISION)
+        inverse = unit_lower_inverse(gram * p.load(table_at, C, C), EXACT, PRECISION, C)
+        p.store(inverse_in_at, inverse, C, C)
         tl.debug_barrier()
-        written = mm_if(load_t(inverse_in_at, C, C), written, EXACT, PRECISION)
-    store_rows(write_in_at, written, row, C, D)
+        written = p.mm_if(p.load_t(inverse_in_at, C, C), written, EXACT, PRECISION)
+    p.store_rows(write_in_at, written, row_in, C, D)
 
 
 @kernel
@@ -61,14 +42,15 @@ def input_system(
 ):  # fmt: skip
     """The decay table of all chunks, exp(since_t - total_s) eta_s, and `input_system_of` for keys that are known."""
     i, n = tl.program_id(0), tl.program_id(1)
-    at, square = place(i, n, T, HEADS, C), (n.to(tl.int64) * chunks + i) * C * C
-    eta, step = exp(each(log_eta + at, HEADS, C), PRECISION), each(log_alpha + at, HEADS, C)
+    at, square = p.place(i, n, T, HEADS, C), (n.to(tl.int64) * chunks + i) * C * C
+    eta, step = p.exp(p.each(log_eta + at, HEADS, C), PRECISION), p.each(log_alpha + at, HEADS, C)
     total = tl.cumsum(step, 0)
-    store(table + square, decay(total - step, total, True, PRECISION, C) * eta[None, :], C, C)
+    p.store(table + square, decay(total - step, total, True, PRECISION, C) * eta[None, :], C, C)
     tl.debug_barrier()
-    strength = eta * exp(tl.sum(step, 0) - total, PRECISION)
+    strength = eta * p.exp(tl.sum(step, 0) - total, PRECISION)
     input_system_of(
-        k + at * D, table + square, write_in + at * D, inverse_in + square, HEADS * D, strength, C, D, DGD_IN, EXACT, PRECISION
+        k + at * D, table + square, write_in + at * D, inverse_in + square, HEADS * D, HEADS * D, strength,
+        C, D, DGD_IN, EXACT, PRECISION,
     )  # fmt: skip
 
 
@@ -76,11 +58,11 @@ def input_system(
 def decay_tables(log_eta, log_alpha, table, T, HEADS, chunks, C: tl.constexpr, PRECISION: tl.constexpr):
     """exp(since_t - total_s) eta_s for s < t, [N, chunks, C, C]."""
     i, n = tl.program_id(0), tl.program_id(1)
-    at = place(i, n, T, HEADS, C)
-    eta, step = exp(each(log_eta + at, HEADS, C), PRECISION), each(log_alpha + at, HEADS, C)
+    at = p.place(i, n, T, HEADS, C)
+    eta, step = p.exp(p.each(log_eta + at, HEADS, C), PRECISION), p.each(log_alpha + at, HEADS, C)
     total = tl.cumsum(step, 0)
     reach = decay(total - step, total, True, PRECISION, C) * eta[None, :]
-    store(table + (n.to(tl.int64) * chunks + i) * C * C, reach, C, C)
+    p.store(table + (n.to(tl.int64) * chunks + i) * C * C, reach, C, C)
 
 
 @kernel
@@ -93,7 +75,7 @@ def input_features(
 ):  # fmt: skip
     """What the self-memories' input layers make of the inputs. VALUE: number of M_v, which alone reads x_v."""
     i, n, m, memories = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2), tl.num_programs(2)
-    at = place(i, n, T, HEADS, C)
+    at = p.place(i, n, T, HEADS, C)
     memory = (n * memories + m) * H * D
     layer = memory
     if MOVING:
@@ -102,11 +84,11 @@ def input_features(
     if m == VALUE:
         x = x_v
     W = input_weights(w_in + layer, anchor_in + memory, D, H, MOVING, ANCHORED, PRECISION)
-    z = mm(rows(x + at * D, HEADS * D, C, D), W, PRECISION)
+    z = p.mm(p.rows(x + at * D, HEADS * D, C, D), W, PRECISION)
     token = (m * plane + at) * H
-    store_rows(phi_x + token, silu(z, PRECISION), HEADS * H, C, H)
+    p.store_rows(phi_x + token, p.silu(z, PRECISION), HEADS * H, C, H)
     if SLOPE:
-        store_rows(slope_x + token, dsilu(z, PRECISION), HEADS * H, C, H)
+        p.store_rows(slope_x + token, p.dsilu(z, PRECISION), HEADS * H, C, H)
 
 
 @triton.jit
@@ -117,9 +99,9 @@ def features_of_inputs(
     """silu(W2 x), [C, h]; known where W2 is fixed."""
     if MOVING:
         W = input_weights(w_in, anchor_in, D, H, MOVING, ANCHORED, PRECISION)
-        return silu(mm(rows(x_at, row, C, D), W, PRECISION), PRECISION)
+        return p.silu(p.mm(p.rows(x_at, row, C, D), W, PRECISION), PRECISION)
     else:
-        return rows(phi_at, row_h, C, H)
+        return p.rows(phi_at, row_h, C, H)
 
 
 @triton.jit
@@ -128,9 +110,9 @@ def applied(
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, MOVING: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x + W silu(W2 x) of a vector memory, [C, d]."""
-    W = whole(V_at, A_at, H, D, ANCHORED)
+    W = p.whole(V_at, A_at, H, D, ANCHORED)
     phi = features_of_inputs(x_at, phi_at, w_in, anchor_in, row, row_h, C, D, H, MOVING, ANCHORED, PRECISION)
-    return add_mm(rows(x_at, row, C, D).to(tl.float32), phi, W, PRECISION)
+    return p.add_mm(p.rows(x_at, row, C, D).to(tl.float32), phi, W, PRECISION)
 
 
 @triton.jit
@@ -148,22 +130,20 @@ def applied_scalar(
 
 @triton.jit
 def make_vector(
-    x_at, phi_at, w_in, anchor_in, V_at, A_at, out_at, norm_at, HEADS,
+    x_at, phi_at, w_in, anchor_in, V_at, A_at, out_at, norm_at, unit, HEADS,
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
-    ADAPTIVE: tl.constexpr, UNIT: tl.constexpr, MOVING: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
+    ADAPTIVE: tl.constexpr, MOVING: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Keys or values of x [C, d], by their memory if ADAPTIVE: stored, and with UNIT 1 / norm."""
+    """Keys or values of x [C, d], by their memory if ADAPTIVE; with `unit` of length 1. They and what scaled them are stored."""
     row, row_h = HEADS * D, HEADS * H
-    made = rows(x_at, row, C, D).to(tl.float32)
+    made = p.rows(x_at, row, C, D).to(tl.float32)
     if ADAPTIVE:
         made = applied(
             x_at, phi_at, w_in, anchor_in, V_at, A_at, row, row_h, C, D, H, MOVING, ANCHORED, PRECISION
         )  # fmt: skip
-    if UNIT:
-        norm = inverse_norm(made, PRECISION)
-        store_each(norm_at, norm, HEADS, C)
-        made = made * norm[:, None]
-    store_rows(out_at, made, row, C, D)
+    scale = tl.where(unit, p.inverse_norm(made, PRECISION), 1.0)
+    p.store_each(norm_at, scale, HEADS, C)
+    p.store_rows(out_at, made * scale[:, None], row, C, D)
 
 
 @triton.jit
@@ -172,50 +152,142 @@ def make_rate(
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     ADAPTIVE: tl.constexpr, MOVING: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Log rates [C], stored too: of logits and their memory if ADAPTIVE, else as they are given."""
-    rate = each(given_at, HEADS, C).to(tl.float32)
+    """Log rates [C], stored: of logits and their memory if ADAPTIVE, else as they are given."""
+    rate = p.each(given_at, HEADS, C).to(tl.float32)
     if ADAPTIVE:
         rate += applied_scalar(
             x_at, phi_at, w_in, anchor_in, V_at, A_at, HEADS * D, HEADS * H, C, D, H, MOVING, ANCHORED, PRECISION
         )
-        rate = log_most + log_sigmoid(rate)
-    store_each(out_at, rate, HEADS, C)
-    return rate
+        rate = log_most + p.log_sigmoid(rate)
+    p.store_each(out_at, rate, HEADS, C)
 
 
 @triton.jit
-def generate(
-    x_k, x_v, phi_x, eta_in, alpha_in, k, v, log_eta, log_alpha, key_norm, value_norm, square,  # this chunk's; phi_x: all
-    now_in, anchors_in, now, anchors, now_s, anchors_s,  # weights at its start
-    at, plane, log_eta_max, HEADS,
-    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
-    KEY: tl.constexpr, VALUE: tl.constexpr, ETA: tl.constexpr, ALPHA: tl.constexpr, UNIT_VALUE: tl.constexpr, NV: tl.constexpr,
-    TABLE: tl.constexpr, MOVING: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
+def make_given(
+    x_k, x_v, eta_in, alpha_in, k, v, log_eta, log_alpha, key_norm, value_norm,  # this chunk's
+    HEADS,
+    C: tl.constexpr, D: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, ETA: tl.constexpr, ALPHA: tl.constexpr, UNIT_VALUE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Keys, values and rates of a chunk, by the memories at its start; TABLE: and its decay table."""
-    make_vector(
-        x_k, phi_x + (KEY * plane + at) * H, now_in + KEY * H * D, anchors_in + KEY * H * D,
-        now + KEY * D * H, anchors + KEY * D * H, k, key_norm, HEADS,
-        C, D, H, KEY >= 0, True, MOVING, ANCHORED, PRECISION,
-    )  # fmt: skip
-    make_vector(
-        x_v, phi_x + (VALUE * plane + at) * H, now_in + VALUE * H * D, anchors_in + VALUE * H * D,
-        now + VALUE * D * H, anchors + VALUE * D * H, v, value_norm, HEADS,
-        C, D, H, VALUE >= 0, UNIT_VALUE, MOVING, ANCHORED, PRECISION,
-    )  # fmt: skip
-    rate = make_rate(
-        x_k, phi_x + (ETA * plane + at) * H, now_in + ETA * H * D, anchors_in + ETA * H * D,
-        now_s + (ETA - NV) * H, anchors_s + (ETA - NV) * H, eta_in, log_eta, log_eta_max, HEADS,
-        C, D, H, ETA >= 0, MOVING, ANCHORED, PRECISION,
-    )  # fmt: skip
-    step = make_rate(
-        x_k, phi_x + (ALPHA * plane + at) * H, now_in + ALPHA * H * D, anchors_in + ALPHA * H * D,
-        now_s + (ALPHA - NV) * H, anchors_s + (ALPHA - NV) * H, alpha_in, log_alpha, 0.0, HEADS,
-        C, D, H, ALPHA >= 0, MOVING, ANCHORED, PRECISION,
-    )  # fmt: skip
-    total = tl.cumsum(step, 0)
-    if TABLE:
-        store(square, decay(total - step, total, True, PRECISION, C) * exp(rate, PRECISION)[None, :], C, C)
+    """What no memory makes of keys, values and rates."""
+    if KEY < 0:
+        make_vector(
+            x_k, x_k, x_k, x_k, x_k, x_k, k, key_norm, True, HEADS, C, D, D, False, False, False, PRECISION
+        )  # fmt: skip
+    if VALUE < 0:
+        make_vector(
+            x_v, x_v, x_v, x_v, x_v, x_v, v, value_norm, UNIT_VALUE, HEADS, C, D, D, False, False, False, PRECISION
+        )  # fmt: skip
+    if ETA < 0:
+        make_rate(x_k, x_k, x_k, x_k, x_k, x_k, eta_in, log_eta, 0.0, HEADS, C, D, D, False, False, False, PRECISION)
+    if ALPHA < 0:
+        make_rate(
+            x_k, x_k, x_k, x_k, x_k, x_k, alpha_in, log_alpha, 0.0, HEADS, C, D, D, False, False, False, PRECISION
+        )  # fmt: skip
+
+
+@triton.jit
+def make(
+    x_k, x_v, phi_x, eta_in, alpha_in, k, v, log_eta, log_alpha, key_norm, value_norm,  # this chunk's
+    now_in, anchors_in, now, anchors, now_s, anchors_s,  # the memory's weights at its start
+    m, log_eta_max, HEADS,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, VECTOR: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, ETA: tl.constexpr, ALPHA: tl.constexpr, UNIT_VALUE: tl.constexpr,
+    MOVING: tl.constexpr, ANCHORED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What memory m makes of a chunk: keys, values, or a rate. The first program makes what no memory makes, too."""
+    if KEY < 0 or VALUE < 0 or ETA < 0 or ALPHA < 0:  # noqa: SIM102 (decided when compiling, the next one when running)
+        if m == 0:
+            make_given(
+                x_k, x_v, eta_in, alpha_in, k, v, log_eta, log_alpha, key_norm, value_norm,
+                HEADS, C, D, KEY, VALUE, ETA, ALPHA, UNIT_VALUE, PRECISION,
+            )  # fmt: skip
+    if VECTOR:
+        x, out, norm = x_k, k, key_norm
+        if m == VALUE:
+            x, out, norm = x_v, v, value_norm
+        make_vector(
+            x, phi_x, now_in, anchors_in, now, anchors, out, norm, UNIT_VALUE or m == KEY, HEADS,
+            C, D, H, True, MOVING, ANCHORED, PRECISION,
+        )  # fmt: skip
+    else:
+        given, out, most = eta_in, log_eta, log_eta_max
+        if m == ALPHA:
+            given, out, most = alpha_in, log_alpha, log_eta_max * 0.0
+        make_rate(
+            x_k, phi_x, now_in, anchors_in, now_s, anchors_s, given, out, most, HEADS,
+            C, D, H, True, MOVING, ANCHORED, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def pace(log_eta, log_alpha, HEADS, C: tl.constexpr, PRECISION: tl.constexpr):
+    """Of a chunk: log eta, since, total [C], kept, strength [C]; see write.py."""
+    rate, step = p.each(log_eta, HEADS, C), p.each(log_alpha, HEADS, C)
+    total, end = tl.cumsum(step, 0), tl.sum(step, 0)
+    return rate, p.exp(total - step, PRECISION), total, p.exp(end, PRECISION), p.exp(rate + end - total, PRECISION)
+
+
+@triton.jit
+def write_chunks(
+    x_k, x_v, eta_in, alpha_in, phi_x, k, v, log_eta, log_alpha, key_norm, value_norm, keys, table, write_in, inverse_in,
+    matrices_in, anchors_in, matrices, anchors, vectors, anchors_s,  # of the stream and memory: at its first chunk
+    begins, met, n, m, T, HEADS, chunks, plane, log_eta_max,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, VECTOR: tl.constexpr,
+    SELF: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, ETA: tl.constexpr, ALPHA: tl.constexpr,
+    UNIT_VALUE: tl.constexpr, NV: tl.constexpr, NS: tl.constexpr, RESETS: tl.constexpr,
+    MOVING: tl.constexpr, DGD: tl.constexpr, DGD_IN: tl.constexpr, OWN: tl.constexpr, UNIT_TARGET: tl.constexpr,
+    RESIDUAL: tl.constexpr, ANCHORED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One memory along its stream."""
+    row, all_in, all_out, all_scalar = HEADS * D, (NV + NS) * H * D, NV * D * H, NS * H
+    for i in tl.range(0, chunks, disable_licm=True):  # hoisted addresses would fill the registers
+        at = p.place(i, n, T, HEADS, C)
+        wide, narrow = (m * plane + at) * H, at * D
+        now_in = matrices_in
+        if MOVING:
+            now_in = matrices_in + i * all_in
+        now, now_s = matrices + i * all_out, vectors + i * all_scalar
+        square, own, row_in = table, write_in + narrow, row
+        if SELF:
+            own, row_in = write_in, D
+            make(
+                x_k + narrow, x_v + narrow, phi_x + wide, eta_in + at, alpha_in + at, k + narrow, v + narrow,
+                log_eta + at, log_alpha + at, key_norm + at, value_norm + at,
+                now_in, anchors_in, now, anchors, now_s, anchors_s, m, log_eta_max, HEADS,
+                C, D, H, VECTOR, KEY, VALUE, ETA, ALPHA, UNIT_VALUE, MOVING, ANCHORED, PRECISION,
+            )  # fmt: skip
+            p.meet(met, (i + 1) * (NV + NS), NV + NS)
+        else:
+            square = table + i * C * C
+        rate, since, total, kept, strength = pace(log_eta + at, log_alpha + at, HEADS, C, PRECISION)
+        if SELF and (DGD or DGD_IN):
+            step = p.each(log_alpha + at, HEADS, C)
+            p.store(square, decay(total - step, total, True, PRECISION, C) * p.exp(rate, PRECISION)[None, :], C, C)
+            tl.debug_barrier()
+        if MOVING and SELF:
+            input_system_of(k + narrow, square, own, inverse_in, row, row_in, strength, C, D, DGD_IN, EXACT, PRECISION)
+        anew = False
+        if RESETS:
+            anew = tl.load(begins + n * (chunks + 1) + i + 1) != 0
+        if VECTOR:
+            write_vector(
+                k + narrow, v + narrow, keys + wide, square, own, inverse_in,
+                now, anchors, now_in, anchors_in, now + all_out, now_in + all_in, matrices, matrices_in, anew,
+                keys, keys, keys, keys, keys, keys, keys, keys, keys, keys, keys, keys, keys, keys,
+                HEADS, row_in, since, strength, kept, C, D, H,
+                False, MOVING, DGD, DGD_IN, OWN, UNIT_TARGET, RESIDUAL, ANCHORED, EXACT, PRECISION,
+            )  # fmt: skip
+        else:
+            write_scalar(
+                k + narrow, v + narrow, keys + wide, square, own, inverse_in,
+                now_s, anchors_s, now_in, anchors_in, now_s + all_scalar, now_in + all_in, vectors, matrices_in, anew,
+                keys, keys, keys, keys, keys, keys, keys, keys, keys, keys, keys, keys, keys,
+                HEADS, row_in, since, strength, kept, C, D, H,
+                False, MOVING, DGD, DGD_IN, UNIT_TARGET, ANCHORED, EXACT, PRECISION,
+            )  # fmt: skip
+        tl.debug_barrier()  # the next chunk reads what other threads stored
 
 
 @kernel
@@ -224,74 +296,53 @@ def bank_chain(
     phi_x,  # SELF, not MOVING: as `input_features` leaves it
     k, v, log_eta, log_alpha, key_norm, value_norm,  # SELF: out, with 1 / norm of k and v [B, T, H]; else in
     keys,  # [n, B, T, H, h], scratch
-    table,  # SELF: scratch [N, 1, C, C]; else in, [N, chunks, C, C]
-    write_in, inverse_in,  # MOVING: K_in [B, T, H, d]. SELF: scratch, the second [N, 1, C, C]
+    table,  # SELF: scratch [N, n, C, C]; else in, [N, chunks, C, C]
+    write_in, inverse_in,  # MOVING: K_in [B, T, H, d]. SELF: scratch, [N, n, C, d] and [N, n, C, C]
     w_in, anchor_in,  # W2^T [N, n, d, h]; MOVING: V2^T at chunk starts [N, chunks + 1, n, d, h], the first given, and A2^T
     states_vector, anchor_vector,  # V^T at chunk starts and the end, [N, chunks + 1, NV, h, d], the first given; A^T [N, NV, h, d]
     states_scalar, anchor_scalar,  # the same of scalar memories, [N, chunks + 1, NS, h]
     begins,  # where streams start anew, [N, chunks + 1] int8
-    T, HEADS, chunks, plane, log_eta_max,
+    met,  # SELF: how often programs of a stream met, [N] int32; zeros
+    T, HEADS, chunks, plane, log_eta_max, first,  # first: stream of the first program
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     SELF: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, ETA: tl.constexpr, ALPHA: tl.constexpr,  # numbers, or -1
     UNIT_VALUE: tl.constexpr, NV: tl.constexpr, NS: tl.constexpr, RESETS: tl.constexpr,
     MOVING: tl.constexpr, DGD: tl.constexpr, DGD_IN: tl.constexpr, OWN: tl.constexpr, UNIT_TARGET: tl.constexpr,
     RESIDUAL: tl.constexpr, ANCHORED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64)
-    row = HEADS * D
-    all_in, all_out, all_scalar = (NV + NS) * H * D, NV * D * H, NS * H
-    matrices_in, anchors_in = w_in + n * all_in, anchor_in + n * all_in
+    """A program per stream and memory. Those of a stream meet once a chunk, for the keys, values and rates that they make."""
+    n, m = (first + tl.program_id(0)).to(tl.int64), tl.program_id(1)
+    one = n * (NV + NS) + m
+    all_in, begin = (NV + NS) * H * D, n * (chunks + 1)
+    matrices_in = w_in + one * H * D
     if MOVING:
-        matrices_in = w_in + n * (chunks + 1) * all_in
-    matrices, anchors = states_vector + n * (chunks + 1) * all_out, anchor_vector + n * all_out
-    vectors, anchors_s = states_scalar + n * (chunks + 1) * all_scalar, anchor_scalar + n * all_scalar
-    for i in tl.range(0, chunks, disable_licm=True):  # hoisted addresses would fill the registers
-        at = place(i, n, T, HEADS, C)
-        now_in = matrices_in
-        if MOVING:
-            now_in = matrices_in + i * all_in
-        now, now_s = matrices + i * all_out, vectors + i * all_scalar
-        square = table + (n if SELF else n * chunks + i) * C * C
-        if SELF:
-            generate(
-                x_k + at * D, x_v + at * D, phi_x, eta_in + at, alpha_in + at, k + at * D, v + at * D, log_eta + at, log_alpha + at,
-                key_norm + at, value_norm + at, square, now_in, anchors_in, now, anchors, now_s, anchors_s,
-                at, plane, log_eta_max, HEADS,
-                C, D, H, KEY, VALUE, ETA, ALPHA, UNIT_VALUE, NV, DGD or DGD_IN, MOVING, ANCHORED, PRECISION,
+        matrices_in = w_in + begin * all_in + m * H * D
+    scratch, mine_in = one * C * C, write_in + one * C * D
+    if not SELF:
+        scratch, mine_in = n * chunks * C * C, write_in
+    matrices, anchors = states_vector, anchor_vector
+    if NV > 0:
+        matrices, anchors = states_vector + (begin * NV + m) * D * H, anchor_vector + (n * NV + m) * D * H
+        if m < NV:
+            write_chunks(
+                x_k, x_v, eta_in, alpha_in, phi_x, k, v, log_eta, log_alpha, key_norm, value_norm,
+                keys, table + scratch, mine_in, inverse_in + scratch,
+                matrices_in, anchor_in + one * H * D, matrices, anchors, states_scalar, anchor_scalar,
+                begins, met + n, n, m, T, HEADS, chunks, plane, log_eta_max, C, D, H, True,
+                SELF, KEY, VALUE, ETA, ALPHA, UNIT_VALUE, NV, NS, RESETS,
+                MOVING, DGD, DGD_IN, OWN, UNIT_TARGET, RESIDUAL, ANCHORED, EXACT, PRECISION,
             )  # fmt: skip
-            tl.debug_barrier()  # what follows reads what other threads stored
-        rate, step = each(log_eta + at, HEADS, C), each(log_alpha + at, HEADS, C)
-        total, end = tl.cumsum(step, 0), tl.sum(step, 0)
-        since, kept = exp(total - step, PRECISION), exp(end, PRECISION)
-        strength = exp(rate + end - total, PRECISION)
-        if MOVING and SELF:
-            input_system_of(
-                k + at * D, square, write_in + at * D, inverse_in + n * C * C, row, strength, C, D, DGD_IN, EXACT, PRECISION
+    if NS > 0:
+        vectors, anchors_s = states_scalar + (begin * NS + m - NV) * H, anchor_scalar + (n * NS + m - NV) * H
+        if m >= NV:
+            write_chunks(
+                x_k, x_v, eta_in, alpha_in, phi_x, k, v, log_eta, log_alpha, key_norm, value_norm,
+                keys, table + scratch, mine_in, inverse_in + scratch,
+                matrices_in, anchor_in + one * H * D, matrices, anchors, vectors, anchors_s,
+                begins, met + n, n, m, T, HEADS, chunks, plane, log_eta_max, C, D, H, False,
+                SELF, KEY, VALUE, ETA, ALPHA, UNIT_VALUE, NV, NS, RESETS,
+                MOVING, DGD, DGD_IN, OWN, UNIT_TARGET, RESIDUAL, ANCHORED, EXACT, PRECISION,
             )  # fmt: skip
-        anew = False
-        if RESETS:
-            anew = tl.load(begins + n * (chunks + 1) + i + 1) != 0
-        for m in tl.range(0, NV, disable_licm=True):
-            of_in, of = m * H * D, m * D * H
-            write_vector(
-                k + at * D, v + at * D, keys + (m * plane + at) * H, square, write_in + at * D, inverse_in,
-                now + of, anchors + of, now_in + of_in, anchors_in + of_in,
-                now + all_out + of, now_in + all_in + of_in, matrices + of, matrices_in + of_in, anew,
-                keys, keys, keys, keys, keys, keys, keys, keys, keys, keys, keys, keys, keys, keys,
-                HEADS, since, strength, kept, C, D, H,
-                False, MOVING, DGD, DGD_IN, OWN, UNIT_TARGET, RESIDUAL, ANCHORED, EXACT, PRECISION,
-            )  # fmt: skip
-        for m in tl.range(0, NS, disable_licm=True):
-            of_in, of = (NV + m) * H * D, m * H
-            write_scalar(
-                k + at * D, v + at * D, keys + ((NV + m) * plane + at) * H, square, write_in + at * D, inverse_in,
-                now_s + of, anchors_s + of, now_in + of_in, anchors_in + of_in,
-                now_s + all_scalar + of, now_in + all_in + of_in, vectors + of, matrices_in + of_in, anew,
-                keys, keys, keys, keys, keys, keys, keys, keys, keys, keys, keys, keys, keys,
-                HEADS, since, strength, kept, C, D, H,
-                False, MOVING, DGD, DGD_IN, UNIT_TARGET, ANCHORED, EXACT, PRECISION,
-            )  # fmt: skip
-        tl.debug_barrier()  # the next chunk reads what other threads stored
 
 
 @kernel
@@ -310,11 +361,11 @@ def bank_tape(
 ):  # fmt: skip
     """One program per chunk, stream and memory: what backward (and M_mem's read) needs of what was written."""
     i, n, m = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    at = place(i, n, T, HEADS, C)
-    step = each(log_alpha + at, HEADS, C)
+    at = p.place(i, n, T, HEADS, C)
+    step = p.each(log_alpha + at, HEADS, C)
     total, end = tl.cumsum(step, 0), tl.sum(step, 0)
-    since, kept = exp(total - step, PRECISION), exp(end, PRECISION)
-    strength = exp(each(log_eta + at, HEADS, C) + end - total, PRECISION)
+    since, kept = p.exp(total - step, PRECISION), p.exp(end, PRECISION)
+    strength = p.exp(p.each(log_eta + at, HEADS, C) + end - total, PRECISION)
     token, chunk, square = m * plane + at, n * (chunks + 1) + i, (n * chunks + i) * C * C
     wide = token * H
     memory_in = (n * (NV + NS) + m) * H * D
@@ -330,7 +381,7 @@ def bank_tape(
             keys, keys, keys, keys, False,
             phi_v + wide, write + wide, u + narrow, target + narrow, missed + narrow, slope_k + wide, slope_v + wide,
             key_scale + token, target_scale + token, mine, e + narrow, u_in + wide, missed_in + wide, curve + wide,
-            HEADS, since, strength, kept, C, D, H,
+            HEADS, HEADS * D, since, strength, kept, C, D, H,
             True, MOVING, DGD, DGD_IN, OWN, UNIT_TARGET, RESIDUAL, ANCHORED, EXACT, PRECISION,
         )  # fmt: skip
     else:
@@ -341,6 +392,6 @@ def bank_tape(
             keys, keys, keys, keys, False,
             phi_v + wide, write + wide, u_scalar + narrow, target_scalar + narrow, missed_scalar + narrow,
             slope_k + wide, slope_v + wide, key_scale + token, mine, e_scalar + narrow, u_in + wide, missed_in + wide, curve + wide,
-            HEADS, since, strength, kept, C, D, H,
+            HEADS, HEADS * D, since, strength, kept, C, D, H,
             True, MOVING, DGD, DGD_IN, UNIT_TARGET, ANCHORED, EXACT, PRECISION,
         )  # fmt: skip

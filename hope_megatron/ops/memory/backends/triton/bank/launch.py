@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hope_megatron.ops.memory.backends.triton.bank import backward as back
 from hope_megatron.ops.memory.backends.triton.bank import forward as fore
-from hope_megatron.ops.memory.backends.triton.launching import launch
+from hope_megatron.ops.memory.backends.triton.launching import constants, launch, launch_together
 from hope_megatron.ops.memory.backends.triton.sizes import Sizes, operand_dtype
 from hope_megatron.ops.memory.backends.triton.sums import outer_sum
 
@@ -48,21 +48,12 @@ class Setting(NamedTuple):
 
     def write(self) -> dict[str, Any]:
         """Constants of kernels that write or unwrite."""
-        return dict(
-            NV=self.num_vector, NS=self.num_scalar, MOVING=self.moving, DGD=self.dgd, DGD_IN=self.dgd_in, OWN=self.own,
-            UNIT_TARGET=self.unit_target, RESIDUAL=self.residual, ANCHORED=self.anchored, PRECISION=self.precision,
-        )  # fmt: skip
+        named = constants(self, "moving", "dgd", "dgd_in", "own", "unit_target", "residual", "anchored", "precision")
+        return dict(NV=self.num_vector, NS=self.num_scalar, **named)
 
     def made(self) -> dict[str, Any]:
         """Constants of chains."""
-        return dict(
-            SELF=self.own_chain,
-            KEY=self.key,
-            VALUE=self.value,
-            ETA=self.eta,
-            ALPHA=self.alpha,
-            UNIT_VALUE=self.unit_value,
-        )
+        return dict(SELF=self.own_chain, **constants(self, "key", "value", "eta", "alpha", "unit_value"))
 
 
 class Layers(NamedTuple):
@@ -126,9 +117,9 @@ def input_features(x_k, x_v, w: Layers, anchor: Layers, s: Setting, z: Sizes, *,
 
 
 def chain_scratch(made: Made, s: Setting, z: Sizes) -> System:
-    """For the chain of self-memories: one chunk's squares."""
-    one = made.k.new_empty(z.N, z.C, z.C, dtype=torch.float32)
-    write_in = torch.empty_like(made.k, dtype=s.scratch) if s.moving else made.k
+    """For the chain of self-memories: one chunk's squares, and K_in, of each memory."""
+    one = made.k.new_empty(z.N, s.n, z.C, z.C, dtype=torch.float32)
+    write_in = made.k.new_empty(z.N, s.n, z.C, z.d, dtype=s.scratch) if s.moving else made.k
     return System(one, write_in, torch.empty_like(one, dtype=s.scratch))
 
 
@@ -152,9 +143,10 @@ def chain(
 ) -> None:
     """The loop over chunks: fills `starts`, and `made` with `norms` for self-memories. x: x_k, x_v and two logits."""
     keys = z.rows(z.h, made.k, s.scratch, s.n)
-    launch(
-        fore.bank_chain, (z.N,), *x, phi_x, *made, *norms, keys, *system, starts.w_in, anchor.w_in,
-        starts.vector, anchor.vector, starts.scalar, anchor.scalar, keys if begins is None else begins,
+    met = torch.zeros(z.N, dtype=torch.int32, device=keys.device) if s.n > 1 else keys
+    launch_together(
+        fore.bank_chain, (z.N, s.n), *x, phi_x, *made, *norms, keys, *system, starts.w_in, anchor.w_in,
+        starts.vector, anchor.vector, starts.scalar, anchor.scalar, keys if begins is None else begins, met,
         *z.counts, z.plane, s.log_eta_max, **z.tile, **s.made(), **s.write(), RESETS=begins is not None, EXACT=s.exact,
     )  # fmt: skip
 
@@ -196,8 +188,8 @@ def chain_backward(
 ) -> tuple[Found, Layers, tuple[Tensor, ...], Tensor]:  # fmt: skip
     """Returns what is left for sums; gradients of the first weights; d_raw_k, d_raw_v and of the logits; of A of scalar memories.
 
-    reads: gradients that M_mem's read adds to r, keys and r_in; None: self-memories. d_made: added to. d_starts: the last are
-    given; added: the others hold what is added; filled.
+    reads: gradients that M_mem's read adds to r, keys and r_in; None: self-memories. d_made: M_mem's are added to. d_starts:
+    the last are given; added: the others hold what is added; filled.
     """
     dtype, like, nv = s.scratch, made.k, s.num_vector
     wide = lambda n: z.rows(z.h, like, dtype, n)  # noqa: E731
@@ -207,20 +199,29 @@ def chain_backward(
         wide(s.n if s.own_chain else 0),
     )  # fmt: skip
     d_first = Layers(*(torch.zeros_like(x[:, 0]) for x in d_starts)) if begins is not None else d_starts
-    d_anchor_scalar = torch.zeros_like(starts.scalar[:, 0])
+    d_anchor_scalar, met = _zeros(starts.scalar[:, 0], z.N)
     d_raw = tuple(map(torch.empty_like, made)) if s.own_chain else tuple(made)
-    launch(
-        back.bank_chain_backward, (z.N,), *x[:2], phi_x, slope_x, *made, *norms,
+    slots = ((z.C, z.d), (z.C, z.d)) if s.own_chain else ((0,), (0,))
+    parts = tuple(like.new_empty(2, z.N, s.n, *slot, dtype=torch.float32) for slot in (*slots, (6, z.C)))
+    launch_together(
+        back.bank_chain_backward, (z.N, s.n), *x[:2], phi_x, slope_x, *made, *norms,
         *t[:3], system.table, system.write_in, *t[3:6], *t[7:],
         starts.w_in, anchor.w_in, starts.vector, anchor.vector, starts.scalar, anchor.scalar, *(reads or made[:3]),
         *d_made, d_starts.vector, d_starts.scalar, d_starts.w_in, d_first.vector, d_first.scalar, d_first.w_in,
-        d_anchor_scalar, *found, *d_raw, t.keys if begins is None else begins, *z.counts, z.plane, s.log_eta_max,
+        d_anchor_scalar, *found, *d_raw, *parts, t.keys if begins is None else begins, met, *z.counts, z.plane,
+        s.log_eta_max, z.N,
         **z.tile, **s.made(), **s.write(), RESETS=begins is not None, ADDED=added, READ=reads is not None,
     )  # fmt: skip
     first = Layers(*(x[:, 0] for x in d_starts))
     if begins is not None:
         first = Layers(*(a + b for a, b in zip(first, d_first)))
     return found, first, d_raw, d_anchor_scalar
+
+
+def _zeros(like: Tensor, counts: int) -> tuple[Tensor, Tensor]:
+    """Zeros like a tensor in float32, and as many int32 ones, by one kernel."""
+    some = like.new_zeros(like.numel() + counts)
+    return some[:-counts].view(like.shape), some[-counts:].view(torch.int32)
 
 
 def weight_sums(x, phi_x, made: Made, t: Tape, f: Found, d_raw, s: Setting) -> tuple[Tensor | None, Tensor | None]:

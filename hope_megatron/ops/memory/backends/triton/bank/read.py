@@ -8,21 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hope_megatron.ops.memory.backends.triton.language import (
-    columns,
-    dsilu,
-    each,
-    exp,
-    load,
-    load_t,
-    mm,
-    operand,
-    place,
-    rows,
-    silu,
-    store_each,
-    store_rows,
-)
+from hope_megatron.ops.memory.backends.triton import language as p
 from hope_megatron.ops.memory.backends.triton.launching import kernel
 from hope_megatron.ops.memory.backends.triton.system import decay
 
@@ -34,12 +20,12 @@ def answer(
     ANCHORED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What a layer, V^T [X, Y], written along the chunk, makes of x [C, X]: [C, Y]. reach: Gamma eta."""
-    y = mm(x, load(V_at, X, Y), PRECISION)
+    y = p.mm(x, p.load(V_at, X, Y), PRECISION)
     if CAUSAL:
-        scores = mm(x, columns(keys_at, HEADS * X, C, X), PRECISION) * reach
-        y = y * gamma[:, None] - mm(scores, rows(u_at, HEADS * Y, C, Y), PRECISION)
+        scores = p.mm(x, p.columns(keys_at, HEADS * X, C, X), PRECISION) * reach
+        y = y * gamma[:, None] - p.mm(scores, p.rows(u_at, HEADS * Y, C, Y), PRECISION)
     if ANCHORED:
-        y += mm(x, load(A_at, X, Y), PRECISION)
+        y += p.mm(x, p.load(A_at, X, Y), PRECISION)
     return y
 
 
@@ -50,16 +36,16 @@ def answer_backward(
     ANCHORED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of x [C, X], and rho = <d_y, y - A x> [C]."""
-    d_x = mm(d_y, load_t(V_at, X, Y), PRECISION)
+    d_x = p.mm(d_y, p.load_t(V_at, X, Y), PRECISION)
     rho = gamma * 0.0
     if CAUSAL:
         d_x = d_x * gamma[:, None]
-        d_scores = -mm(d_y, columns(u_at, HEADS * Y, C, Y), PRECISION) * reach
-        scores = mm(x, columns(keys_at, HEADS * X, C, X), PRECISION)
+        d_scores = -p.mm(d_y, p.columns(u_at, HEADS * Y, C, Y), PRECISION) * reach
+        scores = p.mm(x, p.columns(keys_at, HEADS * X, C, X), PRECISION)
         rho = tl.sum(d_x * x, 1) + tl.sum(d_scores * scores, 1)
-        d_x += mm(d_scores, rows(keys_at, HEADS * X, C, X), PRECISION)
+        d_x += p.mm(d_scores, p.rows(keys_at, HEADS * X, C, X), PRECISION)
     if ANCHORED:
-        d_x += mm(d_y, load_t(A_at, X, Y), PRECISION)
+        d_x += p.mm(d_y, p.load_t(A_at, X, Y), PRECISION)
     return d_x, rho
 
 
@@ -70,12 +56,12 @@ def features_of_queries(
     ANCHORED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Queries [C, d], their z and phi [C, h]; gamma [C] and reach [C, C] of the chunk."""
-    total = tl.cumsum(each(log_alpha_at, HEADS, C), 0)
-    eta = exp(each(log_eta_at, HEADS, C), PRECISION)
-    gamma, reach = exp(total, PRECISION), decay(total, total, False, PRECISION, C) * eta[None, :]
-    q = rows(q_at, HEADS * D, C, D)
+    total = tl.cumsum(p.each(log_alpha_at, HEADS, C), 0)
+    eta = p.exp(p.each(log_eta_at, HEADS, C), PRECISION)
+    gamma, reach = p.exp(total, PRECISION), decay(total, total, False, PRECISION, C) * eta[None, :]
+    q = p.rows(q_at, HEADS * D, C, D)
     z = answer(q, V_at, A_at, keys_at, u_at, HEADS, gamma, reach, C, D, H, ANCHORED, CAUSAL, PRECISION)
-    return q, z, operand(silu(z, PRECISION), PRECISION), gamma, reach
+    return q, z, p.operand(p.silu(z, PRECISION), PRECISION), gamma, reach
 
 
 @kernel
@@ -88,7 +74,7 @@ def moving_read(
     ANCHORED: tl.constexpr, CAUSAL: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    at, state, fixed = place(i, n, T, HEADS, C), (n * (chunks + 1) + i) * D * H, n * D * H
+    at, state, fixed = p.place(i, n, T, HEADS, C), (n * (chunks + 1) + i) * D * H, n * D * H
     q, _, phi, gamma, reach = features_of_queries(
         q_in + at * D, states_in + state, anchor_in + fixed, k + at * D, u_in + at * H, log_eta + at, log_alpha + at, HEADS,
         C, D, H, ANCHORED, CAUSAL, PRECISION,
@@ -99,7 +85,7 @@ def moving_read(
     )  # fmt: skip
     if SKIP:
         y += q
-    store_rows(y_out + at * D, y, HEADS * D, C, D)
+    p.store_rows(y_out + at * D, y, HEADS * D, C, D)
 
 
 @kernel
@@ -113,23 +99,23 @@ def moving_read_backward(
 ):  # fmt: skip
     """What a read gives to its query. What it gives to what was written: fixed/read.py, once for each layer."""
     i, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    at, state, fixed = place(i, n, T, HEADS, C), (n * (chunks + 1) + i) * D * H, n * D * H
+    at, state, fixed = p.place(i, n, T, HEADS, C), (n * (chunks + 1) + i) * D * H, n * D * H
     q, z, phi, gamma, reach = features_of_queries(
         q_in + at * D, states_in + state, anchor_in + fixed, k + at * D, u_in + at * H, log_eta + at, log_alpha + at, HEADS,
         C, D, H, ANCHORED, CAUSAL, PRECISION,
     )  # fmt: skip
-    store_rows(phi_out + at * H, phi, HEADS * H, C, H)
+    p.store_rows(phi_out + at * H, phi, HEADS * H, C, H)
     d_phi, rho = answer_backward(
-        rows(d_y_in + at * D, HEADS * D, C, D), phi, states + state, anchor + fixed, keys + at * H, u + at * D,
+        p.rows(d_y_in + at * D, HEADS * D, C, D), phi, states + state, anchor + fixed, keys + at * H, u + at * D,
         HEADS, gamma, reach, C, H, D, ANCHORED, CAUSAL, PRECISION,
     )  # fmt: skip
-    d_z = operand(d_phi * dsilu(z, PRECISION), PRECISION)
-    store_rows(d_z_out + at * H, d_z, HEADS * H, C, H)
+    d_z = p.operand(d_phi * p.dsilu(z, PRECISION), PRECISION)
+    p.store_rows(d_z_out + at * H, d_z, HEADS * H, C, H)
     d_q, rho_in = answer_backward(
         d_z, q, states_in + state, anchor_in + fixed, k + at * D, u_in + at * H,
         HEADS, gamma, reach, C, D, H, ANCHORED, CAUSAL, PRECISION,
     )  # fmt: skip
     if SKIP:
-        d_q += rows(d_y_in + at * D, HEADS * D, C, D)
-    store_rows(d_q_out + at * D, d_q, HEADS * D, C, D)
-    store_each(d_log_alpha_out + at, tl.cumsum(rho + rho_in, 0, reverse=True), HEADS, C)
+        d_q += p.rows(d_y_in + at * D, HEADS * D, C, D)
+    p.store_rows(d_q_out + at * D, d_q, HEADS * D, C, D)
+    p.store_each(d_log_alpha_out + at, tl.cumsum(rho + rho_in, 0, reverse=True), HEADS, C)

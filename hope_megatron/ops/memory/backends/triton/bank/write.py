@@ -12,27 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hope_megatron.ops.memory.backends.triton.language import (
-    add_mm,
-    columns,
-    d2silu,
-    dsilu,
-    inverse_norm,
-    load,
-    load_t,
-    mm,
-    mm_if,
-    operand,
-    operand_if,
-    rows,
-    silu,
-    store,
-    store_each,
-    store_rows,
-    tanh,
-    whole,
-    whole_t,
-)
+from hope_megatron.ops.memory.backends.triton import language as p
 from hope_megatron.ops.memory.backends.triton.system import unit_lower_inverse
 
 
@@ -42,7 +22,7 @@ def input_weights(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """W2^T [d, h]."""
-    return operand(whole(w_in_at, anchor_in_at, D, H, MOVING and ANCHORED), PRECISION)
+    return p.operand(p.whole(w_in_at, anchor_in_at, D, H, MOVING and ANCHORED), PRECISION)
 
 
 @triton.jit
@@ -54,27 +34,27 @@ def features_of_keys(
 ):  # fmt: skip
     """z, silu'(z), keys, stored too, and MOVING: what the input layer holds, since V2 k + A2 k; all [C, h].
 
-    TAPE: silu'(z) and 1 / |silu(z)| (DGD, else 1) are stored.
+    TAPE: silu'(z) and 1 / |p.silu(z)| (DGD, else 1) are stored.
     """
-    z = mm(k, load(w_in_at, D, H), PRECISION)
+    z = p.mm(k, p.load(w_in_at, D, H), PRECISION)
     held = z
     if MOVING:
         held = z * since[:, None]
         if ANCHORED:
-            initial = mm(k, load(anchor_in_at, D, H), PRECISION)
+            initial = p.mm(k, p.load(anchor_in_at, D, H), PRECISION)
             z += initial
             held += initial
-    keys = silu(z, PRECISION)
+    keys = p.silu(z, PRECISION)
     scale = since * 0.0 + 1.0
     if DGD:
-        scale = inverse_norm(keys, PRECISION)
+        scale = p.inverse_norm(keys, PRECISION)
         keys = keys * scale[:, None]
-    keys = operand_if(keys, EXACT, PRECISION)
-    store_rows(keys_at, keys, HEADS * H, C, H)
-    slope = dsilu(z, PRECISION)
+    keys = p.operand_if(keys, EXACT, PRECISION)
+    p.store_rows(keys_at, keys, HEADS * H, C, H)
+    slope = p.dsilu(z, PRECISION)
     if TAPE:
-        store_rows(slope_k_at, slope, HEADS * H, C, H)
-        store_each(key_scale_at, scale, HEADS, C)
+        p.store_rows(slope_k_at, slope, HEADS * H, C, H)
+        p.store_each(key_scale_at, scale, HEADS, C)
     return z, slope, keys, held
 
 
@@ -87,15 +67,15 @@ def solved(
     are stored."""
     inverse = keys
     if DGD:
-        gram = mm_if(keys, columns(keys_at, row_h, C, H), EXACT, PRECISION)
-        inverse = unit_lower_inverse(gram * load(table_at, C, C), EXACT, PRECISION, C)
+        gram = p.mm_if(keys, p.columns(keys_at, row_h, C, H), EXACT, PRECISION)
+        inverse = unit_lower_inverse(gram * p.load(table_at, C, C), EXACT, PRECISION, C)
         if TAPE:
-            store(inverse_at, inverse, C, C)
+            p.store(inverse_at, inverse, C, C)
             tl.debug_barrier()
-            written = rows(keys_at, row_h, C, H) * strength[:, None]
-            store_rows(write_at, mm_if(load_t(inverse_at, C, C), written, EXACT, PRECISION), row_h, C, H)
+            written = p.rows(keys_at, row_h, C, H) * strength[:, None]
+            p.store_rows(write_at, p.mm_if(p.load_t(inverse_at, C, C), written, EXACT, PRECISION), row_h, C, H)
     elif TAPE:
-        store_rows(write_at, keys * strength[:, None], row_h, C, H)
+        p.store_rows(write_at, keys * strength[:, None], row_h, C, H)
     return inverse
 
 
@@ -108,69 +88,69 @@ def write_vector(
     next_V, next_in, first_V, first_in, anew,  # where the chunk's end goes, unless the next chunk starts anew from the first
     phi_v_at, write_at, u_at, target_at, missed_at, slope_k_at, slope_v_at, key_scale_at, target_scale_at, inverse_at,  # the tape
     e_at, u_in_at, missed_in_at, curve_at,  # the tape, MOVING
-    HEADS, since, strength, kept,
+    HEADS, row_in, since, strength, kept,  # row_in: from token to token of K_in
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     TAPE: tl.constexpr, MOVING: tl.constexpr, DGD: tl.constexpr, DGD_IN: tl.constexpr,
     OWN: tl.constexpr, UNIT_TARGET: tl.constexpr, RESIDUAL: tl.constexpr, ANCHORED: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row, row_h = HEADS * D, HEADS * H
-    k = rows(k_at, row, C, D)
+    k = p.rows(k_at, row, C, D)
     z, slope, keys, held_in = features_of_keys(
         k, w_in_at, anchor_in_at, keys_at, slope_k_at, key_scale_at, HEADS, since,
         C, D, H, TAPE, MOVING, DGD, ANCHORED, EXACT, PRECISION,
     )  # fmt: skip
-    e = rows(v_at, row, C, D).to(tl.float32)
+    e = p.rows(v_at, row, C, D).to(tl.float32)
     if OWN:
-        z_v = mm(e, input_weights(w_in_at, anchor_in_at, D, H, MOVING, ANCHORED, PRECISION), PRECISION)
-        phi_v = operand_if(silu(z_v, PRECISION), EXACT, PRECISION)
-        e += mm_if(phi_v, whole(V_at, A_at, H, D, ANCHORED), EXACT, PRECISION)
+        z_v = p.mm(e, input_weights(w_in_at, anchor_in_at, D, H, MOVING, ANCHORED, PRECISION), PRECISION)
+        phi_v = p.operand_if(p.silu(z_v, PRECISION), EXACT, PRECISION)
+        e += p.mm_if(phi_v, p.whole(V_at, A_at, H, D, ANCHORED), EXACT, PRECISION)
         if UNIT_TARGET:
-            target_scale = inverse_norm(e, PRECISION)
+            target_scale = p.inverse_norm(e, PRECISION)
             e = e * target_scale[:, None]
             if TAPE:
-                store_each(target_scale_at, target_scale, HEADS, C)
+                p.store_each(target_scale_at, target_scale, HEADS, C)
         if TAPE:
-            store_rows(phi_v_at, phi_v, row_h, C, H)
-            store_rows(slope_v_at, dsilu(z_v, PRECISION), row_h, C, H)
-            store_rows(target_at, e, row, C, D)
+            p.store_rows(phi_v_at, phi_v, row_h, C, H)
+            p.store_rows(slope_v_at, p.dsilu(z_v, PRECISION), row_h, C, H)
+            p.store_rows(target_at, e, row, C, D)
     e = -e
     if RESIDUAL:
         e += k
+    if MOVING:  # before the system is solved: registers
+        hidden = p.mm(e, p.whole_t(V_at, A_at, H, D, ANCHORED), PRECISION)
+        if TAPE:
+            p.store_rows(e_at, e, row, C, D)
+            p.store_rows(curve_at, hidden * p.d2silu(z, PRECISION), row_h, C, H)
+        write_input(
+            hidden * slope, held_in, k_at, write_in_at, inverse_in_at, w_in_at, anchor_in_at, next_in, first_in, anew,
+            u_in_at, missed_in_at, row_in, row, row_h, since, kept, C, D, H, TAPE, DGD_IN, ANCHORED, EXACT, PRECISION,
+        )  # fmt: skip
     r = e
     if DGD:
         if ANCHORED:
-            r = add_mm(r, keys, load(A_at, H, D), PRECISION)
+            r = p.add_mm(r, keys, p.load(A_at, H, D), PRECISION)
         if TAPE:
-            store_rows(missed_at, -r, row, C, D)
-        r = add_mm(r, keys * since[:, None], load(V_at, H, D), PRECISION)
+            p.store_rows(missed_at, -r, row, C, D)
+        r = p.add_mm(r, keys * since[:, None], p.load(V_at, H, D), PRECISION)
     tl.debug_barrier()  # keys, stored as rows, are read as columns
     inverse = solved(keys, keys_at, table_at, inverse_at, write_at, row_h, strength, C, H, TAPE, DGD, EXACT, PRECISION)
     if DGD:
-        r = mm_if(inverse, r, EXACT, PRECISION)
+        r = p.mm_if(inverse, r, EXACT, PRECISION)
     if TAPE:
-        store_rows(u_at, r, row, C, D)
+        p.store_rows(u_at, r, row, C, D)
     else:
-        new = load(V_at, H, D) * kept
-        new += mm_if(columns(keys_at, row_h, C, H), r * -strength[:, None], EXACT, PRECISION)
+        new = p.load(V_at, H, D) * kept
+        new += p.mm_if(p.columns(keys_at, row_h, C, H), r * -strength[:, None], EXACT, PRECISION)
         if anew:
-            new = load(first_V, H, D)
-        store(next_V, new, H, D)
-    if MOVING:
-        hidden = mm(e, whole_t(V_at, A_at, H, D, ANCHORED), PRECISION)
-        if TAPE:
-            store_rows(e_at, e, row, C, D)
-            store_rows(curve_at, hidden * d2silu(z, PRECISION), row_h, C, H)
-        write_input(
-            hidden * slope, held_in, k_at, write_in_at, inverse_in_at, w_in_at, anchor_in_at, next_in, first_in, anew,
-            u_in_at, missed_in_at, row, row_h, since, kept, C, D, H, TAPE, DGD_IN, ANCHORED, EXACT, PRECISION,
-        )  # fmt: skip
+            new = p.load(first_V, H, D)
+        p.store(next_V, new, H, D)
 
 
 @triton.jit
 def write_input(
     r, held, k_at, write_in_at, inverse_in_at, w_in_at, anchor_in_at, next_in, first_in, anew, u_in_at, missed_in_at,
-    row, row_h, since, kept,
+    row_in, row, row_h, since, kept,
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     TAPE: tl.constexpr, DGD_IN: tl.constexpr, ANCHORED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -178,20 +158,20 @@ def write_input(
     if TAPE:
         missed = -r
         if DGD_IN and ANCHORED:
-            missed -= mm(rows(k_at, row, C, D), load(anchor_in_at, D, H), PRECISION)
-        store_rows(missed_in_at, missed, row_h, C, H)
+            missed -= p.mm(p.rows(k_at, row, C, D), p.load(anchor_in_at, D, H), PRECISION)
+        p.store_rows(missed_in_at, missed, row_h, C, H)
     if DGD_IN:
         r += held
     if TAPE:
         if DGD_IN:
-            r = mm_if(load(inverse_in_at, C, C), r, EXACT, PRECISION)
-        store_rows(u_in_at, r, row_h, C, H)
+            r = p.mm_if(p.load(inverse_in_at, C, C), r, EXACT, PRECISION)
+        p.store_rows(u_in_at, r, row_h, C, H)
     else:
-        new = load(w_in_at, D, H) * kept
-        new += mm_if(columns(write_in_at, row, C, D), -r, EXACT, PRECISION)
+        new = p.load(w_in_at, D, H) * kept
+        new += p.mm_if(p.columns(write_in_at, row_in, C, D), -r, EXACT, PRECISION)
         if anew:
-            new = load(first_in, D, H)
-        store(next_in, new, D, H)
+            new = p.load(first_in, D, H)
+        p.store(next_in, new, D, H)
 
 
 @triton.jit
@@ -201,14 +181,14 @@ def write_scalar(
     next_V, next_in, first_V, first_in, anew,
     phi_v_at, write_at, u_at, target_at, missed_at, slope_k_at, slope_v_at, key_scale_at, inverse_at,  # u, target, missed: [C]
     e_at, u_in_at, missed_in_at, curve_at,
-    HEADS, since, strength, kept,
+    HEADS, row_in, since, strength, kept,  # row_in: from token to token of K_in
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     TAPE: tl.constexpr, MOVING: tl.constexpr, DGD: tl.constexpr, DGD_IN: tl.constexpr,
     UNIT_TARGET: tl.constexpr, ANCHORED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As `write_vector`; the target is its own always."""
     row, row_h, i_h = HEADS * D, HEADS * H, tl.arange(0, H)
-    k = rows(k_at, row, C, D)
+    k = p.rows(k_at, row, C, D)
     z, slope, keys, held_in = features_of_keys(
         k, w_in_at, anchor_in_at, keys_at, slope_k_at, key_scale_at, HEADS, since,
         C, D, H, TAPE, MOVING, DGD, ANCHORED, EXACT, PRECISION,
@@ -219,40 +199,40 @@ def write_scalar(
         A = tl.load(A_at + i_h)
         W = V + A
     W2 = input_weights(w_in_at, anchor_in_at, D, H, MOVING, ANCHORED, PRECISION)
-    z_v = mm(rows(v_at, row, C, D), W2, PRECISION)
-    phi_v = silu(z_v, PRECISION)
+    z_v = p.mm(p.rows(v_at, row, C, D), W2, PRECISION)
+    phi_v = p.silu(z_v, PRECISION)
     target = tl.sum(phi_v * W[None, :], 1)
     if UNIT_TARGET:
-        target = tanh(target, PRECISION)
+        target = p.tanh(target, PRECISION)
     if TAPE:
-        store_rows(phi_v_at, phi_v, row_h, C, H)
-        store_rows(slope_v_at, dsilu(z_v, PRECISION), row_h, C, H)
-        store_each(target_at, target, HEADS, C)
+        p.store_rows(phi_v_at, phi_v, row_h, C, H)
+        p.store_rows(slope_v_at, p.dsilu(z_v, PRECISION), row_h, C, H)
+        p.store_each(target_at, target, HEADS, C)
     e = -target
+    if MOVING:  # before the system is solved: registers
+        hidden = e[:, None] * W[None, :]
+        if TAPE:
+            p.store_each(e_at, e, HEADS, C)
+            p.store_rows(curve_at, hidden * p.d2silu(z, PRECISION), row_h, C, H)
+        write_input(
+            hidden * slope, held_in, k_at, write_in_at, inverse_in_at, w_in_at, anchor_in_at, next_in, first_in, anew,
+            u_in_at, missed_in_at, row_in, row, row_h, since, kept, C, D, H, TAPE, DGD_IN, ANCHORED, EXACT, PRECISION,
+        )  # fmt: skip
     r = e
     if DGD:
         if ANCHORED:
             r += tl.sum(keys * A[None, :], 1)
         if TAPE:
-            store_each(missed_at, -r, HEADS, C)
+            p.store_each(missed_at, -r, HEADS, C)
         r += tl.sum(keys * V[None, :], 1) * since
     tl.debug_barrier()
     inverse = solved(keys, keys_at, table_at, inverse_at, write_at, row_h, strength, C, H, TAPE, DGD, EXACT, PRECISION)
     if DGD:
         r = tl.sum(inverse * r[None, :], 1)
     if TAPE:
-        store_each(u_at, r, HEADS, C)
+        p.store_each(u_at, r, HEADS, C)
     else:
-        new = V * kept - tl.sum(rows(keys_at, row_h, C, H) * (r * strength)[:, None], 0)
+        new = V * kept - tl.sum(p.rows(keys_at, row_h, C, H) * (r * strength)[:, None], 0)
         if anew:
             new = tl.load(first_V + i_h)
         tl.store(next_V + i_h, new)
-    if MOVING:
-        hidden = e[:, None] * W[None, :]
-        if TAPE:
-            store_each(e_at, e, HEADS, C)
-            store_rows(curve_at, hidden * d2silu(z, PRECISION), row_h, C, H)
-        write_input(
-            hidden * slope, held_in, k_at, write_in_at, inverse_in_at, w_in_at, anchor_in_at, next_in, first_in, anew,
-            u_in_at, missed_in_at, row, row_h, since, kept, C, D, H, TAPE, DGD_IN, ANCHORED, EXACT, PRECISION,
-        )  # fmt: skip

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hope_megatron.ops.memory.backends.triton.descent import backward, read, write
-from hope_megatron.ops.memory.backends.triton.launching import launch
+from hope_megatron.ops.memory.backends.triton.launching import constants, launch
 from hope_megatron.ops.memory.backends.triton.sizes import Sizes, starts_of
 from hope_megatron.ops.memory.rule import MemoryRule
 
@@ -26,11 +26,11 @@ class Setting(NamedTuple):
 
     @property
     def write(self) -> dict[str, Any]:
-        return dict(SCALED=self.scaled, PRECISION=self.precision)
+        return constants(self, "scaled", "precision")
 
     @property
     def read(self) -> dict[str, Any]:
-        return dict(MOMENTUM=self.momentum, PRECISION=self.precision)
+        return constants(self, "momentum", "precision")
 
 
 class Tables(NamedTuple):

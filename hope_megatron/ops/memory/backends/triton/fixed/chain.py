@@ -4,20 +4,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from hope_megatron.ops.memory.backends.triton.language import (
-    add_mm,
-    columns,
-    each,
-    inverse_norm,
-    load,
-    mm,
-    operand,
-    place,
-    rows,
-    store,
-    store_rows,
-    unit_backward,
-)
+from hope_megatron.ops.memory.backends.triton import language as p
 from hope_megatron.ops.memory.backends.triton.launching import kernel
 
 
@@ -33,27 +20,27 @@ def chain(
     """r = base + probe V keys - unit(target + V phi_v);  V <- gamma_C V - K^T r."""
     n = tl.program_id(0)
     state = states + n.to(tl.int64) * (chunks + 1) * D * H
-    first = load(state, H, D)
+    first = p.load(state, H, D)
     V = first
     for i in tl.range(0, chunks, disable_licm=True):  # hoisted addresses would fill the registers
-        at = place(i, n, T, HEADS, C)
+        at = p.place(i, n, T, HEADS, C)
         if RESETS:
             V = tl.where(tl.load(begins + n * (chunks + 1) + i) != 0, first, V)
-        store(state + i * D * H, V, H, D)
-        weights = operand(V, PRECISION)
-        r = rows(base_in + at * D, HEADS * D, C, D).to(tl.float32)
+        p.store(state + i * D * H, V, H, D)
+        weights = p.operand(V, PRECISION)
+        r = p.rows(base_in + at * D, HEADS * D, C, D).to(tl.float32)
         if OWN:
-            target = rows(target_in + at * D, HEADS * D, C, D).to(tl.float32)
-            target = add_mm(target, rows(phi_v_in + at * H, HEADS * H, C, H), weights, PRECISION)
+            target = p.rows(target_in + at * D, HEADS * D, C, D).to(tl.float32)
+            target = p.add_mm(target, p.rows(phi_v_in + at * H, HEADS * H, C, H), weights, PRECISION)
             if UNIT_TARGET:
-                target = target * inverse_norm(target, PRECISION)[:, None]
+                target = target * p.inverse_norm(target, PRECISION)[:, None]
             r -= target
         if PROBE:
-            held = mm(rows(keys_in + at * H, HEADS * H, C, H), weights, PRECISION)
-            r += held * each(probe_in + at, HEADS, C)[:, None]
+            held = p.mm(p.rows(keys_in + at * H, HEADS * H, C, H), weights, PRECISION)
+            r += held * p.each(probe_in + at, HEADS, C)[:, None]
         V = V * tl.load(kept_in + n * chunks + i)
-        V = add_mm(V, columns(write_in + at * H, HEADS * H, C, H), -r, PRECISION)
-    store(state + chunks * D * H, V, H, D)
+        V = p.add_mm(V, p.columns(write_in + at * H, HEADS * H, C, H), -r, PRECISION)
+    p.store(state + chunks * D * H, V, H, D)
 
 
 @kernel
@@ -71,30 +58,30 @@ def chain_backward(
     """d_r = d_r - K dV;  dV <- gamma_C dV + keys^T (probe d_r) + phi_v^T d_target + what reads add."""
     n = tl.program_id(0)
     d_state = d_states + n.to(tl.int64) * (chunks + 1) * D * H
-    d_V = load(d_state + chunks * D * H, H, D)
+    d_V = p.load(d_state + chunks * D * H, H, D)
     if RESETS:
         d_reset = tl.zeros([H, D], tl.float32)
     for back in tl.range(0, chunks, disable_licm=True):
         i = chunks - 1 - back
-        at = place(i, n, T, HEADS, C)
-        d_r = rows(d_r_in + at * D, HEADS * D, C, D).to(tl.float32)
-        d_r -= mm(rows(write_in + at * H, HEADS * H, C, H), d_V, PRECISION)
-        store_rows(d_r_out + at * D, d_r, HEADS * D, C, D)
-        d_V = d_V * tl.load(kept_in + n * chunks + i) + load(d_state + i * D * H, H, D)
+        at = p.place(i, n, T, HEADS, C)
+        d_r = p.rows(d_r_in + at * D, HEADS * D, C, D).to(tl.float32)
+        d_r -= p.mm(p.rows(write_in + at * H, HEADS * H, C, H), d_V, PRECISION)
+        p.store_rows(d_r_out + at * D, d_r, HEADS * D, C, D)
+        d_V = d_V * tl.load(kept_in + n * chunks + i) + p.load(d_state + i * D * H, H, D)
         if PROBE:
-            reached = d_r * each(probe_in + at, HEADS, C)[:, None]
-            d_V = add_mm(d_V, columns(keys_in + at * H, HEADS * H, C, H), reached, PRECISION)
+            reached = d_r * p.each(probe_in + at, HEADS, C)[:, None]
+            d_V = p.add_mm(d_V, p.columns(keys_in + at * H, HEADS * H, C, H), reached, PRECISION)
         if OWN:
             d_target = -d_r
             if UNIT_TARGET:
-                target = rows(target_in + at * D, HEADS * D, C, D)
-                d_target = unit_backward(d_target, target, each(target_scale_in + at, HEADS, C))
-            d_V = add_mm(d_V, columns(phi_v_in + at * H, HEADS * H, C, H), d_target, PRECISION)
+                target = p.rows(target_in + at * D, HEADS * D, C, D)
+                d_target = p.unit_backward(d_target, target, p.each(target_scale_in + at, HEADS, C))
+            d_V = p.add_mm(d_V, p.columns(phi_v_in + at * H, HEADS * H, C, H), d_target, PRECISION)
         if RESETS:
             anew = tl.load(begins + n * (chunks + 1) + i) != 0
             d_reset += tl.where(anew, d_V, 0.0)
             d_V = tl.where(anew, 0.0, d_V)
-        store(d_state + i * D * H, d_V, H, D)
+        p.store(d_state + i * D * H, d_V, H, D)
     if RESETS:
         d_V += d_reset
-    store(d_first + n.to(tl.int64) * D * H, d_V, H, D)
+    p.store(d_first + n.to(tl.int64) * D * H, d_V, H, D)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hope_megatron.ops.memory.backends.triton.fixed import chain, gradients, prepare, read
-from hope_megatron.ops.memory.backends.triton.launching import launch
+from hope_megatron.ops.memory.backends.triton.launching import constants, launch
 from hope_megatron.ops.memory.backends.triton.sizes import Sizes, operand_dtype, starts_of
 from hope_megatron.ops.memory.backends.triton.sums import outer_sum
 
@@ -41,22 +41,13 @@ class Setting(NamedTuple):
         return self.dgd or self.l2
 
     def chain(self) -> dict[str, Any]:
-        return dict(PROBE=self.probe, OWN=self.own, UNIT_TARGET=self.unit_target, PRECISION=self.precision)
+        return constants(self, "probe", "own", "unit_target", "precision")
 
     def read(self) -> dict[str, Any]:
-        return dict(
-            TWO_LAYERS=self.two_layers,
-            ANCHORED=self.anchored,
-            CAUSAL=self.causal,
-            SKIP=self.skip,
-            PRECISION=self.precision,
-        )
+        return constants(self, "two_layers", "anchored", "causal", "skip", "precision")
 
     def key(self) -> dict[str, Any]:
-        return dict(
-            TWO_LAYERS=self.two_layers, UNIT=self.unit, DGD=self.dgd, ERASED=self.erased, L2=self.l2, OWN=self.own,
-            RESIDUAL=self.residual, ANCHORED=self.anchored, PRECISION=self.precision,
-        )  # fmt: skip
+        return constants(self, "two_layers", "unit", "dgd", "erased", "l2", "own", "residual", "anchored", "precision")
 
 
 class Inputs(NamedTuple):

@@ -9,23 +9,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from hope_megatron.ops.memory.backends.triton.language import (
-    add_mm,
-    columns,
-    each,
-    exp,
-    inverse_norm,
-    load,
-    load_t,
-    mm,
-    operand,
-    place,
-    rows,
-    silu,
-    store,
-    store_each,
-    store_rows,
-)
+from hope_megatron.ops.memory.backends.triton import language as p
 from hope_megatron.ops.memory.backends.triton.launching import kernel
 from hope_megatron.ops.memory.backends.triton.system import decay, unit_lower_inverse
 
@@ -45,47 +29,47 @@ def prepare(
     OWN: tl.constexpr, RESIDUAL: tl.constexpr, ANCHORED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i, n = tl.program_id(0), tl.program_id(1)
-    at = place(i, n, T, HEADS, C)
+    at = p.place(i, n, T, HEADS, C)
     row, row_h, fixed = HEADS * D, HEADS * H, n.to(tl.int64) * D * H
-    step = each(log_alpha + at, HEADS, C)
+    step = p.each(log_alpha + at, HEADS, C)
     total, end = tl.cumsum(step, 0), tl.sum(step, 0)
     since = total if ERASED else total - step
-    tl.store(kept_out + n * chunks + i, exp(end, PRECISION))
-    store_each(probe_out + at, exp(since, PRECISION) if DGD else total * 0 + 1, HEADS, C)
+    tl.store(kept_out + n * chunks + i, p.exp(end, PRECISION))
+    p.store_each(probe_out + at, p.exp(since, PRECISION) if DGD else total * 0 + 1, HEADS, C)
 
-    k = rows(k_in + at * D, row, C, D)
+    k = p.rows(k_in + at * D, row, C, D)
     keys = k
     if TWO_LAYERS:
-        keys = silu(mm(k, load(w_in + fixed, D, H), PRECISION), PRECISION)
+        keys = p.silu(p.mm(k, p.load(w_in + fixed, D, H), PRECISION), PRECISION)
         if UNIT:
-            keys = keys * inverse_norm(keys, PRECISION)[:, None]
-        keys = operand(keys, PRECISION)
-        store_rows(keys_out + at * H, keys, row_h, C, H)
+            keys = keys * p.inverse_norm(keys, PRECISION)[:, None]
+        keys = p.operand(keys, PRECISION)
+        p.store_rows(keys_out + at * H, keys, row_h, C, H)
     base = tl.zeros([C, D], tl.float32)
     if RESIDUAL:
         base += k
-    v = rows(v_in + at * D, row, C, D)
+    v = p.rows(v_in + at * D, row, C, D)
     if not OWN:
         base -= v
     if ANCHORED and (DGD or L2):
-        base = add_mm(base, keys, load(anchor + fixed, H, D), PRECISION)
-    store_rows(base_out + at * D, base, row, C, D)
+        base = p.add_mm(base, keys, p.load(anchor + fixed, H, D), PRECISION)
+    p.store_rows(base_out + at * D, base, row, C, D)
     if OWN:
-        phi_v = operand(silu(mm(v, load(w_in + fixed, D, H), PRECISION), PRECISION), PRECISION)
-        store_rows(phi_v_out + at * H, phi_v, row_h, C, H)
+        phi_v = p.operand(p.silu(p.mm(v, p.load(w_in + fixed, D, H), PRECISION), PRECISION), PRECISION)
+        p.store_rows(phi_v_out + at * H, phi_v, row_h, C, H)
         target = v.to(tl.float32)
         if ANCHORED:
-            target = add_mm(target, phi_v, load(anchor + fixed, H, D), PRECISION)
-        store_rows(target_out + at * D, target, row, C, D)
-    eta = exp(each(log_eta + at, HEADS, C), PRECISION)
+            target = p.add_mm(target, phi_v, p.load(anchor + fixed, H, D), PRECISION)
+        p.store_rows(target_out + at * D, target, row, C, D)
+    eta = p.exp(p.each(log_eta + at, HEADS, C), PRECISION)
     if DGD:
         tl.debug_barrier()  # keys, stored as rows, are read as columns
-        gram = mm(keys, columns((keys_out if TWO_LAYERS else k_in) + at * H, row_h, C, H), PRECISION)
+        gram = p.mm(keys, p.columns((keys_out if TWO_LAYERS else k_in) + at * H, row_h, C, H), PRECISION)
         system = gram * decay(since, total, True, PRECISION, C) * eta[None, :]
         square = inverse_out + (n * chunks + i).to(tl.int64) * C * C
-        store(square, unit_lower_inverse(system, EXACT, PRECISION, C), C, C)
+        p.store(square, unit_lower_inverse(system, EXACT, PRECISION, C), C, C)
         tl.debug_barrier()
-        written = mm(load_t(square, C, C), keys * (eta * exp(end - total, PRECISION))[:, None], PRECISION)
+        written = p.mm(p.load_t(square, C, C), keys * (eta * p.exp(end - total, PRECISION))[:, None], PRECISION)
     else:
-        written = keys * (eta * exp(end - total, PRECISION))[:, None]
-    store_rows(write_out + at * H, written, row_h, C, H)
+        written = keys * (eta * p.exp(end - total, PRECISION))[:, None]
+    p.store_rows(write_out + at * H, written, row_h, C, H)

@@ -43,9 +43,9 @@ def rows(families: list[str]) -> Iterator[dict[str, Any]]:
 
     from hope_megatron.config import load_model_config
     from hope_megatron.ops.memory.backends.registry import Case
-    from hope_megatron.ops.memory.backends.triton.backend import interpreted, why_not_taken
     from hope_megatron.ops.memory.backends.triton.check import LARGE, SMALL, check
     from hope_megatron.ops.memory.backends.triton.trust import identity
+    from hope_megatron.ops.memory.backends.triton.unchecked import interpreted, why_not_taken
 
     small = interpreted()
     if small:

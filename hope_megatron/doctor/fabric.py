@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from hope_megatron.cli.doctor_finding import NOTE, OK, WARNING, Finding
+from hope_megatron.doctor.finding import NOTE, OK, WARNING, Finding
 
 _GPU_CLASSES = ("0x0300", "0x0302")
 _NVIDIA = "0x10de"

@@ -15,10 +15,10 @@ import yaml
 from hope_megatron.checkpoint.errors import ModelReferenceError
 from hope_megatron.config.changes import describe_changes, settings_changes
 from hope_megatron.config.model import CMSLevelConfig
+from hope_megatron.report.document import Block, Bullets, Code, Heading, Picture, Table, Text, to_html
 from hope_megatron.runtime.files import write_text
 from hope_megatron.runtime.formatting import duration_text
 from hope_megatron.runtime.records import read_object, read_records
-from hope_megatron.sweep.document import Block, Bullets, Code, Heading, Picture, Table, Text, to_html
 from hope_megatron.training.metrics import read_metrics
 from hope_megatron.training.plots import plot_curves
 from hope_megatron.training.run_directory import RunDirectory

@@ -1,0 +1,1 @@
+"""What `hope doctor` looks at: each check gives findings, with advice where something is wrong."""
