@@ -70,9 +70,9 @@ def averages(rank, world_size, directory):
         for _ in range(STEPS):  # one of two CMS levels is updated every second step only
             advance(engine, config, state, 1)
             seen.append(unsharded_states(engine))
-        before, raw = compute_weights(engine), engine.evaluate(tokens, tokens)
+        before, raw = compute_weights(engine), engine.evaluate(tokens, tokens)[0]
         with engine.averaged_weights():
-            inside, averaged = unsharded_states(engine), engine.evaluate(tokens, tokens)
+            inside, averaged = unsharded_states(engine), engine.evaluate(tokens, tokens)[0]
         after = unsharded_states(engine)
         path = Path(directory) / f"{tp}-{sp:d}-{zero}-{precision}"
         description = {
