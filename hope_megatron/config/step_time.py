@@ -149,6 +149,7 @@ def micro_batch_works(config: RunConfig) -> Works:
     if "memory" in config.model.mixers:
         for phase in works:
             works[phase]["memories"].steps = _loop_steps(config)
+            works[phase]["memories"].kernels += windows * _further_launches(config)
     for phase, families in _flops(config).items():
         for family, flops in families.items():
             if phase in works and flops:
@@ -418,6 +419,18 @@ def _loop_steps(config: RunConfig) -> float:
     programs = (streams, streams * (rule.num_vector + rule.num_scalar))  # of the main memory, and of the self-memories
     rounds = sum(-(-some // PROGRAMS_AT_ONCE) for some in programs)
     return model.mixers.count("memory") * chunks * rounds
+
+
+def _further_launches(config: RunConfig) -> int:
+    """Of the self-memories' loops in a phase: their programs wait for each other, so streams go in groups that fit the GPU."""
+    model, rule = config.model, config.model.memory.rule
+    streams = config.training.micro_batch_size * model.num_heads // config.parallel.ranks_per_sequence
+    programs = rule.num_vector + rule.num_scalar
+    if programs < 2:
+        return 0
+    wide = max(model.head_dim, model.memory_hidden, model.memory.chunk_tokens) > 64  # programs of eight warps then
+    at_once = PROGRAMS_AT_ONCE // (2 if wide else 1) // programs
+    return model.mixers.count("memory") * (-(-streams // at_once) - 1)
 
 
 def _dtype(config: RunConfig) -> str:

@@ -76,6 +76,8 @@ class TritonLaunches:
         self, function: Any, grid: tuple[int, ...], arguments: dict[str, Any], constants: Any, warps: int
     ) -> None:
         operands = {x.untyped_storage()._cdata: x for x in tensors_in(list(arguments.values()), [])}
+        if arguments.get("first", 0) > 0:  # further streams of the same operands, which are counted already
+            operands.clear()
         steps = 0
         if len(grid) == 1 or "first" in arguments:  # a program per stream (and memory), which goes from chunk to chunk
             steps = arguments["chunks"] * -(-math.prod(grid) // PROGRAMS_AT_ONCE)

@@ -75,7 +75,8 @@ def test_ranks_of_a_node_share_its_ports(operator, ranks, bandwidth):
 
 def test_launches_bind_small_micro_batches():
     times = [step_time(load_for_plan("hope_760m", [f"training.micro_batch_size={n}"]), 8, H100) for n in (2, 8)]
-    assert times[0].phases["forward"].launch == pytest.approx(4 * times[1].phases["forward"].launch, rel=0.01)
+    # a few more where streams of self-memories go in several launches
+    assert times[0].phases["forward"].launch == pytest.approx(4 * times[1].phases["forward"].launch, rel=0.03)
     assert times[0].seconds > times[1].seconds
 
 

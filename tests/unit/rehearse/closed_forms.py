@@ -19,6 +19,12 @@ SPLIT += ["parallel.context_parallel=2"]
 MEMORIES = ["hope_tiny", "model.memory.kernel=triton", "model.memory.chunk_tokens=64", "training.recompute=layer"]
 RUNS = {
     "memories": [*MEMORIES, *SEVERAL],
+    "more streams than run at once": [
+        *MEMORIES,
+        *SEVERAL,
+        "training.micro_batch_size=14",
+        "training.global_batch_size=14",
+    ],
     "attention": ["transformer_pp_tiny", "training.recompute=none", "optim.name=adamw", *SEVERAL],
     "one sequence over two ranks": [*MEMORIES, *SPLIT],
     "three sequences over two ranks": [
