@@ -72,7 +72,7 @@ def fit(
 class LanguageModel:
     """Next-token prediction on Python's own standard library, as `hope quickstart` prepares it."""
 
-    unit = "held-out loss, nats per token"
+    unit = "test loss, nats per token"
 
     def __init__(self, preset: str, data: Path, budget: Budget, device: torch.device) -> None:
         self.budget, self.device = budget, device
@@ -90,16 +90,21 @@ class LanguageModel:
 
         losses, seconds = fit(model, optim, self.budget, batch_loss)
         parameters = sum(p.numel() for p in model.parameters())
-        return {"train": losses, "step_s": seconds, "parameters": parameters, "loss": self._heldout_loss(model, losses)}
+        return {"train": losses, "step_s": seconds, "parameters": parameters, **self._score(model, losses)}
 
     @torch.no_grad()
-    def _heldout_loss(self, model: nn.Module, losses: list[float]) -> float | None:
+    def _score(self, model: nn.Module, losses: list[float]) -> dict[str, Any]:
+        """Every second held-out sequence is validation, the others are the test."""
         if not math.isfinite(losses[-1]):
-            return None
+            return {"validation": None, "loss": None}
         stream = TokenStream(self._data / "heldout", self.budget.seq_length, shuffle=False)
-        numbers = np.array_split(np.arange(min(self.budget.eval_samples, stream.num_samples)), 8)
-        losses_by_batch = [model(*self._tensors(stream, part)).losses.flatten() for part in numbers if len(part)]
-        return _finite(torch.cat(losses_by_batch).mean())
+        numbers = np.arange(min(self.budget.eval_samples, stream.num_samples))
+        found = [
+            [model(*self._tensors(stream, part)).losses.flatten() for part in np.array_split(half, 4)]
+            for half in (numbers[::2], numbers[1::2])
+        ]
+        validation, test = (_finite(torch.cat(parts).mean()) for parts in found)
+        return {"validation": validation, "loss": test}
 
     def _tensors(self, stream: TokenStream, numbers: range | np.ndarray) -> tuple[Tensor, Tensor]:
         rows = torch.from_numpy(np.stack([stream.sample(int(number)) for number in numbers])).to(self.device)
@@ -129,7 +134,7 @@ def digits() -> tuple[Labelled, Labelled]:
 class Images:
     """Classification of small images by a small vision transformer of 16 or 64 patches."""
 
-    unit = "held-out loss, nats per image"
+    unit = "test loss, nats per image"
 
     def __init__(self, name: str, budget: Budget, device: torch.device) -> None:
         self.budget, self.device = budget, device
@@ -154,13 +159,15 @@ class Images:
 
     @torch.no_grad()
     def _score(self, model: nn.Module, losses: list[float]) -> dict[str, Any]:
+        """Every second held-out image is validation, the others are the test."""
         if not math.isfinite(losses[-1]):
-            return {"loss": None, "accuracy": None}
+            return {"validation": None, "loss": None, "accuracy": None}
         images, labels = self.heldout
-        logits = model(images)
+        logits, test = model(images), slice(1, None, 2)
         return {
-            "loss": _finite(F.cross_entropy(logits, labels)),
-            "accuracy": float((logits.argmax(1) == labels).float().mean()),
+            "validation": _finite(F.cross_entropy(logits[::2], labels[::2])),
+            "loss": _finite(F.cross_entropy(logits[test], labels[test])),
+            "accuracy": float((logits[test].argmax(1) == labels[test]).float().mean()),
         }
 
 

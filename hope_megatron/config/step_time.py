@@ -20,7 +20,7 @@ from hope_megatron.config.efficiency import DEFAULT, Efficiency, End
 from hope_megatron.config.features import frame_features, layer_features, slice_tokens, variant
 from hope_megatron.config.footprint import layer_input_bytes
 from hope_megatron.config.hardware import Hardware
-from hope_megatron.config.matrices.layout import OVERLAPPED_NUMEL, in_portions, matrix_params
+from hope_megatron.config.matrices.layout import OVERLAPPED_NUMEL, SUMMED_NUMEL, in_portions, matrix_params
 from hope_megatron.config.matrices.update import m3_update
 from hope_megatron.config.roofline import (
     HOST_COPY,
@@ -70,8 +70,6 @@ _TENSORS_TOGETHER = 128
 """Tensors that it covers with one."""
 _BUCKET = 5e8
 """Gradients that DeepSpeed reduces together."""
-_PORTION = 2**26
-"""Gradients that are raised to float32 together (engine/deepspeed_setup.py)."""
 PROGRAMS_AT_ONCE = 264
 """Programs of a loop over chunks that an H100 runs side by side: two on each of 132 multiprocessors."""
 _MEMORY_BACKWARD = 3
@@ -224,7 +222,7 @@ def _reduction(config: RunConfig, groups: dict[tuple[bool, int, bool], float], t
     added = {key: 0.0 if in_products and key[0] and key[2] else numbers for key, numbers in groups.items()}
     buckets, means = _buckets(groups), _MEAN_BYTES if replicas > 1 else 0
     tensors = {key: sizes for key, sizes in _tensors(config).items() if added[key]}
-    lists = sum(_lists(in_portions(sizes, _PORTION)) for sizes in tensors.values())
+    lists = sum(_lists(in_portions(sizes, SUMMED_NUMEL)) for sizes in tensors.values())
     local, summed = sum(groups.values()), sum(added.values())
     if overlaps(config, replicas):  # the last pass adds bucket by bucket, and nothing is copied
         number = len(_overlapped(config))

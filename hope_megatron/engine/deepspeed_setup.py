@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import collections
 import contextvars
-import itertools
 import logging
 import os
 from collections.abc import Callable
@@ -16,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hope_megatron.config.matrices.layout import in_portions
 from hope_megatron.config.run import RunConfig
+from hope_megatron.engine.gradient_sums import add_to_sums
 from hope_megatron.engine.mpu import ModelParallelUnit
 from hope_megatron.engine.overlap import wants_overlap
 from hope_megatron.layers.memory_mixer import MemoryMixer
@@ -153,10 +152,6 @@ def give_gradients(zero: Any, norm: torch.Tensor) -> None:
     zero.global_norm = lambda *args, **kwargs: norm
 
 
-_NUMEL_AT_ONCE = 2**26
-"""Gradients that are raised to float32 together: 256 MiB of them."""
-
-
 def accumulate_together(zero: Any) -> None:
     """Have the bf16 wrapper add gradients to its float32 sums many at a time, and drop them then. It takes two kernels for each
     parameter and micro-batch otherwise (bf16_optimizer.py:519), and a third where autograd adds the next gradient to zeros. The
@@ -167,26 +162,9 @@ def accumulate_together(zero: Any) -> None:
     if not isinstance(zero, BF16_Optimizer) or zero.immediate_grad_update:
         return
 
-    @torch.no_grad()
     def update_hp_grads(clear_lp_grads: bool = False) -> None:
-        for group, sums, present in zip(zero.bf16_groups, zero.fp32_groups_gradients, zero.fp32_groups_has_gradients):
-            for i, parameter in enumerate(group):
-                if hasattr(
-                    parameter, "main_grad"
-                ):  # add_in_products; overlap.py has them given a stand-in for a gradient
-                    parameter.grad = None
-                    parameter._hp_grad, present[i] = sums[i], True
-                elif parameter.grad is not None:
-                    parameter._hp_grad, present[i] = sums[i], True
-            found = [i for i, parameter in enumerate(group) if parameter.grad is not None]
-            numbers = iter(found)
-            for sizes in in_portions([sums[i].numel() for i in found], _NUMEL_AT_ONCE):
-                some = list(itertools.islice(numbers, len(sizes)))
-                raised = [torch.empty_like(sums[i]) for i in some]
-                torch._foreach_copy_(raised, [group[i].grad.view(sums[i].shape) for i in some])
-                torch._foreach_add_([sums[i] for i in some], raised)
-            for i in found:
-                group[i].grad = None
+        for group, parameters in enumerate(zero.bf16_groups):
+            add_to_sums(zero, group, range(len(parameters)))
 
     zero.update_hp_grads = update_hp_grads
 

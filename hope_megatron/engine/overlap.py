@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hope_megatron.config.matrices.layout import OVERLAPPED_NUMEL, in_portions
 from hope_megatron.config.parallel import ParallelConfig
+from hope_megatron.engine.gradient_sums import add_to_sums
 
 
 def wants_overlap(parallel: ParallelConfig, device_type: str) -> bool:
@@ -93,32 +94,11 @@ class OverlappedReduction:
         return hook
 
     def send(self, bucket: _Bucket, *, hidden: bool) -> None:
-        """Add its gradients to their sums, and let them travel. hidden: beside what is left of backward."""
-        self._add(bucket)
+        """Add its gradients to their sums, and let these travel. hidden: backward goes on meanwhile; rehearsals want to know."""
+        add_to_sums(self._zero, bucket.group, bucket.members)
         bucket.sent = bucket.flat if self._dtype == bucket.flat.dtype else bucket.flat.to(self._dtype)
         bucket.work = dist.all_reduce(bucket.sent, group=self._process_group, async_op=True)
         self._next += 1
-
-    @torch.no_grad()
-    def _add(self, bucket: _Bucket) -> None:
-        sums, present = (
-            self._zero.fp32_groups_gradients[bucket.group],
-            self._zero.fp32_groups_has_gradients[bucket.group],
-        )
-        some = [(parameter, sums[i]) for parameter, i in zip(self._parameters(bucket), bucket.members)]
-        for (parameter, total), i in zip(some, bucket.members):
-            if parameter.grad is not None or hasattr(parameter, "main_grad"):
-                parameter._hp_grad, present[i] = total, True  # type: ignore[attr-defined]
-            if hasattr(parameter, "main_grad"):
-                parameter.grad = None  # a stand-in, which says that it is in the sum
-        some = [(parameter, total) for parameter, total in some if parameter.grad is not None]
-        if not some:
-            return
-        raised = [torch.empty_like(total) for _, total in some]
-        torch._foreach_copy_(raised, [p.grad.view(total.shape) for p, total in some])  # type: ignore[union-attr]
-        torch._foreach_add_([total for _, total in some], raised)
-        for parameter, _ in some:
-            parameter.grad = None
 
     def _finish(self, *args: Any, **kwargs: Any) -> None:
         """In the place of DeepSpeed's reduction: send what is left, wait for all, and make means of sums."""

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hope_megatron.config.matrices.plan import (
+    MAX_BATCH_NUMEL,
     ExchangePlan,
     ParamLayout,
     Topology,
@@ -25,7 +26,6 @@ from hope_megatron.optim.errors import OptimError
 
 # Larger batches of equal shape are cut: Newton-Schulz needs about four times its input as scratch memory, which on a CPU
 # should stay in the cache and below the size from which the allocator asks the kernel for zeroed pages every time.
-_MAX_BATCH_NUMEL = 2**26
 _MAX_BATCH_NUMEL_CPU = 2**20
 
 
@@ -308,7 +308,7 @@ class MatrixExchange:
 
 
 def _max_batch_numel(work: Tensor) -> int:
-    return _MAX_BATCH_NUMEL_CPU if work.device.type == "cpu" else _MAX_BATCH_NUMEL
+    return _MAX_BATCH_NUMEL_CPU if work.device.type == "cpu" else MAX_BATCH_NUMEL
 
 
 def _pack(source: Tensor, runs: list[tuple[int, int]], device: torch.device, dtype: torch.dtype) -> Tensor:

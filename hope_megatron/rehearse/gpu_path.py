@@ -56,7 +56,7 @@ def gpu_path(watch: Watch, config: RunConfig) -> Iterator[None]:
         stack.enter_context(patch.object(flex, "compute", stand_ins.flex))
         stack.enter_context(patch.object(flex, "_blocks", lambda T, S, window, device: min(window or S, S)))
         stack.enter_context(patch.object(layers, "fused_weight_gradient_mlp_cuda", stand_ins, create=True))
-        stack.enter_context(patch.object(exchange, "_MAX_BATCH_NUMEL_CPU", exchange._MAX_BATCH_NUMEL))
+        stack.enter_context(patch.object(exchange, "_MAX_BATCH_NUMEL_CPU", exchange.MAX_BATCH_NUMEL))
         yield
 
 

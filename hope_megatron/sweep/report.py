@@ -233,13 +233,16 @@ def _families(families: Sequence[FamilyAnalysis], flops: float, pictures: Path) 
 
 
 def _kinds(families: Sequence[FamilyAnalysis]) -> list[Block]:
-    """The best run of each family at the largest compute that all have measured so, by kind of token."""
-    measured = [[run for run in family.fresh if len(run.kinds) == len(METRICS)] for family in families]
-    if not measured or not all(measured):
-        return []
-    flops = min(max(run.flops for run in runs) for runs in measured)
-    at_equal = [[run for run in runs if abs(math.log(run.flops / flops)) <= SAME_COMPUTE] for runs in measured]
-    best = sorted((min(runs, key=lambda run: run.loss) for runs in at_equal if runs), key=lambda run: run.loss)
+    """The best run of each family by kind of token, at the largest compute where the best runs of all have been measured so."""
+    for flops in sorted({run.flops for family in families for run in family.fresh}, reverse=True):
+        at_equal = [[r for r in f.fresh if abs(math.log(r.flops / flops)) <= SAME_COMPUTE] for f in families]
+        best = [min(runs, key=lambda run: run.loss) for runs in at_equal if runs]
+        if len(best) == len(families) and all(len(run.kinds) == len(METRICS) for run in best):
+            return _kinds_at(flops, sorted(best, key=lambda run: run.loss))
+    return []
+
+
+def _kinds_at(flops: float, best: Sequence[Observation]) -> list[Block]:
     rows = [
         [run.family, run.name, *(f"{loss:.4f}" for loss in (run.loss, *map(run.kinds.get, METRICS)))] for run in best
     ]

@@ -104,6 +104,8 @@ def _child(fn, rank: int, world_size: int, folder: Path, timeout_s: float, envir
     except BaseException:
         error = traceback.format_exc()
         _write(folder / f"{rank}.error", lambda path: path.write_text(error))
+    for child in multiprocessing.active_children():  # Megatron-Core keeps one that writes checkpoints
+        child.kill()
     os._exit(0)  # libraries take seconds to leave
 
 

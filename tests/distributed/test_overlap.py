@@ -1,6 +1,9 @@
-"""Gradients summed under backward: the same bits as after it, on two ranks."""
+"""Gradients summed under backward: the same bits as after it, with two data-parallel ranks."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -8,48 +11,78 @@ import torch
 from hope_megatron.testing.distributed import run_distributed
 from hope_megatron.testing.tiny import RepeatingSource, tiny_run_config
 
-CASES = [(1, "fp32"), (1, "bf16"), (2, "fp32")]
-"""(ZeRO stage, dtype in which gradients travel)."""
+STEPS = 3
+CASES = {
+    "float32": {},
+    "gradients travel in bf16": {"reduce_dtype": "bf16"},
+    "windows, layers recomputed": {"training": {"truncate_tokens": 16, "recompute": "layer"}},
+    "weight gradients added by products": {"training": {"libraries": {"weight_gradient": "apex"}}},
+    "ZeRO-2": {"zero_stage": 2},
+    "tensor and sequence parallel": {"tp": 2, "sequence_parallel": True},
+}
 
 
-def train(rank, world_size):
-    """Bits of the weights after three steps of two micro-batches, by case and overlap; and sends before backward's end."""
-    from unittest.mock import patch
+def config_of(overlap, reduce_dtype="fp32", **keywords):
+    config = tiny_run_config(precision="bf16", **keywords)
+    parallel = config.parallel.model_copy(update={"reduce_dtype": reduce_dtype, "overlap_comm": overlap})
+    return config.model_copy(update={"parallel": parallel})
 
-    from hope_megatron.engine import overlap
-    from hope_megatron.engine.new_engine import build_engine
+
+def add_product(x, d_y, main_grad):
+    """What apex's kernel does."""
+    main_grad.add_(d_y.float().t().matmul(x.float()))
+
+
+def as_on_a_gpu(config, device):
+    from hope_megatron.engine.libraries import choose_libraries
+
+    choose_libraries(config, "cuda" if config.training.libraries.weight_gradient == "apex" else device, elsewhere=True)
+
+
+def train(rank, world_size, cases):
+    """By case and overlap: bits of weights and norm after three steps of two micro-batches; and whether each send was hidden."""
+    from megatron.core.tensor_parallel import layers
+
+    from hope_megatron.engine import new_engine, overlap
     from hope_megatron.parallel.distributed import init_distributed
 
-    source, found, early = RepeatingSource(), {}, []
+    source, found, sends = RepeatingSource(), {}, []
     send = overlap.OverlappedReduction.send
 
     def noted(self, bucket, *, hidden):
-        early.append(hidden)
+        sends.append(hidden)
         send(self, bucket, hidden=hidden)
 
-    overlap.OVERLAPPED_NUMEL = 4000  # several buckets of a group
-    with patch.object(overlap.OverlappedReduction, "send", noted):
-        for stage, dtype in CASES:
+    kernels = SimpleNamespace(wgrad_gemm_accum_fp32=add_product)
+    with (
+        patch.object(overlap, "OVERLAPPED_NUMEL", 4000),  # several buckets of a group
+        patch.object(overlap.OverlappedReduction, "send", noted),
+        patch.object(layers, "fused_weight_gradient_mlp_cuda", kernels, create=True),
+        patch.object(new_engine, "choose_libraries", as_on_a_gpu),
+    ):
+        for case in cases:
             for wanted in (False, True):
-                config = tiny_run_config(zero_stage=stage, precision="bf16")
-                parallel = config.parallel.model_copy(update={"reduce_dtype": dtype, "overlap_comm": wanted})
-                config = config.model_copy(update={"parallel": parallel})
+                sends.clear()
+                config = config_of(wanted, **CASES[case])
                 mesh = init_distributed(config.parallel)
-                engine = build_engine(config, mesh)
-                for step in range(3):
+                engine = new_engine.build_engine(config, mesh)
+                for step in range(STEPS):
                     for i in range(engine.accumulation_steps):
-                        row = torch.from_numpy(source.sample(8 * step + 2 * i + rank))[None]
+                        row = torch.from_numpy(source.sample(8 * step + 2 * i + mesh.data_rank))[None]
                         engine.forward_backward(row[:, :-1], row[:, 1:].clone(), 64)
                     norm = engine.step(1.0)
-                bits = [p.detach().view(torch.int16).flatten() for p in engine.model.parameters()]
-                found[stage, dtype, wanted] = (torch.cat(bits).numpy().tobytes(), norm)
-    return found, early
+                bits = torch.cat([p.detach().view(torch.int16).flatten() for p in engine.model.parameters()])
+                found[case, wanted] = (bits.numpy().tobytes(), norm, list(sends))
+    return found
 
 
 @pytest.mark.distributed
-def test_same_bits_with_and_without():
-    for found, early in run_distributed(train, 2):
-        for stage, dtype in CASES:
-            assert found[stage, dtype, True] == found[stage, dtype, False], (stage, dtype)
-        assert early.count(True) > 12, "nothing was sent before backward's end"
-        assert early.count(False) == 6  # the last bucket of each step alone
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_same_bits_with_and_without(world_size):
+    cases = [case for case, keywords in CASES.items() if 2 * keywords.get("tp", 1) == world_size]
+    for found in run_distributed(train, world_size, cases):
+        for case in cases:
+            (*after, none), (*under, sends) = found[case, False], found[case, True]
+            assert under == after and not none, case
+            if case != "ZeRO-2":  # there DeepSpeed overlaps by itself
+                assert sends.count(False) == STEPS and sends.count(True) > STEPS, "all but the last bucket are hidden"

@@ -18,6 +18,8 @@ from hope_megatron.config.model import ModelConfig
 
 _ALIGNMENT = 2
 """Numbers in bf16 that DeepSpeed aligns every partition to (nccl_start_alignment_factor)."""
+SUMMED_NUMEL = 2**26
+"""Gradients that are raised to float32 and added to their sums together: 256 MiB of them."""
 OVERLAPPED_NUMEL = 2**25
 """Gradients that are summed over ranks together under backward: 128 MiB in float32, enough for the full speed of a link."""
 

@@ -22,6 +22,9 @@ from hope_megatron.ops.newton_schulz_cost import newton_schulz_flops
 # Locality may cost at most this much balance: keeping a matrix where it lies saves its traffic.
 _BALANCE_SLACK = 1.02
 
+MAX_BATCH_NUMEL = 2**26
+"""Numbers of equally large matrices that Newton-Schulz takes at once on a GPU: it needs four times as much beside them."""
+
 
 @dataclass(frozen=True)
 class Topology:

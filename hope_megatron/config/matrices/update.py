@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from hope_megatron.config.clock import UpdateClock
 from hope_megatron.config.matrices.layout import MatrixVector, matrix_vectors
 from hope_megatron.config.matrices.plan import (
+    MAX_BATCH_NUMEL,
     ExchangePlan,
     Topology,
     assign_owners,
@@ -28,8 +29,6 @@ from hope_megatron.config.run import RunConfig
 from hope_megatron.config.update_kinds import update_kinds
 from hope_megatron.ops.newton_schulz_cost import GRAM_RESTART_STEP, newton_schulz_flops, preferred_form
 
-MAX_BATCH_NUMEL = 2**26
-"""Numbers that Newton-Schulz takes at once on a GPU (optim/exchange.py)."""
 _FP32 = 4
 
 
